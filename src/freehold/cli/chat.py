@@ -1,0 +1,192 @@
+"""`freehold chat`: one answer, or a conversation in the terminal."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from freehold.cli import terminal
+from freehold.cli.options import Device, Dtype, MaxTokens, MinP, ModelOption, Seed, Temperature, TopK, TopP
+from freehold.errors import FreeholdError
+from freehold.log import logger
+
+if TYPE_CHECKING:
+    from freehold.formats.conversation import Conversation
+    from freehold.session.model import Model
+
+_HELP = (
+    '/reset forgets the conversation · /system TEXT sets the instructions · /quit leaves (or Ctrl-D) · """ starts and '
+    "ends a message of several lines, \\ at the end continues a line · Ctrl-C stops an answer"
+)
+_FENCE = '"""'
+
+
+def command(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask. Without it: a conversation, or the question from a pipe.")
+    ] = None,
+    model: ModelOption = "default",
+    system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions for the model.")] = None,
+    reasoning_effort: Annotated[
+        str | None, typer.Option(help="low, medium or high; for models that speak Harmony.", metavar="EFFORT")
+    ] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Ask a question, or hold a conversation.
+
+    freehold chat "What is the capital of France?"
+
+    freehold chat
+
+    git diff | freehold chat --system "Explain this change."
+    """
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    from freehold.session.model import load
+
+    with terminal.progress_bars() as progress:
+        loaded = load(model, device=device, dtype=dtype, progress=progress)
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "reasoning_effort": reasoning_effort,
+    }
+    talk = _Talk(loaded, system, sampling)
+    if prompt is None:
+        _converse(talk)
+    elif not talk.answer(prompt):
+        sys.exit(130)
+
+
+class _Talk:
+    """A conversation and the model that answers in it."""
+
+    def __init__(self, model: "Model", system: str | None, sampling: dict[str, Any]) -> None:
+        self._model = model
+        self._sampling = sampling
+        self.system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the instructions."""
+        from freehold.formats.conversation import Conversation, text_message
+
+        instructions = (text_message("system", self.system),) if self.system else ()
+        self._history: Conversation = Conversation(messages=instructions)
+
+    def answer(self, question: str) -> bool:
+        """Stream the answer to stdout; False if Ctrl-C stopped it. What was said by then stays in the history."""
+        from freehold.formats.conversation import text_message
+
+        asked = self._history.plus(text_message("user", question))
+        watch = terminal.Stopwatch()
+        reply = self._model.stream_chat(asked, **self._sampling)
+        finished = True
+        try:
+            _show(reply.deltas)
+        except KeyboardInterrupt:
+            finished = False
+            terminal.say()
+        finally:
+            reply.deltas.close()
+        self._history = asked.plus(*reply.messages)
+        rate = reply.num_tokens / max(watch.seconds, 1e-9)
+        logger.info(
+            "%d prompt tokens, %d new tokens in %.2f s (%.1f tokens/s)",
+            reply.num_prompt_tokens, reply.num_tokens, watch.seconds, rate,
+        )  # fmt: skip
+        return finished
+
+
+def _show(deltas: Iterator[Any]) -> None:
+    reasoning = False
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    try:
+        for delta in deltas:
+            if delta.kind == "reasoning":
+                sys.stderr.write(delta.text if reasoning else dim + delta.text)
+                sys.stderr.flush()
+                reasoning = True
+                continue
+            if reasoning:
+                terminal.say(plain)
+                reasoning = False
+            terminal.write(delta.text)
+    finally:
+        if reasoning:
+            terminal.say(plain)
+    terminal.write("\n")
+
+
+def _converse(talk: _Talk) -> None:
+    terminal.say(_HELP)
+    while True:
+        try:
+            line = _read_message()
+        except EOFError:
+            terminal.say()
+            return
+        except KeyboardInterrupt:
+            terminal.say("\n/quit or Ctrl-D leaves")
+            continue
+        match line.split(maxsplit=1):
+            case []:
+                continue
+            case ["/quit" | "/exit"]:
+                return
+            case ["/help"]:
+                terminal.say(_HELP)
+            case ["/reset"]:
+                talk.reset()
+                terminal.say("the conversation starts anew")
+            case ["/system", *text]:
+                talk.system = text[0] if text else None
+                talk.reset()
+                terminal.say("instructions set; the conversation starts anew")
+            case [word, *_] if word.startswith("/") and "\n" not in line:
+                terminal.say(f"there is no command {word}; {_HELP}")
+            case _:
+                try:
+                    talk.answer(line)
+                except FreeholdError as error:
+                    terminal.say(f"error: {error}")
+
+
+def _read_message() -> str:
+    """One message: a line, lines joined by a trailing backslash, or everything between two lines of triple quotes."""
+    line = _read_line("> ")
+    if line.lstrip().startswith(_FENCE):
+        return _read_fenced(line.lstrip().removeprefix(_FENCE))
+    while line.endswith("\\"):
+        line = f"{line[:-1]}\n{_read_line('. ')}"
+    return line
+
+
+def _read_fenced(first: str) -> str:
+    lines = [first]
+    while not lines[-1].rstrip().endswith(_FENCE):
+        lines.append(_read_line(". "))
+    lines[-1] = lines[-1].rstrip().removesuffix(_FENCE)
+    return "\n".join(lines).strip("\n")
+
+
+def _read_line(prompt: str) -> str:
+    if sys.stdout.isatty():
+        import readline  # noqa: F401 - its import gives input() editing and history
+
+        return input(prompt)
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()

@@ -1,0 +1,90 @@
+"""`freehold doctor`: what is here, what runs natively, and what works without a network."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+from freehold import __version__, machine, paths
+from freehold.cli import terminal
+from freehold.cli.options import Json
+
+_LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "gguf", "huggingface_hub", "jinja2", "typer", "rich")
+
+
+def command(as_json: Json = False) -> None:
+    """Check the installation: versions, processor, GPUs, native ops, caches, readiness without a network.
+
+    freehold doctor
+    """
+    facts = _facts()
+    terminal.write(json.dumps(facts, indent=2) + "\n" if as_json else _text(facts))
+
+
+def _facts() -> dict[str, Any]:
+    import torch
+
+    from freehold.hub import default_model
+    from freehold.kernels import backends
+
+    native = backends.native_ops(backends.native())
+    has_model, has_wheel = default_model.folder().is_dir(), default_model.wheel_path().is_file()
+    return {
+        "freehold": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "cpu": {
+            "name": machine.cpu_name(),
+            "architecture": platform.machine(),
+            "usable_cores": machine.usable_cores(),
+            "vector_features": machine.vector_features(),
+        },
+        "memory_bytes": {"total": machine.total_memory(), "available": machine.available_memory()},
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "ops": {op: "native" if op in native else "reference" for op in backends.OPS},
+        "cache": str(paths.cache_dir()),
+        "default_model": {
+            "path": str(default_model.folder()),
+            "ready": has_model,
+            "wheel": str(default_model.wheel_path()),
+            "wheel_present": has_wheel,
+        },
+        "works_offline": has_model or has_wheel,
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _text(facts: dict[str, Any]) -> str:
+    cpu, memory, default = facts["cpu"], facts["memory_bytes"], facts["default_model"]
+    by_backend = {
+        backend: ", ".join(op for op, runs in facts["ops"].items() if runs == backend) or "none"
+        for backend in ("native", "reference")
+    }
+    if default["ready"]:
+        offline = "yes: the default model is in the cache"
+    elif default["wheel_present"]:
+        offline = "yes: the default model's wheel is in the cache, and is converted on first use"
+    else:
+        offline = f"only with a model of yours: the default model is fetched on first use, or put its wheel at {default['wheel']}"
+    rows = [
+        ("freehold", f"{facts['freehold']}, Python {facts['python']} at {facts['executable']}"),
+        ("libraries", ", ".join(f"{name} {version or 'MISSING'}" for name, version in facts["libraries"].items())),
+        ("processor", f"{cpu['name']} ({cpu['architecture']}), {cpu['usable_cores']} cores"),
+        ("vectors", ", ".join(cpu["vector_features"]) or "none known"),
+        ("memory", f"{terminal.gib(memory['available'])} available of {terminal.gib(memory['total'])}"),
+        ("GPUs", ", ".join(facts["gpus"]) or "none that torch can use"),
+        ("native ops", by_backend["native"]),
+        ("other ops", f"{by_backend['reference']} (reference, in torch)"),
+        ("cache", facts["cache"]),
+        ("default model", default["path"] if default["ready"] else "not made yet"),
+        ("offline", offline),
+    ]
+    return "".join(f"{name:<14} {value}\n" for name, value in rows)

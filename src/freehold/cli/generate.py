@@ -1,0 +1,58 @@
+"""`freehold generate`: continue a text, with no conversation around it."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from freehold.cli import terminal
+from freehold.cli.options import Device, Dtype, MaxTokens, MinP, ModelOption, Seed, Temperature, TopK, TopP
+from freehold.errors import CheckpointError
+
+
+def command(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue. Without it: read from a pipe.")] = None,
+    model: ModelOption = "default",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Continue a text: raw completion, no chat format.
+
+    freehold generate "The three primary colours are" --max-tokens 20
+
+    freehold generate --temperature 0.8 --seed 1 < story.txt
+    """
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("give a text to continue, or pipe one in", param_hint="PROMPT")
+        prompt = sys.stdin.read()
+    from freehold.formats.tokenizer import Detokenizer
+    from freehold.session.model import load
+
+    with terminal.progress_bars() as progress:
+        loaded = load(model, device=device, dtype=dtype, progress=progress)
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"{model} has no tokenizer.json, so it cannot read text; add the one it was trained with")
+    detokenizer = Detokenizer(loaded.tokenizer)
+    tokens = loaded.generate(
+        loaded.tokenizer.encode(prompt),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+    )
+    try:
+        for token in tokens:
+            terminal.write(detokenizer.feed(token))
+        terminal.write(detokenizer.flush() + "\n")
+    except KeyboardInterrupt:
+        terminal.write("\n")
+        sys.exit(130)

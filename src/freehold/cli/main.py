@@ -1,0 +1,54 @@
+"""The `freehold` command. Each subcommand is a file beside this one and imports what is heavy only when it runs."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from freehold import __version__
+from freehold.cli import chat, convert, doctor, generate, inspect, synth, terminal
+from freehold.errors import FreeholdError, UsageError
+
+app = typer.Typer(
+    name="freehold",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (chat, generate, inspect, convert, synth, doctor):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        terminal.write(f"freehold {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say which kernels run, and how fast.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run, inspect, adapt and deploy gpt-oss on hardware you own.
+
+    Try: [bold]freehold chat "What is the capital of France?"[/bold]
+    """
+    terminal.start_logging(logging.INFO if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """Entry point: typed errors become one line on stderr, never a traceback."""
+    try:
+        app()
+    except FreeholdError as error:
+        terminal.say(f"error: {error}")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except MemoryError:
+        terminal.say("error: out of memory; `freehold inspect MODEL` says how much a model needs")
+        sys.exit(1)

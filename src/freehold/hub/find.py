@@ -1,0 +1,50 @@
+"""From what a user types after --model to a folder on this machine."""
+
+from pathlib import Path
+
+from freehold import paths
+from freehold.config import NAMED_CONFIGS
+from freehold.errors import ModelNotFoundError
+from freehold.hub import default_model
+from freehold.log import Progress, no_progress
+
+DEFAULT = "default"
+
+
+def find_model(name_or_path: str, progress: Progress = no_progress) -> Path:
+    """The folder of a model, in this order: `default`, a folder, a model in Freehold's cache, one in Hugging Face's.
+
+    Only `default` may use the network. Raises ModelNotFoundError otherwise, saying how to get the model.
+    """
+    if name_or_path in (DEFAULT, default_model.NAME):
+        return default_model.ensure(progress)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    if (cached := paths.models_dir() / name_or_path).is_dir():
+        return cached
+    if (snapshot := _in_hugging_face_cache(name_or_path)) is not None:
+        return snapshot
+    raise ModelNotFoundError(f"there is no model {name_or_path!r}: {_advice(name_or_path)}")
+
+
+def _in_hugging_face_cache(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # not shaped like owner/name
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _advice(name: str) -> str:
+    if name in NAMED_CONFIGS:
+        return (
+            f"fetch it with `hf download openai/{name}`, then use openai/{name}; or make random weights of its size "
+            f"with `freehold synth {name} FOLDER`"
+        )
+    if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+        return f"it is no folder, and not in a cache; fetch it with `hf download {name}`"
+    return "it is no folder; name one that holds a gpt-oss checkpoint, or leave it out for the default model"

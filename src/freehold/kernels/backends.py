@@ -1,0 +1,59 @@
+"""Which implementation of an op runs, and why. Decided per call from the tensors alone; said once in the log.
+
+`FREEHOLD_KERNELS=reference` turns the native kernels off; `=native` makes their absence an error.
+"""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from freehold.errors import BackendError, UsageError
+from freehold.kernels import reference
+from freehold.log import info_once, warn_once
+
+CHOICES = ("auto", "native", "reference")
+OPS = ("rms_norm", "linear", "rope", "attention", "route", "moe", "sample")
+
+_NOT_BUILT = (
+    "the native kernels are not built (no C++ compiler or Python headers when Freehold was installed), so the slower "
+    "reference ops run; install g++ and python3-dev, then reinstall"
+)
+
+
+@cache
+def native() -> ModuleType | None:
+    """The native ops, or None where they are not built or turned off. Warns once if they are missing."""
+    choice = os.environ.get("FREEHOLD_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise UsageError(f"FREEHOLD_KERNELS is {choice!r}; choose one of {', '.join(CHOICES)}")
+    if choice == "reference":
+        info_once("reference ops run: FREEHOLD_KERNELS=reference")
+        return None
+    try:
+        module = importlib.import_module("freehold.kernels.native")
+    except ImportError as error:
+        if choice == "native":
+            raise BackendError(f"FREEHOLD_KERNELS=native, but {_NOT_BUILT} ({error})") from None
+        warn_once(_NOT_BUILT)
+        return None
+    info_once(f"native CPU kernels run: {', '.join(native_ops(module))}; every other op is the reference")
+    return module
+
+
+def native_ops(module: ModuleType | None) -> list[str]:
+    """The ops that a native module has."""
+    return [op for op in OPS if hasattr(module, op)]
+
+
+def for_op(op: str, x: Tensor) -> ModuleType:
+    """The module whose `op` handles a tensor like `x`."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        module = native()
+        if module is not None and hasattr(module, op) and not needs_grad:
+            return module
+    return reference

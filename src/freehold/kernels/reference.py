@@ -1,0 +1,110 @@
+"""Every op in plain torch: the specification, the oracle for the fast kernels, and what runs where none exists.
+
+Works on any device and in float32 or bfloat16, and is differentiable. Arguments are taken as valid: freehold.kernels.ops
+has checked them. Shape legend: T tokens, S keys, D hidden, O output, N query heads, K kv heads, H head dim, E experts,
+A active experts, F expert width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freehold.weights import mxfp4
+from freehold.weights.mxfp4 import Mxfp4Tensor
+
+_QUERIES_AT_ONCE = 256  # bounds the score matrix of a long prefill
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    x = x_TD.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * weight_D).to(x_TD.dtype)
+
+
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    return F.linear(x_TD, weight_OD, bias_O)
+
+
+def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    first, second = x_TNH.chunk(2, dim=-1)
+    cos, sin = cos_TH.unsqueeze(1).to(x_TNH.dtype), sin_TH.unsqueeze(1).to(x_TNH.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attention(
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, sinks_N: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    T, N, H = q_TNH.shape
+    S, K, _ = k_SKH.shape
+    out = []
+    for start in range(0, T, _QUERIES_AT_ONCE):
+        stop = min(start + _QUERIES_AT_ONCE, T)
+        first_row = S - T + start  # the last T keys belong to the T queries
+        first_key = 0 if window is None else max(0, first_row - window + 1)
+        last_key = S - T + stop
+        keys = k_SKH[first_key:last_key].transpose(0, 1)  # (K, S', H)
+        values = v_SKH[first_key:last_key].transpose(0, 1)
+        queries = q_TNH[start:stop].view(-1, K, N // K, H).permute(1, 2, 0, 3)  # (K, N/K, T', H)
+        scores = torch.matmul(queries, keys.unsqueeze(1).transpose(-1, -2)).float() * scale
+        key_at = torch.arange(first_key, last_key, device=q_TNH.device)
+        query_at = torch.arange(first_row, last_key, device=q_TNH.device).unsqueeze(-1)
+        hidden = key_at > query_at
+        if window is not None:
+            hidden |= key_at <= query_at - window
+        scores = scores.masked_fill(hidden, -torch.inf)
+        sinks = sinks_N.float().view(K, N // K, 1, 1).expand(-1, -1, stop - start, 1)
+        weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
+        mixed = torch.matmul(weights.to(v_SKH.dtype), values.unsqueeze(1))
+        out.append(mixed.permute(2, 0, 1, 3).reshape(-1, N, H))
+    return torch.cat(out)
+
+
+def route(logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
+    top, experts_TA = torch.topk(logits_TE, num_active, dim=-1)
+    return torch.softmax(top, dim=-1), experts_TA
+
+
+def moe(
+    x_TD: Tensor,
+    weights_TA: Tensor,
+    experts_TA: Tensor,
+    gate_up: Mxfp4Tensor | Tensor,
+    gate_up_bias: Tensor,
+    down: Mxfp4Tensor | Tensor,
+    down_bias: Tensor,
+    *,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    out = torch.zeros_like(x_TD)
+    for expert in experts_TA.unique().tolist():
+        token, slot = torch.where(experts_TA == expert)
+        hidden = F.linear(x_TD[token], _matrix(gate_up, expert, x_TD.dtype), gate_up_bias[expert])
+        gate = hidden[:, 0::2].clamp(max=limit)
+        up = hidden[:, 1::2].clamp(min=-limit, max=limit)
+        hidden = gate * torch.sigmoid(alpha * gate) * (up + 1)
+        mixed = F.linear(hidden, _matrix(down, expert, x_TD.dtype), down_bias[expert])
+        out.index_add_(0, token, mixed * weights_TA[token, slot].unsqueeze(-1))
+    return out
+
+
+def sample(
+    logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, generator: torch.Generator
+) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    scores, order = torch.sort(logits_V.float() / temperature, descending=True, stable=True)
+    if top_k:
+        scores[top_k:] = -torch.inf
+    probabilities = torch.softmax(scores, dim=-1)
+    # A token stays if those in front of it have not reached top_p yet: the first always does.
+    hidden = probabilities.cumsum(-1) - probabilities >= top_p
+    hidden |= probabilities < min_p * probabilities[0]
+    hidden[0] = False
+    probabilities = probabilities.masked_fill(hidden, 0.0)
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _matrix(stack: Mxfp4Tensor | Tensor, expert: int, dtype: torch.dtype) -> Tensor:
+    matrix = stack[expert]
+    return mxfp4.unpack(matrix, dtype) if isinstance(matrix, Mxfp4Tensor) else matrix.to(dtype)

@@ -1,0 +1,319 @@
+"""Safetensors files: a folder of shards read by mmap, and a writer that never holds a whole shard.
+
+Reading hands out tensors that are views of the mapped file: nothing is copied, and pages that are not touched are
+not in memory. Every header is checked against its file before the first tensor is given out, so a truncated or
+foreign file is one CheckpointError that names the file and the tensor. Writing streams: the header first, then the
+bytes of each tensor as they come, into a folder that takes its final name only when everything is on disk.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from freehold.errors import CheckpointError, DiskSpaceError, ModelNotFoundError, UsageError
+from freehold.log import Progress, no_progress
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_REMEDY = "download or copy it again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file's header says of one tensor. `dtype` is None for types that Freehold has no use for."""
+
+    file: Path
+    dtype: torch.dtype | None
+    dtype_name: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+class TensorFiles:
+    """All tensors of a model folder, by name. Opening checks every header; it reads no tensor data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        for path in _shards(folder):
+            for name, info in read_header(path).items():
+                if name in self.infos:
+                    raise CheckpointError(
+                        f"{path.name} and {self.infos[name].file.name} in {folder} both hold tensor {name}; "
+                        "the folder mixes two models: keep the files of one"
+                    )
+                self.infos[name] = info
+        self._check_index()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.infos.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file. The mapping is private: the file is never written to."""
+        info = self.infos[name]
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{info.file}: tensor {name} cannot be read ({error}); {_REMEDY}") from None
+        return tensor
+
+    def _check_index(self) -> None:
+        path = self.folder / "model.safetensors.index.json"
+        if not path.is_file():
+            return
+        for name, file_name in read_json(path).get("weight_map", {}).items():
+            if name not in self.infos:
+                raise CheckpointError(
+                    f"{self.folder / file_name}: tensor {name} is promised by {path.name} but is not in the file; "
+                    f"{_REMEDY}"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {_REMEDY}") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); {_REMEDY}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; {_REMEDY}")
+    return value
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files named by the index, or every safetensors file where there is none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensor names to file names; {_REMEDY}")
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+        for path in paths:
+            if path.parent != folder:
+                raise CheckpointError(f"{index} points outside its folder, to {path}; the file is not to be trusted")
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing, though {index.name} names it; {_REMEDY}")
+        return paths
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ModelNotFoundError(f"{folder} holds no .safetensors file; name a folder with a gpt-oss checkpoint")
+    return paths
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Parse and check one file's header: all offsets in order, within the file, and as long as shapes say."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path} is not a safetensors file (its header would be {length} bytes); {_REMEDY}")
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{path} is truncated: its header needs {length} bytes and the file has {size} in all; {_REMEDY}"
+                )
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError:  # JSON and UTF-8 errors alike
+        raise CheckpointError(f"{path} is corrupt: its header is not JSON; {_REMEDY}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is corrupt: its header is not a JSON object; {_REMEDY}")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    infos: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        begin, end, info = _parse_entry(path, name, entry)
+        if data_start + end > size:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {name} ends at byte {data_start + end} and the file at {size}; {_REMEDY}"
+            )
+        spans.append((begin, end, name))
+        infos[name] = info
+    spans.sort()
+    at = 0
+    for begin, end, name in spans:
+        if begin != at:
+            raise CheckpointError(f"{path} is corrupt: tensor {name} starts at byte {begin}, not at {at}; {_REMEDY}")
+        at = end
+    if data_start + at != size:
+        raise CheckpointError(f"{path} is corrupt: {size - data_start - at} bytes follow its last tensor; {_REMEDY}")
+    return infos
+
+
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInfo]:
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        sound = all(isinstance(n, int) and n >= 0 for n in numbers) and begin <= end and isinstance(dtype_name, str)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path} is corrupt: tensor {name} has a malformed header entry; {_REMEDY}")
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
+        raise CheckpointError(
+            f"{path} is corrupt: tensor {name} of shape {tuple(shape)} in {dtype_name} cannot be {end - begin} bytes; "
+            f"{_REMEDY}"
+        )
+    return begin, end, TensorInfo(path, dtype, dtype_name, tuple(shape), end - begin)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorToWrite:
+    """One tensor as it will lie in a file. `produce` yields its rows in order, in pieces of any size."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], Iterator[Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[TensorToWrite],
+    *,
+    shard_bytes: int,
+    shard_name: str = "model-{number:05d}-of-{count:05d}.safetensors",
+    progress: Progress = no_progress,
+) -> None:
+    """Write safetensors shards of at most `shard_bytes` (or one tensor) each, and an index if there are several.
+
+    Pieces are written as they are produced; memory holds one piece at a time.
+    """
+    shards: list[list[TensorToWrite]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.num_bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.num_bytes
+    total = sum(tensor.num_bytes for tensor in tensors)
+    done = 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else shard_name.format(number=number, count=len(shards))
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+        with (folder / name).open("wb") as file:
+            for written in _write_shard(file, shard):
+                done += written
+                progress("writing tensors", done, total)
+            file.flush()
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(file: Any, tensors: Iterable[TensorToWrite]) -> Iterator[int]:
+    # Wide types first, as the reference writer does: then every tensor is aligned to its own element size.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.num_bytes],
+        }
+        at += tensor.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in ordered:
+        written = 0
+        for piece in tensor.produce():
+            assert piece.dtype == tensor.dtype, f"{tensor.name}: piece of {piece.dtype}, header says {tensor.dtype}"
+            data = piece.detach().contiguous().cpu().view(torch.uint8).numpy()
+            file.write(memoryview(data).cast("B"))
+            written += data.nbytes
+            yield data.nbytes
+        assert written == tensor.num_bytes, f"{tensor.name}: wrote {written} of {tensor.num_bytes} bytes"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file inside a folder that is not yet visible under its final name."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """A folder that appears at `destination` complete or not at all.
+
+    Yields a temporary sibling; on success it is renamed, on any failure removed. Raises UsageError if the
+    destination is already there, DiskSpaceError if fewer than `needed_bytes` are free or the disk fills up.
+    """
+    destination = destination.absolute()
+    if destination.is_symlink() or destination.exists():
+        raise UsageError(f"{destination} exists already; name a new folder or remove it first")
+    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(destination.parent).free
+        if needed_bytes > free:
+            raise DiskSpaceError(
+                f"{destination} needs {needed_bytes / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; "
+                "free some space or name a folder on another disk"
+            )
+        partial.mkdir()
+        yield partial
+        partial.rename(destination)
+        _sync_folder(destination.parent)
+    except OSError as error:
+        raise _write_error(destination, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(path: Path, error: OSError) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(f"{path} cannot be written: the disk is full; free some space and run it again")
+    return UsageError(f"{path} cannot be written ({error.strerror or error}); check the path and its permissions")
+
