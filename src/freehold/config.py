@@ -5,7 +5,8 @@ that a foreign checkpoint is turned away before any of its tensors are touched.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from freehold.errors import CheckpointError, UnsupportedError, UsageError
 
 SWIGLU_ALPHA = 1.702
+_LARGEST = 1e30  # beyond any size or constant of a model: refused before arithmetic overflows
+_MAX_LAYERS = 10_000  # a damaged file may ask for billions; no model comes near this
 
 
 class Layout(Enum):
@@ -41,11 +44,13 @@ class RopeConfig:
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        if self.theta <= 1 or self.factor < 1 or self.original_context < 1:
+        if not 1 < self.theta < math.inf or not 1 <= self.factor <= 2**20 or self.original_context < 1:
             raise UsageError(
-                f"rope needs theta > 1, factor >= 1 and a positive original context; got theta {self.theta}, "
-                f"factor {self.factor}, original context {self.original_context}"
+                "rope needs a theta above 1, a factor from 1 to 2^20 and a positive original context; "
+                f"got theta {self.theta}, factor {self.factor}, original context {self.original_context}"
             )
+        if not (0 < self.beta_fast < math.inf and 0 < self.beta_slow < math.inf):
+            raise UsageError(f"rope needs positive betas; got beta_fast {self.beta_fast}, beta_slow {self.beta_slow}")
 
     @property
     def concentration(self) -> float:
@@ -82,9 +87,7 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f"model config: {name} must be a positive integer, got {value!r}")
         if self.num_active_experts > self.num_experts:
-            raise UsageError(
-                f"model config: {self.num_active_experts} active experts out of only {self.num_experts}"
-            )
+            raise UsageError(f"model config: {self.num_active_experts} active experts out of only {self.num_experts}")
         if self.num_heads % self.num_kv_heads:
             raise UsageError(
                 f"model config: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly"
@@ -93,8 +96,12 @@ class ModelConfig:
             raise UsageError(f"model config: head_dim must be even for rotary embedding, got {self.head_dim}")
         if len(self.windows) != self.num_layers:
             raise UsageError(f"model config: {len(self.windows)} layer types for {self.num_layers} layers")
-        if any(window is not None and window < 1 for window in self.windows):
-            raise UsageError(f"model config: an attention window must hold at least one key, got {self.windows}")
+        smallest = min((window for window in self.windows if window is not None), default=1)
+        if smallest < 1:
+            raise UsageError(f"model config: an attention window must hold at least one key, got {smallest}")
+        for name in ("norm_eps", "swiglu_limit"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"model config: {name} must be positive and finite, got {getattr(self, name)}")
 
     @property
     def supports_mxfp4(self) -> bool:
@@ -184,63 +191,66 @@ def from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
     read.refuse_unless("hidden_act", "silu")
     read.refuse_unless("attention_bias", True)
     read.refuse_unless("swiglu_alpha", SWIGLU_ALPHA)
-    num_layers = read.integer("num_hidden_layers")
+    num_layers = read.num_layers()
     max_context = read.integer("max_position_embeddings", 131_072)
-    window = raw.get("sliding_window", 128)
-    layer_types = raw.get("layer_types")
-    if layer_types is None:
-        windows = alternating_windows(num_layers, window) if window else (None,) * num_layers
-    else:
+    window = None if raw.get("sliding_window", 128) is None else read.integer("sliding_window", 128)
+    if "layer_types" in raw and raw["layer_types"] is not None:
         known: dict[str, int | None] = {"sliding_attention": window, "full_attention": None}
-        unknown = [kind for kind in layer_types if kind not in known]
+        kinds = raw["layer_types"] if isinstance(raw["layer_types"], list) else [raw["layer_types"]]
+        unknown = [kind for kind in kinds if kind not in list(known)]
         if unknown:
             raise CheckpointError(f"{source}: unknown layer type {unknown[0]!r}; known are {', '.join(known)}")
-        windows = tuple(known[kind] for kind in layer_types)
-    return _checked(
-        source,
-        num_layers=num_layers,
-        hidden_size=read.integer("hidden_size"),
-        expert_width=read.integer("intermediate_size"),
-        num_experts=read.integer("num_local_experts"),
-        num_active_experts=read.integer("num_experts_per_tok", raw.get("experts_per_token", 4)),
-        num_heads=read.integer("num_attention_heads"),
-        num_kv_heads=read.integer("num_key_value_heads"),
-        head_dim=read.integer("head_dim", 64),
-        vocab_size=read.integer("vocab_size"),
-        windows=windows,
-        max_context=max_context,
-        rope=_rope_from_hf(raw, source, max_context),
-        norm_eps=read.number("rms_norm_eps", 1e-5),
-        swiglu_limit=read.number("swiglu_limit", 7.0),
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
+        windows = tuple(known[kind] for kind in kinds)
+    else:
+        windows = alternating_windows(num_layers, window) if window else (None,) * num_layers
+    with _blaming(source):
+        return ModelConfig(
+            num_layers=num_layers,
+            hidden_size=read.integer("hidden_size"),
+            expert_width=read.integer("intermediate_size"),
+            num_experts=read.integer("num_local_experts"),
+            num_active_experts=read.integer("num_experts_per_tok", raw.get("experts_per_token", 4)),
+            num_heads=read.integer("num_attention_heads"),
+            num_kv_heads=read.integer("num_key_value_heads"),
+            head_dim=read.integer("head_dim", 64),
+            vocab_size=read.integer("vocab_size"),
+            windows=windows,
+            max_context=max_context,
+            rope=_rope_from_hf(read, max_context),
+            norm_eps=read.number("rms_norm_eps", 1e-5),
+            swiglu_limit=read.number("swiglu_limit", 7.0),
+            tied_embeddings=read.boolean("tie_word_embeddings", False),
+        )
 
 
-def _rope_from_hf(raw: Mapping[str, Any], source: str, max_context: int) -> RopeConfig:
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 150_000.0)))
+def _rope_from_hf(read: "_Fields", max_context: int) -> RopeConfig:
+    # Where both are there, transformers takes the older name; where neither is, gpt-oss's own YaRN.
+    rope = read.section("rope_scaling") or read.section("rope_parameters")
+    if rope is None:
+        return RopeConfig(theta=read.number("rope_theta", 150_000.0))
+    theta = rope.number("rope_theta", read.number("rope_theta", 150_000.0))
+    rope.refuse_unless("partial_rotary_factor", 1.0)
+    kind = rope.text("rope_type", rope.text("type", "default"))
     if kind == "default":
         return RopeConfig(theta=theta, factor=1.0, original_context=max_context)
     if kind != "yarn":
-        raise UnsupportedError(f"{source}: rope type {kind!r} is not one that gpt-oss uses (yarn or default)")
-    rope = RopeConfig(
+        raise UnsupportedError(f"{read.source}: rope type {kind!r} is not one that gpt-oss uses (yarn or default)")
+    config = RopeConfig(
         theta=theta,
-        factor=float(parameters.get("factor", 32.0)),
-        original_context=int(
-            parameters.get("original_max_position_embeddings", raw.get("initial_context_length", 4096))
-        ),
-        beta_fast=float(parameters.get("beta_fast", 32.0)),
-        beta_slow=float(parameters.get("beta_slow", 1.0)),
-        truncate=bool(parameters.get("truncate", True)),  # Hugging Face's own default where the field is absent
+        factor=rope.number("factor", 32.0),
+        original_context=rope.integer("original_max_position_embeddings", max_context),  # as transformers falls back
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        truncate=rope.boolean("truncate", True),  # Hugging Face's own default where the field is absent
     )
-    given = parameters.get("attention_factor")
-    if given is not None and not math.isclose(given, rope.concentration, rel_tol=1e-6):
-        raise UnsupportedError(f"{source}: rope attention_factor {given} differs from YaRN's {rope.concentration}")
+    given = rope.number("attention_factor", config.concentration)
+    if not math.isclose(given, config.concentration, rel_tol=1e-6):
+        raise UnsupportedError(
+            f"{read.source}: rope attention_factor {given} differs from YaRN's {config.concentration}"
+        )
     for field in ("mscale", "mscale_all_dim"):
-        if parameters.get(field):
-            raise UnsupportedError(f"{source}: rope field {field!r} is not part of gpt-oss")
-    return rope
+        rope.refuse_unless(field, 0)
+    return config
 
 
 def to_hf(config: ModelConfig, *, quantised: bool) -> dict[str, Any]:
@@ -269,7 +279,8 @@ def to_hf(config: ModelConfig, *, quantised: bool) -> dict[str, Any]:
         "num_local_experts": config.num_experts,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
-        "sliding_window": windows.pop() if windows else None,
+        # transformers wants a number even where no layer uses it
+        "sliding_window": windows.pop() if windows else config.max_context,
         "swiglu_limit": config.swiglu_limit,
         "tie_word_embeddings": config.tied_embeddings,
         "use_cache": True,
@@ -302,32 +313,31 @@ def to_hf(config: ModelConfig, *, quantised: bool) -> dict[str, Any]:
 def from_original(raw: Mapping[str, Any], source: str) -> ModelConfig:
     """Read the `config.json` of OpenAI's original layout; `source` names the file in errors."""
     read = _Fields(raw, source)
-    num_layers = read.integer("num_hidden_layers")
+    num_layers = read.num_layers()
     window = read.integer("sliding_window", 128)
-    factor = read.number("rope_scaling_factor", 32.0)
-    context = read.integer("initial_context_length", 4096)
-    return _checked(
-        source,
-        num_layers=num_layers,
-        hidden_size=read.integer("hidden_size"),
-        expert_width=read.integer("intermediate_size"),
-        num_experts=read.integer("num_experts"),
-        num_active_experts=read.integer("experts_per_token"),
-        num_heads=read.integer("num_attention_heads"),
-        num_kv_heads=read.integer("num_key_value_heads"),
-        head_dim=read.integer("head_dim", 64),
-        vocab_size=read.integer("vocab_size"),
-        windows=alternating_windows(num_layers, window) if window else (None,) * num_layers,
-        max_context=round(context * factor),
-        rope=RopeConfig(
+    with _blaming(source):
+        rope = RopeConfig(
             theta=read.number("rope_theta", 150_000.0),
-            factor=factor,
-            original_context=context,
+            factor=read.number("rope_scaling_factor", 32.0),
+            original_context=read.integer("initial_context_length", 4096),
             beta_fast=read.number("rope_ntk_beta", 32.0),
             beta_slow=read.number("rope_ntk_alpha", 1.0),
-        ),
-        swiglu_limit=read.number("swiglu_limit", 7.0),
-    )
+        )
+        return ModelConfig(
+            num_layers=num_layers,
+            hidden_size=read.integer("hidden_size"),
+            expert_width=read.integer("intermediate_size"),
+            num_experts=read.integer("num_experts"),
+            num_active_experts=read.integer("experts_per_token"),
+            num_heads=read.integer("num_attention_heads"),
+            num_kv_heads=read.integer("num_key_value_heads"),
+            head_dim=read.integer("head_dim", 64),
+            vocab_size=read.integer("vocab_size"),
+            windows=alternating_windows(num_layers, window) if window else (None,) * num_layers,
+            max_context=round(rope.original_context * rope.factor),
+            rope=rope,
+            swiglu_limit=read.number("swiglu_limit", 7.0),
+        )
 
 
 def to_original(config: ModelConfig) -> dict[str, Any]:
@@ -337,7 +347,9 @@ def to_original(config: ModelConfig) -> dict[str, Any]:
     if config.windows != full and config.windows != alternating_windows(config.num_layers, window):
         raise UnsupportedError("the original layout knows only alternating windows, or none at all")
     if config.norm_eps != 1e-5:
-        raise UnsupportedError(f"the original layout fixes the norm's epsilon at 1e-5, this model has {config.norm_eps}")
+        raise UnsupportedError(
+            f"the original layout fixes the norm's epsilon at 1e-5, this model has {config.norm_eps}"
+        )
     if config.rope.truncate and config.rope.factor > 1:
         raise UnsupportedError("the original layout does not truncate YaRN's correction range, this model does")
     if round(config.rope.original_context * config.rope.factor) != config.max_context:
@@ -365,9 +377,11 @@ def to_original(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _checked(source: str, **fields: Any) -> ModelConfig:
+@contextmanager
+def _blaming(source: str) -> Iterator[None]:
+    """A config that cannot be is the file's fault here, not the caller's."""
     try:
-        return ModelConfig(**fields)
+        yield
     except UsageError as error:
         raise CheckpointError(f"{source}: {error}; the file is damaged or foreign") from None
 
@@ -377,21 +391,57 @@ class _Fields:
 
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self._raw = raw
-        self._source = source
+        self.source = source
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self._source}: {name!r} must be a number, got {value!r}; the file is damaged")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            raise self._error(name, "a number", value)
         return float(value)
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.number(name, default)
         if not value.is_integer():
-            raise CheckpointError(f"{self._source}: {name!r} must be an integer, got {value!r}; the file is damaged")
+            raise self._error(name, "an integer", value)
         return int(value)
 
+    def num_layers(self) -> int:
+        """Bounded, since every layer costs a few entries in tables before any tensor is looked at."""
+        value = self.integer("num_hidden_layers")
+        if not 1 <= value <= _MAX_LAYERS:
+            raise self._error("num_hidden_layers", f"from 1 to {_MAX_LAYERS}", value)
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._raw.get(name, default)
+        if not isinstance(value, bool):
+            raise self._error(name, "true or false", value)
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self._raw.get(name, default)
+        if not isinstance(value, str):
+            raise self._error(name, "a string", value)
+        return value
+
+    def section(self, name: str) -> "_Fields | None":
+        """A nested object, None if it is absent, null or empty."""
+        value = self._raw.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self._error(name, "an object", value)
+        return _Fields(value, self.source) if value else None
+
     def refuse_unless(self, name: str, expected: object) -> None:
-        value = self._raw.get(name, expected)
-        if value != expected:
-            raise UnsupportedError(f"{self._source}: {name} is {value!r}; gpt-oss has {expected!r}, and so has Freehold")
+        value = self._raw.get(name)
+        if value is not None and value != expected:
+            raise UnsupportedError(
+                f"{self.source}: {name} is {_brief(value)}; gpt-oss has {expected!r}, and so has Freehold"
+            )
+
+    def _error(self, name: str, expected: str, value: object) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {name!r} must be {expected}, got {_brief(value)}; the file is damaged")
+
+
+def _brief(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,6 +17,10 @@ prints the message and exits with 1 (2 for UsageError); it never shows a traceba
 class FreeholdError(Exception):
     """Base of all errors that a user or client can cause."""
 
+    def __str__(self) -> str:
+        # Messages quote names from foreign files: control characters are shown, not obeyed by the terminal.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 class UsageError(FreeholdError, ValueError):
     """A value given by the caller cannot be used."""

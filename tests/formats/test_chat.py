@@ -37,9 +37,7 @@ def test_harmony_where_the_template_or_the_vocabulary_speaks_it(gpt_oss: Tokeniz
     for template in (None, HARMONY_TEMPLATE):
         chat = choose(gpt_oss, template, [199999])
         assert chat.stop_ids == {199999, 200002, 200012}
-        assert prompt(chat, gpt_oss, ("user", "hello")).startswith(
-            "<|start|>system<|message|>You are ChatGPT"
-        )
+        assert prompt(chat, gpt_oss, ("user", "hello")).startswith("<|start|>system<|message|>You are ChatGPT")
     with pytest.raises(CheckpointError, match="lacks Harmony's"):
         choose(small, HARMONY_TEMPLATE, [])
 
@@ -48,15 +46,11 @@ def test_the_template_otherwise_even_where_the_vocabulary_has_harmonys_tokens(sm
     grown = small.with_control_tokens(CONTROL_TOKENS)
     chat = choose(grown, CHATML, [2, 0])
     assert chat.stop_ids == {0, 2}
-    assert (
-        prompt(chat, grown, ("user", "hello")) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert prompt(chat, grown, ("user", "hello")) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_variables_reach_the_template(small: Tokenizer) -> None:
-    chat = choose(
-        small, "{{ bos_token }}{{ messages[0].content }}", [], variables={"bos_token": "<|endoftext|>"}
-    )
+    chat = choose(small, "{{ bos_token }}{{ messages[0].content }}", [], variables={"bos_token": "<|endoftext|>"})
     assert chat.render(Conversation(messages=(text_message("user", "hello"),))) == [0, *small.encode("hello")]
 
 
@@ -115,9 +109,7 @@ def test_a_harmony_reply_is_read_and_goes_back_into_the_history(gpt_oss: Tokeniz
         ("commentary", "Wait."),
         ("final", "Paris 😀"),
     ]
-    conversation = Conversation(messages=(text_message("user", "q"),)).plus(
-        *messages, text_message("user", "more")
-    )
+    conversation = Conversation(messages=(text_message("user", "q"),)).plus(*messages, text_message("user", "more"))
     text = gpt_oss.decode(chat.render(conversation), control="show")
     assert text.endswith(
         "<|start|>user<|message|>q<|end|><|start|>assistant<|channel|>commentary<|message|>Wait.<|end|>"
@@ -144,11 +136,7 @@ def test_made_up_headers_do_not_spoil_the_history(gpt_oss: Tokenizer) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    ids=st.lists(
-        st.one_of(st.integers(199_998, 200_014), st.integers(0, 2000), st.just(17 + 2**18)), max_size=30
-    )
-)
+@given(ids=st.lists(st.one_of(st.integers(199_998, 200_014), st.integers(0, 2000), st.just(17 + 2**18)), max_size=30))
 def test_whatever_was_said_can_be_said_on(gpt_oss: Tokenizer, ids: list[int]) -> None:
     chat = choose(gpt_oss, None, [])
     deltas, messages = read(chat, ids)
@@ -179,6 +167,4 @@ def test_templates_are_spared_what_only_harmony_has(small: Tokenizer) -> None:
         )
     )
     text = small.decode(chat.render(conversation), control="show")
-    assert (
-        text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>assistant\n"

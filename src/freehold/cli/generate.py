@@ -24,8 +24,8 @@ def command(
 ) -> None:
     """Continue a text: raw completion, no chat format.
 
+    \b
     freehold generate "The three primary colours are" --max-tokens 20
-
     freehold generate --temperature 0.8 --seed 1 < story.txt
     """
     if prompt is None:

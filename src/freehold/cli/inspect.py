@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 def command(
     model: ModelArgument,
-    context: Annotated[int | None, typer.Option(help="Tokens to plan memory for. Default: the model's context.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to plan memory for. Default: the model's context.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Plan for running in float32 or bfloat16.")] = "bfloat16",
     as_json: Json = False,
 ) -> None:
     """Show a model's architecture, parameters, tensors, size on disk and memory need. Loads no weights.
 
+    \b
     freehold inspect default
-
     freehold inspect default --context 4096 --json
     """
     from freehold.errors import UsageError
@@ -106,15 +108,15 @@ def _text(facts: dict[str, Any]) -> str:
         f"  layout       {facts['layout']}, experts in {facts['experts']}",
         f"  layers       {shape['layers']}{window}",
         f"  hidden       {shape['hidden_size']}",
-        f"  attention    {shape['query_heads']} query heads, {shape['kv_heads']} key/value heads of {shape['head_dim']}",
-        f"  experts      {shape['experts']} of width {shape['expert_width']}, {shape['active_experts']} active per token",
+        f"  attention    {shape['query_heads']} query and {shape['kv_heads']} key/value heads of {shape['head_dim']}",
+        f"  experts      {shape['experts']} of width {shape['expert_width']}, {shape['active_experts']} active a token",
         f"  vocabulary   {shape['vocabulary']}{', embeddings tied' if shape['tied_embeddings'] else ''}",
         f"  context      {shape['context']} tokens, RoPE theta {shape['rope_theta']:g}{yarn}",
         f"  parameters   {parameters['total']:,} in all, {parameters['active']:,} active per token",
         f"  on disk      {terminal.gib(facts['bytes_on_disk'])}",
         f"  memory       {terminal.gib(memory['total_bytes'])} for {memory['context']} tokens in {memory['dtype']}:",
-        f"               {terminal.gib(memory['experts_bytes'])} experts + {terminal.gib(memory['dense_bytes'])} dense + "
-        f"{terminal.gib(memory['kv_cache_bytes'])} KV cache + {terminal.gib(memory['scratch_bytes'])} scratch",
+        f"               {terminal.gib(memory['experts_bytes'])} experts + {terminal.gib(memory['dense_bytes'])} dense"
+        f" + {terminal.gib(memory['kv_cache_bytes'])} KV cache + {terminal.gib(memory['scratch_bytes'])} scratch",
         "",
         *_tensor_lines(facts["tensors"]),
     ]
@@ -129,6 +131,6 @@ def _tensor_lines(tensors: list[dict[str, Any]]) -> list[str]:
         groups[key] = groups.get(key, 0) + 1
     width = max(len(name) for name, _, _ in groups)
     return [
-        f"  {name:<{width}}  {dtype:<4}  {' × '.join(map(str, shape))}{f'   (× {count} layers)' if count > 1 else ''}"
+        f"  {name:<{width}}  {dtype:<4}  {' × '.join(map(str, shape))}{f'  (× {count})' if count > 1 else ''}"
         for (name, dtype, shape), count in groups.items()
     ]

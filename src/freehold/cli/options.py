@@ -6,36 +6,36 @@ from typing import Annotated
 import typer
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A model folder, a name in a cache, or 'default'.", show_default=True)
+    str,
+    typer.Option("--model", "-m", help="A model folder, a name in a cache, or 'default'.", show_default=True),
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a name in a cache, or 'default'.")]
 Destination = Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; it appears when it is complete.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
-_SAMPLING, _RUNNING = "Sampling", "Running"
 Temperature = Annotated[
     float | None,
-    typer.Option(help="0 takes the likeliest token. Default: the model's own.", rich_help_panel=_SAMPLING),
+    typer.Option(help="0 takes the likeliest token. Default: the model's own."),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Keep the likeliest tokens that together reach this probability.", rich_help_panel=_SAMPLING),
+    typer.Option(help="Keep the likeliest tokens that together reach this probability."),
 ]
-TopK = Annotated[int | None, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[int | None, typer.Option(help="Keep this many likeliest tokens; 0 keeps all.")]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Drop tokens less likely than this share of the likeliest.", rich_help_panel=_SAMPLING),
+    typer.Option(help="Drop tokens less likely than this share of the likeliest."),
 ]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(help="Stop after this many new tokens. Default: the model's context.", rich_help_panel=_SAMPLING),
+    typer.Option(help="Stop after this many new tokens, or where the model's context ends."),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="A torch device such as cpu or cuda. Default: the GPU if there is one.", rich_help_panel=_RUNNING),
+    typer.Option(help="A torch device such as cpu or cuda. Default: the GPU if there is one."),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32 or bfloat16. Default: by device and free memory.", rich_help_panel=_RUNNING),
+    typer.Option(help="float32 or bfloat16. Default: by device and free memory."),
 ]

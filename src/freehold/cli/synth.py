@@ -21,8 +21,8 @@ def command(
 ) -> None:
     """Write random weights of any gpt-oss shape, for tests and for measuring speed.
 
+    \b
     freehold synth tiny /tmp/tiny-model
-
     freehold synth gpt-oss-20b /data/random-20b
     """
     from freehold.weights.layouts import read_config

@@ -93,15 +93,11 @@ def from_json(raw: Any, source: str) -> pre_tokenizers.PreTokenizer:
         raise UnsupportedError(f"{source}: pre_tokenizer is {raw!r:.80}; Freehold reads byte-level BPE only")
     names = [kind.get("type") for kind in kinds]
     if names[-1] != "ByteLevel" or names.count("ByteLevel") > 1:
-        raise UnsupportedError(
-            f"{source}: pre_tokenizer is {names}; Freehold reads what ends in one ByteLevel"
-        )
+        raise UnsupportedError(f"{source}: pre_tokenizer is {names}; Freehold reads what ends in one ByteLevel")
     try:
         steps = [_step_from_json(kind, source) for kind in kinds]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{source}: pre_tokenizer is damaged ({error!r}); fetch the file again"
-        ) from None
+        raise CheckpointError(f"{source}: pre_tokenizer is damaged ({error!r}); fetch the file again") from None
     return steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
 
 
@@ -129,6 +125,4 @@ def _regex(pattern: str, source: str) -> Regex:
     try:
         return Regex(pattern)
     except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(
-            f"{source}: pre_tokenizer's pattern {pattern!r:.80} is no regex: {error}"
-        ) from error
+        raise CheckpointError(f"{source}: pre_tokenizer's pattern {pattern!r:.80} is no regex: {error}") from error

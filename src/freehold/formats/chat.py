@@ -79,9 +79,7 @@ def choose(
     how to chat.
     """
     stops = frozenset(stop_ids)
-    harmonic = (
-        START in template and MESSAGE in template if template is not None else speaks_harmony(tokenizer)
-    )
+    harmonic = START in template and MESSAGE in template if template is not None else speaks_harmony(tokenizer)
     if harmonic:
         return HarmonyFormat(tokenizer, system=system or SystemContent(), more_stop_ids=stops)
     if template is None:

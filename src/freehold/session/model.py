@@ -17,7 +17,7 @@ from freehold.config import ModelConfig
 from freehold.errors import BackendError, CheckpointError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyDelta, ReplyReader
-from freehold.formats.conversation import Conversation, SystemContent
+from freehold.formats.conversation import Conversation, Effort, Message, SystemContent
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import GenerationDefaults, ModelFolder, open_folder
@@ -116,7 +116,7 @@ class Model:
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
         *,
-        reasoning_effort: str | None = None,
+        reasoning_effort: Effort | None = None,
         **sampling: Any,
     ) -> str:
         """The reply to a conversation, given as OpenAI-style dicts or as a Conversation; reasoning is left out.
@@ -131,7 +131,7 @@ class Model:
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
         *,
-        reasoning_effort: str | None = None,
+        reasoning_effort: Effort | None = None,
         **sampling: Any,
     ) -> "Reply":
         """Like `chat`, as it is made: reasoning and answer, and in the end the messages for the history."""
@@ -141,15 +141,19 @@ class Model:
         prompt = chat_format.render(conversation)
         return Reply(self.generate(prompt, **sampling), chat_format.reply_reader(), num_prompt_tokens=len(prompt))
 
-    def chat_format(self, reasoning_effort: str | None = None) -> ChatFormat:
+    def chat_format(self, reasoning_effort: Effort | None = None) -> ChatFormat:
         """How this model writes conversations. Raises CheckpointError where its folder does not say."""
         if self.tokenizer is None:
             raise CheckpointError(
-                f"{self._folder.path} has no tokenizer.json, so this model knows token ids only; add the tokeniser it was "
-                "trained with"
+                f"{self._folder.path} has no tokenizer.json, so this model knows token ids only; add the tokeniser it "
+                "was trained with"
             )
         today = datetime.datetime.now().astimezone().date().isoformat()
-        system = SystemContent(date=today) if reasoning_effort is None else SystemContent(date=today, effort=reasoning_effort)
+        system = (
+            SystemContent(date=today)
+            if reasoning_effort is None
+            else SystemContent(date=today, effort=reasoning_effort)
+        )
         chosen = chat.choose(
             self.tokenizer,
             self._folder.chat_template,
@@ -158,7 +162,9 @@ class Model:
             variables=self._folder.template_variables,
         )
         if reasoning_effort is not None and not isinstance(chosen, HarmonyFormat):
-            raise UsageError(f"reasoning effort {reasoning_effort!r}: this model does not speak Harmony and has no such setting")
+            raise UsageError(
+                f"reasoning effort {reasoning_effort!r}: this model does not speak Harmony and has no such setting"
+            )
         return chosen
 
     def _checked(self, token_ids: Sequence[int]) -> Tensor:
@@ -166,7 +172,8 @@ class Model:
             raise UsageError("the prompt is empty; give at least one token")
         if len(token_ids) > self.config.max_context:
             raise UsageError(
-                f"the prompt has {len(token_ids)} tokens and this model's context is {self.config.max_context}; shorten it"
+                f"the prompt has {len(token_ids)} tokens and this model's context is {self.config.max_context}; "
+                "shorten it"
             )
         tokens_T = torch.as_tensor(token_ids, dtype=torch.long)
         if bool(((tokens_T < 0) | (tokens_T >= self.config.vocab_size)).any()):
@@ -192,7 +199,7 @@ class Model:
 
     @torch.inference_mode()
     def _next_logits(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
-        for chunk in tokens_T.split(PREFILL_CHUNK):
+        for chunk in torch.split(tokens_T, PREFILL_CHUNK):
             hidden_TD = self._transformer.forward(chunk, cache)
         return self._transformer.unembed(hidden_TD[-1:])[0].cpu()
 
@@ -207,7 +214,7 @@ class Reply:
         self.deltas = self._read(tokens)
 
     @property
-    def messages(self) -> Sequence[Any]:
+    def messages(self) -> tuple[Message, ...]:
         """What belongs in the history, also after the reader stopped half-way."""
         return self._reader.messages
 
@@ -229,7 +236,9 @@ def _device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise BackendError(f"device {str(device)!r} cannot be used here ({reason}); choose cpu, or see `freehold doctor`") from None
+        raise BackendError(
+            f"device {str(device)!r} cannot be used here ({reason}); choose cpu, or see `freehold doctor`"
+        ) from None
     return chosen
 
 

@@ -3,17 +3,14 @@
 Reading hands out tensors that are views of the mapped file: nothing is copied, and pages that are not touched are
 not in memory. Every header is checked against its file before the first tensor is given out, so a truncated or
 foreign file is one CheckpointError that names the file and the tensor. Writing streams: the header first, then the
-bytes of each tensor as they come, into a folder that takes its final name only when everything is on disk.
+bytes of each tensor as they come.
 """
 
-import errno
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from freehold.errors import CheckpointError, DiskSpaceError, ModelNotFoundError, UsageError
+from freehold.disk import write_text
+from freehold.errors import CheckpointError, ModelNotFoundError
 from freehold.log import Progress, no_progress
 
 _DTYPES = {
@@ -57,6 +55,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
+        self._opened: dict[Path, Any] = {}
         for path in _shards(folder):
             for name, info in read_header(path).items():
                 if name in self.infos:
@@ -75,8 +74,9 @@ class TensorFiles:
         """A view of the mapped file. The mapping is private: the file is never written to."""
         info = self.infos[name]
         try:
-            with safe_open(info.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+            if info.file not in self._opened:
+                self._opened[info.file] = safe_open(info.file, framework="pt")
+            tensor: Tensor = self._opened[info.file].get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{info.file}: tensor {name} cannot be read ({error}); {_REMEDY}") from None
         return tensor
@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; {_REMEDY}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 errors alike
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); {_REMEDY}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; {_REMEDY}")
@@ -114,10 +114,11 @@ def _shards(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index} has no weight_map of tensor names to file names; {_REMEDY}")
         paths = [folder / name for name in sorted(set(weight_map.values()))]
+        present = {path.name for path in folder.iterdir()}
         for path in paths:
             if path.parent != folder:
                 raise CheckpointError(f"{index} points outside its folder, to {path}; the file is not to be trusted")
-            if not path.is_file():
+            if path.name not in present:
                 raise CheckpointError(f"{path} is missing, though {index.name} names it; {_REMEDY}")
         return paths
     paths = sorted(folder.glob("*.safetensors"))
@@ -134,7 +135,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} is not a safetensors file (its header would be {length} bytes); {_REMEDY}")
+                raise CheckpointError(
+                    f"{path} is not a safetensors file (its header would be {length} bytes); {_REMEDY}"
+                )
             if 8 + length > size:
                 raise CheckpointError(
                     f"{path} is truncated: its header needs {length} bytes and the file has {size} in all; {_REMEDY}"
@@ -142,7 +145,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    except ValueError:  # JSON and UTF-8 errors alike
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is corrupt: its header is not JSON; {_REMEDY}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is corrupt: its header is not a JSON object; {_REMEDY}")
@@ -261,59 +264,7 @@ def _write_shard(file: Any, tensors: Iterable[TensorToWrite]) -> Iterator[int]:
         for piece in tensor.produce():
             assert piece.dtype == tensor.dtype, f"{tensor.name}: piece of {piece.dtype}, header says {tensor.dtype}"
             data = piece.detach().contiguous().cpu().view(torch.uint8).numpy()
-            file.write(memoryview(data).cast("B"))
+            file.write(data.data)
             written += data.nbytes
             yield data.nbytes
         assert written == tensor.num_bytes, f"{tensor.name}: wrote {written} of {tensor.num_bytes} bytes"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file inside a folder that is not yet visible under its final name."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
-    """A folder that appears at `destination` complete or not at all.
-
-    Yields a temporary sibling; on success it is renamed, on any failure removed. Raises UsageError if the
-    destination is already there, DiskSpaceError if fewer than `needed_bytes` are free or the disk fills up.
-    """
-    destination = destination.absolute()
-    if destination.is_symlink() or destination.exists():
-        raise UsageError(f"{destination} exists already; name a new folder or remove it first")
-    partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(destination.parent).free
-        if needed_bytes > free:
-            raise DiskSpaceError(
-                f"{destination} needs {needed_bytes / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; "
-                "free some space or name a folder on another disk"
-            )
-        partial.mkdir()
-        yield partial
-        partial.rename(destination)
-        _sync_folder(destination.parent)
-    except OSError as error:
-        raise _write_error(destination, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_error(path: Path, error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskSpaceError(f"{path} cannot be written: the disk is full; free some space and run it again")
-    return UsageError(f"{path} cannot be written ({error.strerror or error}); check the path and its permissions")
-

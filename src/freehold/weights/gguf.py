@@ -54,7 +54,7 @@ class GgufFile:
             values = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
             raise UnsupportedError(
-                f"{self.path}: tensor {name} is stored as {stored.tensor_type.name}, which the gguf package cannot expand"
+                f"{self.path}: tensor {name} is stored as {stored.tensor_type.name}, which cannot be expanded"
             ) from None
         shape = tuple(int(size) for size in reversed(stored.shape))
         return torch.from_numpy(np.array(values, dtype=np.float32, copy=True)).view(shape)

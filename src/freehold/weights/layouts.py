@@ -26,10 +26,11 @@ from torch import Tensor
 
 from freehold import config as configs
 from freehold.config import ExpertFormat, Layout, ModelConfig
+from freehold.disk import write_text
 from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError
 from freehold.log import Progress, no_progress
 from freehold.weights import mxfp4
-from freehold.weights.files import TensorFiles, TensorInfo, TensorToWrite, read_json, write_shards, write_text
+from freehold.weights.files import TensorFiles, TensorInfo, TensorToWrite, read_json, write_shards
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
 SHARD_BYTES = 5 * 10**9
@@ -189,7 +190,7 @@ class Checkpoint:
             match stored.form:
                 case Form.ROWS:
                     row_counts = [shapes[part][0] for part in stored.parts]
-                    table |= dict(zip(stored.parts, tensor.split(row_counts), strict=True))
+                    table |= dict(zip(stored.parts, torch.split(tensor, row_counts), strict=True))
                 case Form.TRANSPOSED:
                     table[stored.parts[0]] = tensor.transpose(-1, -2)
                 case Form.BLOCKS:
@@ -205,11 +206,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises ModelNotFoundError if there is no model, CheckpointError for a damaged or foreign one.
     """
-    if not folder.is_dir():
-        raise ModelNotFoundError(f"{folder} is not a folder; name a folder with config.json and .safetensors files")
     config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise ModelNotFoundError(f"{folder} holds no config.json; name the folder of a gpt-oss checkpoint")
+    try:
+        if not folder.is_dir():
+            raise ModelNotFoundError(f"{folder} is not a folder; name a folder with config.json and .safetensors files")
+        if not config_path.is_file():
+            raise ModelNotFoundError(f"{folder} holds no config.json; name the folder of a gpt-oss checkpoint")
+    except OSError as error:
+        raise ModelNotFoundError(f"{folder} cannot be opened ({error.strerror}); name a folder you can read") from None
     layout, config = read_config(config_path)
     files = TensorFiles(folder)
     experts = _expert_format(files, config, layout)
@@ -223,8 +227,9 @@ def read_config(path: Path) -> tuple[Layout, ModelConfig]:
     if "model_type" not in raw and "num_experts" in raw:
         return Layout.ORIGINAL, configs.from_original(raw, str(path))
     config = configs.from_hf(raw, str(path))
-    method = (raw.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if method != "mxfp4":
+    quantisation = raw.get("quantization_config") or {"quant_method": "mxfp4"}
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if not isinstance(quantisation, dict) or method != "mxfp4":
         raise UnsupportedError(f"{path}: experts quantised as {method!r}; Freehold reads mxfp4 and bf16")
     return Layout.HF, config
 
@@ -253,11 +258,12 @@ def _check_tensors(files: TensorFiles, config: ModelConfig, layout: Layout, expe
             )
         _check_tensor(info, stored, stored_shape(stored, shapes))
     # A head that repeats tied embeddings is written by some tools; anything else unknown is a foreign file.
-    unknown = files.infos.keys() - {stored.name for stored in expected} - {"lm_head.weight"}
+    repeated = {"lm_head.weight"} if layout is Layout.HF and config.tied_embeddings else set()
+    unknown = files.infos.keys() - {stored.name for stored in expected} - repeated
     if unknown:
         name = min(unknown)
         raise CheckpointError(
-            f"{files.infos[name].file}: tensor {name} does not belong to a gpt-oss model of {config.num_layers} layers; "
+            f"{files.infos[name].file}: tensor {name} has no place in a gpt-oss model of {config.num_layers} layers; "
             "config.json and tensors do not fit together: download both again"
         )
 
@@ -412,8 +418,9 @@ def _take_all(waiting: list[Tensor]) -> Callable[[], Iterator[Tensor]]:
 def _bf16_experts(source: WeightSource, name: str, *, transposed: bool) -> Callable[[], Iterator[Tensor]]:
     def produce() -> Iterator[Tensor]:
         for expert in source.experts(name):
-            packed = isinstance(expert, Mxfp4Tensor)
-            values = mxfp4.unpack(expert, torch.bfloat16) if packed else expert.to(torch.bfloat16)
+            if isinstance(expert, Mxfp4Tensor):
+                expert = mxfp4.unpack(expert, torch.bfloat16)
+            values = expert.to(torch.bfloat16)
             yield values.T if transposed else values
 
     return produce

@@ -28,12 +28,16 @@ def config_of(gguf: GgufFile, *, num_experts: int) -> ModelConfig:
     """The gpt-oss config of a Llama GGUF. Raises UnsupportedError for other families or scaled RoPE."""
     family = gguf.value("general.architecture")
     if family != "llama":
-        raise UnsupportedError(f"{gguf.path}: architecture {family!r} cannot be re-expressed as gpt-oss, only llama can")
+        raise UnsupportedError(
+            f"{gguf.path}: architecture {family!r} cannot be re-expressed as gpt-oss, only llama can"
+        )
     if gguf.metadata.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in gguf.tensor_names:
         raise UnsupportedError(f"{gguf.path}: its RoPE is scaled in a way that gpt-oss cannot express")
     width, num_layers = gguf.value("llama.feed_forward_length"), gguf.value("llama.block_count")
     if width % num_experts:
-        raise UnsupportedError(f"{gguf.path}: feed-forward width {width} cannot be cut into {num_experts} equal experts")
+        raise UnsupportedError(
+            f"{gguf.path}: feed-forward width {width} cannot be cut into {num_experts} equal experts"
+        )
     hidden_size, num_heads = gguf.value("llama.embedding_length"), gguf.value("llama.attention.head_count")
     context = gguf.value("llama.context_length")
     return ModelConfig(
@@ -57,7 +61,10 @@ def config_of(gguf: GgufFile, *, num_experts: int) -> ModelConfig:
 
 def re_express(gguf: GgufFile, config: ModelConfig) -> WeightTable:
     """The canonical float32 tensors of `config_of(gguf)`'s model."""
-    table: WeightTable = {"embedding": gguf.tensor("token_embd.weight"), "final_norm": gguf.tensor("output_norm.weight")}
+    table: WeightTable = {
+        "embedding": gguf.tensor("token_embd.weight"),
+        "final_norm": gguf.tensor("output_norm.weight"),
+    }
     if not config.tied_embeddings:
         table["unembedding"] = gguf.tensor("output.weight")
     for layer in range(config.num_layers):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freehold.config import ExpertFormat, Layout, ModelConfig
+from freehold.disk import new_folder
 from freehold.log import Progress, no_progress
 from freehold.weights import mxfp4
 from freehold.weights.layouts import (
@@ -20,12 +21,14 @@ from freehold.weights.layouts import (
     num_bytes_to_write,
     write_checkpoint,
 )
-from freehold.weights.files import new_folder
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
 _STD = 0.02
 _PIECE_ELEMENTS = 1 << 24
-_SCALE_BYTES = (119, 122)  # E2M1 codes drawn evenly have a deviation of 3.1; times 2^-8 … 2^-6 that is around 0.02
+_SCALE_BYTES = (
+    119,
+    122,
+)  # E2M1 codes drawn evenly have a deviation of 3.1; times 2^-8 … 2^-6 that is around 0.02
 
 
 class RandomSource:

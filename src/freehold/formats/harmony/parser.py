@@ -100,9 +100,7 @@ def _delta(text: str) -> Iterator[Event]:
         yield TextDelta(text)
 
 
-def _read_header(
-    tokenizer: Tokenizer, known: HarmonyVocabulary, header: list[int], role: Role | None
-) -> MessageStart:
+def _read_header(tokenizer: Tokenizer, known: HarmonyVocabulary, header: list[int], role: Role | None) -> MessageStart:
     """`role[:name] [to=recipient] [<|channel|>channel [to=recipient]] [[<|constrain|>]content type]`."""
     before, channel, constraint = _sections(header, known)
     words = tokenizer.decode(before).split()

@@ -37,9 +37,7 @@ class HarmonyVocabulary:
         """Look the ids up. Raises CheckpointError where some of the tokens are missing."""
         known = tokenizer.control_tokens
         if missing := [name for name in CONTROL_TOKENS if name not in known]:
-            raise CheckpointError(
-                f"the tokeniser lacks Harmony's {', '.join(missing)}; use one made for gpt-oss"
-            )
+            raise CheckpointError(f"the tokeniser lacks Harmony's {', '.join(missing)}; use one made for gpt-oss")
         return cls(
             start=known[START],
             end=known[END],

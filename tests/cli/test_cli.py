@@ -1,0 +1,224 @@
+"""The commands as a person or a script meets them."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from freehold import __version__
+from freehold.cli.main import app
+from freehold.cli.reference import render
+
+ROOT = Path(__file__).parents[2]
+FREEHOLD = [sys.executable, "-c", "from freehold.cli.main import main; main()"]
+
+
+def _run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: stdout and stderr apart, errors as the entry point shows them."""
+    command = [*FREEHOLD, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _invoke(*arguments: str | Path) -> Result:
+    """The command in this process; errors come out as exceptions."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    result = _invoke("synth", "tiny", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_reference_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == render()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from freehold.cli.main import app; print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version() -> None:
+    assert _invoke("--version").output == f"freehold {__version__}\n"
+
+
+# --- chat and generate ------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_on_stdout_alone(default_folder: Path) -> None:
+    done = _run("chat", "What is the capital of France?")
+    assert done.returncode == 0
+    assert "Paris" in done.stdout
+    assert done.stdout.endswith("\n")
+    assert done.stderr == ""
+
+
+def test_question_from_a_pipe(default_folder: Path) -> None:
+    done = _run("--verbose", "chat", "--max-tokens", "5", stdin="What is the capital of France?\n")
+    assert done.returncode == 0
+    assert len(done.stdout.split()) in range(1, 6)
+    assert "5 new tokens" in done.stderr
+
+
+def test_empty_questions(default_folder: Path) -> None:
+    for arguments in (("chat",), ("chat", " \n")):
+        done = _run(*arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert "the question is empty" in done.stderr
+
+
+def test_generate_is_reproducible(default_folder: Path) -> None:
+    arguments = ("generate", "Once upon a time", "--max-tokens", "8", "--temperature", "1", "--seed")
+    first, again, other = (_invoke(*arguments, seed).stdout for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_closed_pipe_is_no_crash(default_folder: Path) -> None:
+    command = (
+        f"{sys.executable} -c 'from freehold.cli.main import main; main()' generate Hello --max-tokens 30 | head -c 3"
+    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_are_one_line(tmp_path: Path, tiny: Path) -> None:
+    for arguments, code, words in (
+        (("chat", "-m", tmp_path / "nothing", "hi"), 1, "there is no model"),
+        (("chat", "-m", tiny, "hi"), 1, "tokenizer.json"),
+        (("chat", "-m", tiny, "--temperature", "-1", "hi"), 1, "tokenizer.json"),
+        (("generate", "-m", tiny, "hi"), 1, "tokenizer.json"),
+        (("inspect", tmp_path), 1, "config.json"),
+        (("inspect", tiny, "--context", "0"), 2, "context must be between 1 and 2048"),
+        (("synth", "huge", tmp_path / "x"), 2, "'huge'"),
+        (("synth", "tiny", tiny), 2, "exists already"),
+        (("convert", tiny, tiny), 2, "exists already"),
+    ):
+        done = _run(*arguments)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        assert re.fullmatch(r"error: .+\n", done.stderr), done.stderr
+        assert words in done.stderr
+
+
+class Terminal:
+    """`freehold chat` on a pseudo-terminal, typed at and read from as a person would."""
+
+    def __init__(self) -> None:
+        self.output = ""
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            os.execvpe(FREEHOLD[0], [*FREEHOLD, "chat"], {**os.environ, "TERM": "dumb", "NO_COLOR": "1"})
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def wait_for(self, pattern: str, *, seconds: float = 60) -> str:
+        """Read until the new output matches; returns it and forgets it."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.output):
+            if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                pytest.fail(f"no {pattern!r} in {self.output!r}")
+            self.output += os.read(self._fd, 4096).decode(errors="replace")
+        seen, self.output = self.output, ""
+        return seen
+
+    def interrupt(self) -> None:
+        os.kill(self._pid, signal.SIGINT)
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def test_a_conversation_at_the_terminal(default_folder: Path) -> None:
+    terminal = Terminal()
+    terminal.wait_for(r"/quit.*> $")
+    terminal.type("What is the capital of France?\n")
+    assert "Paris" in terminal.wait_for(r"Paris[^>]*> $")
+
+    terminal.type('"""Count from one\nto a thousand in words."""\n')
+    terminal.wait_for(r"words\.\"\"\"\s+\S+ \S+ ")  # it has begun to answer
+    terminal.interrupt()
+    terminal.wait_for(r"> $")  # the answer stopped, the program did not
+
+    terminal.interrupt()
+    assert "/quit" in terminal.wait_for(r"leaves\s+> $")
+    terminal.type("/system You are a pirate.\n")
+    terminal.wait_for(r"instructions set.*\s+> $")
+    terminal.type("/reset\n")
+    terminal.wait_for(r"starts anew\s+> $")
+    terminal.type("/nonsense\n")
+    terminal.wait_for(r"there is no command /nonsense.*\s+> $")
+    terminal.type("/quit\n")
+    assert terminal.exit_code() == 0
+
+
+# --- inspect, synth, convert, doctor ----------------------------------------------------------------------------
+
+
+def test_inspect(tiny: Path) -> None:
+    facts = json.loads(_invoke("inspect", tiny, "--json", "--context", "100").stdout)
+    assert facts["architecture"]["experts"] == 8
+    assert facts["parameters"]["total"] == 749_184
+    assert facts["bytes_on_disk"] == sum(tensor["bytes"] for tensor in facts["tensors"])
+    assert facts["memory"]["context"] == 100
+    memory = facts["memory"]
+    parts = sum(memory[f"{part}_bytes"] for part in ("dense", "experts", "kv_cache", "scratch"))
+    assert memory["total_bytes"] == parts
+    # two full layers hold 100 positions, two windowed ones 15; 2 × 2 heads × 16 × 2 bytes each
+    assert memory["kv_cache_bytes"] == (2 * 100 + 2 * 15) * 2 * 2 * 16 * 2
+    router = {"name": "model.layers.3.mlp.router.weight", "dtype": "BF16", "shape": [8, 64], "bytes": 1024}
+    assert router in facts["tensors"]
+    text = _invoke("inspect", tiny).stdout
+    for words in ("8 of width 96, 4 active", "749,184", "experts in mxfp4", "4 × 64", "2048 tokens"):
+        assert words in text, text
+
+
+def test_inspect_counts_what_is_on_disk(tiny: Path) -> None:
+    facts = json.loads(_invoke("inspect", tiny, "--json").stdout)
+    on_disk = (tiny / "model.safetensors").stat().st_size
+    assert facts["bytes_on_disk"] < on_disk < facts["bytes_on_disk"] + 20_000  # the header
+
+
+def test_synth_from_a_config_file(tiny: Path, tmp_path: Path) -> None:
+    result = _invoke("synth", tiny / "config.json", tmp_path / "again", "--layout", "original", "--seed", "5")
+    assert result.exit_code == 0
+    assert json.loads(_invoke("inspect", tmp_path / "again", "--json").stdout)["layout"] == "original"
+
+
+def test_convert(tiny: Path, tmp_path: Path) -> None:
+    assert _invoke("convert", tiny, tmp_path / "bf16", "--experts", "bf16").exit_code == 0
+    facts = json.loads(_invoke("inspect", tmp_path / "bf16", "--json").stdout)
+    assert (facts["layout"], facts["experts"]) == ("hf", "bf16")
+
+
+def test_doctor(default_folder: Path) -> None:
+    facts = json.loads(_invoke("doctor", "--json").stdout)
+    assert facts["freehold"] == __version__
+    assert facts["libraries"]["torch"].startswith("2.13.0")
+    assert facts["default_model"]["path"] == str(default_folder)
+    assert facts["default_model"]["ready"] is facts["works_offline"] is True
+    assert set(facts["ops"]) >= {"rms_norm", "attention", "moe"}
+    text = _invoke("doctor").stdout
+    for words in (facts["cpu"]["name"], "native ops", facts["cache"], "default model is in the cache"):
+        assert words in text
+
+
+def test_doctor_before_the_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREEHOLD_CACHE", str(tmp_path))
+    assert json.loads(_invoke("doctor", "--json").stdout)["works_offline"] is False
+    assert "unless its wheel is put at" in _invoke("doctor").stdout
+    assert not list(tmp_path.iterdir())

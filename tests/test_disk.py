@@ -1,0 +1,126 @@
+"""Whole or not at all: nothing half-made stays, nothing is overwritten, and a full disk is a typed error."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from freehold.disk import new_file, new_folder, write_text
+from freehold.errors import CheckpointError, DiskSpaceError, FreeholdError, UsageError
+
+
+def test_a_finished_folder_has_its_name(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "deep" / "model") as partial:
+        (partial / "x").write_text("x")
+        assert not (tmp_path / "deep" / "model").exists()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
+    assert (tmp_path / "deep" / "model" / "x").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, CheckpointError])
+def test_a_failure_inside_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), new_folder(tmp_path / "model") as partial:
+        (partial / "x").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_nothing_is_ever_overwritten(tmp_path: Path, kind: str) -> None:
+    taken = tmp_path / "model"
+    if kind == "file":
+        taken.write_text("precious")
+    elif kind == "folder":
+        taken.mkdir()
+    else:
+        taken.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="exists already"), new_folder(taken):
+        raise AssertionError("not reached")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(DiskSpaceError, match="GiB free"), new_folder(tmp_path / "model", needed_bytes=1 << 60):
+        raise AssertionError("not reached")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "said"),
+    [
+        (errno.ENOSPC, DiskSpaceError, "the disk is full"),
+        (errno.EDQUOT, DiskSpaceError, "the disk is full"),
+        (errno.EROFS, UsageError, "Read-only file system"),
+    ],
+)
+def test_a_disk_that_fills_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[FreeholdError], said: str
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(error, match=said) as caught, new_folder(tmp_path / "model") as partial:
+        with (partial / "weights").open("wb") as file:
+            monkeypatch.setattr(os, "fsync", fail)
+            os.fsync(file.fileno())
+    assert str(tmp_path / "model") in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_in_earnest(tmp_path: Path) -> None:
+    """On a file system of 8 MB, where the kernel allows one to be made without being root."""
+    script = f"""
+import sys, torch
+from pathlib import Path
+from freehold.disk import new_folder
+from freehold.errors import DiskSpaceError
+from freehold.weights.files import TensorToWrite, write_shards
+one = torch.ones(1 << 20, dtype=torch.uint8)
+big = TensorToWrite("big", torch.uint8, (32 << 20,), lambda: (one for _ in range(32)))
+try:
+    with new_folder(Path({str(tmp_path)!r}, "model")) as folder:
+        write_shards(folder, [big], shard_bytes=1 << 40)
+except DiskSpaceError as error:
+    print(error, list(Path({str(tmp_path)!r}).iterdir()))
+"""
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    in_small_disk = f'mount -t tmpfs -o size=8m tmpfs "{tmp_path}" && exec "$0" "$@"'
+    try:
+        subprocess.run([*mount, in_small_disk, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine lets nobody mount a small file system")
+    done = subprocess.run([*mount, in_small_disk, sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"{tmp_path / 'model'} cannot be written: the disk is full; free some space and run it again []\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/model"])
+def test_paths_that_cannot_be(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"), new_folder(tmp_path / name):
+        raise AssertionError("not reached")
+    with pytest.raises(UsageError, match="cannot be written"), new_file(tmp_path / name):
+        raise AssertionError("not reached")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failed_file_leaves_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "config.json"
+    write_text(path, "old")
+    with pytest.raises(error), new_file(path) as file:
+        file.write(b"new")
+        raise error
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", "old")]
+
+
+def test_text_is_replaced_whole_and_in_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_text(path, "a much longer text than the one that follows")
+    write_text(path, "naïve – 模型\n")
+    assert path.read_bytes() == "naïve – 模型\n".encode()
