@@ -56,16 +56,10 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> N
         (errno.EROFS, UsageError, "Read-only file system"),
     ],
 )
-def test_a_disk_that_fills_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[FreeholdError], said: str
-) -> None:
-    def fail(fd: int) -> None:
-        raise OSError(code, os.strerror(code))
-
+def test_a_disk_that_fills_up(tmp_path: Path, code: int, error: type[FreeholdError], said: str) -> None:
     with pytest.raises(error, match=said) as caught, new_folder(tmp_path / "model") as partial:
-        with (partial / "weights").open("wb") as file:
-            monkeypatch.setattr(os, "fsync", fail)
-            os.fsync(file.fileno())
+        (partial / "weights").write_bytes(b"half of them")
+        raise OSError(code, os.strerror(code))
     assert str(tmp_path / "model") in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -124,3 +118,29 @@ def test_text_is_replaced_whole_and_in_utf_8(tmp_path: Path) -> None:
     write_text(path, "a much longer text than the one that follows")
     write_text(path, "naïve – 模型\n")
     assert path.read_bytes() == "naïve – 模型\n".encode()
+
+
+def test_work_of_a_killed_process_is_cleared_away(tmp_path: Path) -> None:
+    """And only that: what another process is still writing stays."""
+    code = (
+        "import sys, time; from pathlib import Path; from freehold.disk import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_bytes(b'x'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"writing\n"
+        writers[0].kill()
+        writers[0].wait()
+        assert len(list(tmp_path.iterdir())) == 2
+        with new_folder(tmp_path / "model") as folder:
+            (folder / "whole").write_bytes(b"y")
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == [f".model.partial-{writers[1].pid}", "model"]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()

@@ -27,7 +27,8 @@ void rms_norm(Array<const Buffer, 2> x, Array<const Buffer, 1> weight, Array<Buf
 
 NB_MODULE(_native, module) {
     module.doc() = "Native CPU kernels of Freehold; called through freehold.kernels, never directly.";
-    module.def("rms_norm_f32", &rms_norm<float, float>, nb::arg("x"), nb::arg("weight"), nb::arg("out"), nb::arg("eps"));
+    module.def("rms_norm_f32", &rms_norm<float, float>, nb::arg("x"), nb::arg("weight"), nb::arg("out"),
+               nb::arg("eps"));
     module.def("rms_norm_bf16", &rms_norm<uint16_t, freehold::bf16>, nb::arg("x"), nb::arg("weight"), nb::arg("out"),
                nb::arg("eps"));
 }

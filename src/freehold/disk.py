@@ -1,10 +1,13 @@
 """Writing to disk: whole or not at all.
 
 What is written appears under its final name only when every byte is on the disk; whatever fails on the way, and
-Ctrl-C, leaves nothing behind. Failures of the disk are typed errors that name the path.
+Ctrl-C, leaves nothing behind. What a killed process left is removed by the next one that writes to the same name:
+a lock tells abandoned work from work going on. Failures of the disk are typed errors that name the path.
 """
 
 import errno
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +31,7 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         if destination.is_symlink() or destination.exists():
             raise UsageError(f"{destination} exists already; name a new folder or remove it first")
         destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(destination)
         free = shutil.disk_usage(destination.parent).free
         if needed_bytes > free:
             raise DiskSpaceError(
@@ -35,8 +39,9 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
                 "free some space or name a folder on another disk"
             )
         partial.mkdir()
-        yield partial
-        partial.rename(destination)
+        with _locked(partial):
+            yield partial
+            partial.rename(destination)
         _sync(destination.parent)
     except OSError as error:
         raise _typed(destination, error) from None
@@ -51,7 +56,8 @@ def new_file(destination: Path) -> Iterator[BinaryIO]:
     partial = _partial_name(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        _remove_abandoned(destination)
+        with partial.open("wb") as file, _locked(partial):
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -72,6 +78,29 @@ def write_text(path: Path, text: str) -> None:
 
 def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Remove what killed processes left of this name; what a living one holds is locked, and stays."""
+    for left in destination.parent.glob(f".{glob.escape(destination.name)}.partial-*"):
+        try:
+            with _locked(left):
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+        except OSError:  # in use, or gone by now
+            continue
 
 
 def _sync(folder: Path) -> None:

@@ -101,7 +101,7 @@ def test_bad_arguments_fail_before_anything_runs(tiny: Model, arguments: dict[st
 def test_bad_tokens(tiny: Model, tokens: list[int], message: str) -> None:
     for call in (tiny.logits, tiny.generate):
         with pytest.raises(UsageError, match=message):
-            call(tokens)  # type: ignore[operator]
+            call(tokens)
 
 
 def test_bad_devices_and_types(tiny: Model, default_folder: Path) -> None:

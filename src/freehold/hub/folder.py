@@ -1,17 +1,18 @@
 """A model folder as a whole: checkpoint, tokeniser, chat template and generation defaults, each checked when read."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freehold.errors import CheckpointError
+from freehold.errors import CheckpointError, UsageError
 from freehold.formats.tokenizer import Tokenizer
+from freehold.kernels.ops import check_sampling
 from freehold.weights.files import read_json
 from freehold.weights.layouts import Checkpoint, open_checkpoint
 
 _O200K_HARMONY_ROWS = 201_088
+_SAMPLING_TYPES = {"temperature": int | float, "top_p": int | float, "top_k": int, "min_p": int | float}
 
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -100,13 +101,17 @@ def _generation_defaults(path: Path) -> GenerationDefaults:
     raw = _optional_json(path)
     stops = raw.get("eos_token_id")
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    if not all(isinstance(stop, int) for stop in stops):
-        raise CheckpointError(f"{path}: eos_token_id must be token ids, got {stops}; download it again")
-    numbers = {name: raw.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    for name, value in numbers.items():
-        if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-            raise CheckpointError(f"{path}: {name} must be a number, got {value!r}; download it again")
-    given = {name: value for name, value in numbers.items() if value is not None}
+    given = {name: raw[name] for name in _SAMPLING_TYPES if raw.get(name) is not None}
     if not raw.get("do_sample", True):
         given["temperature"] = 0.0
-    return GenerationDefaults(stop_ids=frozenset(stops), **given)
+    for name, value in [("eos_token_id", stop) for stop in stops] + list(given.items()):
+        if isinstance(value, bool) or not isinstance(value, _SAMPLING_TYPES.get(name, int)):
+            raise CheckpointError(f"{path}: {name} cannot be {value!r}; download the file again")
+    defaults = GenerationDefaults(stop_ids=frozenset(stops), **given)
+    try:
+        check_sampling(
+            temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p, min_p=defaults.min_p
+        )
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}; download the file again") from None
+    return defaults

@@ -18,10 +18,8 @@ from freehold.log import info_once, warn_once
 CHOICES = ("auto", "native", "reference")
 OPS = ("rms_norm", "linear", "rope", "attention", "route", "moe", "sample")
 
-_NOT_BUILT = (
-    "the native kernels are not built (no C++ compiler or Python headers when Freehold was installed), so the slower "
-    "reference ops run; install g++ and python3-dev, then reinstall"
-)
+_NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"
+_REMEDY = "install g++ and python3-dev, then install Freehold again"
 
 
 @cache
@@ -35,10 +33,10 @@ def native() -> ModuleType | None:
         return None
     try:
         module = importlib.import_module("freehold.kernels.native")
-    except ImportError as error:
+    except ImportError:
         if choice == "native":
-            raise BackendError(f"FREEHOLD_KERNELS=native, but {_NOT_BUILT} ({error})") from None
-        warn_once(_NOT_BUILT)
+            raise BackendError(f"FREEHOLD_KERNELS=native, but {_NOT_BUILT}; {_REMEDY}") from None
+        warn_once(f"{_NOT_BUILT}, so the slower reference ops run; {_REMEDY}")
         return None
     info_once(f"native CPU kernels run: {', '.join(native_ops(module))}; every other op is the reference")
     return module
@@ -49,10 +47,10 @@ def native_ops(module: ModuleType | None) -> list[str]:
     return [op for op in OPS if hasattr(module, op)]
 
 
-def for_op(op: str, x: Tensor) -> ModuleType:
-    """The module whose `op` handles a tensor like `x`."""
+def for_op(op: str, x: Tensor, *others: Tensor | None) -> ModuleType:
+    """The module whose `op` handles a tensor like `x`; where one of the arguments needs a gradient, the reference."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
         module = native()
         if module is not None and hasattr(module, op) and not needs_grad:
             return module

@@ -28,7 +28,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
     _check_rank("rms_norm", "x", x_TD, 2)
     _check_shape("rms_norm", "weight", weight_D, (x_TD.shape[1],))
     _check_alike("rms_norm", x_TD, weight_D)
-    out: Tensor = backends.for_op("rms_norm", x_TD).rms_norm(x_TD, weight_D, eps)
+    out: Tensor = backends.for_op("rms_norm", x_TD, weight_D).rms_norm(x_TD, weight_D, eps)
     return out
 
 
@@ -41,7 +41,7 @@ def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Ten
     if bias_O is not None:
         _check_shape("linear", "bias", bias_O, (weight_OD.shape[0],))
         _check_alike("linear", x_TD, bias_O)
-    out: Tensor = backends.for_op("linear", x_TD).linear(x_TD, weight_OD, bias_O)
+    out: Tensor = backends.for_op("linear", x_TD, weight_OD, bias_O).linear(x_TD, weight_OD, bias_O)
     return out
 
 
@@ -74,7 +74,9 @@ def attention(
     _check_alike("attention", q_TNH, v_SKH)
     if S < T or N % K:
         raise UsageError(f"[attention] expected S >= T and N a multiple of K, got T {T}, S {S}, N {N}, K {K}")
-    module = backends.for_op("attention", q_TNH)
+    if window is not None and window < 1:
+        raise UsageError(f"[attention] expected a window of at least 1 key, got {window}")
+    module = backends.for_op("attention", q_TNH, k_SKH, v_SKH, sinks_N)
     out: Tensor = module.attention(q_TNH, k_SKH, v_SKH, sinks_N, scale=scale, window=window)
     return out
 
@@ -104,14 +106,20 @@ def moe(
     gate is clamped to at most `limit`, up to ±`limit`.
     """
     _check_rank("moe", "x", x_TD, 2)
+    _check_rank("moe", "routing weights", routing.weights_TA, 2)
+    _check_rank("moe", "gate_up", gate_up, 3)
     T, D = x_TD.shape
     E, F = gate_up.shape[0], gate_up.shape[1] // 2
-    _check_shape("moe", "routing weights", routing.weights_TA, (T, routing.experts_TA.shape[-1]))
+    _check_shape("moe", "routing weights", routing.weights_TA, (T, routing.weights_TA.shape[1]))
+    _check_shape("moe", "routing experts", routing.experts_TA, tuple(routing.weights_TA.shape))
     _check_shape("moe", "gate_up", gate_up, (E, 2 * F, D))
     _check_shape("moe", "gate_up_bias", gate_up_bias, (E, 2 * F))
     _check_shape("moe", "down", down, (E, D, F))
     _check_shape("moe", "down_bias", down_bias, (E, D))
-    module = backends.for_op("moe", x_TD)
+    for other in (routing.weights_TA, gate_up_bias, down_bias):
+        _check_alike("moe", x_TD, other)
+    plain = [stack for stack in (gate_up, down) if isinstance(stack, Tensor)]
+    module = backends.for_op("moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, *plain)
     out: Tensor = module.moe(x_TD, *routing, gate_up, gate_up_bias, down, down_bias, alpha=alpha, limit=limit)
     return out
 
@@ -131,6 +139,8 @@ def sample(
     Raises UsageError for values out of range, NaN logits, or when every token is masked.
     """
     _check_rank("sample", "logits", logits_V, 1)
+    if not len(logits_V):
+        raise UsageError("[sample] expected at least one token, got (0,)")
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     largest = float(logits_V.max())
     if not math.isfinite(largest):
@@ -152,8 +162,8 @@ def check_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float
         raise UsageError(f"min_p must be between 0 and 1, got {min_p}")
 
 
-def _check_rank(op: str, name: str, tensor: Tensor, rank: int) -> None:
-    if tensor.ndim != rank:
+def _check_rank(op: str, name: str, tensor: Tensor | Mxfp4Tensor, rank: int) -> None:
+    if len(tensor.shape) != rank:
         raise UsageError(f"[{op}] expected {name} with {rank} dimensions, got {tuple(tensor.shape)}")
 
 

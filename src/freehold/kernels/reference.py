@@ -93,12 +93,16 @@ def sample(
 ) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
-    scores, order = torch.sort(logits_V.float() / temperature, descending=True, stable=True)
+    scores, order = torch.sort(logits_V.float(), descending=True, stable=True)
+    # Relative to the largest, and never divided by a float32 zero: no temperature above 0 is too small.
+    scores = (scores - scores[0]) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k:
         scores[top_k:] = -torch.inf
     probabilities = torch.softmax(scores, dim=-1)
     # A token stays if those in front of it have not reached top_p yet: the first always does.
-    hidden = probabilities.cumsum(-1) - probabilities >= top_p
+    hidden = (
+        probabilities.cumsum(-1) - probabilities >= top_p if top_p < 1 else torch.zeros_like(order, dtype=torch.bool)
+    )
     hidden |= probabilities < min_p * probabilities[0]
     hidden[0] = False
     probabilities = probabilities.masked_fill(hidden, 0.0)

@@ -5,6 +5,7 @@ is used; a model is ready, or it is an error.
 """
 
 import datetime
+import os
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(
-    path_or_name: str = DEFAULT,
+    path_or_name: str | os.PathLike[str] = DEFAULT,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -43,7 +44,7 @@ def load(
     on a GPU, and on a CPU float32 where the dense weights take at most a quarter of the free memory. Packed experts
     stay packed in both. Raises a FreeholdError that names the file and the remedy.
     """
-    folder = open_folder(find_model(str(path_or_name), progress))
+    folder = open_folder(find_model(os.fspath(path_or_name), progress))
     config = folder.checkpoint.config
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, config, chosen_device)

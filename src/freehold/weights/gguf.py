@@ -26,11 +26,12 @@ class GgufFile:
         self.path = path
         try:
             reader = GGUFReader(path)
+            metadata = {name: field.contents() for name, field in reader.fields.items()}
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; {_REMEDY}") from None
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
             raise CheckpointError(f"{path} is truncated, corrupt or not a GGUF file ({error}); {_REMEDY}") from None
-        self.metadata: Mapping[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        self.metadata: Mapping[str, Any] = metadata
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     @property

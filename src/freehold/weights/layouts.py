@@ -227,9 +227,9 @@ def read_config(path: Path) -> tuple[Layout, ModelConfig]:
     if "model_type" not in raw and "num_experts" in raw:
         return Layout.ORIGINAL, configs.from_original(raw, str(path))
     config = configs.from_hf(raw, str(path))
-    quantisation = raw.get("quantization_config") or {"quant_method": "mxfp4"}
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    if not isinstance(quantisation, dict) or method != "mxfp4":
+    quantised = raw.get("quantization_config") or {"quant_method": "mxfp4"}
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method != "mxfp4":
         raise UnsupportedError(f"{path}: experts quantised as {method!r}; Freehold reads mxfp4 and bf16")
     return Layout.HF, config
 
