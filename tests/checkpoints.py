@@ -3,6 +3,7 @@
 The oracle is configured field by field here, not through `config.to_hf`, so that an error there cannot hide.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def random_table(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
         values = torch.randn(shape, generator=generator)
         if name.endswith("norm"):
             return 1 + 0.1 * values
-        if name == "embedding" or len(shape) == 1 or name.endswith("bias"):
+        if name.endswith(("bias", "sinks")) or (name == "embedding" and not config.tied_embeddings):
             return values
-        return values * shape[-1] ** -0.5
+        return values * (1 / math.sqrt(shape[-1]))
 
     return {name: draw(name, shape).to(dtype) for name, shape in canonical_shapes(config).items()}
 
@@ -62,9 +63,7 @@ def random_table(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.
 def packed(table: WeightTable) -> WeightTable:
     """The same table with its experts quantised to MXFP4."""
     return {
-        name: mxfp4.pack(tensor)
-        if isinstance(tensor, Tensor) and name.endswith((".gate_up", ".down"))
-        else tensor
+        name: mxfp4.pack(tensor) if isinstance(tensor, Tensor) and name.endswith((".gate_up", ".down")) else tensor
         for name, tensor in table.items()
     }
 
@@ -83,9 +82,7 @@ def save(
     shard_bytes: int = 1 << 40,
 ) -> Path:
     folder.mkdir(exist_ok=True)
-    write_checkpoint(
-        folder, config, TableSource(table), layout=layout, experts=experts, shard_bytes=shard_bytes
-    )
+    write_checkpoint(folder, config, TableSource(table), layout=layout, experts=experts, shard_bytes=shard_bytes)
     return folder
 
 
@@ -98,7 +95,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 def logits(model: Transformer, tokens: Tensor, chunks: list[int] | None = None) -> Tensor:
     """Logits of all tokens, run through the model in pieces of the given lengths (all at once if not given)."""
     cache = model.new_cache()
-    pieces = tokens.split(chunks or len(tokens))
+    pieces = torch.split(tokens, chunks or len(tokens))
     return torch.cat([model.unembed(model.forward(piece, cache)) for piece in pieces])
 
 
@@ -132,7 +129,7 @@ def oracle(config: ModelConfig, table: WeightTable) -> Any:
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         layer_types=["sliding_attention" if window else "full_attention" for window in config.windows],
-        sliding_window=windows[0] if windows else None,
+        sliding_window=windows[0] if windows else 128,
         max_position_embeddings=config.max_context,
         rope_parameters=rope,
         rms_norm_eps=config.norm_eps,

@@ -90,9 +90,7 @@ PUBLISHED_ORIGINAL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "total", "active"), [("gpt-oss-20b", 20.91, 3.61), ("gpt-oss-120b", 116.83, 5.13)]
-)
+@pytest.mark.parametrize(("name", "total", "active"), [("gpt-oss-20b", 20.91, 3.61), ("gpt-oss-120b", 116.83, 5.13)])
 def test_parameter_counts_are_the_published_ones(name: str, total: float, active: float) -> None:
     # https://arxiv.org/abs/2508.10925, table 1.
     config = NAMED_CONFIGS[name]
@@ -130,15 +128,13 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         | kinds.map(lambda sliding: tuple(window if slides else None for slides in sliding))
     )
     max_context = draw(st.just(round(context * factor)) | st.integers(1, 10**6))
-    rope = {"theta": draw(st.floats(1.5, 1e7)), "factor": factor, "original_context": context}
+    rope: dict[str, Any] = {"theta": draw(st.floats(1.5, 1e7)), "factor": factor, "original_context": context}
     if factor > 1:
         rope |= {"beta_fast": draw(st.floats(2, 64)), "beta_slow": draw(st.floats(0.1, 2))}
         rope |= {"truncate": draw(st.booleans())}
     else:
         rope |= {"original_context": max_context}  # without a stretch there is only one context length
-    sizes = {
-        name: draw(st.integers(1, 5000)) for name in ("hidden_size", "expert_width", "num_experts", "vocab_size")
-    }
+    sizes = {name: draw(st.integers(1, 5000)) for name in ("hidden_size", "expert_width", "num_experts", "vocab_size")}
     return ModelConfig(
         num_layers=num_layers,
         num_active_experts=draw(st.integers(1, sizes["num_experts"])),

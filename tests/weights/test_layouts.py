@@ -132,7 +132,9 @@ def test_round_trip(tmp_path: Path, layout: Layout, experts: ExpertFormat, shard
     if shard_bytes == SHARDED:
         separator = {Layout.HF: "-", Layout.ORIGINAL: "--"}[layout]
         assert len(shards) >= 3
-        assert shards == [f"model{separator}{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        assert shards == [
+            f"model{separator}{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
     else:
         assert shards == ["model.safetensors"]
 
@@ -215,21 +217,11 @@ def test_transformers_loads_our_hf_layout(tmp_path: Path, experts: ExpertFormat)
 def test_the_table_is_views_of_the_files(tmp_path: Path, layout: Layout) -> None:
     config = small_config()
     save(tmp_path, config, table_in(config, ExpertFormat.BF16), layout, ExpertFormat.BF16)
-    mapped = [line.split() for line in mappings_of(tmp_path, lambda: keep.append(open_checkpoint(tmp_path).table()))]
-    ranges = [tuple(int(x, 16) for x in fields[0].split("-")) for fields in mapped]
-    for name, tensor in keep[0].items():
-        assert isinstance(tensor, Tensor)
-        assert any(start <= tensor.data_ptr() < end for start, end in ranges), name
-
-
-keep: list[WeightTable] = []
-
-
-def mappings_of(folder: Path, action: Callable[[], object]) -> list[str]:
-    """Lines of this process's memory map that show files of `folder`, after an action."""
-    keep.clear()
-    action()
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    table = open_checkpoint(tmp_path).table()
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    mapped = [[int(address, 16) for address in line.split()[0].split("-")] for line in lines]
+    for name, tensor in plain(table).items():
+        assert any(start <= tensor.data_ptr() < end for start, end in mapped), name
 
 
 # --- what cannot be written -------------------------------------------------------------------------------------
@@ -355,12 +347,11 @@ def test_tensors_that_do_not_belong(broken: Path, name: str) -> None:
     assert f"tensor {name}".replace("\n", r"\n") in refusal(broken)
 
 
-def test_a_head_beside_an_original_layout_does_not_belong(broken: Path, sound: Path) -> None:
-    edit_tensors(broken, lambda tensors: tensors | {"lm_head.weight": torch.zeros(20, 32, dtype=torch.bfloat16)})
-    if json.loads((sound / "config.json").read_text()).get("model_type") == "gpt_oss":
-        load_all(broken)  # there it is the head itself
-    else:
-        assert "lm_head.weight does not belong" in refusal(broken)
+def test_a_head_has_no_place_in_the_original_layout(tmp_path: Path) -> None:
+    config = small_config()
+    save(tmp_path, config, table_in(config, ExpertFormat.MXFP4), Layout.ORIGINAL)
+    edit_tensors(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["unembedding.weight"].clone()})
+    assert "tensor lm_head.weight has no place" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -378,20 +369,17 @@ def test_config_and_tensors_that_do_not_fit(broken: Path, changes: dict[str, Any
     assert said in refusal(broken)
 
 
-@pytest.mark.parametrize("value", ["mxfp4", 5, {"quant_method": "awq"}, {"quant_method": None}, []])
-def test_other_quantisations_are_refused(broken: Path, value: object) -> None:
-    if "model_type" not in json.loads((broken / "config.json").read_text()):
-        pytest.skip("the original layout has no such field")
-    edit_config(broken, quantization_config=value)
-    if value:
-        assert str(broken / "config.json") in refusal(broken)
-    else:
-        load_all(broken)
+@pytest.mark.parametrize("value", ["mxfp4", 5, {"quant_method": "awq"}, {"quant_method": None}, {"bits": 4}])
+def test_other_quantisations_are_refused(tmp_path: Path, value: object) -> None:
+    config = small_config()
+    save(tmp_path, config, table_in(config, ExpertFormat.MXFP4))
+    edit_config(tmp_path, quantization_config=value)
+    assert f"{tmp_path / 'config.json'}: experts quantised as" in refusal(tmp_path)
 
 
 def test_there_has_to_be_a_model(tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", tmp_path, tmp_path / ("x" * 300)):
-        with pytest.raises(ModelNotFoundError, match="name a folder|name the folder"):
+        with pytest.raises(ModelNotFoundError, match=r"name (a|the) folder"):
             open_checkpoint(folder)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelNotFoundError):

@@ -54,7 +54,7 @@ def squared_errors(block: Tensor) -> Tensor:
 def any_block(draw: st.DrawFn) -> Tensor:
     """32 values that stress the choice of scale: outliers, near ties, one magnitude, tiny and huge exponents."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    kind = draw(st.sampled_from(["normal", "heavy tail", "grid", "half grid", "sparse", "flat"]))
+    kind = draw(st.sampled_from(["normal", "heavy tail", "grid", "half grid", "clip one", "sparse", "flat"]))
     values = torch.randn(BLOCK, generator=generator, dtype=torch.float64)
     if kind == "heavy tail":
         values = values.pow(5)
@@ -62,11 +62,27 @@ def any_block(draw: st.DrawFn) -> Tensor:
         values = GRID[torch.randint(len(GRID), (BLOCK,), generator=generator)]
     elif kind == "half grid":
         values = (values * 8).round() / 4
+    elif kind == "clip one":  # many values that a finer scale would hold, at the price of the largest
+        values = torch.randint(8, (BLOCK,), generator=generator).double() / 4 + 0.25
+        values[0] = draw(st.floats(3.5, 5))
     elif kind == "sparse":
         values *= torch.rand(BLOCK, generator=generator) < 0.1
     elif kind == "flat":
         values = values.sign() * draw(st.floats(0.5, 8))
     return (values * 2.0 ** draw(st.integers(-150, 120))).float()
+
+
+@pytest.mark.parametrize(
+    ("block", "scale"),
+    [
+        ([6.0, 0.5] * 16, 127),
+        ([4.0] + [0.25] * 31, 126),  # clipping the largest costs 1, rounding the others would cost 31 / 16
+        ([7.5] * 16 + [4.0] * 16, 128),  # 8 is nearer than 6
+    ],
+)
+def test_the_largest_value_does_not_decide_alone(block: list[float], scale: int) -> None:
+    assert pack(torch.tensor([block])).scales.item() == scale
+    assert int(squared_errors(torch.tensor(block)).argmin()) == scale
 
 
 @settings(max_examples=150, deadline=None)

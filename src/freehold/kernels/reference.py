@@ -100,9 +100,9 @@ def sample(
         scores[top_k:] = -torch.inf
     probabilities = torch.softmax(scores, dim=-1)
     # A token stays if those in front of it have not reached top_p yet: the first always does.
-    hidden = (
-        probabilities.cumsum(-1) - probabilities >= top_p if top_p < 1 else torch.zeros_like(order, dtype=torch.bool)
-    )
+    hidden = torch.zeros_like(order, dtype=torch.bool)
+    if top_p < 1:  # at 1, rounding in the sum could still hide a tail
+        hidden |= probabilities.cumsum(-1) - probabilities >= top_p
     hidden |= probabilities < min_p * probabilities[0]
     hidden[0] = False
     probabilities = probabilities.masked_fill(hidden, 0.0)

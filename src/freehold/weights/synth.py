@@ -24,7 +24,7 @@ from freehold.weights.layouts import (
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
 _STD = 0.02
-_PIECE_ELEMENTS = 1 << 24
+_PIECE_ELEMENTS = 1 << 22  # 16 MiB of float32, and as much again while it is scaled and rounded
 _SCALE_BYTES = (
     119,
     122,
