@@ -25,10 +25,8 @@ from freehold.weights.mxfp4 import Mxfp4Tensor
 
 _STD = 0.02
 _PIECE_ELEMENTS = 1 << 22  # 16 MiB of float32, and as much again while it is scaled and rounded
-_SCALE_BYTES = (
-    119,
-    122,
-)  # E2M1 codes drawn evenly have a deviation of 3.1; times 2^-8 … 2^-6 that is around 0.02
+# E2M1 codes drawn evenly have a deviation of 3.1; times 2^-8 … 2^-6 that is around 0.02.
+_SCALE_BYTES = (119, 122)
 
 
 class RandomSource:
