@@ -82,7 +82,9 @@ def save(
     shard_bytes: int = 1 << 40,
 ) -> Path:
     folder.mkdir(exist_ok=True)
-    write_checkpoint(folder, config, TableSource(table), layout=layout, experts=experts, shard_bytes=shard_bytes)
+    write_checkpoint(
+        folder, config, TableSource(table, "a test"), layout=layout, experts=experts, shard_bytes=shard_bytes
+    )
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from freehold.disk import new_file, new_folder, write_text
-from freehold.errors import CheckpointError, DiskSpaceError, FreeholdError, UsageError
+from freehold.errors import CheckpointError, DiskError, DiskSpaceError, FreeholdError, UsageError
 
 
 def test_a_finished_folder_has_its_name(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> N
     [
         (errno.ENOSPC, DiskSpaceError, "the disk is full"),
         (errno.EDQUOT, DiskSpaceError, "the disk is full"),
-        (errno.EROFS, UsageError, "Read-only file system"),
+        (errno.EROFS, DiskError, "Read-only file system"),
     ],
 )
 def test_a_disk_that_fills_up(tmp_path: Path, code: int, error: type[FreeholdError], said: str) -> None:
@@ -96,9 +97,9 @@ except DiskSpaceError as error:
 @pytest.mark.parametrize("name", ["x" * 300, "file/model"])
 def test_paths_that_cannot_be(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"), new_folder(tmp_path / name):
+    with pytest.raises(DiskError, match="cannot be written"), new_folder(tmp_path / name):
         raise AssertionError("not reached")
-    with pytest.raises(UsageError, match="cannot be written"), new_file(tmp_path / name):
+    with pytest.raises(DiskError, match="cannot be written"), new_file(tmp_path / name):
         raise AssertionError("not reached")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -135,12 +136,32 @@ def test_work_of_a_killed_process_is_cleared_away(tmp_path: Path) -> None:
             assert writer.stdout.readline() == b"writing\n"
         writers[0].kill()
         writers[0].wait()
-        assert len(list(tmp_path.iterdir())) == 2
+        partials = list(tmp_path.iterdir())
+        assert len(partials) == 2
+        with new_folder(tmp_path / "model"):  # too young to be called abandoned
+            assert len(list(tmp_path.iterdir())) == 3
+        shutil.rmtree(tmp_path / "model")
+        for partial in partials:
+            os.utime(partial, (0, 0))
         with new_folder(tmp_path / "model") as folder:
             (folder / "whole").write_bytes(b"y")
-        names = sorted(path.name for path in tmp_path.iterdir())
-        assert names == [f".model.partial-{writers[1].pid}", "model"]
+        assert len(list(tmp_path.glob(".model.partial-*"))) == 1
+        assert (tmp_path / "model").is_dir()
     finally:
         for writer in writers:
             writer.kill()
             writer.communicate()
+
+
+def test_two_writers_in_one_process(tmp_path: Path) -> None:
+    """The one that comes second fails without touching what the first is writing."""
+    with new_folder(tmp_path / "model") as first:
+        (first / "x").write_text("x")
+        with pytest.raises(DiskError), new_folder(tmp_path / "model") as second:
+            (second / "y").write_text("y")
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "z").write_text("z")
+        assert (first / "x").read_text() == "x"
+        (tmp_path / "model" / "z").unlink()
+        (tmp_path / "model").rmdir()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["x"]

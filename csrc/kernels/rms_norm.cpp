@@ -1,17 +1,23 @@
 #include "kernels/rms_norm.h"
 
-#include <bit>
 #include <cmath>
+#include <cstring>
 
 namespace freehold {
 namespace {
 
 inline float load(float value) { return value; }
-inline float load(bf16 value) { return std::bit_cast<float>(uint32_t{value.bits} << 16); }
+inline float load(bf16 value) {
+    const uint32_t bits = uint32_t{value.bits} << 16;
+    float widened;
+    std::memcpy(&widened, &bits, sizeof widened);
+    return widened;
+}
 
 inline void store(float value, float* out) { *out = value; }
 inline void store(float value, bf16* out) {
-    uint32_t bits = std::bit_cast<uint32_t>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
     if (std::isnan(value)) {
         out->bits = static_cast<uint16_t>((bits >> 16) | 0x40);  // stay a NaN: rounding could carry it into infinity
         return;

@@ -1,6 +1,6 @@
 """The shape of a gpt-oss model: one frozen value, read from and written to both published `config.json` forms.
 
-Refuses whatever the gpt-oss architecture does not have (other activations, missing biases, dropout in use), so
+Refuses whatever the gpt-oss architecture does not have (other activations, missing biases, other kinds of RoPE), so
 that a foreign checkpoint is turned away before any of its tensors are touched.
 """
 

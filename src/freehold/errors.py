@@ -6,7 +6,9 @@
     ├── CheckpointError        a model file is truncated, corrupt or foreign
     ├── UnsupportedError       the file or request is sound, but Freehold does not do this
     ├── DownloadError          something could not be fetched, or was not what its hash promised
-    ├── DiskSpaceError         the disk is full, or would be
+    ├── DiskError              a file or folder cannot be written
+    │   └── DiskSpaceError     the disk is full, or would be
+    ├── OutOfMemoryError       memory ran out while a model was loaded or run
     └── BackendError           an asked-for backend cannot run here
 
 Each message is one sentence or two: what was wrong, naming the value, and what to do about it. The command line
@@ -42,7 +44,15 @@ class DownloadError(FreeholdError):
     """Something could not be fetched, or was not what its hash promised."""
 
 
-class DiskSpaceError(FreeholdError):
+class DiskError(FreeholdError):
+    """A file or folder cannot be written."""
+
+
+class OutOfMemoryError(FreeholdError):
+    """Memory ran out while a model was loaded or run."""
+
+
+class DiskSpaceError(DiskError):
     """The disk is full, or would be."""
 
 

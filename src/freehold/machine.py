@@ -27,14 +27,15 @@ def usable_cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping, within the process's control group."""
-    available = _meminfo("MemAvailable")
-    return min(available, *limits) if (limits := _cgroup_headroom()) else available
+    """Bytes that can be allocated without swapping, and within a container's limit."""
+    available, limit = _meminfo("MemAvailable"), _container_limit()
+    return available if limit is None else min(available, limit - _container_use())
 
 
 def total_memory() -> int:
-    """Bytes of main memory."""
-    return _meminfo("MemTotal")
+    """Bytes of main memory, or of a container's limit."""
+    total, limit = _meminfo("MemTotal"), _container_limit()
+    return total if limit is None else min(total, limit)
 
 
 def _cpuinfo_field(name: str) -> str | None:
@@ -52,11 +53,19 @@ def _meminfo(name: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _cgroup_headroom() -> list[int]:
-    """Bytes left under a version 2 memory limit, if there is one."""
-    group = Path("/sys/fs/cgroup")
-    limit, used = _read(group / "memory.max").strip(), _read(group / "memory.current").strip()
-    return [max(0, int(limit) - int(used))] if limit.isdigit() and used.isdigit() else []
+_CONTAINER = Path("/sys/fs/cgroup")  # inside a container, its own control group (version 2)
+
+
+def _container_limit() -> int | None:
+    limit = _read(_CONTAINER / "memory.max").strip()
+    return int(limit) if limit.isdigit() else None
+
+
+def _container_use() -> int:
+    """Bytes in use, without the file cache, which gives way."""
+    used = _read(_CONTAINER / "memory.current").strip()
+    fields = dict(line.split() for line in _read(_CONTAINER / "memory.stat").splitlines())
+    return max(0, int(used) - int(fields.get("inactive_file", 0))) if used.isdigit() else 0
 
 
 def _read(path: Path) -> str:

@@ -73,6 +73,20 @@ def test_question_from_a_pipe(default_folder: Path) -> None:
     assert "5 new tokens" in done.stderr
 
 
+def test_a_pipe_goes_in_front_of_the_question(default_folder: Path) -> None:
+    piped = _run("--verbose", "chat", "--max-tokens", "1", "What is this?", stdin="one two three four five six\n")
+    alone = _run("--verbose", "chat", "--max-tokens", "1", "What is this?")
+    counts = [int(re.findall(r"(\d+) prompt tokens", done.stderr)[0]) for done in (piped, alone)]
+    assert counts[0] > counts[1] + 5
+
+
+def test_pipes_that_are_not_text() -> None:
+    for command in ("chat", "generate"):
+        done = subprocess.run([*FREEHOLD, command], input=b"caf\xe9", capture_output=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"error: the text from the pipe is not UTF-8")
+
+
 def test_empty_questions(default_folder: Path) -> None:
     for arguments in (("chat",), ("chat", " \n")):
         done = _run(*arguments)
@@ -144,6 +158,14 @@ class Terminal:
     def interrupt(self) -> None:
         os.kill(self._pid, signal.SIGINT)
 
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C until it is answered: readline loses one that comes while it is drawing the prompt."""
+        for _ in range(20):
+            self.interrupt()
+            if select.select([self._fd], [], [], 1.0)[0]:
+                break
+        self.wait_for(pattern)
+
     def exit_code(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
@@ -159,9 +181,7 @@ def test_a_conversation_at_the_terminal(default_folder: Path) -> None:
     terminal.interrupt()
     terminal.wait_for(r"> $")  # the answer stopped, the program did not
 
-    time.sleep(0.5)  # readline draws the prompt a moment before it listens for signals
-    terminal.interrupt()
-    assert "/quit" in terminal.wait_for(r"leaves\s+> $")
+    terminal.interrupt_until(r"leaves\s+> $")
     terminal.type("/system You are a pirate.\n")
     terminal.wait_for(r"instructions set.*\s+> $")
     terminal.type("/reset\n")

@@ -50,8 +50,21 @@ def test_the_template_otherwise_even_where_the_vocabulary_has_harmonys_tokens(sm
 
 
 def test_variables_reach_the_template(small: Tokenizer) -> None:
-    chat = choose(small, "{{ bos_token }}{{ messages[0].content }}", [], variables={"bos_token": "<|endoftext|>"})
+    chat = choose(small, "{{ bos_token }}{{ messages[0].content }}", [2], variables={"bos_token": "<|endoftext|>"})
     assert chat.render(Conversation(messages=(text_message("user", "hello"),))) == [0, *small.encode("hello")]
+
+
+def test_a_template_without_any_end_is_refused(small: Tokenizer) -> None:
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        choose(small, CHATML, [])
+
+
+def test_turns_of_others_are_no_part_of_the_reply(gpt_oss: Tokenizer) -> None:
+    reader = choose(gpt_oss, None, []).reply_reader()
+    text = "<|channel|>final<|message|>Yes.<|end|><|start|>user<|message|>And now?<|end|>"
+    deltas = [delta for token in gpt_oss.encode_with_control(text) for delta in reader.feed(token)] + reader.flush()
+    assert "".join(delta.text for delta in deltas) == "Yes."
+    assert [message.text for message in reader.messages] == ["Yes."]
 
 
 def test_nothing_to_go_by_is_an_error_with_a_remedy(small: Tokenizer) -> None:

@@ -43,6 +43,8 @@ def test_names_in_hugging_faces_cache(tmp_path: Path, monkeypatch: pytest.Monkey
         ("./nowhere", "name one that holds a gpt-oss checkpoint"),
         ("a b c", "name one that holds a gpt-oss checkpoint"),
         ("../../etc/nothing", "name one that holds a gpt-oss checkpoint"),
+        ("~nobody-of-that-name/x", "check the path"),
+        ("x" * 300, "check the path"),
     ],
 )
 def test_advice(name: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What a model folder says besides its tensors."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_a_bare_folder(folder: Path) -> None:
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
             GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.05),
         ),
+        ({"max_new_tokens": 9}, GenerationDefaults(max_tokens=9)),
         ({"temperature": None, "eos_token_id": None}, GenerationDefaults()),
     ],
 )
@@ -70,6 +72,8 @@ def test_generation_defaults(folder: Path, said: dict[str, Any], expected: Gener
         {"temperature": float("inf")},
         {"temperature": True},
         {"top_k": 2.5},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": "many"},
         {"top_p": 0},
         {"min_p": -1},
         {"temperature": -1},
@@ -97,6 +101,28 @@ def test_foreign_tokenisers_are_refused(folder: Path) -> None:
     Tokenizer.o200k_harmony().save(folder / "tokenizer.json")
     with pytest.raises(CheckpointError, match="201088 tokens, the model 512"):
         open_folder(folder)
+
+
+def test_odd_token_names_are_passed_over(folder: Path) -> None:
+    several = [{"name": ["default"], "template": "x"}, {"name": "default", "template": "plain"}]
+    odd = {"bos_token": {"content": None}, "pad_token": 3, "eos_token": "</s>", "chat_template": several}
+    _say(folder, "tokenizer_config.json", odd)
+    opened = open_folder(folder)
+    assert opened.template_variables == {"eos_token": "</s>"}
+    assert opened.chat_template == "plain"
+
+
+def test_where_stop_ids_come_from(default_folder: Path, tmp_path: Path) -> None:
+    """generation_config.json, else config.json, else the tokeniser's own end; a chat without any is refused."""
+    copy = tmp_path / "copy"
+    shutil.copytree(default_folder, copy)
+    (copy / "generation_config.json").unlink()
+    assert open_folder(copy).defaults.stop_ids == {2}  # eos_token in tokenizer_config.json
+    config = json.loads((copy / "config.json").read_text())
+    _say(copy, "config.json", config | {"eos_token_id": [5, 6]})
+    assert open_folder(copy).defaults.stop_ids == {5, 6}
+    _say(copy, "generation_config.json", {"eos_token_id": 7})
+    assert open_folder(copy).defaults.stop_ids == {7}
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])

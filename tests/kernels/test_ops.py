@@ -139,3 +139,4 @@ def test_no_tokens_are_fine(op: Callable[..., Any]) -> None:
         assert op(**MOE | {"x_TD": z(0, 64), "routing": empty}).shape == (0, 64)
     assert ops.rms_norm(z(0, 4), z(4), eps=1e-5).shape == (0, 4)
     assert ops.linear(z(0, 4), z(2, 4)).shape == (0, 2)
+    assert ops.attention(z(0, 4, 8), z(3, 2, 8), z(3, 2, 8), z(4), scale=1.0).shape == (0, 4, 8)

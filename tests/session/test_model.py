@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import freehold
+from freehold import machine
 from freehold.config import NAMED_CONFIGS, Layout, ModelConfig, RopeConfig
-from freehold.errors import BackendError, CheckpointError, FreeholdError, UsageError
+from freehold.errors import BackendError, CheckpointError, FreeholdError, OutOfMemoryError, UsageError
 from freehold.formats.conversation import Conversation
 from freehold.session.model import Model
 from freehold.weights.synth import write_random_checkpoint
@@ -88,6 +89,9 @@ def test_ends_where_the_context_does(tmp_path: Path) -> None:
         ({"top_k": -1}, "top_k"),
         ({"min_p": 2.0}, "min_p"),
         ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
+        ({"max_tokens": 1.5}, "max_tokens must be an integer, got 1.5"),
+        ({"top_k": 1.5}, "top_k must be an integer"),
+        ({"seed": 2**63}, "seed must fit in 64 bits, got 9223372036854775808"),
     ],
 )
 def test_bad_arguments_fail_before_anything_runs(tiny: Model, arguments: dict[str, float], message: str) -> None:
@@ -96,7 +100,16 @@ def test_bad_arguments_fail_before_anything_runs(tiny: Model, arguments: dict[st
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"), [([], "empty"), ([1, 512], "token id 512"), ([-1], "token id -1"), ([1, 9999, -3], "9999")]
+    ("tokens", "message"),
+    [
+        ([], "empty"),
+        ([1, 512], "token id 512"),
+        ([-1], "token id -1"),
+        ([1, 9999, -3], "9999"),
+        ([2**70], str(2**70)),
+        ([1.7], "integers"),
+        (["a"], "integers"),
+    ],
 )
 def test_bad_tokens(tiny: Model, tokens: list[int], message: str) -> None:
     for call in (tiny.logits, tiny.generate):
@@ -107,6 +120,8 @@ def test_bad_tokens(tiny: Model, tokens: list[int], message: str) -> None:
 def test_bad_devices_and_types(tiny: Model, default_folder: Path) -> None:
     with pytest.raises(BackendError, match="nonsense"):
         freehold.load(default_folder, device="nonsense")
+    with pytest.raises(BackendError, match="meta"):
+        freehold.load(default_folder, device="meta")
     with pytest.raises(UsageError, match="float16"):
         freehold.load(default_folder, dtype="float16")
     with pytest.raises(UsageError, match="int8"):
@@ -133,7 +148,26 @@ def test_seeded_chat_repeats(default: Model) -> None:
     assert first == again != other
 
 
-def test_chat_remembers(default: Model) -> None:
+def test_dtype_does_not_depend_on_what_is_free(default_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the same seed would give one text today and another tomorrow."""
+    monkeypatch.setattr(machine, "available_memory", lambda: 1)
+    assert (
+        freehold.load(default_folder, device="cpu")
+        .logits([1])
+        .equal(freehold.load(default_folder, device="cpu", dtype="float32").logits([1]))
+    )
+
+
+def test_running_out_of_memory_is_a_typed_error(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*arguments: object, **more: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("freehold.kernels.reference.linear", allocate)
+    with pytest.raises(OutOfMemoryError, match="freehold inspect"):
+        tiny.logits(PROMPT)
+
+
+def test_a_reply_has_its_messages(default: Model) -> None:
     reply = default.stream_chat([{"role": "user", "content": "My name is Ada."}], max_tokens=8)
     text = "".join(delta.text for delta in reply.deltas)
     assert [message.text for message in reply.messages] == [text]

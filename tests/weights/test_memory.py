@@ -17,7 +17,7 @@ def test_weights_of_gpt_oss_20b_are_its_checkpoint() -> None:
 
 
 def test_the_kv_cache_holds_what_was_planned() -> None:
-    config = small_config(num_layers=4, max_context=1024)
+    config = small_config(num_layers=4, max_context=512)
     cache = KVCache(config, dtype=torch.float32, device=CPU)
     for _ in range(2):
         for layer in cache.layers:

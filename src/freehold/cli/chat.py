@@ -1,6 +1,7 @@
 """`freehold chat`: one answer, or a conversation in the terminal."""
 
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ _FENCE = '"""'
 def command(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What to ask. Without it: a conversation, or the question from a pipe."),
+        typer.Argument(help="What to ask; text from a pipe goes in front. Without both: a conversation."),
     ] = None,
     model: ModelOption = "default",
     system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions for the model.")] = None,
@@ -47,8 +48,9 @@ def command(
     freehold chat
     git diff | freehold chat --system "Explain this change."
     """
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+    if terminal.has_pipe() or (prompt is None and not sys.stdin.isatty()):
+        piped = terminal.read_stdin()
+        prompt = piped if prompt is None else "\n\n".join(filter(None, (piped, prompt)))
     if prompt is not None and not prompt.strip():
         raise UsageError("the question is empty; give it as an argument or through a pipe")
     from freehold.session.model import load
@@ -92,7 +94,7 @@ class _Talk:
         from freehold.formats.conversation import text_message
 
         asked = self._history.plus(text_message("user", question))
-        watch = terminal.Stopwatch()
+        start = time.monotonic()
         reply = self._model.stream_chat(asked, **self._sampling)
         finished = True
         try:
@@ -102,11 +104,13 @@ class _Talk:
             terminal.say()
         finally:
             reply.deltas.close()
-        self._history = asked.plus(*reply.messages)
-        rate = reply.num_tokens / max(watch.seconds, 1e-9)
+        said = [message for message in reply.messages if message.text]
+        if finished or said:  # a question that was stopped before its answer began is taken back
+            self._history = asked.plus(*said)
+        seconds = time.monotonic() - start
         logger.info(
             "%d prompt tokens, %d new tokens in %.2f s (%.1f tokens/s)",
-            reply.num_prompt_tokens, reply.num_tokens, watch.seconds, rate,
+            reply.num_prompt_tokens, reply.num_tokens, seconds, reply.num_tokens / seconds,
         )  # fmt: skip
         return finished
 
@@ -145,11 +149,11 @@ def _converse(talk: _Talk) -> None:
         match line.split(maxsplit=1):
             case []:
                 continue
-            case ["/quit" | "/exit"]:
+            case ["/quit" | "/exit", *_]:
                 return
-            case ["/help"]:
+            case ["/help", *_]:
                 terminal.say(_HELP)
-            case ["/reset"]:
+            case ["/reset", *_]:
                 talk.reset()
                 terminal.say("the conversation starts anew")
             case ["/system", *text]:

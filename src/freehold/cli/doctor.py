@@ -9,6 +9,7 @@ from typing import Any
 from freehold import __version__, machine, paths
 from freehold.cli import terminal
 from freehold.cli.options import Json
+from freehold.errors import BackendError
 
 _LIBRARIES = (
     "torch",
@@ -35,11 +36,15 @@ def command(as_json: Json = False) -> None:
 
 def _facts() -> dict[str, Any]:
     import torch
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     from freehold.hub import default_model
     from freehold.kernels import backends
 
-    native = backends.native_ops(backends.native())
+    try:
+        native, trouble = backends.native_ops(backends.native()), None
+    except BackendError as error:
+        native, trouble = [], str(error)
     has_model, has_wheel = default_model.folder().is_dir(), default_model.wheel_path().is_file()
     return {
         "freehold": __version__,
@@ -55,7 +60,9 @@ def _facts() -> dict[str, Any]:
         "memory_bytes": {"total": machine.total_memory(), "available": machine.available_memory()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ops": {op: "native" if op in native else "reference" for op in backends.OPS},
+        "kernels_trouble": trouble,
         "cache": str(paths.cache_dir()),
+        "hugging_face_cache": HF_HUB_CACHE,
         "default_model": {
             "path": str(default_model.folder()),
             "ready": has_model,
@@ -100,7 +107,9 @@ def _text(facts: dict[str, Any]) -> str:
         ("GPUs", ", ".join(facts["gpus"]) or "none that torch can use"),
         ("native ops", by_backend["native"]),
         ("other ops", f"{by_backend['reference']} (reference, in torch)"),
+        *([("trouble", facts["kernels_trouble"])] if facts["kernels_trouble"] else []),
         ("cache", facts["cache"]),
+        ("also searched", facts["hugging_face_cache"]),
         ("default model", default["path"] if default["ready"] else "not made yet"),
         ("offline", offline),
     ]

@@ -7,7 +7,7 @@ import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import Device, Dtype, MaxTokens, MinP, ModelOption, Seed, Temperature, TopK, TopP
-from freehold.errors import CheckpointError
+from freehold.errors import CheckpointError, UsageError
 
 
 def command(
@@ -30,8 +30,8 @@ def command(
     """
     if prompt is None:
         if sys.stdin.isatty():
-            raise typer.BadParameter("give a text to continue, or pipe one in", param_hint="PROMPT")
-        prompt = sys.stdin.read()
+            raise UsageError("there is no text to continue; give it as an argument or through a pipe")
+        prompt = terminal.read_stdin()
     from freehold.formats.tokenizer import Detokenizer
     from freehold.session.model import load
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from freehold import machine
 from freehold.cli import terminal
 from freehold.cli.options import Json, ModelArgument
 
@@ -46,10 +47,12 @@ def command(
 
 
 def _facts(checkpoint: "Checkpoint", context: int, dtype: str, dense_bytes: int) -> dict[str, Any]:
-    from freehold.weights.memory import plan_memory
+    from freehold.weights.memory import plan_memory, worth_expanding
 
     config = checkpoint.config
-    expert_bits = 4.25 if checkpoint.experts.value == "mxfp4" else 16
+    expert_bits = 4.25 if checkpoint.experts.value == "mxfp4" else 16.0
+    if worth_expanding(config, dense_bytes=dense_bytes, machine_bytes=machine.total_memory()):
+        expert_bits = max(expert_bits, 8.0 * dense_bytes)
     plan = plan_memory(config, context=context, expert_bits=expert_bits, dense_bytes=dense_bytes)
     return {
         "path": str(checkpoint.folder),

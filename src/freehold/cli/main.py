@@ -1,7 +1,10 @@
 """The `freehold` command. Each subcommand is a file beside this one and imports what is heavy only when it runs."""
 
+import io
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,11 +51,17 @@ def _main(
 
 def main() -> None:
     """Entry point: typed errors become one line on stderr, never a traceback."""
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 — open for as long as the process
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # a character that the terminal's encoding lacks is no reason to stop
+            output.reconfigure(errors="replace")
     try:
         app()
+    except OSError as error:
+        terminal.say(f"error: the output cannot be written ({error.strerror or error})")
+        sys.exit(1)
     except FreeholdError as error:
         terminal.say(f"error: {error}")
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except MemoryError:
-        terminal.say("error: out of memory; `freehold inspect MODEL` says how much a model needs")
-        sys.exit(1)

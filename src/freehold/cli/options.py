@@ -29,7 +29,7 @@ MinP = Annotated[
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(help="Stop after this many new tokens, or where the model's context ends."),
+    typer.Option(help="Stop after this many new tokens. Default: the model's own, or its context."),
 ]
 Device = Annotated[
     str | None,

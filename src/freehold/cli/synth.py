@@ -17,7 +17,7 @@ def command(
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     layout: Annotated[Layout, typer.Option(help="Hugging Face's names, or OpenAI's original ones.")] = Layout.HF,
     experts: Annotated[ExpertFormat, typer.Option(help="How experts are stored.")] = ExpertFormat.MXFP4,
-    shard_gb: Annotated[float, typer.Option(help="Size of a file at most, in GB.", min=0.001)] = 5.0,
+    shard_gb: Annotated[float, typer.Option(help="Size of a file at most, in GB.", min=0.001, max=1e6)] = 5.0,
 ) -> None:
     """Write random weights of any gpt-oss shape, for tests and for measuring speed.
 

@@ -1,12 +1,16 @@
 """What the commands have in common at the terminal: the answer goes to stdout, everything else to stderr."""
 
 import logging
+import os
+import stat
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from freehold.errors import UsageError
 from freehold.log import Progress
+
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def say(text: str = "") -> None:
@@ -15,8 +19,8 @@ def say(text: str = "") -> None:
 
 
 def write(text: str) -> None:
-    """A piece of the answer, on stdout, at once."""
-    sys.stdout.write(text)
+    """A piece of the answer, on stdout, at once. A terminal is spared control sequences that a model makes up."""
+    sys.stdout.write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -57,12 +61,18 @@ def progress_bars() -> Iterator[Progress]:
         yield show
 
 
-class Stopwatch:
-    """Seconds since it was made."""
+def read_stdin() -> str:
+    """All of a pipe, as text. Raises UsageError for what is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the text from the pipe is not UTF-8 ({error.reason} at byte {error.start})") from None
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
+def has_pipe() -> bool:
+    """Whether stdin is a pipe or a file, as opposed to a terminal, a closed or an empty device."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)

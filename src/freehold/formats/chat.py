@@ -87,6 +87,10 @@ def choose(
             "this model has neither a chat template nor Harmony's control tokens; put a chat_template.jinja "
             "into its folder, or use it for plain completion"
         )
+    if not stops:
+        raise CheckpointError(
+            "nothing says which token ends this model's replies; name it as eos_token_id in its generation_config.json"
+        )
     return TemplateFormat(tokenizer, ChatTemplate(template, variables=variables), stop_ids=stops)
 
 
@@ -165,6 +169,8 @@ class _HarmonyReader:
             match event:
                 case MessageStart():
                     self._start, self._text = event, []
+                case _ if self._start.role != "assistant":
+                    continue  # a turn of somebody else, made up by the model, is no part of its reply
                 case TextDelta(text=text):
                     self._text.append(text)
                     deltas.append(ReplyDelta(kind=self._kind(), text=text))

@@ -2,8 +2,7 @@
 
 Plain frozen values, checked when made (UsageError). They know neither tokens nor templates: `chat.py` turns
 them into token ids, and replies back into messages. `Conversation.from_openai` reads the dicts of OpenAI's
-chat API and
-refuses (UnsupportedError) the parts of it that Freehold does not do, rather than ignore them.
+chat API and refuses (UnsupportedError) the parts of it that Freehold does not do, rather than ignore them.
 """
 
 import re
@@ -22,8 +21,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 CHANNELS: tuple[Channel, ...] = get_args(Channel)
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
-# Names stand inside message headers, so nothing that could pass for more header (spaces, `=`, `<|`) may be in
-# one.
+# Names stand inside message headers: nothing that could pass for more header (spaces, `=`, `<|`) may be in one.
 _NAME = re.compile(r"[\w.\-]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|> ?)?[\w.\-/+]+")
 

@@ -9,6 +9,7 @@ shipped beside the tokens. Called by `tokenizer.py` only.
 
 import gzip
 import hashlib
+import zlib
 from binascii import a2b_base64
 from importlib import resources
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def _byte_level(tokens: list[bytes]) -> list[str]:
 def _read(name: str) -> bytes:
     try:
         data = gzip.decompress(resources.files("freehold.formats").joinpath("data", name).read_bytes())
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CheckpointError(f"{name}: cannot be read ({error}); reinstall freehold") from None
     found = hashlib.sha256(data).hexdigest()
     if found != _SHA256[name]:

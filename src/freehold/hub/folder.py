@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from freehold.errors import CheckpointError, UsageError
+from freehold.errors import CheckpointError, FreeholdError, UsageError
+from freehold.formats import o200k
+from freehold.formats.harmony.vocabulary import CALL, RETURN
 from freehold.formats.tokenizer import Tokenizer
+from freehold.hub import default_model
 from freehold.kernels.ops import check_sampling
 from freehold.weights.files import read_json
 from freehold.weights.layouts import Checkpoint, open_checkpoint
 
-_O200K_HARMONY_ROWS = 201_088
 _SAMPLING_TYPES = {"temperature": int | float, "top_p": int | float, "top_k": int, "min_p": int | float}
 
 SIDE_FILES = (
@@ -23,13 +25,17 @@ SIDE_FILES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """What generation_config.json asks for where the caller does not say."""
+    """What the model's folder asks for where the caller does not say.
+
+    Stop ids come from generation_config.json, else config.json, else the tokeniser's own end tokens.
+    """
 
     stop_ids: frozenset[int] = frozenset()
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +58,15 @@ def open_folder(path: Path) -> ModelFolder:
 
     A model with gpt-oss's vocabulary and no tokenizer.json, as in the original layout, gets o200k_harmony.
     """
-    checkpoint = open_checkpoint(path)
+    try:
+        checkpoint = open_checkpoint(path)
+    except FreeholdError as error:
+        if path == default_model.folder():  # made here, so there is nothing to download again
+            raise CheckpointError(f"{error}; it is the default model: remove {path} to have it made anew") from None
+        raise
     tokenizer = _tokenizer(path, checkpoint.config.vocab_size)
     tokenizer_config = _optional_json(path / "tokenizer_config.json")
-    defaults = _generation_defaults(path / "generation_config.json")
+    variables = _token_names(tokenizer_config)
     if tokenizer is not None and tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise CheckpointError(
             f"{path}: the tokeniser has {tokenizer.vocab_size} tokens, the model {checkpoint.config.vocab_size}; "
@@ -65,19 +76,15 @@ def open_folder(path: Path) -> ModelFolder:
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         chat_template=_chat_template(path / "chat_template.jinja", tokenizer_config),
-        template_variables={
-            name: value if isinstance(value, str) else value["content"]
-            for name, value in tokenizer_config.items()
-            if name.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
-        },
-        defaults=defaults,
+        template_variables=variables,
+        defaults=_generation_defaults(path, tokenizer, variables.get("eos_token")),
     )
 
 
 def _tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     if (path / "tokenizer.json").is_file():
         return Tokenizer.from_file(path / "tokenizer.json")
-    return Tokenizer.o200k_harmony() if vocab_size == _O200K_HARMONY_ROWS else None
+    return Tokenizer.o200k_harmony() if vocab_size == o200k.VOCAB_SIZE else None
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
@@ -92,26 +99,51 @@ def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | Non
             raise CheckpointError(f"{path} cannot be read ({error}); download it again") from None
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
 
 
-def _generation_defaults(path: Path) -> GenerationDefaults:
-    raw = _optional_json(path)
-    stops = raw.get("eos_token_id")
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+def _token_names(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token` and the like: strings, or objects with their string as `content`."""
+    names = {}
+    for key, value in tokenizer_config.items():
+        name = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(name, str):
+            names[key] = name
+    return names
+
+
+def _generation_defaults(path: Path, tokenizer: Tokenizer | None, eos_token: str | None) -> GenerationDefaults:
+    source = path / "generation_config.json"
+    raw = _optional_json(source)
     given = {name: raw[name] for name in _SAMPLING_TYPES if raw.get(name) is not None}
     if not raw.get("do_sample", True):
         given["temperature"] = 0.0
-    for name, value in [("eos_token_id", stop) for stop in stops] + list(given.items()):
-        if isinstance(value, bool) or not isinstance(value, _SAMPLING_TYPES.get(name, int)):
-            raise CheckpointError(f"{path}: {name} cannot be {value!r}; download the file again")
-    defaults = GenerationDefaults(stop_ids=frozenset(stops), **given)
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, _SAMPLING_TYPES[name]):
+            raise CheckpointError(f"{source}: {name} cannot be {value!r}; download the file again")
+    stops = _stop_ids(raw, source) or _stop_ids(_optional_json(path / "config.json"), path / "config.json")
+    if not stops and tokenizer is not None:
+        names = [eos_token] if eos_token else [RETURN, CALL, "<|endoftext|>"]
+        stops = frozenset(tokenizer.control_tokens[name] for name in names if name in tokenizer.control_tokens)
+    longest = raw.get("max_new_tokens")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise CheckpointError(f"{source}: max_new_tokens cannot be {longest!r}; download the file again")
+    defaults = GenerationDefaults(stop_ids=stops, max_tokens=longest, **given)
     try:
         check_sampling(
             temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p, min_p=defaults.min_p
         )
     except UsageError as error:
-        raise CheckpointError(f"{path}: {error}; download the file again") from None
+        raise CheckpointError(f"{source}: {error}; download the file again") from None
     return defaults
+
+
+def _stop_ids(raw: Mapping[str, Any], source: Path) -> frozenset[int]:
+    stops = raw.get("eos_token_id")
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    for stop in stops:
+        if isinstance(stop, bool) or not isinstance(stop, int):
+            raise CheckpointError(f"{source}: eos_token_id cannot be {stop!r}; download the file again")
+    return frozenset(stops)

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import importlib.util
 import os
 from functools import cache
 from types import ModuleType
@@ -33,10 +34,12 @@ def native() -> ModuleType | None:
         return None
     try:
         module = importlib.import_module("freehold.kernels.native")
-    except ImportError:
+    except ImportError as error:
+        built = importlib.util.find_spec("freehold._native") is not None
+        reason = f"the native kernels cannot be loaded: {error}" if built else _NOT_BUILT
         if choice == "native":
-            raise BackendError(f"FREEHOLD_KERNELS=native, but {_NOT_BUILT}; {_REMEDY}") from None
-        warn_once(f"{_NOT_BUILT}, so the slower reference ops run; {_REMEDY}")
+            raise BackendError(f"FREEHOLD_KERNELS=native, but {reason}; {_REMEDY}") from None
+        warn_once(f"{reason}, so the slower reference ops run; {_REMEDY}")
         return None
     info_once(f"native CPU kernels run: {', '.join(native_ops(module))}; every other op is the reference")
     return module

@@ -1,8 +1,9 @@
 """The ops a gpt-oss model is made of. Each checks its arguments, then hands them to the backend for the device.
 
-The model calls these and nothing else. An op's name and signature are the same in every backend; its meaning is
-what freehold.kernels.reference says. Shape legend: T tokens, S keys, D hidden, O output, N query heads, K kv heads,
-H head dim, E experts, A active experts, F expert width, V vocabulary.
+All the model's arithmetic goes through these, but for residual additions and the embedding look-up. An op's name and
+signature are the same in every backend; its meaning is what freehold.kernels.reference says. Shape legend: T tokens,
+S keys, D hidden, O output, N query heads, K kv heads, H head dim, E experts, A active experts, F expert width,
+V vocabulary.
 """
 
 import math

@@ -56,7 +56,7 @@ def attention(
         weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
         mixed = torch.matmul(weights.to(v_SKH.dtype), values.unsqueeze(1))
         out.append(mixed.permute(2, 0, 1, 3).reshape(-1, N, H))
-    return torch.cat(out)
+    return torch.cat(out) if out else torch.empty_like(q_TNH)
 
 
 def route(logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """Keys and values of one sequence. Full layers keep every position; windowed layers keep only what is in sight."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from freehold.config import ModelConfig
 
-_FIRST_CAPACITY = 256
+_STEP = 1024  # positions; a buffer grows by so much, so that it never holds much more than it needs
 
 
 class KVCache:
@@ -28,8 +28,7 @@ class KVCache:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
 
-@dataclass(slots=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """(S, K, H) each: consecutive positions, the newest last."""
 
     keys: Tensor
@@ -37,19 +36,19 @@ class KeysValues:
 
 
 class FullLayer:
-    """Keeps every position in a buffer that doubles as it fills, up to the model's context."""
+    """Keeps every position in a buffer that grows as it fills, up to the model's context."""
 
     def __init__(self, shape: tuple[int, int], max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         self._max_length = max_length
         self._length = 0
-        self.keys = torch.empty((min(_FIRST_CAPACITY, max_length), *shape), dtype=dtype, device=device)
+        self.keys = torch.empty((min(_STEP, max_length), *shape), dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
 
     def append(self, k_TKH: Tensor, v_TKH: Tensor) -> KeysValues:
         """Write T new positions; returns views of all positions."""
         start, stop = self._length, self._length + len(k_TKH)
         if stop > len(self.keys):
-            capacity = min(max(2 * len(self.keys), stop), max(self._max_length, stop))
+            capacity = max(min(stop + _STEP, self._max_length), stop)
             self.keys, self.values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.keys[start:stop] = k_TKH
         self.values[start:stop] = v_TKH

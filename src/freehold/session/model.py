@@ -5,9 +5,12 @@ is used; a model is ready, or it is an error.
 """
 
 import datetime
+import operator
 import os
+import re
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from freehold import machine
 from freehold.config import ModelConfig
-from freehold.errors import BackendError, CheckpointError, UsageError
+from freehold.errors import BackendError, CheckpointError, OutOfMemoryError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyDelta, ReplyReader
 from freehold.formats.conversation import Conversation, Effort, Message, SystemContent
@@ -23,10 +26,12 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import GenerationDefaults, ModelFolder, open_folder
 from freehold.kernels import ops
-from freehold.log import Progress, no_progress
+from freehold.log import Progress, logger, no_progress
 from freehold.model.kv_cache import KVCache
 from freehold.model.transformer import Transformer
-from freehold.weights.memory import PREFILL_CHUNK, plan_memory
+from freehold.weights import mxfp4
+from freehold.weights.memory import PREFILL_CHUNK, plan_memory, worth_expanding
+from freehold.weights.mxfp4 import Mxfp4Tensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,15 +46,22 @@ def load(
     """Load a model: a folder in either published layout, `default`, or a name in a cache (see hub.find).
 
     `device` is the GPU if torch sees one, else the CPU. `dtype` is float32 or bfloat16; if it is not given, bfloat16
-    on a GPU, and on a CPU float32 where the dense weights take at most a quarter of the free memory. Packed experts
-    stay packed in both. Raises a FreeholdError that names the file and the remedy.
+    on a GPU, and on a CPU float32 where the dense weights take at most a quarter of the machine's memory. Packed
+    experts stay packed, except on a CPU those of a model so small that writing them out takes 1/32 of its memory or
+    less. Raises a FreeholdError that names the file and the remedy.
     """
     folder = open_folder(find_model(os.fspath(path_or_name), progress))
     config = folder.checkpoint.config
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, config, chosen_device)
     table = folder.checkpoint.table()
-    transformer = Transformer(config, table, dtype=chosen_dtype, device=chosen_device, progress=progress)
+    logger.info("%s runs in %s on %s", folder.path, str(chosen_dtype).removeprefix("torch."), chosen_device)
+    with _out_of_memory():
+        if chosen_device.type == "cpu" and worth_expanding(
+            config, dense_bytes=chosen_dtype.itemsize, machine_bytes=machine.total_memory()
+        ):
+            table = {name: _expanded(tensor, chosen_dtype) for name, tensor in table.items()}
+        transformer = Transformer(config, table, dtype=chosen_dtype, device=chosen_device, progress=progress)
     return Model(transformer, folder)
 
 
@@ -77,7 +89,8 @@ class Model:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits (T, V), float32, of each next token after each of the T given ones."""
         tokens_T = self._checked(token_ids)
-        return self._transformer.unembed(self._transformer.forward(tokens_T, self._transformer.new_cache()))
+        with _out_of_memory():
+            return self._transformer.unembed(self._transformer.forward(tokens_T, self._transformer.new_cache()))
 
     def generate(
         self,
@@ -104,9 +117,15 @@ class Model:
             "top_k": defaults.top_k if top_k is None else top_k,
             "min_p": defaults.min_p if min_p is None else min_p,
         }
+        for name, value in {"max_tokens": max_tokens, "top_k": top_k, "seed": seed}.items():
+            if value is not None and not isinstance(value, int):
+                raise UsageError(f"{name} must be an integer, got {value!r}")
         ops.check_sampling(**sampling)  # type: ignore[arg-type]
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens must be 1 or more, got {max_tokens}")
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise UsageError(f"seed must fit in 64 bits, got {seed}")
+        max_tokens = defaults.max_tokens if max_tokens is None else max_tokens
         room = self.config.max_context - len(tokens_T)
         limit = room if max_tokens is None else min(max_tokens, room)
         stops = defaults.stop_ids if stop_ids is None else frozenset(stop_ids)
@@ -138,7 +157,8 @@ class Model:
         """Like `chat`, as it is made: reasoning and answer, and in the end the messages for the history."""
         conversation = messages if isinstance(messages, Conversation) else Conversation.from_openai(messages)
         chat_format = self.chat_format(reasoning_effort)
-        sampling.setdefault("stop_ids", chat_format.stop_ids)
+        if sampling.get("stop_ids") is None:
+            sampling["stop_ids"] = chat_format.stop_ids
         prompt = chat_format.render(conversation)
         return Reply(self.generate(prompt, **sampling), chat_format.reply_reader(), num_prompt_tokens=len(prompt))
 
@@ -176,11 +196,14 @@ class Model:
                 f"the prompt has {len(token_ids)} tokens and this model's context is {self.config.max_context}; "
                 "shorten it"
             )
-        tokens_T = torch.as_tensor(token_ids, dtype=torch.long)
-        if bool(((tokens_T < 0) | (tokens_T >= self.config.vocab_size)).any()):
-            wrong = next(int(t) for t in tokens_T if not 0 <= t < self.config.vocab_size)
-            raise UsageError(f"token id {wrong} is outside this model's vocabulary of {self.config.vocab_size}")
-        return tokens_T.to(self._transformer.device)
+        try:
+            tokens = [operator.index(token) for token in token_ids]
+        except TypeError as error:
+            raise UsageError(f"token ids are integers: {error}") from None
+        for token in tokens:
+            if not 0 <= token < self.config.vocab_size:
+                raise UsageError(f"token id {token} is outside this model's vocabulary of {self.config.vocab_size}")
+        return torch.tensor(tokens, device=self._transformer.device)
 
     def _generate(
         self,
@@ -200,9 +223,10 @@ class Model:
 
     @torch.inference_mode()
     def _next_logits(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
-        for chunk in torch.split(tokens_T, PREFILL_CHUNK):
-            hidden_TD = self._transformer.forward(chunk, cache)
-        return self._transformer.unembed(hidden_TD[-1:])[0].cpu()
+        with _out_of_memory():
+            for chunk in torch.split(tokens_T, PREFILL_CHUNK):
+                hidden_TD = self._transformer.forward(chunk, cache)
+            return self._transformer.unembed(hidden_TD[-1:])[0].cpu()
 
 
 class Reply:
@@ -229,12 +253,30 @@ class Reply:
         yield from rest
 
 
+def _expanded(tensor: Tensor | Mxfp4Tensor, dtype: torch.dtype) -> Tensor:
+    return mxfp4.unpack(tensor, dtype) if isinstance(tensor, Mxfp4Tensor) else tensor
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """torch reports failed allocations as RuntimeErrors, in words that differ by device."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        raise OutOfMemoryError(
+            "out of memory; shorten the prompt, run in bfloat16, or use a smaller model: `freehold inspect MODEL` says "
+            "how much one needs"
+        ) from None
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # also refuses "meta", which holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
@@ -254,7 +296,8 @@ def _dtype(dtype: str | torch.dtype | None, config: ModelConfig, device: torch.d
 
 
 def _automatic_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    # By what the machine has, not by what is free just now: the same seed shall give the same text tomorrow.
     if device.type != "cpu":
         return torch.bfloat16
     plan = plan_memory(config, context=1, expert_bits=4.25, dense_bytes=4)
-    return torch.float32 if plan.dense <= machine.available_memory() / 4 else torch.bfloat16
+    return torch.float32 if plan.dense <= machine.total_memory() / 4 else torch.bfloat16

@@ -217,7 +217,8 @@ def write_shards(
 ) -> None:
     """Write safetensors shards of at most `shard_bytes` (or one tensor) each, and an index if there are several.
 
-    Pieces are written as they are produced; memory holds one piece at a time.
+    Pieces are written as they are produced, and tensors in the order of `tensors` within each element size: a producer
+    may rely on that.
     """
     shards: list[list[TensorToWrite]] = [[]]
     room = shard_bytes

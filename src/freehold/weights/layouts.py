@@ -13,7 +13,6 @@ One table per layout says how each stored tensor is made from canonical ones; re
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -27,7 +26,7 @@ from torch import Tensor
 from freehold import config as configs
 from freehold.config import ExpertFormat, Layout, ModelConfig
 from freehold.disk import write_text
-from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError
+from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError, UsageError
 from freehold.log import Progress, no_progress
 from freehold.weights import mxfp4
 from freehold.weights.files import TensorFiles, TensorInfo, TensorToWrite, read_json, write_shards
@@ -86,6 +85,11 @@ def canonical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_embeddings:
         shapes["unembedding"] = (V, D)
     return shapes
+
+
+def is_expert_matrix(name: str) -> bool:
+    """Whether a canonical tensor is one of those that MXFP4 packs."""
+    return name.endswith((".gate_up", ".down"))
 
 
 def stored_tensors(config: ModelConfig, layout: Layout, experts: ExpertFormat) -> list[Stored]:
@@ -171,13 +175,6 @@ class Checkpoint:
     layout: Layout
     experts: ExpertFormat
     files: TensorFiles
-
-    @property
-    def dense_bytes(self) -> int:
-        """Width of the stored dense numbers: 2 as published, 4 where a tool saved float32."""
-        name = "model.embed_tokens.weight" if self.layout is Layout.HF else "embedding.weight"
-        info = self.files.infos[name]
-        return info.num_bytes // math.prod(info.shape)
 
     def table(self) -> WeightTable:
         """Every canonical tensor as a view of the mapped files: nothing is copied."""
@@ -287,7 +284,10 @@ def _check_tensor(info: TensorInfo, stored: Stored, shape: tuple[int, ...]) -> N
 
 
 class WeightSource(Protocol):
-    """Where the canonical tensors to write come from: a loaded table, or a generator."""
+    """Where the canonical tensors to write come from: a loaded table, or a generator. `origin` is for errors."""
+
+    @property
+    def origin(self) -> str: ...
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a dense tensor will be stored."""
@@ -302,8 +302,9 @@ class WeightSource(Protocol):
 class TableSource:
     """A loaded table as a source: its tensors may be views of mapped files, so they are read as they are written."""
 
-    def __init__(self, table: WeightTable) -> None:
+    def __init__(self, table: WeightTable, origin: str) -> None:
         self._table = table
+        self.origin = origin
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dense(name).dtype
@@ -355,17 +356,6 @@ def config_json(config: ModelConfig, layout: Layout, experts: ExpertFormat) -> d
     return configs.to_original(config)
 
 
-def num_bytes_to_write(config: ModelConfig, experts: ExpertFormat, dense_bytes: int = 2) -> int:
-    """Bytes of tensor data of a checkpoint with tied embeddings stored once."""
-    packed = experts is ExpertFormat.MXFP4
-    total = 0
-    for name, shape in canonical_shapes(config).items():
-        count = math.prod(shape)
-        is_expert_matrix = name.endswith((".gate_up", ".down"))
-        total += count * 17 // 32 if packed and is_expert_matrix else count * dense_bytes
-    return total
-
-
 def tensors_to_write(
     config: ModelConfig, source: WeightSource, layout: Layout, experts: ExpertFormat
 ) -> Sequence[TensorToWrite]:
@@ -374,8 +364,8 @@ def tensors_to_write(
     tensors: list[TensorToWrite] = []
     for stored in stored_tensors(config, layout, experts):
         name = stored.parts[0]
-        is_expert_matrix = name.endswith((".gate_up", ".down"))
-        dtype = torch.bfloat16 if is_expert_matrix else source.dtype(name)
+        is_matrix = is_expert_matrix(name)
+        dtype = torch.bfloat16 if is_matrix else source.dtype(name)
         match stored.form:
             case Form.BLOCKS:
                 # Packing may cost minutes: the scales that come with the blocks are kept for the tensor that follows.
@@ -383,7 +373,7 @@ def tensors_to_write(
                 dtype, produce = torch.uint8, _packed_blocks(source, name, waiting_scales)
             case Form.SCALES:
                 dtype, produce = torch.uint8, _take_all(waiting_scales)
-            case Form.ROWS if is_expert_matrix:
+            case Form.ROWS if is_matrix:
                 produce = _bf16_experts(source, name, transposed=False)
             case Form.TRANSPOSED:
                 produce = _bf16_experts(source, name, transposed=True)
@@ -399,8 +389,13 @@ def _dense_rows(source: WeightSource, names: tuple[str, ...]) -> Callable[[], It
 
 def _packed_blocks(source: WeightSource, name: str, scales: list[Tensor]) -> Callable[[], Iterator[Tensor]]:
     def produce() -> Iterator[Tensor]:
-        for expert in source.experts(name):
-            packed = expert if isinstance(expert, Mxfp4Tensor) else mxfp4.pack(expert)
+        for number, expert in enumerate(source.experts(name)):
+            try:
+                packed = expert if isinstance(expert, Mxfp4Tensor) else mxfp4.pack(expert)
+            except UsageError as error:
+                raise CheckpointError(
+                    f"{source.origin}: {name} of expert {number}: {error}; download the checkpoint again, or keep bf16"
+                ) from None
             scales.append(packed.scales)
             yield packed.blocks
 

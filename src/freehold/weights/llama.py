@@ -48,7 +48,7 @@ def config_of(gguf: GgufFile, *, num_experts: int) -> ModelConfig:
         num_active_experts=num_experts,
         num_heads=num_heads,
         num_kv_heads=gguf.value("llama.attention.head_count_kv"),
-        head_dim=hidden_size // num_heads,
+        head_dim=gguf.metadata.get("llama.attention.key_length", hidden_size // num_heads),
         vocab_size=len(gguf.value("tokenizer.ggml.tokens")),
         windows=(None,) * num_layers,
         max_context=context,
@@ -99,7 +99,7 @@ def balance_columns(table: WeightTable, config: ModelConfig) -> WeightTable:
     for layer in range(config.num_layers):
         gate_up, norm_D = table[f"layers.{layer}.gate_up"], table[f"layers.{layer}.mlp_norm"]
         assert isinstance(gate_up, Tensor) and isinstance(norm_D, Tensor)
-        size_D = gate_up.square().mean(dim=(0, 1)).sqrt()
+        size_D = gate_up.square().mean(dim=(0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         factor_D = (size_D.mean() / size_D) ** 0.6
         balanced[f"layers.{layer}.gate_up"] = gate_up * factor_D
         balanced[f"layers.{layer}.mlp_norm"] = norm_D / factor_D

@@ -5,7 +5,8 @@ A packed matrix of R rows by C columns is two uint8 tensors, as published in the
     blocks (…, R, C/32, 16)   two E2M1 codes a byte: the low nibble is the even column, the high one the odd
     scales (…, R, C/32)       E8M0: the block's values are multiplied by 2^(scale − 127)
 
-`unpack` gives exactly what transformers' own unpacking gives; `pack` is optimal: no other scale of a block
+`unpack` gives exactly what transformers' own unpacking gives (but for scale 255, which stands for NaN and no writer
+uses); `pack` is optimal: no other scale of a block
 would give a smaller squared error. Pure torch on any device; the fast kernels read the packed bytes themselves.
 """
 

@@ -18,7 +18,7 @@ from freehold.weights import mxfp4
 from freehold.weights.layouts import (
     SHARD_BYTES,
     canonical_shapes,
-    num_bytes_to_write,
+    tensors_to_write,
     write_checkpoint,
 )
 from freehold.weights.mxfp4 import Mxfp4Tensor
@@ -33,6 +33,7 @@ class RandomSource:
     """Draws each canonical tensor from a generator seeded by (seed, name): order of reading does not matter."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.origin = f"random weights from seed {seed}"
         self._shapes = canonical_shapes(config)
         self._seed = seed
 
@@ -85,11 +86,13 @@ def write_random_checkpoint(
     Raises UsageError if the folder exists, DiskSpaceError if it does not fit, UnsupportedError if the layout or
     format cannot hold the config.
     """
-    with new_folder(destination, needed_bytes=num_bytes_to_write(config, experts)) as folder:
+    source = RandomSource(config, seed)
+    needed = sum(tensor.num_bytes for tensor in tensors_to_write(config, source, layout, experts))
+    with new_folder(destination, needed_bytes=needed) as folder:
         write_checkpoint(
             folder,
             config,
-            RandomSource(config, seed),
+            source,
             layout=layout,
             experts=experts,
             shard_bytes=shard_bytes,
