@@ -60,7 +60,7 @@ def main() -> None:
     try:
         app()
     except OSError as error:
-        terminal.say(f"error: the output cannot be written ({error.strerror or error})")
+        terminal.say(f"error: {error.filename or 'the output'}: {error.strerror or error}")
         sys.exit(1)
     except FreeholdError as error:
         terminal.say(f"error: {error}")
