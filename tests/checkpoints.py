@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freehold.config import ExpertFormat, Layout, ModelConfig, RopeConfig, alternating_windows
+from freehold.kernels.ops import Weight
 from freehold.model.transformer import Transformer
 from freehold.weights import mxfp4
 from freehold.weights.layouts import (
@@ -20,6 +21,7 @@ from freehold.weights.layouts import (
     open_checkpoint,
     write_checkpoint,
 )
+from freehold.weights.packed import Form, pack
 
 CPU = torch.device("cpu")
 
@@ -71,6 +73,36 @@ def packed(table: WeightTable) -> WeightTable:
 def plain(table: WeightTable) -> dict[str, Tensor]:
     """The same table with packed experts written out in float32."""
     return {name: t if isinstance(t, Tensor) else mxfp4.unpack(t) for name, t in table.items()}
+
+
+def for_kernels(config: ModelConfig, table: WeightTable, dense: Form) -> dict[str, Weight]:
+    """The same table packed for the native kernels, plain experts in the form of the dense weights.
+
+    Made here without weights.pack_file, so that what that writes can be compared with it.
+    """
+    laid_out: dict[str, Weight] = dict(table)
+
+    def put(name: str, *sources: str, form: Form = dense, paired: bool = False) -> None:
+        parts = [laid_out.pop(source) for source in sources or (name,)]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        if tensors:
+            laid_out[name] = pack(torch.cat(tensors), form, paired=paired)
+        else:
+            (experts,) = parts
+            assert isinstance(experts, mxfp4.Mxfp4Tensor)
+            laid_out[name] = pack(experts, "mxfp4", paired=paired)
+
+    for i in range(config.num_layers):
+        layer = f"layers.{i}"
+        put(f"{layer}.qkv.weight", *(f"{layer}.{name}.weight" for name in "qkv"))
+        biases = [laid_out.pop(f"{layer}.{name}.bias") for name in "qkv"]
+        laid_out[f"{layer}.qkv.bias"] = torch.cat([bias for bias in biases if isinstance(bias, Tensor)])
+        put(f"{layer}.o.weight")
+        put(f"{layer}.router.weight", form="f32")
+        put(f"{layer}.gate_up", paired=True)
+        put(f"{layer}.down")
+    put("embedding" if config.tied_embeddings else "unembedding")
+    return laid_out
 
 
 def save(

@@ -1,11 +1,28 @@
-"""The default model for every test that wants real language: made on first use, from the cache afterwards."""
+"""What many tests want: the default model, made on first use and from the cache afterwards, and a choice of kernels."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from freehold import paths
 from freehold.hub import default_model
 from freehold.hub.default_model import Unquantised
+from freehold.kernels import backends
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models and downloads are the user's; packed weights of the tests' many models do not stay in the user's cache."""
+    kept, ours = paths.cache_dir().absolute(), tmp_path_factory.mktemp("cache")
+    for name in ("models", "downloads"):
+        (kept / name).mkdir(parents=True, exist_ok=True)
+        (ours / name).symlink_to(kept / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FREEHOLD_CACHE", str(ours))
+        yield
+    shutil.rmtree(ours / "packed", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +41,27 @@ def smollm2_gguf(default_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 def unquantised(smollm2_gguf: Path) -> Unquantised:
     """The default model in float32, before its experts are quantised."""
     return default_model.load_unquantised(smollm2_gguf)
+
+
+@pytest.fixture
+def reference_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The reference ops everywhere: for comparing numbers that are exact with numbers that are exact."""
+    monkeypatch.setenv("FREEHOLD_KERNELS", "reference")
+    backends.native.cache_clear()
+    yield
+    backends.native.cache_clear()
+
+
+@pytest.fixture
+def native_settings() -> Iterator[None]:
+    """The native kernels' threads and instruction set, which a process has one of, are put back."""
+    module = backends.native()
+    if module is None:
+        yield
+        return
+    from freehold import _native
+
+    threads, instruction_set = module.threads(), module.instruction_set()
+    yield
+    _native.use_instruction_set(instruction_set)
+    module.set_threads(threads)

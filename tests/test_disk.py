@@ -5,11 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from freehold.disk import new_file, new_folder, write_text
+from freehold.disk import (
+    exclusive,
+    new_file,
+    new_folder,
+    remove,
+    remove_all_abandoned,
+    size_of,
+    unfinished_in,
+    write_text,
+)
 from freehold.errors import CheckpointError, DiskError, DiskSpaceError, FreeholdError, UsageError
 
 
@@ -114,6 +125,28 @@ def test_a_failed_file_leaves_the_old_one(tmp_path: Path, error: type[BaseExcept
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", "old")]
 
 
+def test_a_new_file_replaces_only_if_it_may(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with new_file(path, replace=False) as file:
+        file.write(b"new")
+    with pytest.raises(UsageError, match=r"model\.gguf exists already"), new_file(path, replace=False):
+        pass
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="exists already"), new_file(path, replace=False):
+        pass
+    with new_file(path) as file:
+        file.write(b"newer")
+    assert [(left.name, left.read_bytes()) for left in tmp_path.iterdir()] == [("model.gguf", b"newer")]
+
+
+def test_a_file_that_will_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(DiskSpaceError, match=r"model\.gguf needs .* GiB free"):  # noqa: SIM117
+        with new_file(tmp_path / "model.gguf", needed_bytes=1 << 60):
+            pytest.fail("nothing is to be written")
+    assert not list(tmp_path.iterdir())
+
+
 def test_text_is_replaced_whole_and_in_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     write_text(path, "a much longer text than the one that follows")
@@ -165,3 +198,96 @@ def test_two_writers_in_one_process(tmp_path: Path) -> None:
         (tmp_path / "model" / "z").unlink()
         (tmp_path / "model").rmdir()
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["x"]
+
+
+# --- one at a time, and removing ---------------------------------------------------------------------------------
+
+
+def test_only_one_holds_a_name(tmp_path: Path) -> None:
+    events: list[str] = []
+    inside = threading.Event()
+
+    def progress(label: str, done: int, total: int) -> None:
+        events.append(f"{label} {done}/{total}")
+        inside.set()
+
+    def second() -> None:
+        with exclusive(tmp_path / "deep" / "work", progress=progress):
+            events.append("second")
+
+    with exclusive(tmp_path / "deep" / "work"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert inside.wait(10)
+        events.append("first")
+    thread.join(10)
+    waiting = "waiting for another process"
+    assert events == [f"{waiting} 0/1", "first", f"{waiting} 1/1", "second"]
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_many_hold_a_name_in_turn(tmp_path: Path) -> None:
+    """The lock's file comes and goes: nobody may hold one that the others no longer see."""
+    holders: list[int] = []
+    most = 0
+
+    def hold() -> None:
+        nonlocal most
+        for _ in range(25):
+            with exclusive(tmp_path / "work"):
+                holders.append(1)
+                most = max(most, len(holders))
+                time.sleep(0.0005)
+                holders.pop()
+
+    threads = [threading.Thread(target=hold) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_a_name_is_held_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), exclusive(tmp_path / "work"):
+        raise KeyboardInterrupt
+    with exclusive(tmp_path / "work"):
+        assert [path.name for path in unfinished_in(tmp_path)] == [".work.lock"]
+    with pytest.raises(DiskError, match="cannot be written"), exclusive(Path("/proc/nowhere/work")):
+        raise AssertionError("not reached")
+
+
+def test_removing_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "a").write_bytes(bytes(100))
+    (tmp_path / "folder" / "b").write_bytes(bytes(20))
+    (tmp_path / "file").write_bytes(bytes(3))
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "linked").symlink_to(tmp_path / "folder")
+    length_of_link = len(str(tmp_path / "file"))
+    assert size_of(tmp_path / "folder") == 120 + length_of_link
+    assert size_of(tmp_path / "file") == 3
+    remove(tmp_path / "linked")
+    assert remove(tmp_path / "folder") == 120 + length_of_link
+    assert remove(tmp_path / "file") == 3
+    assert remove(tmp_path / "file") == 0
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DiskError, match="/proc/self/status cannot be removed"):
+        remove(Path("/proc/self/status"))
+
+
+def test_clearing_a_folder_of_what_was_left(tmp_path: Path) -> None:
+    left = [tmp_path / name for name in (".a.b.partial-01234567", ".a.b.lock", ".c.partial-89abcdef")]
+    for path in left:
+        path.write_bytes(bytes(5))
+    other = [tmp_path / name for name in ("a.b", ".hidden", ".c.partial-")]
+    for path in other:
+        path.write_bytes(b"x")
+    assert unfinished_in(tmp_path) == sorted(left)
+    assert remove_all_abandoned(tmp_path) == 0
+    for path in left:
+        os.utime(path, (0, 0))
+    with exclusive(tmp_path / "a.b"):  # it found the lock there, and works
+        assert remove_all_abandoned(tmp_path) == 10
+    assert sorted(tmp_path.iterdir()) == sorted(other)

@@ -1,34 +1,134 @@
-// The Python face of the native kernels: turns buffers into pointers and releases the GIL. All checking of shapes
-// and types happens in freehold.kernels.ops; bfloat16 arrives as uint16, since buffers have no such type.
+// The Python face of the native kernels: turns addresses into pointers and releases the GIL. All checking of shapes and
+// types happens in freehold.kernels, which is the only caller; tensors arrive as the integers of Tensor.data_ptr(),
+// since making a buffer of each would cost more than many an op.
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-#include "kernels/rms_norm.h"
+#include "kernels/ops.h"
 
 namespace nb = nanobind;
+using namespace freehold;
+using Released = nb::call_guard<nb::gil_scoped_release>;
 
 namespace {
 
-template <typename Scalar, int Rank>
-using Array = nb::ndarray<Scalar, nb::ndim<Rank>, nb::c_contig, nb::device::cpu>;
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
-template <typename Buffer, typename Scalar>
-void rms_norm(Array<const Buffer, 2> x, Array<const Buffer, 1> weight, Array<Buffer, 2> out, float eps) {
-    const auto* x_data = reinterpret_cast<const Scalar*>(x.data());
-    const auto* weight_data = reinterpret_cast<const Scalar*>(weight.data());
-    auto* out_data = reinterpret_cast<Scalar*>(out.data());
-    const size_t T = x.shape(0), D = x.shape(1);
-    nb::gil_scoped_release release;
-    freehold::rms_norm(x_data, weight_data, out_data, T, D, eps);
+Matrix matrix(int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bool paired) {
+    return Matrix(static_cast<Form>(form), at<void>(data), at<void>(scales), R, C, paired);
+}
+
+KvView kv_view(int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
+               size_t capacity, size_t K, size_t H) {
+    return {static_cast<KvType>(type), at<void>(keys), at<void>(values), at<uint16_t>(key_scales),
+            at<uint16_t>(value_scales), capacity, K, H};
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const char* name : {"scalar", "avx2", "avx512", "neon"})
+        if (kernels_named(name)) names.emplace_back(name);
+    return names;
 }
 
 }  // namespace
 
 NB_MODULE(_native, module) {
+    // At exit, weights may still hold their handles: memory that ends with the process is no leak to report.
+    nb::set_leak_warnings(false);
     module.doc() = "Native CPU kernels of Freehold; called through freehold.kernels, never directly.";
-    module.def("rms_norm_f32", &rms_norm<float, float>, nb::arg("x"), nb::arg("weight"), nb::arg("out"),
-               nb::arg("eps"));
-    module.def("rms_norm_bf16", &rms_norm<uint16_t, freehold::bf16>, nb::arg("x"), nb::arg("weight"), nb::arg("out"),
-               nb::arg("eps"));
+
+    module.def("instruction_sets", &instruction_sets, "Those that can run here, the best last.");
+    module.def("instruction_set", [] { return std::string(kernels().name); });
+    module.def("use_instruction_set", [](const std::string& name) { return use_kernels(name.c_str()); });
+
+    nb::class_<Matrix>(module, "Matrix")
+        .def("__init__",
+             [](Matrix* self, int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bool paired) {
+                 new (self) Matrix(matrix(form, data, scales, R, C, paired));
+             });
+    nb::class_<KvView>(module, "KvView")
+        .def("__init__", [](KvView* self, int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+                            uintptr_t value_scales, size_t capacity, size_t K, size_t H) {
+            new (self) KvView(kv_view(type, keys, values, key_scales, value_scales, capacity, K, H));
+        });
+
+    nb::class_<Engine>(module, "Engine")
+        .def(nb::init<unsigned>())
+        .def_prop_ro("threads", &Engine::threads)
+        .def_prop_ro("workspace_bytes", &Engine::workspace_bytes)
+        .def(
+            "rms_norm",
+            [](Engine& self, uintptr_t x, uintptr_t weight, uintptr_t out, size_t T, size_t D, float eps) {
+                self.rms_norm(at<float>(x), at<float>(weight), at<float>(out), T, D, eps);
+            },
+            Released())
+        .def(
+            "linear",
+            [](Engine& self, const Matrix& w, uintptr_t x, size_t T, size_t stride, uintptr_t norm, float eps,
+               uintptr_t bias, uintptr_t residual, uintptr_t out) {
+                self.linear(w, {at<float>(x), T, stride, at<float>(norm), eps, at<float>(bias), at<float>(residual),
+                                at<float>(out)});
+            },
+            Released())
+        .def(
+            "rope",
+            [](Engine& self, uintptr_t x, size_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, size_t T,
+               size_t N, size_t H) {
+                self.rope(at<float>(x), stride, at<float>(cos), at<float>(sin), at<float>(out), T, N, H);
+            },
+            Released())
+        .def(
+            "kv_write",
+            [](Engine& self, const KvView& view, uintptr_t k, size_t k_stride, uintptr_t v, size_t v_stride, size_t T,
+               size_t start) { self.kv_write(view, at<float>(k), k_stride, at<float>(v), v_stride, T, start); },
+            Released())
+        .def(
+            "attention",
+            [](Engine& self, const KvView& view, uintptr_t q, size_t T, size_t N, size_t stride, size_t length,
+               uintptr_t sinks, float scale, size_t window, uintptr_t out) {
+                self.attention(
+                    view, {at<float>(q), T, N, stride, length, at<float>(sinks), scale, window, at<float>(out)});
+            },
+            Released())
+        .def(
+            "route",
+            [](Engine& self, uintptr_t logits, size_t T, size_t E, size_t A, uintptr_t weights, uintptr_t experts) {
+                self.route(at<float>(logits), T, E, A, at<float>(weights), at<int64_t>(experts));
+            },
+            Released())
+        .def(
+            "moe",
+            [](Engine& self, const Matrix& gate_up, const Matrix& down, uintptr_t x, size_t T, size_t A,
+               uintptr_t weights, uintptr_t experts, size_t E, uintptr_t gate_up_bias, uintptr_t down_bias,
+               uintptr_t residual, float alpha, float limit, uintptr_t out) {
+                self.moe(gate_up, down,
+                         {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
+                          at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out)});
+            },
+            Released())
+        .def(
+            "argmax", [](Engine& self, uintptr_t logits, size_t V) { return self.argmax(at<float>(logits), V); },
+            Released())
+        .def(
+            "sample",
+            [](Engine& self, uintptr_t logits, size_t V, float temperature, size_t top_k, double top_p, float min_p,
+               double uniform) {
+                return self.sample(at<float>(logits), V, temperature, top_k, top_p, min_p, uniform);
+            },
+            Released())
+        .def(
+            "read_bandwidth",
+            [](Engine& self, uintptr_t data, size_t bytes) {
+                double checksum;
+                return self.read_gigabytes(at<uint8_t>(data), bytes, &checksum) * 1e9;
+            },
+            Released(), "Bytes a second, reading `bytes` once with all threads.")
+        .def("dot_rate", &Engine::dot_rate, Released(),
+             "Int8 multiply-adds a second of all threads, on registers alone.");
 }

@@ -14,6 +14,7 @@ from typing import Any
 from freehold.errors import CheckpointError, UnsupportedError, UsageError
 
 SWIGLU_ALPHA = 1.702
+SWIGLU_LIMIT = 7.0  # of every published gpt-oss; some runtimes know no other
 _LARGEST = 1e30  # beyond any size or constant of a model: refused before arithmetic overflows
 _MAX_LAYERS = 10_000  # a damaged file may ask for billions; no model comes near this
 
@@ -30,6 +31,14 @@ class ExpertFormat(Enum):
 
     MXFP4 = "mxfp4"
     BF16 = "bf16"
+
+
+class DenseFormat(Enum):
+    """How a GGUF file stores the large matrices that are not MXFP4."""
+
+    Q8 = "q8"
+    BF16 = "bf16"
+    F32 = "f32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +84,7 @@ class ModelConfig:
     max_context: int
     rope: RopeConfig = RopeConfig()
     norm_eps: float = 1e-5
-    swiglu_limit: float = 7.0
+    swiglu_limit: float = SWIGLU_LIMIT
     tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -112,6 +121,11 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """All parameters; tied embeddings count once."""
         return self._num_dense_parameters() + self.num_layers * self.num_experts * self._parameters_per_expert()
+
+    @property
+    def num_expert_weights(self) -> int:
+        """Numbers in the experts' matrices, without their biases: what MXFP4 packs."""
+        return self.num_layers * self.num_experts * 3 * self.expert_width * self.hidden_size
 
     @property
     def num_active_parameters(self) -> int:
@@ -218,7 +232,7 @@ def from_hf(raw: Mapping[str, Any], source: str) -> ModelConfig:
             max_context=max_context,
             rope=_rope_from_hf(read, max_context),
             norm_eps=read.number("rms_norm_eps", 1e-5),
-            swiglu_limit=read.number("swiglu_limit", 7.0),
+            swiglu_limit=read.number("swiglu_limit", SWIGLU_LIMIT),
             tied_embeddings=read.boolean("tie_word_embeddings", False),
         )
 
@@ -336,7 +350,7 @@ def from_original(raw: Mapping[str, Any], source: str) -> ModelConfig:
             windows=alternating_windows(num_layers, window) if window else (None,) * num_layers,
             max_context=round(rope.original_context * rope.factor),
             rope=rope,
-            swiglu_limit=read.number("swiglu_limit", 7.0),
+            swiglu_limit=read.number("swiglu_limit", SWIGLU_LIMIT),
         )
 
 

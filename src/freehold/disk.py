@@ -2,13 +2,15 @@
 
 What is written appears under its final name only when every byte is on the disk; whatever fails on the way, and
 Ctrl-C, leaves nothing behind. What a killed process left is removed by the next one that writes to the same name:
-a lock tells abandoned work from work going on. Failures of the disk are typed errors that name the path.
+a lock tells abandoned work from work going on. `exclusive` keeps two processes from doing the same work at once.
+Failures of the disk are typed errors that name the path.
 """
 
 import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from freehold.errors import DiskError, DiskSpaceError, UsageError
+from freehold.log import Progress, no_progress
 
 
 @contextmanager
@@ -30,16 +33,10 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     destination = destination.absolute()
     partial = _partial_name(destination)
     try:
-        if destination.is_symlink() or destination.exists():
-            raise UsageError(f"{destination} exists already; name a new folder or remove it first")
+        _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(destination.parent).free
-        if needed_bytes > free:
-            raise DiskSpaceError(
-                f"{destination} needs {needed_bytes / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; "
-                "free some space or name a folder on another disk"
-            )
-        _remove_abandoned(destination)
+        _check_space(destination, needed_bytes)
+        remove_abandoned(destination)
         partial.mkdir()
         with _locked(partial):
             yield partial
@@ -52,13 +49,20 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(destination: Path) -> Iterator[BinaryIO]:
-    """Yields a binary file that replaces `destination` when the block ends well."""
+def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) -> Iterator[BinaryIO]:
+    """Yields a binary file that takes the name `destination` when the block ends well, in place of what was there.
+
+    Raises UsageError if something is there already and `replace` is False, DiskError and DiskSpaceError as
+    `new_folder` does.
+    """
     destination = destination.absolute()
     partial = _partial_name(destination)
     try:
+        if not replace:
+            _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(destination)
+        _check_space(destination, needed_bytes)
+        remove_abandoned(destination)
         with partial.open("wb") as file, _locked(partial):
             yield file
             file.flush()
@@ -72,6 +76,20 @@ def new_file(destination: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def _refuse_existing(destination: Path) -> None:
+    if destination.is_symlink() or destination.exists():
+        raise UsageError(f"{destination} exists already; give a new name or remove it first")
+
+
+def _check_space(destination: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(destination.parent).free
+    if needed_bytes > free:
+        raise DiskSpaceError(
+            f"{destination} needs {needed_bytes / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; "
+            "free some space or write to another disk"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file, replacing what was there."""
     write_bytes(path, text.encode("utf-8"))
@@ -83,7 +101,104 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+@contextmanager
+def exclusive(path: Path, *, progress: Progress = no_progress) -> Iterator[None]:
+    """One holder at a time, in this process or another, for work that ends in `path`; the others wait here.
+
+    Who comes second should look first whether the work is done. A process that dies lets go. Raises DiskError where
+    the folder of `path` cannot be written.
+    """
+    lock = _lock_name(path.absolute())
+    try:
+        handle = _acquire(lock, progress)
+    except OSError as error:
+        raise _typed(path, error) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()  # while it is held: whoever waits for it sees that it is gone, and makes a new one
+        os.close(handle)
+
+
+def _acquire(lock: Path, progress: Progress) -> int:
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress("waiting for another process", 0, 1)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                progress("waiting for another process", 1, 1)
+            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except FileNotFoundError:  # between the two looks at it
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
 _SETTLED = 60  # seconds: what is younger may have been made a moment ago, and not be locked yet
+
+
+def remove_abandoned(destination: Path, *, settled: float = _SETTLED) -> int:
+    """Remove what killed processes left of this name; what a living one holds is locked, and stays.
+
+    Work younger than `settled` seconds stays too; who holds `exclusive` for this name can say 0. Returns the bytes
+    that were freed.
+    """
+    freed = 0
+    partials = destination.parent.glob(f".{glob.escape(destination.name)}.partial-*")
+    for left in [*partials, _lock_name(destination)]:
+        try:
+            if time.time() - left.stat().st_mtime < settled:
+                continue
+            with _locked(left):
+                freed += remove(left)
+        except (OSError, DiskError):  # in use, or gone by now
+            continue
+    return freed
+
+
+def remove_all_abandoned(folder: Path) -> int:
+    """`remove_abandoned` for every name in a folder."""
+    names = {left.name[1:].rpartition(".")[0] for left in unfinished_in(folder)}
+    return sum(remove_abandoned(folder / name) for name in sorted(names))
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """What is being written in a folder, or was when its process was killed; locks too."""
+    return [path for path in sorted(folder.glob(".*")) if re.search(r"\.(partial-[0-9a-f]{8}|lock)$", path.name)]
+
+
+def remove(path: Path) -> int:
+    """Remove a file, or a folder with all that is in it; returns the bytes that were freed. Gone already is as good.
+
+    On Linux a file in use can be removed: its contents stay good for whoever has it open or mapped, and the disk gets
+    the space back when the last of them ends. Raises DiskError where it cannot be removed.
+    """
+    try:
+        freed = size_of(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise DiskError(f"{path} cannot be removed ({error.strerror}); check its permissions") from None
+    return freed
+
+
+def size_of(path: Path) -> int:
+    """Bytes in a file, or in all files of a folder; a link counts as a link."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(file.lstat().st_size for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    return path.lstat().st_size
 
 
 def _partial_name(path: Path) -> Path:
@@ -91,29 +206,19 @@ def _partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
+def _lock_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDONLY)
+    # Over NFS an exclusive lock needs a file that is open for writing.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
-
-
-def _remove_abandoned(destination: Path) -> None:
-    """Remove what killed processes left of this name; what a living one holds is locked, and stays."""
-    for left in destination.parent.glob(f".{glob.escape(destination.name)}.partial-*"):
-        try:
-            if time.time() - left.stat().st_mtime < _SETTLED:
-                continue
-            with _locked(left):
-                if left.is_dir():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink()
-        except OSError:  # in use, or gone by now
-            continue
 
 
 def _sync(folder: Path) -> None:

@@ -6,6 +6,9 @@ from functools import cache
 
 logger = logging.getLogger("freehold")
 
+NOTICE = 25
+"""The level, between INFO and WARNING, of what a person should see without asking: what a model will take."""
+
 Progress = Callable[[str, int, int], None]
 """Called as `progress(label, done, total)` while something long runs, in bytes or steps; done == total ends it."""
 

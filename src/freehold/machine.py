@@ -26,6 +26,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def physical_cores() -> int:
+    """Cores that this process may run on, hyperthreads of one core counted once."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        siblings.add(_read(topology / "thread_siblings_list").strip() or str(cpu))
+    return len(siblings)
+
+
 def available_memory() -> int:
     """Bytes that can be allocated without swapping, and within a container's limit."""
     available, limit = _meminfo("MemAvailable"), _container_limit()
@@ -36,6 +45,16 @@ def total_memory() -> int:
     """Bytes of main memory, or of a container's limit."""
     total, limit = _meminfo("MemTotal"), _container_limit()
     return total if limit is None else min(total, limit)
+
+
+def process_status() -> dict[str, int]:
+    """This process's memory in bytes, by the names of /proc/self/status: VmRSS, VmHWM (the peak), RssAnon and so on."""
+    fields = {}
+    for line in _read(Path("/proc/self/status")).splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            fields[name] = int(value.split()[0]) * 1024
+    return fields
 
 
 def _cpuinfo_field(name: str) -> str | None:

@@ -15,3 +15,13 @@ def cache_dir() -> Path:
 def models_dir() -> Path:
     """Models that Freehold fetched or made, one folder each."""
     return cache_dir() / "models"
+
+
+def downloads_dir() -> Path:
+    """Files as they were fetched."""
+    return cache_dir() / "downloads"
+
+
+def packed_dir() -> Path:
+    """Weights in the layout of the kernels, one file per model and form. All of it can be made again."""
+    return cache_dir() / "packed"

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from freehold import __version__
 from freehold.cli.main import app, main
 from freehold.cli.reference import render
+from freehold.errors import FreeholdError, UsageError
 
 ROOT = Path(__file__).parents[2]
 FREEHOLD = [sys.executable, "-c", "from freehold.cli.main import main; main()"]
@@ -26,6 +27,9 @@ def _run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess
     """The command in a process of its own: stdout and stderr apart, errors as the entry point shows them."""
     command = [*FREEHOLD, *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+MEMORY = r"freehold: memory: \S+ MiB weights \+ .* = .* of .* free\n"  # what a model takes is said as it is loaded
 
 
 def _invoke(*arguments: str | Path) -> Result:
@@ -63,7 +67,7 @@ def test_chat_answers_on_stdout_alone(default_folder: Path) -> None:
     assert done.returncode == 0
     assert "Paris" in done.stdout
     assert done.stdout.endswith("\n")
-    assert done.stderr == ""
+    assert re.fullmatch(MEMORY, done.stderr)
 
 
 def test_question_from_a_pipe(default_folder: Path) -> None:
@@ -122,6 +126,9 @@ def test_errors_are_one_line(
         (("synth", "huge", tmp_path / "x"), 2, "'huge'"),
         (("synth", "tiny", tiny), 2, "exists already"),
         (("convert", tiny, tiny), 2, "exists already"),
+        (("convert", tiny, tmp_path / "x.gguf"), 1, "holds no tokenizer.json"),
+        (("convert", tiny, tmp_path / "x.gguf", "--layout", "hf"), 2, "--layout is for folders"),
+        (("convert", tiny, tmp_path / "x", "--dense", "q8"), 2, "--dense is for .gguf files"),
     ):
         monkeypatch.setattr(sys, "argv", ["freehold", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
@@ -129,7 +136,7 @@ def test_errors_are_one_line(
         out, err = capsys.readouterr()
         assert stopped.value.code == code, err
         assert out == ""
-        assert re.fullmatch(r"error: .+\n", err), err
+        assert re.fullmatch(r"(freehold: .+\n)*error: .+\n", err), err
         assert words in err
 
 
@@ -204,13 +211,50 @@ def test_inspect(tiny: Path) -> None:
     memory = facts["memory"]
     parts = sum(memory[f"{part}_bytes"] for part in ("dense", "experts", "kv_cache", "scratch"))
     assert memory["total_bytes"] == parts
-    # two full layers hold 100 positions, two windowed ones 15; 2 × 2 heads × 16 × 2 bytes each
-    assert memory["kv_cache_bytes"] == (2 * 100 + 2 * 15) * 2 * 2 * 16 * 2
+    assert memory["kv_cache_bytes"] == 4 * 100 * 2 * 2 * 16 * 2  # layers, positions, 2 × 2 heads of 16 in bfloat16
+    assert facts["runs"]["device"] == "cpu"
     router = {"name": "model.layers.3.mlp.router.weight", "dtype": "BF16", "shape": [8, 64], "bytes": 1024}
     assert router in facts["tensors"]
     text = _invoke("inspect", tiny).stdout
     for words in ("8 of width 96, 4 active", "749,184", "experts in mxfp4", "8 × 64 × 3 × 16", "2048 tokens"):
         assert words in text, text
+
+
+def test_inspect_plans_what_is_asked_for(tiny: Path) -> None:
+    def memory(*options: str) -> dict[str, int]:
+        facts = json.loads(_invoke("inspect", tiny, "--json", *options).stdout)
+        sizes: dict[str, int] = facts["memory"]
+        return sizes
+
+    usual = memory()
+    assert usual["context"] == 2048
+    assert memory("--kv-dtype", "f32")["kv_cache_bytes"] == 2 * usual["kv_cache_bytes"]
+    assert memory("--dense", "f32")["dense_bytes"] > 2 * usual["dense_bytes"]
+    assert memory("--threads", "64")["scratch_bytes"] > memory("--threads", "1")["scratch_bytes"]
+    assert json.loads(_invoke("inspect", tiny, "--json", "--dense", "bf16").stdout)["runs"]["dense"] == "bf16"
+    assert isinstance(_invoke("inspect", tiny, "--dense", "int4").exception, UsageError)
+
+
+@pytest.mark.usefixtures("native_settings")
+def test_options_reach_the_model(tiny: Path, default_folder: Path) -> None:
+    """Each is honoured, or refused by the one who would have to honour it."""
+    for options, words in (
+        (("--dense", "int4"), "dense must be one of"),
+        (("--kv-dtype", "fp8"), "the KV cache's type must be one of"),
+        (("--threads", "0"), "threads must be between"),
+        (("--context", "0"), "context must be between 1 and 2048"),
+        (("--dtype", "float16"), "dtype must be"),
+        (("--device", "nonsense"), "device 'nonsense'"),
+    ):
+        for command in ("chat", "generate"):
+            error = _invoke(command, "-m", tiny, *options, "hi").exception
+            assert isinstance(error, FreeholdError)
+            assert words in str(error)
+    prompt = "one two three four five six seven eight"
+    short = _invoke("generate", prompt, "--context", "9", "--temperature", "0", "--dense", "f32", "--threads", "1")
+    assert short.exit_code == 0
+    assert len(short.stdout.split()) <= 9
+    assert isinstance(_invoke("generate", prompt, "--context", "3").exception, UsageError)
 
 
 def test_inspect_counts_what_is_on_disk(tiny: Path) -> None:
@@ -231,13 +275,21 @@ def test_convert(tiny: Path, tmp_path: Path) -> None:
     assert (facts["layout"], facts["experts"]) == ("hf", "bf16")
 
 
+def test_convert_to_gguf(default_folder: Path, tmp_path: Path) -> None:
+    done = _run("convert", "default", tmp_path / "model.gguf", "--dense", "bf16")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"{tmp_path / 'model.gguf'} is complete\n"
+    # 134.5 million parameters: 106 million in experts at 4.25 bits, the embedding twice at 16
+    assert 200e6 < (tmp_path / "model.gguf").stat().st_size < 215e6
+
+
 def test_doctor(default_folder: Path) -> None:
     facts = json.loads(_invoke("doctor", "--json").stdout)
     assert facts["freehold"] == __version__
     assert facts["libraries"]["torch"].startswith("2.13.0")
     assert facts["default_model"]["path"] == str(default_folder)
     assert facts["default_model"]["ready"] is facts["works_offline"] is True
-    assert set(facts["ops"]) >= {"rms_norm", "attention", "moe"}
+    assert set(facts["ops"]) >= {"rms_norm", "kv_write", "attention", "moe"}
     text = _invoke("doctor").stdout
     for words in (facts["cpu"]["name"], "native ops", facts["cache"], "default model is in the cache"):
         assert words in text

@@ -229,6 +229,67 @@ def test_a_failed_save_leaves_the_old_file(small: Tokenizer, tmp_path: Path, mon
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_vocabulary_there_and_back(small: Tokenizer, tmp_path: Path) -> None:
+    raw, size = saved_json(small, tmp_path), small.vocab_size
+    raw["added_tokens"] += [added("foo bar", size + 1, special=False), added("<|far|>", size + 4)]  # and gaps
+    tokenizer = Tokenizer.from_file(written(raw, tmp_path))
+    vocabulary = tokenizer.to_gguf(num_tokens=size + 9)
+    assert vocabulary.pre == "smollm"
+    assert vocabulary.token_types[size:] == [5, 4, 5, 5, 3, 5, 5, 5, 5]
+    assert len(set(vocabulary.tokens)) == size + 9
+    again = Tokenizer.from_gguf(*vocabulary)
+    assert again.control_tokens.items() >= tokenizer.control_tokens.items()
+    for text in ("hello world 12", "é😀  \n\tx foo bar", "<|im_start|>hello<|far|>"):
+        assert again.encode(text) == tokenizer.encode(text)
+        assert again.encode_with_control(text) == tokenizer.encode_with_control(text)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "gpt-4o", "llama-bpe"])
+def test_each_way_to_cut_words_keeps_its_name(small_gguf: SmallGguf, pre: str) -> None:
+    arguments = small_gguf(pre=pre)
+    vocabulary = Tokenizer.from_gguf(**arguments).to_gguf(num_tokens=len(arguments["tokens"]))
+    assert vocabulary == tuple(arguments.values())
+
+
+def test_gpt_oss_looks_words_up_and_llama_cpp_need_not(gpt_oss: Tokenizer) -> None:
+    vocabulary = gpt_oss.to_gguf(num_tokens=gpt_oss.vocab_size)
+    assert vocabulary.pre == "gpt-4o"
+    again = Tokenizer.from_gguf(*vocabulary)
+    assert again.control_tokens == gpt_oss.control_tokens
+    text = "Wie geht's? 12345 — 日本語 def f(x):\n    return x"
+    assert again.encode(text) == gpt_oss.encode(text)
+
+
+def test_what_llama_cpp_would_encode_otherwise_is_refused(
+    small: Tokenizer, small_gguf: SmallGguf, tmp_path: Path
+) -> None:
+    raw, size = saved_json(small, tmp_path), small.vocab_size
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    alone = {**raw, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [byte_level]}}
+    assert Tokenizer.from_file(written(alone, tmp_path)).to_gguf(num_tokens=size).pre == "gpt-2"
+    together = {"type": "Digits", "individual_digits": False}
+    grouped = {**raw, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [together, byte_level]}}
+    stripping = {**raw, "added_tokens": [*raw["added_tokens"], added("foo", size, special=False, rstrip=True)]}
+    unreachable = small_gguf()
+    unreachable["tokens"].append("whole")
+    unreachable["token_types"].append(1)
+    looked_up = saved_json(Tokenizer.from_gguf(**unreachable), tmp_path)
+    looked_up["model"]["ignore_merges"] = True
+    for foreign, words in (
+        (grouped, "in another way: .*Digits"),
+        (stripping, "'foo' looks at the text around it"),
+        (looked_up, "ignore_merges is True .* 'smollm': 'whole' would become other tokens"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            Tokenizer.from_file(written(foreign, tmp_path)).to_gguf(num_tokens=size + 1)
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
 def added(name: str, id_: int, **changes: Any) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": id_, "content": name, **flags, "special": True, **changes}

@@ -37,6 +37,7 @@ def test_there_and_back(tiny: Path, tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "back").config == open_checkpoint(tiny).config
 
 
+@pytest.mark.usefixtures("reference_ops")
 @pytest.mark.parametrize("layout", Layout)
 def test_expanded_experts_give_the_same_logits(tiny: Path, tmp_path: Path, layout: Layout) -> None:
     convert(tiny, tmp_path / "bf16", layout=layout, experts=BF16)

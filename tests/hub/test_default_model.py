@@ -66,6 +66,7 @@ def test_equals_llama_before_quantisation(llama: Any, ours: Transformer, unquant
         assert unquantised.tokenizer.decode(_greedy(ours, tokens)) == unquantised.tokenizer.decode(new), prompt
 
 
+@pytest.mark.usefixtures("reference_ops")
 def test_transformers_reads_the_folder(default_folder: Path) -> None:
     theirs = GptOssForCausalLM.from_pretrained(
         default_folder,
@@ -93,6 +94,7 @@ def test_transformers_reads_the_tokeniser_and_template(default_folder: Path) -> 
     assert chat_format.render(Conversation.from_openai(messages)) == expected
 
 
+@pytest.mark.usefixtures("reference_ops")
 def test_card_records_its_perplexity(default_folder: Path) -> None:
     card = (default_folder / "README.md").read_text()
     before, after = (float(number) for number in re.findall(r"\| ([\d.]+) \|$", card, flags=re.M))

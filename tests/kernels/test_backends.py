@@ -12,7 +12,11 @@ import torch
 import freehold
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import backends, ops, reference
+from freehold.kernels.kv import new_buffer
+from freehold.kernels.ops import Routing
 from freehold.log import info_once, warn_once
+from freehold.weights.mxfp4 import pack as pack_mxfp4
+from freehold.weights.packed import pack
 
 built = pytest.mark.skipif(
     importlib.util.find_spec("freehold._native") is None, reason="the native kernels are not built"
@@ -97,7 +101,7 @@ def test_unknown_choices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("x", "weight", "is_native"),
     [
         (torch.ones(2, 4), torch.ones(4), True),
-        (torch.ones(2, 4).bfloat16(), torch.ones(4).bfloat16(), True),
+        (torch.ones(2, 4).bfloat16(), torch.ones(4).bfloat16(), False),
         (torch.ones(2, 4).half(), torch.ones(4).half(), False),
         (torch.ones(2, 4).double(), torch.ones(4).double(), False),
         (torch.ones(2, 4, requires_grad=True), torch.ones(4), False),
@@ -117,3 +121,76 @@ def test_what_the_kernels_cannot_do_goes_to_the_reference(
         wants_native = is_native or x.requires_grad or weight.requires_grad
         assert (backends.for_op("rms_norm", x, weight) is not reference) == wants_native
         assert not ops.rms_norm(x, weight, eps=1e-5).requires_grad
+
+
+@built
+def test_packed_weights_decide_where_matrices_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FREEHOLD_KERNELS", raising=False)
+    ran: list[str] = []
+
+    def watch(module: Any, op: str) -> None:
+        original = getattr(module, op)
+
+        def watched(*arguments: Any, **more: Any) -> Any:
+            ran.append(module.__name__.rpartition(".")[2])
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(module, op, watched)
+
+    native = backends.native()
+    for op in ("linear", "moe"):
+        watch(reference, op)
+        watch(native, op)
+
+    def runs(op: Any, *arguments: Any, **more: Any) -> str:
+        ran.clear()
+        op(*arguments, **more)
+        return ran[0]
+
+    x, plain = torch.randn(2, 32), torch.randn(64, 32)
+    assert runs(ops.linear, x, plain) == "reference"
+    assert runs(ops.linear, x, pack(plain, "q8")) == "native"
+    assert runs(ops.linear, x.clone().requires_grad_(), pack(plain, "q8")) == "reference"
+    assert runs(ops.linear, x, pack(plain, "q8"), torch.zeros(64, requires_grad=True)) == "reference"
+    with torch.no_grad():
+        assert runs(ops.linear, x.clone().requires_grad_(), pack(plain, "q8")) == "native"
+    with backends.reference_only():
+        assert runs(ops.linear, x, pack(plain, "q8")) == "reference"
+
+    gate_up, down = pack_mxfp4(plain.unsqueeze(0)), pack_mxfp4(plain[:32].unsqueeze(0))
+    routing, biases = (
+        Routing(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)),
+        (torch.zeros(1, 64), torch.zeros(1, 32)),
+    )
+    sizes: dict[str, Any] = {"alpha": 1.7, "limit": 7.0}
+    assert runs(ops.moe, x, routing, gate_up, biases[0], down, biases[1], **sizes) == "reference"
+    packed = pack(gate_up, "mxfp4", paired=True), pack(down, "mxfp4")
+    assert runs(ops.moe, x, routing, packed[0], biases[0], packed[1], biases[1], **sizes) == "native"
+    weighed = Routing(routing.weights_TA.requires_grad_(), routing.experts_TA)
+    assert runs(ops.moe, x, weighed, packed[0], biases[0], packed[1], biases[1], **sizes) == "reference"
+
+
+@pytest.mark.usefixtures("reference_ops")
+def test_the_reference_runs_packed_weights_too() -> None:
+    """Not what it is for, but it is what the native kernels are compared with, and where gradients come from."""
+    x, weight, bias = torch.randn(3, 32), torch.randn(16, 32), torch.randn(16)
+    torch.testing.assert_close(ops.linear(x, pack(weight, "f32"), bias), ops.linear(x, weight, bias))
+    gate_up, down = torch.randn(4, 8, 32), torch.randn(4, 32, 4)
+    routing, biases = Routing(torch.ones(3, 1), torch.tensor([[0], [3], [0]])), (torch.randn(4, 8), torch.randn(4, 32))
+    sizes: dict[str, Any] = {"alpha": 1.7, "limit": 7.0}
+    packed = ops.moe(x, routing, pack(gate_up, "f32", paired=True), biases[0], pack(down, "f32"), biases[1], **sizes)
+    torch.testing.assert_close(packed, ops.moe(x, routing, gate_up, biases[0], down, biases[1], **sizes))
+
+
+@pytest.mark.parametrize("needs", ["q", "k", "v", "sinks"])
+def test_no_gradient_is_lost_on_the_way_through_the_cache(needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FREEHOLD_KERNELS", raising=False)
+    tensors = {"q": torch.randn(3, 2, 8), "k": torch.randn(3, 1, 8), "v": torch.randn(3, 1, 8), "sinks": torch.randn(2)}
+    tensors[needs].requires_grad_()
+    buffer = new_buffer("f32", 1, 8, 8, torch.device("cpu"))
+    ops.kv_write(buffer, tensors["k"], tensors["v"], 0)
+    out = ops.attention(tensors["q"], buffer, 3, tensors["sinks"], scale=0.3)
+    torch.autograd.backward(out.sum())
+    gradient = tensors[needs].grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0

@@ -8,8 +8,11 @@ import torch
 
 from freehold.errors import UsageError
 from freehold.kernels import ops
-from freehold.kernels.ops import Routing
+from freehold.kernels.kv import KvBuffer, KvType, kv_bytes_per_token, new_buffer
+from freehold.kernels.ops import Norm, Routing
 from freehold.weights.mxfp4 import pack
+from freehold.weights.packed import PackedMatrix
+from freehold.weights.packed import pack as pack_rows
 
 z = torch.zeros
 ROUTING = Routing(z(3, 2), z(3, 2, dtype=torch.int64))
@@ -23,13 +26,29 @@ MOE: dict[str, Any] = {
     "alpha": 1.0,
     "limit": 7.0,
 }
+
+
+def buffer(K: int = 2, capacity: int = 5, H: int = 8, type: KvType = "f32") -> KvBuffer:
+    empty = new_buffer(type, K, capacity, H, torch.device("cpu"))
+    for tensor in empty.tensors():
+        tensor.zero_()
+    return empty
+
+
+def paired(R: int, C: int) -> PackedMatrix:
+    return pack_rows(pack(z(4, R, C)), "mxfp4", paired=True)
+
+
+LINEAR: dict[str, Any] = {"x_TD": z(3, 4), "weight_OD": z(2, 4)}
 ATTENTION: dict[str, Any] = {
     "q_TNH": z(3, 4, 8),
-    "k_SKH": z(5, 2, 8),
-    "v_SKH": z(5, 2, 8),
+    "buffer": buffer(),
+    "length": 5,
     "sinks_N": z(4),
     "scale": 1.0,
 }
+KV_WRITE: dict[str, Any] = {"buffer": buffer(), "k_TKH": z(3, 2, 8), "v_TKH": z(3, 2, 8), "start": 2}
+PACKED_MOE: dict[str, Any] = MOE | {"gate_up": paired(64, 64), "down": pack_rows(pack(z(4, 64, 32)), "mxfp4")}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +84,46 @@ ATTENTION: dict[str, Any] = {
             "[linear] expected one type and device",
         ),
         (
+            ops.linear,
+            LINEAR | {"norm": Norm(z(5), 1e-5)},
+            "[linear] expected norm (4,), got (5,)",
+        ),
+        (
+            ops.linear,
+            LINEAR | {"norm": Norm(z(4).bfloat16(), 1e-5)},
+            "[linear] expected one type and device",
+        ),
+        (
+            ops.linear,
+            LINEAR | {"residual_TO": z(3, 4)},
+            "[linear] expected residual (3, 2), got (3, 4)",
+        ),
+        (
+            ops.linear,
+            LINEAR | {"residual_TO": z(3, 2).bfloat16()},
+            "[linear] expected one type and device",
+        ),
+        (
+            ops.linear,
+            LINEAR | {"weight_OD": pack_rows(z(2, 5), "q8")},
+            "[linear] expected weight (2, 4), got (2, 5)",
+        ),
+        (
+            ops.linear,
+            {"x_TD": z(3, 4).bfloat16(), "weight_OD": pack_rows(z(2, 4), "q8")},
+            "[linear] expected float32 on the CPU for packed weights, got torch.bfloat16 on cpu",
+        ),
+        (
+            ops.rope,
+            {"x_TNH": z(3, 2, 7), "cos_TH": z(3, 3), "sin_TH": z(3, 3)},
+            "[rope] expected heads of an even size, got 7",
+        ),
+        (
+            ops.rope,
+            {"x_TNH": z(3, 2, 8), "cos_TH": z(3, 4), "sin_TH": z(3, 4).bfloat16()},
+            "[rope] expected sin in float32, got torch.bfloat16",
+        ),
+        (
             ops.rope,
             {"x_TNH": z(3, 8), "cos_TH": z(3, 4), "sin_TH": z(3, 4)},
             "[rope] expected x with 3 dimensions, got (3, 8)",
@@ -80,22 +139,31 @@ ATTENTION: dict[str, Any] = {
             "[rope] expected sin (3, 4), got (3, 8)",
         ),
         (ops.attention, ATTENTION | {"q_TNH": z(3, 32)}, "[attention] expected q with 3 dimensions, got (3, 32)"),
-        (ops.attention, ATTENTION | {"k_SKH": z(5, 16)}, "[attention] expected k with 3 dimensions, got (5, 16)"),
-        (ops.attention, ATTENTION | {"k_SKH": z(5, 2, 4)}, "[attention] expected k (5, 2, 8), got (5, 2, 4)"),
-        (ops.attention, ATTENTION | {"v_SKH": z(4, 2, 8)}, "[attention] expected v (5, 2, 8), got (4, 2, 8)"),
+        (
+            ops.attention,
+            ATTENTION | {"buffer": buffer(H=4)},
+            "[attention] expected buffer (2, 5, 8), got (2, 5, 4)",
+        ),
         (ops.attention, ATTENTION | {"sinks_N": z(2)}, "[attention] expected sinks (4,), got (2,)"),
-        (ops.attention, ATTENTION | {"v_SKH": z(5, 2, 8).bfloat16()}, "[attention] expected one type and device"),
+        (ops.attention, ATTENTION | {"sinks_N": z(4).bfloat16()}, "[attention] expected one type and device"),
         (ops.attention, ATTENTION | {"window": 0}, "[attention] expected a window of at least 1 key, got 0"),
         (
             ops.attention,
-            ATTENTION | {"k_SKH": z(2, 2, 8), "v_SKH": z(2, 2, 8)},
-            "[attention] expected S >= T and N a multiple of K, got T 3, S 2, N 4, K 2",
+            ATTENTION | {"length": 2},
+            "[attention] expected T <= length <= capacity and N a multiple of K, got T 3, length 2, capacity 5, N 4",
         ),
+        (ops.attention, ATTENTION | {"length": 6}, "got T 3, length 6, capacity 5, N 4, K 2"),
+        (ops.attention, ATTENTION | {"buffer": buffer(K=3)}, "got T 3, length 5, capacity 5, N 4, K 3"),
+        (ops.kv_write, KV_WRITE | {"k_TKH": z(3, 16)}, "[kv_write] expected k with 3 dimensions, got (3, 16)"),
+        (ops.kv_write, KV_WRITE | {"v_TKH": z(2, 2, 8)}, "[kv_write] expected v (3, 2, 8), got (2, 2, 8)"),
+        (ops.kv_write, KV_WRITE | {"v_TKH": z(3, 2, 8).bfloat16()}, "[kv_write] expected one type and device"),
         (
-            ops.attention,
-            ATTENTION | {"k_SKH": z(5, 3, 8), "v_SKH": z(5, 3, 8)},
-            "[attention] expected S >= T and N a multiple of K, got T 3, S 5, N 4, K 3",
+            ops.kv_write,
+            KV_WRITE | {"buffer": buffer(K=1)},
+            "[kv_write] expected buffer (2, 5, 8), got (1, 5, 8)",
         ),
+        (ops.kv_write, KV_WRITE | {"start": 3}, "[kv_write] 3 positions from 3 on do not fit a buffer of 5"),
+        (ops.kv_write, KV_WRITE | {"start": -1}, "[kv_write] 3 positions from -1 on do not fit a buffer of 5"),
         (ops.route, {"logits_TE": z(3), "num_active": 1}, "[route] expected logits with 2 dimensions, got (3,)"),
         (ops.route, {"logits_TE": z(3, 4), "num_active": 5}, "[route] expected 1 to 4 active experts, got 5"),
         (ops.route, {"logits_TE": z(3, 4), "num_active": 0}, "[route] expected 1 to 4 active experts, got 0"),
@@ -118,6 +186,24 @@ ATTENTION: dict[str, Any] = {
             MOE | {"routing": Routing(z(3, 1), z(3, 2, dtype=torch.int64))},
             "[moe] expected routing experts (3, 1), got (3, 2)",
         ),
+        (
+            ops.moe,
+            MOE | {"routing": Routing(z(3, 2), z(3, 2, dtype=torch.int32))},
+            "[moe] expected routing experts in int64, got torch.int32",
+        ),
+        (ops.moe, MOE | {"residual_TD": z(3, 32)}, "[moe] expected residual (3, 64), got (3, 32)"),
+        (ops.moe, MOE | {"residual_TD": z(3, 64).double()}, "[moe] expected one type and device"),
+        (
+            ops.moe,
+            PACKED_MOE | {"gate_up": paired(64, 32)},
+            "[moe] expected gate_up (4, 64, 64), got (4, 64, 32)",
+        ),
+        (
+            ops.moe,
+            PACKED_MOE | {"gate_up": pack_rows(pack(z(4, 64, 64)), "mxfp4")},
+            "[moe] expected a packed gate_up with paired rows",
+        ),
+        (ops.moe, PACKED_MOE | {"down": MOE["down"]}, "[moe] expected both matrices packed, or neither"),
     ],
 )
 def test_wrong_arguments_are_named(op: Callable[..., Any], arguments: dict[str, Any], said: str) -> None:
@@ -127,16 +213,33 @@ def test_wrong_arguments_are_named(op: Callable[..., Any], arguments: dict[str, 
 
 
 def test_right_arguments_pass() -> None:
+    assert ops.linear(**LINEAR, norm=Norm(z(4), 1e-5), residual_TO=z(3, 2)).shape == (3, 2)
     assert ops.attention(**ATTENTION).shape == (3, 4, 8)
+    ops.kv_write(**KV_WRITE)
+    ops.kv_write(**KV_WRITE | {"k_TKH": z(0, 2, 8), "v_TKH": z(0, 2, 8), "start": 5})
     assert ops.moe(**MOE).shape == (3, 64)
     assert ops.moe(**MOE | {"gate_up": pack(z(4, 64, 64)), "down": pack(z(4, 64, 32))}).shape == (3, 64)
+    assert ops.moe(**PACKED_MOE, residual_TD=z(3, 64)).shape == (3, 64)
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.moe])
 def test_no_tokens_are_fine(op: Callable[..., Any]) -> None:
     if op is ops.moe:
         empty = Routing(z(0, 2), z(0, 2, dtype=torch.int64))
-        assert op(**MOE | {"x_TD": z(0, 64), "routing": empty}).shape == (0, 64)
+        for some in (MOE, PACKED_MOE):
+            assert op(**some | {"x_TD": z(0, 64), "routing": empty}).shape == (0, 64)
     assert ops.rms_norm(z(0, 4), z(4), eps=1e-5).shape == (0, 4)
     assert ops.linear(z(0, 4), z(2, 4)).shape == (0, 2)
-    assert ops.attention(z(0, 4, 8), z(3, 2, 8), z(3, 2, 8), z(4), scale=1.0).shape == (0, 4, 8)
+    assert ops.attention(**ATTENTION | {"q_TNH": z(0, 4, 8)}).shape == (0, 4, 8)
+
+
+def test_types_of_buffers() -> None:
+    for type, size in (("f32", 4 * 64), ("bf16", 2 * 64), ("q8", 64 + 2 * 2)):
+        made = new_buffer(type, 3, 10, 64, torch.device("cpu"))  # type: ignore[arg-type]
+        assert made.capacity == 10
+        assert made.num_bytes == 2 * 3 * 10 * size
+        assert made.num_bytes == 10 * kv_bytes_per_token(type, 3, 64)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="must be one of f32, bf16, q8, got 'int4'"):
+        new_buffer("int4", 1, 1, 32, torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="q8 KV cache needs heads of a multiple of 32, this model's have 48; use bf16"):
+        new_buffer("q8", 1, 1, 48, torch.device("cpu"))

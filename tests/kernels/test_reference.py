@@ -1,4 +1,7 @@
-"""The reference ops against independent, slower ways to say the same thing, and their gradients."""
+"""The reference ops against independent, slower ways to say the same thing, and their gradients.
+
+Called through `ops`, with the native kernels turned off; tests/kernels/test_native.py compares those with these.
+"""
 
 from collections.abc import Callable
 
@@ -7,13 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.kernels import ops, reference
-from freehold.kernels.ops import Routing
+from freehold.kernels import backends, ops, reference
+from freehold.kernels.kv import KvBuffer, KvType, new_buffer
+from freehold.kernels.ops import Norm, Routing
 from freehold.weights.mxfp4 import pack, unpack
+from tests.checkpoints import CPU
+
+pytestmark = pytest.mark.usefixtures("reference_ops")
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def kept(k_SKH: Tensor, v_SKH: Tensor, type: KvType = "f32") -> KvBuffer:
+    """A buffer with these rows, and more that nobody may look at."""
+    S, K, H = k_SKH.shape
+    buffer = new_buffer(type, K, S + 3, H, CPU)
+    for tensor in buffer.tensors():
+        tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 99)
+    ops.kv_write(buffer, k_SKH, v_SKH, 0)
+    return buffer
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *, scale: float, window: int | None = None) -> Tensor:
+    return ops.attention(q, kept(k, v), len(k), sinks, scale=scale, window=window)
 
 
 # --- attention --------------------------------------------------------------------------------------------------
@@ -54,7 +75,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float
 )
 def test_attention(T: int, S: int, N: int, K: int, window: int | None) -> None:
     q, k, v, sinks = draw(T, N, 8), draw(S, K, 8, seed=1), draw(S, K, 8, seed=2), draw(N, seed=3)
-    ours = ops.attention(q, k, v, sinks, scale=0.3, window=window)
+    ours = attention(q, k, v, sinks, scale=0.3, window=window)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), dense_attention(q, k, v, sinks, 0.3, window), atol=1e-5, rtol=0)
 
@@ -69,15 +90,15 @@ def test_attention_in_blocks_of_queries(window: int | None) -> None:
     scores = torch.einsum("tnh,snh->nts", q, k.repeat_interleave(N // K, 1)) * 0.3
     scores = torch.cat((scores.masked_fill(~visible, -torch.inf), sinks.view(N, 1, 1).expand(N, T, 1)), -1)
     expected = torch.einsum("nts,snh->tnh", scores.softmax(-1)[..., :-1], v.repeat_interleave(N // K, 1))
-    ours = ops.attention(q, k, v, sinks, scale=0.3, window=window)
+    ours = attention(q, k, v, sinks, scale=0.3, window=window)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 def test_a_large_sink_drains_and_a_small_one_does_nothing() -> None:
     q, k, v = draw(3, 2, 8), draw(3, 2, 8, seed=1), draw(3, 2, 8, seed=2)
-    drained = ops.attention(q, k, v, torch.full((2,), 1e4), scale=1.0)
+    drained = attention(q, k, v, torch.full((2,), 1e4), scale=1.0)
     assert drained.abs().max() == 0
-    dry = ops.attention(q, k, v, torch.full((2,), -1e4), scale=1.0)
+    dry = attention(q, k, v, torch.full((2,), -1e4), scale=1.0)
     expected = F.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, scale=1.0
     )
@@ -86,7 +107,32 @@ def test_a_large_sink_drains_and_a_small_one_does_nothing() -> None:
 
 def test_attention_of_large_scores_does_not_overflow() -> None:
     q, k, v = draw(4, 2, 8) * 100, draw(4, 2, 8, seed=1) * 100, draw(4, 2, 8, seed=2)
-    assert ops.attention(q, k, v, torch.zeros(2), scale=1.0).isfinite().all()
+    assert attention(q, k, v, torch.zeros(2), scale=1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("type", ["bf16", "q8"])
+def test_attention_over_smaller_types(type: KvType) -> None:
+    q, k, v, sinks = draw(3, 4, 32), draw(9, 2, 32, seed=1), draw(9, 2, 32, seed=2), draw(4, seed=3)
+    ours = ops.attention(q, kept(k, v, type), 9, sinks, scale=0.3)
+    torch.testing.assert_close(ours, attention(q, k, v, sinks, scale=0.3), atol=0.04, rtol=0)
+
+
+def test_what_a_buffer_holds() -> None:
+    k, v = draw(5, 2, 64) * 10, draw(5, 2, 64, seed=1)
+    buffer = new_buffer("q8", 2, 9, 64, CPU)
+    ops.kv_write(buffer, k, v, 3)
+    assert buffer.key_scales is not None
+    for head in range(2):
+        for position in range(5):
+            for block in range(2):
+                step = float(buffer.key_scales[head, 3 + position, block])
+                numbers = k[position, head, 32 * block : 32 * block + 32]
+                assert step == pytest.approx(float(numbers.abs().max()) / 127, rel=2**-11)
+                held = buffer.keys[head, 3 + position, 32 * block : 32 * block + 32].float() * step
+                assert (held - numbers).abs().max() <= 0.57 * step  # the step is rounded as well
+    rounded = new_buffer("bf16", 2, 9, 64, CPU)
+    ops.kv_write(rounded, k, v, 3)
+    assert torch.equal(rounded.values[:, 3:8], v.bfloat16().transpose(0, 1))
 
 
 # --- the small ops ----------------------------------------------------------------------------------------------
@@ -105,6 +151,10 @@ def test_linear() -> None:
     expected = torch.einsum("td,od->to", x, weight)
     torch.testing.assert_close(ops.linear(x, weight), expected)
     torch.testing.assert_close(ops.linear(x, weight, bias), expected + bias)
+    residual, norm = draw(3, 5, seed=3), Norm(draw(4, seed=4), 1e-5)
+    torch.testing.assert_close(ops.linear(x, weight, residual_TO=residual), expected + residual)
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight_D
+    torch.testing.assert_close(ops.linear(x, weight, bias, norm=norm), torch.einsum("td,od->to", normed, weight) + bias)
 
 
 def test_route_is_a_softmax_over_the_chosen_alone() -> None:
@@ -144,6 +194,15 @@ def test_moe(limit: float) -> None:
     torch.testing.assert_close(ops.moe(x, routing, *weights, alpha=1.702, limit=limit), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_moe_adds_a_residual_and_leaves_it_alone() -> None:
+    x, routing, weights = moe_arguments()
+    residual = draw(*x.shape, seed=9)
+    before = residual.clone()
+    ours = ops.moe(x, routing, *weights, alpha=1.702, limit=7.0, residual_TD=residual)
+    torch.testing.assert_close(ours, ops.moe(x, routing, *weights, alpha=1.702, limit=7.0) + before)
+    assert torch.equal(residual, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moe_with_packed_experts_is_moe_with_their_values(dtype: torch.dtype) -> None:
     x, routing, (gate_up, gate_up_bias, down, down_bias) = moe_arguments()
@@ -170,8 +229,10 @@ def test_experts_that_nobody_visits_are_not_read() -> None:
 def test_gradients_of_small_ops() -> None:
     x, weight, bias = (draw(*shape, dtype=torch.float64).requires_grad_() for shape in ((3, 4), (5, 4), (5,)))
     assert torch.autograd.gradcheck(ops.linear, (x, weight, bias))
+    residual = draw(3, 5, seed=3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w, b, r: ops.linear(x, w, b, residual_TO=r), (x, weight, bias, residual))
     heads = draw(3, 2, 4, dtype=torch.float64).requires_grad_()
-    angles = draw(3, 2, seed=1, dtype=torch.float64)
+    angles = draw(3, 2, seed=1)
     assert torch.autograd.gradcheck(lambda h: ops.rope(h, angles.cos(), angles.sin()), (heads,))
     logits = draw(3, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: ops.route(t, 2).weights_TA, (logits,))
@@ -190,7 +251,7 @@ def test_gradients_of_attention(which: int) -> None:
 
     def loss(value: Tensor) -> Tensor:
         given = [*arguments[:which], value, *arguments[which + 1 :]]
-        return (ops.attention(*given, scale=0.3, window=5) * out_weights).sum()
+        return (attention(*given, scale=0.3, window=5) * out_weights).sum()
 
     value = arguments[which].clone().requires_grad_()
     torch.autograd.backward(loss(value))
@@ -247,7 +308,7 @@ def test_gradients_through_packed_experts_reach_the_activations() -> None:
     assert x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "linear", "rope", "attention", "route", "moe", "sample"])
+@pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_has_a_reference(op: str) -> None:
     assert callable(getattr(ops, op))
     assert callable(getattr(reference, op))

@@ -1,6 +1,7 @@
-"""Sampling draws what it may, as often as it should, and nothing else."""
+"""Sampling draws what it may, as often as it should, and nothing else: by the native kernel and by the reference."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.kernels import ops
+from freehold.kernels import backends, ops
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True, scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Which of the two runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FREEHOLD_KERNELS", request.param)
+        backends.native.cache_clear()
+        yield
+    backends.native.cache_clear()
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""The whole model against transformers' GptOssForCausalLM, and against itself when fed in pieces."""
+"""The whole model against transformers' GptOssForCausalLM, and against itself: fed in pieces, and in packed weights."""
 
 from pathlib import Path
 
@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.config import ExpertFormat, Layout, ModelConfig, RopeConfig, alternating_windows
+from freehold.kernels import backends
+from freehold.kernels.kv import KvType
 from freehold.model.transformer import Transformer
-from freehold.weights.layouts import open_checkpoint
+from freehold.weights.layouts import WeightTable, open_checkpoint
+from freehold.weights.packed import Form
 from tests.checkpoints import (
     CPU,
+    for_kernels,
     load,
     logits,
     oracle,
@@ -146,10 +150,10 @@ def test_any_chunking_equals_one_prefill(name: str, chunks: list[int]) -> None:
 
 
 def test_the_cache_grows_past_its_first_size() -> None:
-    config = small_config(max_context=1024)
+    config = small_config(max_context=2048)
     model = Transformer(config, random_table(config), dtype=torch.float32, device=CPU)
-    tokens = tokens_of(config, 600)
-    chunks = [250, 5, 1, 1, 300, 43]  # across 256 and 512
+    tokens = tokens_of(config, 1500)
+    chunks = [250, 5, 1, 512, 300, 432]  # across 512 and 1024
     torch.testing.assert_close(logits(model, tokens, chunks), logits(model, tokens), atol=TOLERANCE, rtol=0)
 
 
@@ -178,6 +182,126 @@ def test_later_tokens_change_nothing_before_them() -> None:
     assert (before[20:] - after[20:]).abs().amin(-1).max() > 1e-3
 
 
+# --- packed for the native kernels ------------------------------------------------------------------------------
+
+needs_native = pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
+
+PACKED: dict[str, ModelConfig] = {  # q8 and MXFP4 experts included
+    "as gpt-oss, small": CONFIGS["as gpt-oss, small"],
+    "tied embeddings": CONFIGS["tied embeddings"],
+    "wide heads": small_config(num_heads=4, num_kv_heads=1, head_dim=32),
+    "all experts active": small_config(num_experts=6, num_active_experts=6),
+    "sizes not of whole panels": small_config(hidden_size=32, num_heads=3, num_kv_heads=1, vocab_size=51),
+    "windows only": CONFIGS["windows only"],
+}
+
+
+def rounded(table: WeightTable) -> WeightTable:
+    """Values that bfloat16 holds."""
+    return {name: t.bfloat16().float() if isinstance(t, torch.Tensor) else t for name, t in table.items()}
+
+
+@needs_native
+@pytest.mark.parametrize("dense", ["f32", "bf16"])
+@pytest.mark.parametrize("name", [*PACKED, "sizes not of whole blocks"])
+def test_packed_plain_weights_give_the_same_logits(name: str, dense: Form) -> None:
+    config = (PACKED | CONFIGS)[name]
+    table = rounded(random_table(config))
+    expected = logits(Transformer(config, table, dtype=torch.float32, device=CPU), tokens_of(config, 60))
+    model = Transformer(config, for_kernels(config, table, dense), dtype=torch.float32, device=CPU)
+    torch.testing.assert_close(logits(model, tokens_of(config, 60)), expected, atol=TOLERANCE, rtol=0)
+    assert 0.5 < expected.std() < 2
+
+
+@needs_native
+@pytest.mark.parametrize("experts", list(ExpertFormat))
+@pytest.mark.parametrize("dense", ["q8", "bf16"])
+@pytest.mark.parametrize("name", PACKED)
+def test_int8_activations_give_nearly_the_same_logits(name: str, dense: Form, experts: ExpertFormat) -> None:
+    config = PACKED[name]
+    table = rounded(random_table(config))
+    if experts is ExpertFormat.MXFP4:
+        table = packed(table)
+    tokens = tokens_of(config, 60)
+    expected = logits(Transformer(config, table, dtype=torch.float32, device=CPU), tokens)
+    ours = logits(Transformer(config, for_kernels(config, table, dense), dtype=torch.float32, device=CPU), tokens)
+    # Rounding may send a token to another expert, so single rows can differ; nearly all agree.
+    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.median()) < 0.03
+    assert torch.corrcoef(torch.stack((ours.flatten(), expected.flatten())))[0, 1] > 0.99
+
+
+@needs_native
+def test_packed_weights_on_reference_ops() -> None:
+    """The same numbers but for the activations: what runs where something needs a gradient."""
+    config = CONFIGS["tied embeddings"]
+    table = packed(rounded(random_table(config)))
+    laid_out = for_kernels(config, table, "bf16")
+    tokens = tokens_of(config, 30)
+    expected = logits(Transformer(config, table, dtype=torch.float32, device=CPU), tokens)
+    with backends.reference_only():
+        ours = logits(Transformer(config, laid_out, dtype=torch.float32, device=CPU), tokens)
+    torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("dense", ["q8", "f32"])
+@pytest.mark.parametrize(
+    ("name", "kv_type"),
+    [
+        ("as gpt-oss, small", "f32"),
+        ("as gpt-oss, small", "bf16"),
+        ("wide heads", "bf16"),
+        ("wide heads", "q8"),
+        ("tied embeddings", "bf16"),
+        ("windows only", "f32"),
+    ],
+)
+def test_native_logits_do_not_depend_on_how_tokens_are_fed(name: str, dense: Form, kv_type: KvType) -> None:
+    """To the bit: what a cache or a batch changes about the arithmetic must be nothing."""
+    config = PACKED[name]
+    model = Transformer(
+        config,
+        for_kernels(config, packed(random_table(config)), dense),
+        dtype=torch.float32,
+        device=CPU,
+        kv_type=kv_type,
+    )
+    assert model.kv_type == kv_type
+    tokens = tokens_of(config, 110)
+    whole = logits(model, tokens)
+    assert torch.equal(logits(model, tokens, [1] * 110), whole)
+    assert torch.equal(logits(model, tokens, [64, 1, 1, 33, 2, 9]), whole)
+
+
+@needs_native
+@pytest.mark.usefixtures("native_settings")
+def test_nor_on_threads_nor_on_what_the_cache_dropped() -> None:
+    from freehold.kernels import native
+
+    config = small_config(windows=(100, None, 8), num_layers=3, max_context=4096, head_dim=32)
+    table = for_kernels(config, packed(random_table(config)), "q8")
+    model = Transformer(config, table, dtype=torch.float32, device=CPU, kv_type="q8")
+    tokens = tokens_of(config, 1700)
+    whole = logits(model, tokens)
+    native.set_threads(3)
+    assert torch.equal(logits(model, tokens, [512, 512, 512, 150, *[1] * 14]), whole)
+    native.set_threads(1)
+    assert torch.equal(logits(model, tokens, [1, 999, 30, 1, 669]), whole)
+
+
+@needs_native
+@pytest.mark.parametrize(("kv_type", "most"), [("bf16", 0.005), ("q8", 0.02)])
+def test_smaller_caches_are_close(kv_type: KvType, most: float) -> None:
+    config = PACKED["wide heads"]
+    table = rounded(random_table(config))
+    tokens = tokens_of(config, 100)
+    expected = logits(Transformer(config, table, dtype=torch.float32, device=CPU), tokens)
+    model = Transformer(config, table, dtype=torch.float32, device=CPU, kv_type=kv_type)
+    errors = (logits(model, tokens) - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert 0 < float(errors.median()) < most
+
+
 # --- types and memory -------------------------------------------------------------------------------------------
 
 
@@ -203,7 +327,7 @@ def test_experts_keep_their_form_and_mapped_tensors_are_not_copied(tmp_path: Pat
     model = Transformer(config, table, dtype=torch.bfloat16, device=CPU)
     assert model.layers[0].experts.gate_up.shape == (4, 64, 64)
     assert model.layers[0].experts.gate_up.blocks.data_ptr() == table["layers.0.gate_up"].blocks.data_ptr()  # type: ignore[union-attr]
-    assert model.layers[1].attention.q.weight_OD.data_ptr() == table["layers.1.q.weight"].data_ptr()  # type: ignore[union-attr]
+    assert model.layers[1].attention.o.weight_OD.data_ptr() == table["layers.1.o.weight"].data_ptr()  # type: ignore[union-attr]
     assert model.embedding_VD.data_ptr() == table["embedding"].data_ptr()  # type: ignore[union-attr]
 
 

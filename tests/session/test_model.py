@@ -1,26 +1,39 @@
 """`freehold.load` and the Model that it returns, on random and on real weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import freehold
-from freehold import machine
-from freehold.config import NAMED_CONFIGS, Layout, ModelConfig, RopeConfig
+from freehold.config import NAMED_CONFIGS, ExpertFormat, Layout, ModelConfig, RopeConfig
 from freehold.errors import BackendError, CheckpointError, FreeholdError, OutOfMemoryError, UsageError
 from freehold.formats.conversation import Conversation
+from freehold.kernels import backends
+from freehold.kernels.kv import new_buffer
 from freehold.session.model import Model
+from freehold.weights.packed import PackedMatrix
 from freehold.weights.synth import write_random_checkpoint
+from tests.checkpoints import CPU
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
+needs_native = pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
+pytestmark = pytest.mark.usefixtures("native_settings")
+
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_random_checkpoint(folder, NAMED_CONFIGS["tiny"])
-    return freehold.load(folder, device="cpu", dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Path) -> Model:
+    return freehold.load(tiny_folder, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +69,17 @@ def test_same_seed_same_tokens(tiny: Model) -> None:
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
     assert draw(None) != draw(None)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_seed_alone_decides(tiny: Model, tiny_folder: Path, threads: int) -> None:
+    """Not how many threads compute, nor in which process's turn, nor how much room the cache has."""
+    prompt = [i * 7 % 500 for i in range(600)]
+    again = freehold.load(tiny_folder, device="cpu", threads=threads, context=700)
+    drawn = [list(model.generate(prompt, max_tokens=20, temperature=1.5, seed=3)) for model in (tiny, again)]
+    assert drawn[0] == drawn[1]
+    assert torch.equal(again.logits(prompt), tiny.logits(prompt))
 
 
 def test_stop_token_is_the_last_one_yielded(tiny: Model) -> None:
@@ -128,12 +152,142 @@ def test_bad_devices_and_types(tiny: Model, default_folder: Path) -> None:
         freehold.load(default_folder, dtype=torch.int8)
 
 
-def test_bfloat16_is_close(default_folder: Path, default: Model) -> None:
-    assert default.tokenizer is not None
-    tokens = default.tokenizer.encode("The capital of France is the city of")
-    exact = default.logits(tokens).softmax(-1)
-    rough = freehold.load(default_folder, device="cpu", dtype=torch.bfloat16).logits(tokens).softmax(-1)
-    assert float((exact - rough).abs().sum(-1).mean()) < 0.25  # total variation: bfloat16 has three digits
+# --- what load is asked for -------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("dense", ["q8", "bf16", "f32"])
+def test_dense_is_the_form_of_dense_weights(tiny_folder: Path, tiny: Model, dense: str) -> None:
+    model = freehold.load(tiny_folder, device="cpu", dense=dense)
+    assert model.policy.dense == dense
+    weights = model._transformer
+    layer = weights.layers[1]
+    for matrix in (layer.attention.qkv.weight_OD, layer.attention.o.weight_OD, weights.unembedding_VD):
+        assert isinstance(matrix, PackedMatrix)
+        assert matrix.form == dense
+    for experts in (layer.experts.gate_up, layer.experts.down):
+        assert isinstance(experts, PackedMatrix)
+        assert experts.form == "mxfp4"
+    errors = (model.logits(PROMPT) - tiny.logits(PROMPT)).norm(dim=-1) / tiny.logits(PROMPT).norm(dim=-1)
+    assert float(errors.median()) < 0.05  # of most tokens: rounding may send one to another expert
+
+
+@needs_native
+def test_dense_is_the_form_of_plain_experts_too(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "plain", NAMED_CONFIGS["tiny"], experts=ExpertFormat.BF16)
+    for dense in ("q8", "bf16"):
+        experts = freehold.load(tmp_path / "plain", device="cpu", dense=dense)._transformer.layers[0].experts
+        assert isinstance(experts.gate_up, PackedMatrix)
+        assert experts.gate_up.form == dense
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+def test_kv_dtype_is_the_cache_s_type(tiny_folder: Path, kv_dtype: str) -> None:
+    model = freehold.load(tiny_folder, device="cpu", kv_dtype=kv_dtype)
+    assert model.policy.kv == kv_dtype
+    buffers = [layer.buffer for layer in model._transformer.new_cache().layers]
+    expected = new_buffer(kv_dtype, 1, 1, 32, CPU)
+    assert {buffer.type for buffer in buffers} == {kv_dtype}
+    assert {buffer.keys.dtype for buffer in buffers} == {expected.keys.dtype}
+    assert len(list(model.generate(PROMPT, max_tokens=5, temperature=0))) == 5
+
+
+@needs_native
+def test_threads_are_how_many_are_used(tiny_folder: Path) -> None:
+    from freehold.kernels import native
+
+    for threads in (3, 1):
+        assert freehold.load(tiny_folder, device="cpu", threads=threads).policy.threads == threads
+        assert native.threads() == threads
+
+
+def test_context_is_how_long_a_sequence_may_be(tiny_folder: Path) -> None:
+    model = freehold.load(tiny_folder, device="cpu", context=20)
+    assert model.plan.context == 20
+    assert len(list(model.generate(PROMPT, temperature=0, stop_ids=[]))) == 20 - len(PROMPT)
+    for call in (model.generate, model.logits):
+        with pytest.raises(UsageError) as caught:
+            call([1] * 21)
+        assert str(caught.value) == (
+            "the prompt has 21 tokens and it was loaded with a context of 20; shorten it, or load with a larger one"
+        )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"context": 0}, "context must be between 1 and 2048 for this model, got 0"),
+        ({"context": 2049}, "context must be between 1 and 2048 for this model, got 2049"),
+        ({"kv_dtype": "fp8"}, "the KV cache's type must be one of f32, bf16, q8, got 'fp8'"),
+        ({"kv_dtype": "q8"}, "a q8 KV cache needs heads of a multiple of 32, this model's have 16; use bf16"),
+        ({"threads": 0}, "threads must be between 1 and 1024, got 0"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny_folder: Path, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        freehold.load(tiny_folder, device="cpu", **asked)
+    assert str(caught.value) == message
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"dense": "int4"}, "dense must be one of q8, bf16, f32, got 'int4'"),
+        ({"dtype": "bfloat16"}, "the native kernels compute in float32; for bfloat16 weights use dense bf16"),
+    ],
+)
+def test_what_native_kernels_cannot_do_is_refused(tiny_folder: Path, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        freehold.load(tiny_folder, device="cpu", **asked)
+    assert str(caught.value).startswith(message)
+
+
+TEXT = "The capital of France is Paris. Water boils at a hundred degrees, and ice melts at"
+
+
+@pytest.fixture(scope="module")
+def exact(default_folder: Path) -> Tensor:
+    """Log-probabilities of TEXT by the reference in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FREEHOLD_KERNELS", "reference")
+        backends.native.cache_clear()
+        model = freehold.load(default_folder, device="cpu", dtype="float32")
+        assert (model.policy.native, model.policy.kv) == (False, "f32")
+        logits = model.logits(tokens_of(model))
+    backends.native.cache_clear()
+    return logits.log_softmax(-1)
+
+
+def tokens_of(model: Model) -> list[int]:
+    assert model.tokenizer is not None
+    return model.tokenizer.encode(TEXT)
+
+
+def check_close(ours: Tensor, expected: Tensor) -> None:
+    """By Kullback-Leibler divergence, and by what would be said."""
+    ours = ours.log_softmax(-1)
+    divergence = (expected.exp() * (expected - ours)).sum(-1)
+    assert 0 < float(divergence.mean()) < 0.05
+    assert float((ours.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.8
+
+
+@pytest.mark.usefixtures("reference_ops")
+def test_bfloat16_is_close(default_folder: Path, exact: Tensor) -> None:
+    model = freehold.load(default_folder, device="cpu", dtype=torch.bfloat16)
+    assert (model.policy.native, model.policy.kv) == (False, "bf16")
+    check_close(model.logits(tokens_of(model)), exact)
+
+
+@needs_native
+@pytest.mark.parametrize("kv_dtype", ["bf16", "q8"])
+def test_native_kernels_are_close_to_the_reference(default_folder: Path, exact: Tensor, kv_dtype: str) -> None:
+    model = freehold.load(default_folder, device="cpu", kv_dtype=kv_dtype)
+    check_close(model.logits(tokens_of(model)), exact)
+
+
+# --- the default model ------------------------------------------------------------------------------------------
 
 
 def test_the_default_model_knows_paris(default: Model) -> None:
@@ -148,23 +302,30 @@ def test_seeded_chat_repeats(default: Model) -> None:
     assert first == again != other
 
 
-def test_dtype_does_not_depend_on_what_is_free(default_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the same seed would give one text today and another tomorrow."""
-    monkeypatch.setattr(machine, "available_memory", lambda: 1)
-    assert (
-        freehold.load(default_folder, device="cpu")
-        .logits([1])
-        .equal(freehold.load(default_folder, device="cpu", dtype="float32").logits([1]))
-    )
-
-
-def test_running_out_of_memory_is_a_typed_error(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 1 bytes")])
+def test_running_out_of_memory_is_a_typed_error(tiny: Model, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(*arguments: object, **more: object) -> None:
-        torch.empty(1 << 60)
+        raise error
 
-    monkeypatch.setattr("freehold.kernels.reference.linear", allocate)
+    monkeypatch.setattr("freehold.kernels.ops.linear", allocate)
     with pytest.raises(OutOfMemoryError, match="freehold inspect"):
         tiny.logits(PROMPT)
+    with pytest.raises(OutOfMemoryError, match="freehold inspect"):
+        list(tiny.generate(PROMPT, max_tokens=2))
+
+
+def test_other_errors_are_not_taken_for_it(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("freehold.kernels.ops.linear", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        tiny.logits(PROMPT)
+
+
+def test_torch_s_own_words_for_it() -> None:
+    with pytest.raises(RuntimeError, match=r"can't allocate memory|out of memory"):
+        torch.empty(1 << 60)
 
 
 def test_a_reply_has_its_messages(default: Model) -> None:

@@ -1,5 +1,6 @@
 """A Llama re-expressed as gpt-oss computes what transformers' Llama computes."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from freehold.errors import CheckpointError, UnsupportedError
 from freehold.model.transformer import Transformer
 from freehold.weights.gguf import GgufFile
-from freehold.weights.llama import balance_columns, config_of, re_express
+from freehold.weights.layouts import WeightTable
+from freehold.weights.llama import balance_columns, config_of, re_express, within_limit
 from tests.checkpoints import CPU, logits, oracle_logits, tokens_of
 
 
@@ -148,6 +150,37 @@ def test_balancing_evens_out_the_columns_and_leaves_the_original_alone(tmp_path:
     after = spread(balance_columns(table, config)["layers.0.gate_up"])
     assert after < before / 5
     assert spread(table["layers.0.gate_up"]) == before
+
+
+@pytest.mark.parametrize("num_experts", [1, 4])
+def test_within_a_limit_no_up_value_is_cut(tmp_path: Path, num_experts: int) -> None:
+    theirs = llama(intermediate_size=160)
+    with torch.no_grad():
+        for layer in theirs.model.layers:
+            layer.mlp.up_proj.weight *= 40
+            layer.mlp.down_proj.weight /= 40
+    gguf = GgufFile(write_gguf(tmp_path / "model.gguf", theirs))
+    config = config_of(gguf, num_experts=num_experts)
+    limited = dataclasses.replace(config, swiglu_limit=7.0)
+    table, tokens = re_express(gguf, config), tokens_of(config, 70)
+    expected = oracle_logits(theirs, tokens)
+
+    def off_by(table: WeightTable) -> float:
+        ours = logits(Transformer(limited, table, dtype=torch.float32, device=CPU), tokens)
+        return float((ours - expected).abs().max())
+
+    assert off_by(table) > 0.1
+    fitted = within_limit(table, limited)
+    assert off_by(fitted) < 5e-4
+    gate_up, was_gate_up = fitted["layers.0.gate_up"], table["layers.0.gate_up"]
+    assert isinstance(gate_up, Tensor) and isinstance(was_gate_up, Tensor)
+    powers = (was_gate_up / gate_up)[:, 1::2].mean(-1)  # one for each block of 32 columns of `down`
+    assert torch.equal(powers, powers.log2().round().exp2())
+    for block in powers.split(32, dim=-1):
+        assert torch.equal(block, block[:, :1].expand_as(block))
+    assert torch.equal(gate_up[:, 0::2], was_gate_up[:, 0::2])
+    unlimited = within_limit(table, config)
+    assert all(torch.equal(unlimited[name], table[name]) for name in table)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freehold.cli import terminal
-from freehold.cli.options import Device, Dtype, MaxTokens, MinP, ModelOption, Seed, Temperature, TopK, TopP
+from freehold.cli.options import (
+    Context,
+    Dense,
+    Device,
+    Dtype,
+    KvDtype,
+    MaxTokens,
+    MinP,
+    ModelOption,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from freehold.errors import FreeholdError, UsageError
 from freehold.log import logger
 
@@ -40,6 +54,10 @@ def command(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
+    dense: Dense = None,
+    kv_dtype: KvDtype = None,
+    context: Context = None,
+    threads: Threads = None,
 ) -> None:
     """Ask a question, or hold a conversation.
 
@@ -56,7 +74,16 @@ def command(
     from freehold.session.model import load
 
     with terminal.progress_bars() as progress:
-        loaded = load(model, device=device, dtype=dtype, progress=progress)
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype,
+            dense=dense,
+            kv_dtype=kv_dtype,
+            context=context,
+            threads=threads,
+            progress=progress,
+        )
     sampling = {
         "max_tokens": max_tokens,
         "temperature": temperature,

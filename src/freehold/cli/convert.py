@@ -1,35 +1,58 @@
-"""`freehold convert`: the same model in another layout or expert format."""
+"""`freehold convert`: the same model in another layout or expert format, or as one GGUF file."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from freehold.cli import terminal
-from freehold.cli.options import Destination, ModelArgument
-from freehold.config import ExpertFormat, Layout
+from freehold.cli.options import ModelArgument
+from freehold.config import DenseFormat, ExpertFormat, Layout
+from freehold.errors import UsageError
 
 
 def command(
     source: ModelArgument,
-    folder: Destination,
-    layout: Annotated[Layout, typer.Option(help="Hugging Face's names, or OpenAI's original ones.")] = Layout.HF,
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="A new folder, or a new file that ends in .gguf; it appears when it is complete.",
+        ),
+    ],
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="A folder's layout: Hugging Face's names, or OpenAI's original ones. Default: hf."),
+    ] = None,
     experts: Annotated[ExpertFormat | None, typer.Option(help="How experts are stored. Default: as they are.")] = None,
+    dense: Annotated[
+        DenseFormat | None,
+        typer.Option(help="How a .gguf stores all large matrices that are not MXFP4, bf16 experts too. Default: q8."),
+    ] = None,
 ) -> None:
-    """Rewrite a model in another published layout or expert format.
+    """Rewrite a model in another layout or expert format, or as a GGUF file for llama.cpp.
 
     \b
     freehold convert default /tmp/original --layout original
     freehold convert default /tmp/bf16 --experts bf16
+    freehold convert default /tmp/model.gguf
     """
+    to_gguf = destination.suffix == ".gguf"
+    if to_gguf and layout is not None:
+        raise UsageError("--layout is for folders, and a .gguf file has a layout of its own; leave it out")
+    if not to_gguf and dense is not None:
+        raise UsageError(
+            f"--dense is for .gguf files, and {destination} will be a folder, whose dense tensors stay as they are; "
+            "leave it out or name a file that ends in .gguf"
+        )
+    from freehold.hub import gguf
     from freehold.hub.convert import convert
     from freehold.hub.find import find_model
 
     with terminal.progress_bars() as progress:
-        convert(
-            find_model(source, progress),
-            folder,
-            layout=layout,
-            experts=experts,
-            progress=progress,
-        )
-    terminal.say(f"{folder} is complete")
+        model = find_model(source, progress)
+        if to_gguf:
+            gguf.export(model, destination, dense=dense or DenseFormat.Q8, experts=experts, progress=progress)
+        else:
+            convert(model, destination, layout=layout or Layout.HF, experts=experts, progress=progress)
+    terminal.say(f"{destination} is complete")

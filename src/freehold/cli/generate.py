@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from freehold.cli import terminal
-from freehold.cli.options import Device, Dtype, MaxTokens, MinP, ModelOption, Seed, Temperature, TopK, TopP
+from freehold.cli.options import (
+    Context,
+    Dense,
+    Device,
+    Dtype,
+    KvDtype,
+    MaxTokens,
+    MinP,
+    ModelOption,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 from freehold.errors import CheckpointError, UsageError
 
 
@@ -21,6 +35,10 @@ def command(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
+    dense: Dense = None,
+    kv_dtype: KvDtype = None,
+    context: Context = None,
+    threads: Threads = None,
 ) -> None:
     """Continue a text: raw completion, no chat format.
 
@@ -36,7 +54,16 @@ def command(
     from freehold.session.model import load
 
     with terminal.progress_bars() as progress:
-        loaded = load(model, device=device, dtype=dtype, progress=progress)
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype,
+            dense=dense,
+            kv_dtype=kv_dtype,
+            context=context,
+            threads=threads,
+            progress=progress,
+        )
     if loaded.tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer.json, so it cannot read text; add the one it was trained with")
     detokenizer = Detokenizer(loaded.tokenizer)

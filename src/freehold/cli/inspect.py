@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from freehold import machine
 from freehold.cli import terminal
-from freehold.cli.options import Json, ModelArgument
+from freehold.cli.options import Dense, Device, Dtype, Json, KvDtype, ModelArgument, Threads
 
 if TYPE_CHECKING:
     from freehold.config import ModelConfig
+    from freehold.session.policy import Policy
     from freehold.weights.layouts import Checkpoint
 
 
@@ -20,40 +20,40 @@ def command(
     context: Annotated[
         int | None, typer.Option(help="Tokens to plan memory for. Default: the model's context.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Plan for running in float32 or bfloat16.")] = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = None,
+    dense: Dense = None,
+    kv_dtype: KvDtype = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Show a model's architecture, parameters, tensors, size on disk and memory need. Loads no weights.
+    """Show a model's architecture, parameters, tensors, size on disk, number formats and memory need. Loads no weights.
 
     \b
     freehold inspect default
-    freehold inspect default --context 4096 --json
+    freehold inspect default --context 4096 --kv-dtype q8 --json
     """
     from freehold.errors import UsageError
     from freehold.hub.find import find_model
+    from freehold.session.policy import decide
     from freehold.weights.layouts import open_checkpoint
 
-    widths = {"float32": 4, "bfloat16": 2}
-    if dtype not in widths:
-        raise UsageError(f"dtype must be {' or '.join(widths)}, got {dtype!r}")
     with terminal.progress_bars() as progress:
         checkpoint = open_checkpoint(find_model(model, progress))
-    longest = checkpoint.config.max_context
-    context = longest if context is None else context
-    if not 1 <= context <= longest:
-        raise UsageError(f"context must be between 1 and {longest} for this model, got {context}")
-    facts = _facts(checkpoint, context, dtype, widths[dtype])
+    config = checkpoint.config
+    context = config.max_context if context is None else context
+    if not 1 <= context <= config.max_context:
+        raise UsageError(f"context must be between 1 and {config.max_context} for this model, got {context}")
+    policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
+    facts = _facts(checkpoint, policy, context)
     terminal.write(json.dumps(facts, indent=2) + "\n" if as_json else _text(facts))
 
 
-def _facts(checkpoint: "Checkpoint", context: int, dtype: str, dense_bytes: int) -> dict[str, Any]:
-    from freehold.weights.memory import plan_memory, worth_expanding
+def _facts(checkpoint: "Checkpoint", policy: "Policy", context: int) -> dict[str, Any]:
+    from freehold.session.memory import free_memory, plan_memory
 
     config = checkpoint.config
-    expert_bits = 4.25 if checkpoint.experts.value == "mxfp4" else 16.0
-    if worth_expanding(config, dense_bytes=dense_bytes, machine_bytes=machine.total_memory()):
-        expert_bits = max(expert_bits, 8.0 * dense_bytes)
-    plan = plan_memory(config, context=context, expert_bits=expert_bits, dense_bytes=dense_bytes)
+    plan = plan_memory(config, checkpoint.experts, policy, context=context)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout.value,
@@ -61,14 +61,23 @@ def _facts(checkpoint: "Checkpoint", context: int, dtype: str, dense_bytes: int)
         "architecture": _architecture(config),
         "parameters": {"total": config.num_parameters, "active": config.num_active_parameters},
         "bytes_on_disk": checkpoint.files.num_bytes,
+        "runs": {
+            "device": str(policy.device),
+            "native": policy.native,
+            "activations": str(policy.dtype).removeprefix("torch."),
+            "dense": policy.dense,
+            "kv_cache": policy.kv,
+            "threads": policy.threads,
+            "policy": policy.describe(checkpoint.experts.value),
+        },
         "memory": {
             "context": context,
-            "dtype": dtype,
             "dense_bytes": plan.dense,
             "experts_bytes": plan.experts,
             "kv_cache_bytes": plan.kv_cache,
             "scratch_bytes": plan.scratch,
-            "total_bytes": plan.total,
+            "total_bytes": plan.needed,
+            "free_bytes": free_memory(policy),
         },
         "tensors": [
             {"name": name, "dtype": info.dtype_name, "shape": list(info.shape), "bytes": info.num_bytes}
@@ -117,7 +126,9 @@ def _text(facts: dict[str, Any]) -> str:
         f"  context      {shape['context']} tokens, RoPE theta {shape['rope_theta']:g}{yarn}",
         f"  parameters   {parameters['total']:,} in all, {parameters['active']:,} active per token",
         f"  on disk      {terminal.gib(facts['bytes_on_disk'])}",
-        f"  memory       {terminal.gib(memory['total_bytes'])} for {memory['context']} tokens in {memory['dtype']}:",
+        f"  runs         {facts['runs']['policy']}",
+        f"  memory       {terminal.gib(memory['total_bytes'])} for {memory['context']} tokens, of "
+        f"{terminal.gib(memory['free_bytes'])} free:",
         f"               {terminal.gib(memory['experts_bytes'])} experts + {terminal.gib(memory['dense_bytes'])} dense"
         f" + {terminal.gib(memory['kv_cache_bytes'])} KV cache + {terminal.gib(memory['scratch_bytes'])} scratch",
         "",

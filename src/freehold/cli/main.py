@@ -10,19 +10,22 @@ from typing import Annotated
 import typer
 
 from freehold import __version__
-from freehold.cli import chat, convert, doctor, generate, inspect, synth, terminal
+from freehold.cli import bench, cache, chat, convert, doctor, generate, inspect, pack, receipt, synth, terminal
 from freehold.errors import FreeholdError, UsageError
+from freehold.log import NOTICE
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="freehold",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help needs no rich, and so answers twice as fast
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
-for module in (chat, generate, inspect, convert, synth, doctor):
+for module in (chat, generate, inspect, bench, receipt, convert, synth, pack, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
+app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,7 +49,7 @@ def _main(
     freehold inspect default           what the model is made of
     freehold doctor                    what runs on this machine
     """
-    terminal.start_logging(logging.INFO if verbose else logging.WARNING)
+    terminal.start_logging(logging.INFO if verbose else NOTICE)
 
 
 def main() -> None:

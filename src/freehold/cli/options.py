@@ -37,5 +37,18 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32 or bfloat16. Default: by device and memory."),
+    typer.Option(help="float32 or bfloat16, for reference ops (GPU). Default: by device and memory."),
 ]
+Dense = Annotated[
+    str | None,
+    typer.Option(help="How native CPU kernels hold dense weights: q8, bf16 or f32. Default: q8."),
+]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(help="The KV cache's type: f32, bf16 or q8. Default: bf16 with native kernels."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens a conversation may have. Default: the model's context, or what fits into memory."),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels. Default: one for each physical core.")]

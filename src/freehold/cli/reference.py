@@ -21,6 +21,13 @@ def _lines() -> Iterator[str]:
     for command in app.registered_commands:
         assert command.name is not None
         yield from _section(command.name)
+    for group in app.registered_groups:
+        assert group.name is not None
+        assert group.typer_instance is not None
+        yield from _section(group.name)
+        for command in group.typer_instance.registered_commands:
+            assert command.name is not None
+            yield from _section(group.name, command.name)
 
 
 def _section(*command: str) -> Iterator[str]:

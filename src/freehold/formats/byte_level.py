@@ -86,6 +86,20 @@ def named_in_gguf(pre: str) -> WordSplit:
     )
 
 
+_WRITTEN_TO_GGUF = ("smollm", "gpt-2", "gpt-4o", "llama-bpe")
+
+
+def name_in_gguf(pre_tokenizer: pre_tokenizers.PreTokenizer) -> str:
+    """The `tokenizer.ggml.pre` under which llama.cpp cuts words so. Raises UnsupportedError where it has none."""
+    for name in _WRITTEN_TO_GGUF:
+        if named_in_gguf(name).pre_tokenizer.__getstate__() == pre_tokenizer.__getstate__():
+            return name
+    raise UnsupportedError(
+        f"llama.cpp cuts text into words as {', '.join(_WRITTEN_TO_GGUF)} do, and this tokeniser in another way: "
+        f"{pre_tokenizer.__getstate__().decode():.120}; run the model with Freehold"
+    )
+
+
 def from_json(raw: Any, source: str) -> pre_tokenizers.PreTokenizer:
     """The `pre_tokenizer` of a tokenizer.json; it must end in ByteLevel and must not change or drop text."""
     kinds = raw.get("pretokenizers") if isinstance(raw, Mapping) and raw.get("type") == "Sequence" else [raw]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models
@@ -35,6 +35,15 @@ _REPLACEMENT = "\ufffd"
 
 Control = Literal["omit", "show"]
 _T = TypeVar("_T")
+
+
+class GgufVocabulary(NamedTuple):
+    """A vocabulary as GGUF files hold it: what `Tokenizer.from_gguf` takes."""
+
+    tokens: list[str]
+    token_types: list[int]
+    merges: list[str]
+    pre: str
 
 
 class Tokenizer:
@@ -220,6 +229,41 @@ class Tokenizer:
         ]
         raw["added_tokens"] = sorted(added, key=lambda token: int(token["id"]))
         write_text(Path(path), json.dumps(raw, ensure_ascii=False))
+
+    def to_gguf(self, *, num_tokens: int) -> GgufVocabulary:
+        """As llama.cpp reads it, with unused tokens up to `num_tokens`, the rows of the model's embedding.
+
+        Raises UnsupportedError where llama.cpp would encode text otherwise.
+        """
+        model = json.loads(self._backend.to_str())["model"]
+        tokens, types = [f"[PAD{id_}]" for id_ in range(num_tokens)], [5] * num_tokens
+        for token, id_ in model["vocab"].items():
+            tokens[id_], types[id_] = token, 1
+        for id_, added in self._text_tokens.items():
+            if added.single_word or added.lstrip or added.rstrip:
+                raise UnsupportedError(
+                    f"GGUF cannot say that token {added.content!r} looks at the text around it (single_word, lstrip, "
+                    "rstrip); take these flags out of tokenizer.json"
+                )
+            tokens[id_], types[id_] = str(added.content), 4
+        for name, id_ in self.control_tokens.items():
+            tokens[id_], types[id_] = name, 3
+        pre = byte_level.name_in_gguf(self._backend.pre_tokenizer)
+        if model["ignore_merges"] is not byte_level.named_in_gguf(pre).ignores_merges:
+            self._check_merges_reach_every_token(model, pre)
+        # Space is no byte's character: a merge that has one is never applied, and would be read as another.
+        merges = [f"{left} {right}" for left, right in model["merges"] if " " not in left + right]
+        return GgufVocabulary(tokens, types, merges, pre)
+
+    def _check_merges_reach_every_token(self, model: Mapping[str, Any], pre: str) -> None:
+        """Then it makes no difference whether words that are tokens are looked up before merging."""
+        merging = models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in model["merges"]])
+        for token, id_ in model["vocab"].items():
+            if id_ not in self._text_tokens and len(merging.tokenize(token)) != 1:
+                raise UnsupportedError(
+                    f"ignore_merges is {model['ignore_merges']} in this tokeniser and not so in llama.cpp's {pre!r}: "
+                    f"{token!r} would become other tokens there; run the model with Freehold"
+                )
 
 
 class Detokenizer:

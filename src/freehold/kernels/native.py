@@ -1,16 +1,247 @@
-"""The C++ kernels, for CPU tensors. Inference only: what needs gradients stays on the reference ops."""
+"""The C++ kernels, for CPU tensors in float32 and packed weights. Inference only: what needs gradients stays on the
+reference ops. Arguments have been checked by freehold.kernels.ops; here they become addresses.
+"""
+
+import os
 
 import torch
 from torch import Tensor
 
-from freehold import _native
+from freehold import _native, machine
+from freehold.errors import BackendError, UsageError
+from freehold.kernels.kv import KV_TYPES, KvBuffer
+from freehold.weights.packed import PackedMatrix
+
+_engine: "_native.Engine | None" = None
+_threads: int | None = None  # as set; a forked child keeps it
+
+
+def instruction_set() -> str:
+    """The one in use: the best that this processor has, or FREEHOLD_CPU's."""
+    _start()
+    name: str = _native.instruction_set()
+    return name
+
+
+def threads() -> int:
+    """How many threads the kernels use."""
+    count: int = _start().threads
+    return count
+
+
+def set_threads(count: int) -> None:
+    """Use so many threads from now on; the default is one for each physical core."""
+    global _engine, _threads
+    if not 1 <= count <= _MAX_THREADS:
+        raise UsageError(f"threads must be between 1 and {_MAX_THREADS}, got {count}")
+    _threads = count
+    if _engine is not None and _engine.threads != count:
+        _engine = _native.Engine(count)
+
+
+def scratch_bytes() -> int:
+    """What the kernels hold for themselves just now."""
+    held: int = _start().workspace_bytes
+    return held
+
+
+def read_bandwidth(data: Tensor) -> float:
+    """Bytes a second, reading a contiguous tensor once with all threads."""
+    rate: float = _start().read_bandwidth(data.data_ptr(), data.nbytes)
+    return rate
+
+
+def dot_rate(rounds: int = 1 << 22) -> float:
+    """Int8 multiply-adds a second of all threads on registers alone: what no kernel can exceed."""
+    rate: float = _start().dot_rate(rounds)
+    return rate
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    x_TD = x_TD.contiguous()
+    x_TD, weight_D, (T, D) = x_TD.contiguous(), weight_D.contiguous(), x_TD.shape
     out_TD = torch.empty_like(x_TD)
-    if x_TD.dtype == torch.float32:
-        _native.rms_norm_f32(x_TD, weight_D, out_TD, eps)
-    else:  # buffers know no bfloat16: hand over the bits
-        _native.rms_norm_bf16(x_TD.view(torch.uint16), weight_D.view(torch.uint16), out_TD.view(torch.uint16), eps)
+    _start().rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), T, D, eps)
     return out_TD
+
+
+def linear(
+    x_TD: Tensor,
+    weight: PackedMatrix,
+    bias_O: Tensor | None,
+    norm_D: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor:
+    x_TD = _rows(x_TD)
+    T = x_TD.shape[0]
+    out_TO = torch.empty((T, weight.shape[0]), dtype=torch.float32)
+    bias_O = None if bias_O is None else bias_O.contiguous()
+    norm_D = None if norm_D is None else norm_D.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    _start().linear(
+        _matrix(weight),
+        x_TD.data_ptr(),
+        T,
+        x_TD.stride(0),
+        0 if norm_D is None else norm_D.data_ptr(),
+        eps,
+        0 if bias_O is None else bias_O.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        out_TO.data_ptr(),
+    )
+    return out_TO
+
+
+def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    x_TNH, (T, N, H) = _heads(x_TNH), x_TNH.shape
+    out_TNH = torch.empty((T, N, H), dtype=torch.float32)
+    cos_TH, sin_TH = cos_TH.contiguous(), sin_TH.contiguous()
+    _start().rope(x_TNH.data_ptr(), x_TNH.stride(0), cos_TH.data_ptr(), sin_TH.data_ptr(), out_TNH.data_ptr(), T, N, H)
+    return out_TNH
+
+
+def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None:
+    k_TKH, v_TKH = _heads(k_TKH), _heads(v_TKH)
+    _start().kv_write(
+        _view(buffer), k_TKH.data_ptr(), k_TKH.stride(0), v_TKH.data_ptr(), v_TKH.stride(0), k_TKH.shape[0], start
+    )
+
+
+def attention(
+    q_TNH: Tensor, buffer: KvBuffer, length: int, sinks_N: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    q_TNH, (T, N, H) = _heads(q_TNH), q_TNH.shape
+    out_TNH = torch.empty((T, N, H), dtype=torch.float32)
+    sinks_N = sinks_N.contiguous()
+    _start().attention(
+        _view(buffer),
+        q_TNH.data_ptr(),
+        T,
+        N,
+        q_TNH.stride(0),
+        length,
+        sinks_N.data_ptr(),
+        scale,
+        window or 0,
+        out_TNH.data_ptr(),
+    )
+    return out_TNH
+
+
+def route(logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
+    logits_TE, (T, E) = logits_TE.contiguous(), logits_TE.shape
+    weights_TA = torch.empty((T, num_active), dtype=torch.float32)
+    experts_TA = torch.empty((T, num_active), dtype=torch.int64)
+    _start().route(logits_TE.data_ptr(), T, E, num_active, weights_TA.data_ptr(), experts_TA.data_ptr())
+    return weights_TA, experts_TA
+
+
+def moe(
+    x_TD: Tensor,
+    weights_TA: Tensor,
+    experts_TA: Tensor,
+    gate_up: PackedMatrix,
+    gate_up_bias: Tensor,
+    down: PackedMatrix,
+    down_bias: Tensor,
+    residual: Tensor | None,
+    *,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    x_TD, weights_TA, experts_TA = x_TD.contiguous(), weights_TA.contiguous(), experts_TA.contiguous()
+    gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    _start().moe(
+        _matrix(gate_up),
+        _matrix(down),
+        x_TD.data_ptr(),
+        x_TD.shape[0],
+        weights_TA.shape[1],
+        weights_TA.data_ptr(),
+        experts_TA.data_ptr(),
+        gate_up.shape[0],
+        gate_up_bias.data_ptr(),
+        down_bias.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        alpha,
+        limit,
+        out_TD.data_ptr(),
+    )
+    return out_TD
+
+
+def sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    logits_V = logits_V.contiguous()
+    address, V = logits_V.data_ptr(), logits_V.shape[0]
+    token: int
+    if temperature == 0:
+        token = _start().argmax(address, V)
+    else:
+        least = torch.finfo(torch.float32).tiny
+        token = _start().sample(address, V, max(temperature, least), min(top_k, V), top_p, min_p, uniform)
+    return token
+
+
+_MAX_THREADS = 1024
+
+
+def _start() -> "_native.Engine":
+    global _engine
+    if _engine is None:
+        _choose_instruction_set()
+        _engine = _native.Engine(_threads or machine.physical_cores())
+    return _engine
+
+
+def _choose_instruction_set() -> None:
+    wanted = os.environ.get("FREEHOLD_CPU")
+    if wanted and not _native.use_instruction_set(wanted):
+        usable = ", ".join(_native.instruction_sets())
+        raise BackendError(f"FREEHOLD_CPU is {wanted!r}, which cannot run on this processor; choose one of {usable}")
+
+
+def _before_fork() -> None:
+    """Threads do not survive a fork, and an engine would wait for its own: parent and child make their own anew."""
+    global _engine
+    _engine = None
+
+
+os.register_at_fork(before=_before_fork)
+
+
+def _matrix(packed: PackedMatrix) -> object:
+    if packed.native_handle is None:
+        form, data, scales, R, C = packed.address()
+        packed.native_handle = _native.Matrix(form, data, scales, R, C, packed.paired)
+    return packed.native_handle
+
+
+def _view(buffer: KvBuffer) -> object:
+    if buffer.native_view is None:
+        K, capacity, H = buffer.keys.shape
+        key_scales = 0 if buffer.key_scales is None else buffer.key_scales.data_ptr()
+        value_scales = 0 if buffer.value_scales is None else buffer.value_scales.data_ptr()
+        buffer.native_view = _native.KvView(
+            KV_TYPES.index(buffer.type),
+            buffer.keys.data_ptr(),
+            buffer.values.data_ptr(),
+            key_scales,
+            value_scales,
+            capacity,
+            K,
+            H,
+        )
+    return buffer.native_view
+
+
+def _rows(x_TD: Tensor) -> Tensor:
+    """Rows may lie apart, but each must be in one piece."""
+    return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
+
+
+def _heads(x_TNH: Tensor) -> Tensor:
+    _, N, H = x_TNH.shape
+    strides = x_TNH.stride()
+    return x_TNH if strides[2] == 1 and (strides[1] == H or N == 1) else x_TNH.contiguous()

@@ -1,9 +1,12 @@
 """The ops a gpt-oss model is made of. Each checks its arguments, then hands them to the backend for the device.
 
-All the model's arithmetic goes through these, but for residual additions and the embedding look-up. An op's name and
-signature are the same in every backend; its meaning is what freehold.kernels.reference says. Shape legend: T tokens,
-S keys, D hidden, O output, N query heads, K kv heads, H head dim, E experts, A active experts, F expert width,
-V vocabulary.
+All the model's arithmetic goes through these, but for the embedding look-up. An op's name and signature are the same in
+every backend; its meaning is what freehold.kernels.reference says. Weights are plain tensors, MXFP4 as published, or
+packed for the CPU kernels. Where two ops always follow each other one of them takes the other along: `linear` can
+normalise its input and add a residual, `moe` can add a residual.
+
+Shape legend: T tokens, S keys, D hidden, O output, N query heads, K kv heads, H head dim, E experts, A active experts,
+F expert width, V vocabulary.
 """
 
 import math
@@ -14,7 +17,18 @@ from torch import Tensor
 
 from freehold.errors import UsageError
 from freehold.kernels import backends
+from freehold.kernels.kv import KvBuffer
 from freehold.weights.mxfp4 import Mxfp4Tensor
+from freehold.weights.packed import PackedMatrix
+
+Weight = Tensor | Mxfp4Tensor | PackedMatrix
+
+
+class Norm(NamedTuple):
+    """The rms_norm that an op applies to its input first."""
+
+    weight_D: Tensor
+    eps: float
 
 
 class Routing(NamedTuple):
@@ -33,52 +47,86 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
     return out
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x · weightᵀ + bias, shape (T, O)."""
+def linear(
+    x_TD: Tensor,
+    weight_OD: Tensor | PackedMatrix,
+    bias_O: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """norm(x) · weightᵀ + bias + residual, shape (T, O)."""
     _check_rank("linear", "x", x_TD, 2)
     _check_rank("linear", "weight", weight_OD, 2)
-    _check_shape("linear", "weight", weight_OD, (weight_OD.shape[0], x_TD.shape[1]))
-    _check_alike("linear", x_TD, weight_OD)
+    (T, D), num_rows = x_TD.shape, weight_OD.shape[0]
+    _check_shape("linear", "weight", weight_OD, (num_rows, D))
+    _check_weight("linear", x_TD, weight_OD)
     if bias_O is not None:
-        _check_shape("linear", "bias", bias_O, (weight_OD.shape[0],))
+        _check_shape("linear", "bias", bias_O, (num_rows,))
         _check_alike("linear", x_TD, bias_O)
-    out: Tensor = backends.for_op("linear", x_TD, weight_OD, bias_O).linear(x_TD, weight_OD, bias_O)
+    if norm is not None:
+        _check_shape("linear", "norm", norm.weight_D, (D,))
+        _check_alike("linear", x_TD, norm.weight_D)
+    if residual_TO is not None:
+        _check_shape("linear", "residual", residual_TO, (T, num_rows))
+        _check_alike("linear", x_TD, residual_TO)
+    norm_D, eps = (None, 0.0) if norm is None else norm
+    plain = weight_OD if isinstance(weight_OD, Tensor) else None
+    module = backends.for_op("linear", x_TD, plain, bias_O, norm_D, residual_TO, packed=plain is None)
+    out: Tensor = module.linear(x_TD, weight_OD, bias_O, norm_D, eps, residual_TO)
     return out
 
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate the half-split pairs (i, i + H/2) of every head. cos and sin are (T, H/2), float32."""
     _check_rank("rope", "x", x_TNH, 3)
+    T, _, H = x_TNH.shape
+    if H % 2:
+        raise UsageError(f"[rope] expected heads of an even size, got {H}")
     for name, table in (("cos", cos_TH), ("sin", sin_TH)):
-        _check_shape("rope", name, table, (x_TNH.shape[0], x_TNH.shape[2] // 2))
+        _check_shape("rope", name, table, (T, H // 2))
+        if table.dtype != torch.float32:
+            raise UsageError(f"[rope] expected {name} in float32, got {table.dtype}")
     out: Tensor = backends.for_op("rope", x_TNH).rope(x_TNH, cos_TH, sin_TH)
     return out
 
 
+def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None:
+    """Put T positions into rows start … start + T − 1 of a buffer, in the buffer's type."""
+    _check_rank("kv_write", "k", k_TKH, 3)
+    T, K, H = k_TKH.shape
+    _check_shape("kv_write", "v", v_TKH, (T, K, H))
+    _check_shape("kv_write", "buffer", buffer.keys, (K, buffer.capacity, H))
+    _check_alike("kv_write", k_TKH, v_TKH)
+    if not 0 <= start <= buffer.capacity - T:
+        raise UsageError(f"[kv_write] {T} positions from {start} on do not fit a buffer of {buffer.capacity}")
+    backends.for_op("kv_write", k_TKH, v_TKH, buffer.keys, buffer.values).kv_write(buffer, k_TKH, v_TKH, start)
+
+
 def attention(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, sinks_N: Tensor, *, scale: float, window: int | None = None
+    q_TNH: Tensor, buffer: KvBuffer, length: int, sinks_N: Tensor, *, scale: float, window: int | None = None
 ) -> Tensor:
     """Causal grouped-query attention of one sequence; returns (T, N, H).
 
-    The keys are consecutive positions and the last T of them belong to the queries, so S >= T. Each head's sink
-    logit takes part in its softmax and is then dropped. `window` is the number of keys that a query sees, itself
-    counted; None shows it all. Keys in front of the window may be absent.
+    The first `length` rows of the buffer are consecutive positions, and the last T of them belong to the queries. Each
+    head's sink logit takes part in its softmax and is then dropped. `window` is the number of keys that a query sees,
+    itself counted; None shows it all. Keys in front of the window may be absent.
     """
     _check_rank("attention", "q", q_TNH, 3)
-    _check_rank("attention", "k", k_SKH, 3)
     T, N, H = q_TNH.shape
-    S, K, _ = k_SKH.shape
-    _check_shape("attention", "k", k_SKH, (S, K, H))
-    _check_shape("attention", "v", v_SKH, (S, K, H))
+    K = buffer.keys.shape[0]
+    _check_shape("attention", "buffer", buffer.keys, (K, buffer.capacity, H))
     _check_shape("attention", "sinks", sinks_N, (N,))
-    _check_alike("attention", q_TNH, k_SKH)
-    _check_alike("attention", q_TNH, v_SKH)
-    if S < T or N % K:
-        raise UsageError(f"[attention] expected S >= T and N a multiple of K, got T {T}, S {S}, N {N}, K {K}")
+    _check_alike("attention", q_TNH, sinks_N)
+    if not T <= length <= buffer.capacity or N % K:
+        raise UsageError(
+            f"[attention] expected T <= length <= capacity and N a multiple of K, got T {T}, length {length}, capacity "
+            f"{buffer.capacity}, N {N}, K {K}"
+        )
     if window is not None and window < 1:
         raise UsageError(f"[attention] expected a window of at least 1 key, got {window}")
-    module = backends.for_op("attention", q_TNH, k_SKH, v_SKH, sinks_N)
-    out: Tensor = module.attention(q_TNH, k_SKH, v_SKH, sinks_N, scale=scale, window=window)
+    module = backends.for_op("attention", q_TNH, sinks_N, buffer.keys, buffer.values)
+    out: Tensor = module.attention(q_TNH, buffer, length, sinks_N, scale=scale, window=window)
     return out
 
 
@@ -93,18 +141,19 @@ def route(logits_TE: Tensor, num_active: int) -> Routing:
 def moe(
     x_TD: Tensor,
     routing: Routing,
-    gate_up: Mxfp4Tensor | Tensor,
+    gate_up: Weight,
     gate_up_bias: Tensor,
-    down: Mxfp4Tensor | Tensor,
+    down: Weight,
     down_bias: Tensor,
     *,
     alpha: float,
     limit: float,
+    residual_TD: Tensor | None = None,
 ) -> Tensor:
-    """Mixture of experts with the clamped SwiGLU gate·sigmoid(alpha·gate)·(up + 1); returns (T, D).
+    """Mixture of experts with the clamped SwiGLU gate·sigmoid(alpha·gate)·(up + 1), plus residual; returns (T, D).
 
     gate_up is (E, 2F, D) with gate in even and up in odd rows, gate_up_bias (E, 2F), down (E, D, F), down_bias (E, D).
-    gate is clamped to at most `limit`, up to ±`limit`.
+    gate is clamped to at most `limit`, up to ±`limit`. A packed gate_up must have been packed as paired.
     """
     _check_rank("moe", "x", x_TD, 2)
     _check_rank("moe", "routing weights", routing.weights_TA, 2)
@@ -113,15 +162,31 @@ def moe(
     E, F = gate_up.shape[0], gate_up.shape[1] // 2
     _check_shape("moe", "routing weights", routing.weights_TA, (T, routing.weights_TA.shape[1]))
     _check_shape("moe", "routing experts", routing.experts_TA, tuple(routing.weights_TA.shape))
+    if routing.experts_TA.dtype != torch.int64:
+        raise UsageError(f"[moe] expected routing experts in int64, got {routing.experts_TA.dtype}")
     _check_shape("moe", "gate_up", gate_up, (E, 2 * F, D))
     _check_shape("moe", "gate_up_bias", gate_up_bias, (E, 2 * F))
     _check_shape("moe", "down", down, (E, D, F))
     _check_shape("moe", "down_bias", down_bias, (E, D))
     for other in (routing.weights_TA, gate_up_bias, down_bias):
         _check_alike("moe", x_TD, other)
-    plain = [stack for stack in (gate_up, down) if isinstance(stack, Tensor)]
-    module = backends.for_op("moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, *plain)
-    out: Tensor = module.moe(x_TD, *routing, gate_up, gate_up_bias, down, down_bias, alpha=alpha, limit=limit)
+    for stack in (gate_up, down):
+        _check_weight("moe", x_TD, stack)
+    if isinstance(gate_up, PackedMatrix) != isinstance(down, PackedMatrix):
+        raise UsageError("[moe] expected both matrices packed, or neither")
+    if isinstance(gate_up, PackedMatrix) and not gate_up.paired:
+        raise UsageError("[moe] expected a packed gate_up with paired rows")
+    if residual_TD is not None:
+        _check_shape("moe", "residual", residual_TD, (T, D))
+        _check_alike("moe", x_TD, residual_TD)
+    others = [weight for weight in (gate_up, down) if isinstance(weight, Tensor)]
+    packed = isinstance(gate_up, PackedMatrix)
+    module = backends.for_op(
+        "moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, residual_TD, *others, packed=packed
+    )
+    out: Tensor = module.moe(
+        x_TD, *routing, gate_up, gate_up_bias, down, down_bias, residual_TD, alpha=alpha, limit=limit
+    )
     return out
 
 
@@ -146,8 +211,9 @@ def sample(
     largest = float(logits_V.max())
     if not math.isfinite(largest):
         raise UsageError(f"[sample] expected at least one token with a finite logit, the largest is {largest}")
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64)) if temperature else 0.0
     module = backends.for_op("sample", logits_V)
-    token: int = module.sample(logits_V, temperature, top_k, top_p, min_p, generator)
+    token: int = module.sample(logits_V, temperature, top_k, top_p, min_p, uniform)
     return token
 
 
@@ -163,18 +229,27 @@ def check_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float
         raise UsageError(f"min_p must be between 0 and 1, got {min_p}")
 
 
-def _check_rank(op: str, name: str, tensor: Tensor | Mxfp4Tensor, rank: int) -> None:
+def _check_rank(op: str, name: str, tensor: Weight, rank: int) -> None:
     if len(tensor.shape) != rank:
         raise UsageError(f"[{op}] expected {name} with {rank} dimensions, got {tuple(tensor.shape)}")
 
 
-def _check_shape(op: str, name: str, tensor: Tensor | Mxfp4Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+def _check_shape(op: str, name: str, tensor: Weight, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
         raise UsageError(f"[{op}] expected {name} {shape}, got {tuple(tensor.shape)}")
 
 
 def _check_alike(op: str, a: Tensor, b: Tensor) -> None:
-    if a.dtype != b.dtype or a.device != b.device:
+    if a.dtype is not b.dtype or a.device != b.device:
         raise UsageError(
             f"[{op}] expected one type and device, got {a.dtype} on {a.device} and {b.dtype} on {b.device}"
         )
+
+
+def _check_weight(op: str, x: Tensor, weight: Weight) -> None:
+    """Plain weights are of x's type, packed ones want it in float32."""
+    if isinstance(weight, PackedMatrix):
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise UsageError(f"[{op}] expected float32 on the CPU for packed weights, got {x.dtype} on {x.device}")
+    elif isinstance(weight, Tensor) and op == "linear":
+        _check_alike(op, x, weight)

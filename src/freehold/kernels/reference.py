@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.weights import mxfp4
+from freehold.kernels.kv import KV_BLOCK, KvBuffer
+from freehold.weights import mxfp4, packed
 from freehold.weights.mxfp4 import Mxfp4Tensor
+from freehold.weights.packed import PackedMatrix
 
 _QUERIES_AT_ONCE = 256  # bounds the score matrix of a long prefill
 
@@ -21,8 +23,18 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * weight_D).to(x_TD.dtype)
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    return F.linear(x_TD, weight_OD, bias_O)
+def linear(
+    x_TD: Tensor,
+    weight_OD: Tensor | PackedMatrix,
+    bias_O: Tensor | None,
+    norm_D: Tensor | None,
+    eps: float,
+    residual_TO: Tensor | None,
+) -> Tensor:
+    if norm_D is not None:
+        x_TD = rms_norm(x_TD, norm_D, eps)
+    out_TO: Tensor = F.linear(x_TD, _plain(weight_OD), bias_O)
+    return out_TO if residual_TO is None else residual_TO + out_TO
 
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
@@ -31,20 +43,35 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None:
+    rows = slice(start, start + len(k_TKH))
+    pairs = ((buffer.keys, buffer.key_scales, k_TKH), (buffer.values, buffer.value_scales, v_TKH))
+    for target, scales, source_TKH in pairs:
+        source = source_TKH.transpose(0, 1)
+        if scales is None:
+            target[:, rows] = source.to(target.dtype)
+            continue
+        blocks = source.float().unflatten(-1, (-1, KV_BLOCK))
+        steps = (blocks.abs().amax(dim=-1) / 127).half()
+        divisors = steps.float().masked_fill(steps == 0, torch.inf).unsqueeze(-1)
+        target[:, rows] = (blocks / divisors).round().clamp(-127, 127).to(torch.int8).flatten(-2)
+        scales[:, rows] = steps
+
+
 def attention(
-    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, sinks_N: Tensor, *, scale: float, window: int | None
+    q_TNH: Tensor, buffer: KvBuffer, length: int, sinks_N: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
     T, N, H = q_TNH.shape
-    S, K, _ = k_SKH.shape
+    K = buffer.keys.shape[0]
     out = []
     for start in range(0, T, _QUERIES_AT_ONCE):
         stop = min(start + _QUERIES_AT_ONCE, T)
-        first_row = S - T + start  # the last T keys belong to the T queries
+        first_row = length - T + start  # the last T keys belong to the T queries
         first_key = 0 if window is None else max(0, first_row - window + 1)
-        last_key = S - T + stop
-        keys = k_SKH[first_key:last_key].transpose(0, 1)  # (K, S', H)
-        values = v_SKH[first_key:last_key].transpose(0, 1)
-        queries = q_TNH[start:stop].view(-1, K, N // K, H).permute(1, 2, 0, 3)  # (K, N/K, T', H)
+        last_key = length - T + stop
+        keys = _kept(buffer.keys, buffer.key_scales, first_key, last_key, q_TNH.dtype)  # (K, S', H)
+        values = _kept(buffer.values, buffer.value_scales, first_key, last_key, q_TNH.dtype)
+        queries = q_TNH[start:stop].unflatten(1, (K, N // K)).permute(1, 2, 0, 3)  # (K, N/K, T', H)
         scores = torch.matmul(queries, keys.unsqueeze(1).transpose(-1, -2)).float() * scale
         key_at = torch.arange(first_key, last_key, device=q_TNH.device)
         query_at = torch.arange(first_row, last_key, device=q_TNH.device).unsqueeze(-1)
@@ -54,7 +81,7 @@ def attention(
         scores = scores.masked_fill(hidden, -torch.inf)
         sinks = sinks_N.float().view(K, N // K, 1, 1).expand(-1, -1, stop - start, 1)
         weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
-        mixed = torch.matmul(weights.to(v_SKH.dtype), values.unsqueeze(1))
+        mixed = torch.matmul(weights.to(values.dtype), values.unsqueeze(1))
         out.append(mixed.permute(2, 0, 1, 3).reshape(-1, N, H))
     return torch.cat(out) if out else torch.empty_like(q_TNH)
 
@@ -68,15 +95,18 @@ def moe(
     x_TD: Tensor,
     weights_TA: Tensor,
     experts_TA: Tensor,
-    gate_up: Mxfp4Tensor | Tensor,
+    gate_up: Tensor | Mxfp4Tensor | PackedMatrix,
     gate_up_bias: Tensor,
-    down: Mxfp4Tensor | Tensor,
+    down: Tensor | Mxfp4Tensor | PackedMatrix,
     down_bias: Tensor,
+    residual_TD: Tensor | None,
     *,
     alpha: float,
     limit: float,
 ) -> Tensor:
-    out = torch.zeros_like(x_TD)
+    if isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+        gate_up, down = packed.unpack(gate_up), packed.unpack(down)
+    out = torch.zeros_like(x_TD) if residual_TD is None else residual_TD.clone()
     for expert in torch.unique(experts_TA).tolist():
         token, slot = torch.where(experts_TA == expert)
         hidden = F.linear(x_TD[token], _matrix(gate_up, expert, x_TD.dtype), gate_up_bias[expert])
@@ -88,9 +118,7 @@ def moe(
     return out
 
 
-def sample(
-    logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, generator: torch.Generator
-) -> int:
+def sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
     scores, order = torch.sort(logits_V.float(), descending=True, stable=True)
@@ -105,10 +133,30 @@ def sample(
         hidden |= probabilities.cumsum(-1) - probabilities >= top_p
     hidden |= probabilities < min_p * probabilities[0]
     hidden[0] = False
-    probabilities = probabilities.masked_fill(hidden, 0.0)
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    # Drawn in order of ids, which asks no faster kernel to sort.
+    kept_V = torch.zeros_like(logits_V, dtype=torch.float64)
+    kept_V[order] = probabilities.masked_fill(hidden, 0.0).double()
+    passed_V = kept_V.cumsum(-1)
+    token = int(torch.searchsorted(passed_V, uniform * passed_V[-1], right=True))
+    return min(token, int(kept_V.nonzero()[-1]))
 
 
-def _matrix(stack: Mxfp4Tensor | Tensor, expert: int, dtype: torch.dtype) -> Tensor:
+def _matrix(stack: Tensor | Mxfp4Tensor | PackedMatrix, expert: int, dtype: torch.dtype) -> Tensor:
+    assert not isinstance(stack, PackedMatrix)
     matrix = stack[expert]
     return mxfp4.unpack(matrix, dtype) if isinstance(matrix, Mxfp4Tensor) else matrix.to(dtype)
+
+
+def _plain(weight: Tensor | PackedMatrix) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight
+    matrix = packed.unpack(weight)
+    return mxfp4.unpack(matrix) if isinstance(matrix, Mxfp4Tensor) else matrix.float()
+
+
+def _kept(stored: Tensor, scales: Tensor | None, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    rows = stored[:, first:last]
+    if scales is None:
+        return rows.to(dtype)
+    blocks = torch.unflatten(rows.float(), -1, (-1, KV_BLOCK)) * scales[:, first:last].float().unsqueeze(-1)
+    return blocks.flatten(-2).to(dtype)

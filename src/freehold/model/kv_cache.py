@@ -1,78 +1,98 @@
-"""Keys and values of one sequence. Full layers keep every position; windowed layers keep only what is in sight."""
+"""Keys and values of one sequence. Full layers keep every position; windowed layers keep what is in sight."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from freehold.config import ModelConfig
+from freehold.kernels import ops
+from freehold.kernels.kv import ALIGNMENT, KvType, kv_bytes_per_token, new_buffer
 
-_STEP = 1024  # positions; a buffer grows by so much, so that it never holds much more than it needs
+_STEP = 1024  # positions: the least that a buffer starts with or grows by
 
 
 class KVCache:
     """Holds the positions 0 … length − 1 of one sequence. The forward pass writes it; nobody shares it."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_kv_heads, config.head_dim)
+    def __init__(
+        self, config: ModelConfig, *, type: KvType, device: torch.device, max_length: int | None = None
+    ) -> None:
+        """`max_length` is how many positions will come at most, if that is less than the model's context."""
         self.length = 0
-        self.layers: list[FullLayer | WindowedLayer] = [
-            FullLayer(shape, config.max_context, dtype, device)
-            if window is None
-            else WindowedLayer(shape, window, dtype, device)
+        self.layers = [
+            LayerCache(
+                type,
+                config.num_kv_heads,
+                config.head_dim,
+                window=window,
+                max_length=max_length or config.max_context,
+                device=device,
+            )
             for window in config.windows
         ]
 
     @property
     def num_bytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(layer.buffer.num_bytes for layer in self.layers)
 
 
-class KeysValues(NamedTuple):
-    """(S, K, H) each: consecutive positions, the newest last."""
+class LayerCache:
+    """One layer's buffer, and which positions its rows hold: `first` … `first + length − 1`.
 
-    keys: Tensor
-    values: Tensor
+    Buffers grow as they fill. A windowed layer's drops what is out of sight when it is full; the first position it
+    holds stays a multiple of ALIGNMENT.
+    """
 
-
-class FullLayer:
-    """Keeps every position in a buffer that grows as it fills, up to the model's context."""
-
-    def __init__(self, shape: tuple[int, int], max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        type: KvType,
+        num_heads: int,
+        head_dim: int,
+        *,
+        window: int | None,
+        max_length: int,
+        device: torch.device,
+    ) -> None:
+        self.window = window
+        self.first = 0
+        self.length = 0
         self._max_length = max_length
-        self._length = 0
-        self.keys = torch.empty((min(_STEP, max_length), *shape), dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        self.buffer = new_buffer(type, num_heads, min(_STEP, max_length), head_dim, device)
 
-    def append(self, k_TKH: Tensor, v_TKH: Tensor) -> KeysValues:
-        """Write T new positions; returns views of all positions."""
-        start, stop = self._length, self._length + len(k_TKH)
-        if stop > len(self.keys):
-            capacity = max(min(stop + _STEP, self._max_length), stop)
-            self.keys, self.values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
-        self.keys[start:stop] = k_TKH
-        self.values[start:stop] = v_TKH
-        self._length = stop
-        return KeysValues(self.keys[:stop], self.values[:stop])
+    def append(self, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Write the next T positions."""
+        count = len(k_TKH)
+        if self.length + count > self.buffer.capacity:
+            self._make_room(count)
+        ops.kv_write(self.buffer, k_TKH, v_TKH, self.length)
+        self.length += count
 
-    def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        new = old.new_empty((capacity, *old.shape[1:]))
-        new[: self._length] = old[: self._length]
-        return new
+    def _make_room(self, count: int) -> None:
+        dropped = 0
+        if self.window is not None:
+            dropped = max(0, self.length - self.window + 1) // ALIGNMENT * ALIGNMENT
+        kept = self.length - dropped
+        capacity = self.buffer.capacity
+        if kept + count > capacity:
+            room = min(capacity + max(capacity // 2, _STEP), self._max_length)
+            if self.window is not None:
+                room = min(room, self.window + ALIGNMENT + count)  # more is never kept
+            capacity = max(kept + count, room)
+        old = self.buffer
+        heads, _, head_dim = old.keys.shape
+        self.buffer = new_buffer(old.type, heads, capacity, head_dim, old.keys.device)
+        for source, target in zip(old.tensors(), self.buffer.tensors(), strict=True):
+            target[:, :kept] = source[:, dropped : self.length]
+        self.first += dropped
+        self.length = kept
 
 
-class WindowedLayer:
-    """Keeps the window − 1 positions that the next query can see besides itself."""
+def kv_cache_bytes(config: ModelConfig, *, type: KvType, context: int, chunk: int) -> int:
+    """What the cache of one sequence of `context` tokens takes at most, fed in chunks of so many tokens."""
+    per_token = kv_bytes_per_token(type, config.num_kv_heads, config.head_dim)
+    return per_token * sum(_rows_needed(config.windows, context, chunk))
 
-    def __init__(self, shape: tuple[int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._keep = window - 1
-        self.keys = torch.empty((0, *shape), dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
 
-    def append(self, k_TKH: Tensor, v_TKH: Tensor) -> KeysValues:
-        """Returns what was kept followed by the T new positions; keeps the last of them."""
-        seen = KeysValues(torch.cat((self.keys, k_TKH)), torch.cat((self.values, v_TKH)))
-        first = max(0, len(seen.keys) - self._keep)
-        # Cloned: a view would keep a long prefill's whole concatenation alive.
-        self.keys, self.values = seen.keys[first:].clone(), seen.values[first:].clone()
-        return seen
+def _rows_needed(windows: Sequence[int | None], context: int, chunk: int) -> list[int]:
+    return [context if w is None else min(context, max(_STEP, w + ALIGNMENT + chunk)) for w in windows]

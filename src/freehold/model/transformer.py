@@ -1,11 +1,12 @@
 """The gpt-oss transformer, whole, to be read from top to bottom.
 
-Weights are plain tensors in named places; the forward pass is functions over them, with the tokens and the cache as
-arguments and no state of its own. Everything heavy is an op of freehold.kernels.ops, so a faster kernel changes
-nothing here. Shape legend: T tokens, D hidden, N query heads, K kv heads, H head dim, E experts, A active experts,
-F expert width, V vocabulary.
+Weights are plain tensors, or packed for the CPU kernels, in named places; the forward pass is functions over them, with
+the tokens and the cache as arguments and no state of its own. Everything heavy is an op of freehold.kernels.ops, so a
+faster kernel changes nothing here. Shape legend: T tokens, D hidden, N query heads, K kv heads, H head dim, E experts,
+A active experts, F expert width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,28 +15,29 @@ from torch import Tensor
 
 from freehold.config import SWIGLU_ALPHA, ModelConfig
 from freehold.kernels import ops
+from freehold.kernels.kv import KvType
+from freehold.kernels.ops import Norm, Weight
 from freehold.log import Progress, no_progress
 from freehold.model import rope
-from freehold.model.kv_cache import FullLayer, KVCache, WindowedLayer
-from freehold.weights.layouts import WeightTable
-from freehold.weights.mxfp4 import Mxfp4Tensor
+from freehold.model.kv_cache import KVCache, LayerCache
+from freehold.weights.packed import PackedMatrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    weight_OD: Tensor
+    weight_OD: Tensor | PackedMatrix
     bias_O: Tensor
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return ops.linear(x_TD, self.weight_OD, self.bias_O)
+    def __call__(self, x_TD: Tensor, *, norm: Norm | None = None, residual_TO: Tensor | None = None) -> Tensor:
+        return ops.linear(x_TD, self.weight_OD, self.bias_O, norm=norm, residual_TO=residual_TO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    norm_D: Tensor
-    q: Linear
-    k: Linear
-    v: Linear
+    """`qkv` gives all heads at once: N of queries, K of keys, K of values."""
+
+    norm: Norm
+    qkv: Linear
     o: Linear
     sinks_N: Tensor
     window: int | None
@@ -43,13 +45,13 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """`gate_up` is (E, 2F, D) with gate rows even and up rows odd, `down` is (E, D, F); packed or plain."""
+    """`gate_up` is (E, 2F, D) with gate rows even and up rows odd, `down` is (E, D, F)."""
 
-    norm_D: Tensor
+    norm: Norm
     router: Linear
-    gate_up: Mxfp4Tensor | Tensor
+    gate_up: Weight
     gate_up_bias: Tensor
-    down: Mxfp4Tensor | Tensor
+    down: Weight
     down_bias: Tensor
 
 
@@ -65,17 +67,20 @@ class Transformer:
     def __init__(
         self,
         config: ModelConfig,
-        table: WeightTable,
+        table: Mapping[str, Weight],
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kv_type: KvType | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        """Dense tensors become `dtype` on `device`, without a copy where they are that already. Experts keep the
-        form they are stored in: packed or bfloat16 experts are never expanded as a whole."""
+        """The table has canonical names (weights.layouts), or q, k and v joined as `qkv`. Plain dense tensors become
+        `dtype` on `device`, without a copy where they are that already. Experts and packed tensors keep the form they
+        are stored in. `kv_type` is the KV cache's type; None keeps what the activations have."""
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.kv_type: KvType = kv_type or ("f32" if dtype == torch.float32 else "bf16")
         self._frequencies = rope.inverse_frequencies(config.rope, config.head_dim).to(device)
 
         def dense(name: str) -> Tensor:
@@ -83,75 +88,97 @@ class Transformer:
             assert isinstance(tensor, Tensor), f"{name} is packed"
             return tensor.to(device=device, dtype=dtype)
 
+        def matrix(name: str) -> Tensor | PackedMatrix:
+            tensor = table[name]
+            return tensor if isinstance(tensor, PackedMatrix) else dense(name)
+
+        def experts(name: str) -> Weight:
+            tensor = table[name]
+            return tensor if isinstance(tensor, PackedMatrix) else tensor.to(device)
+
+        def norm(name: str) -> Norm:
+            return Norm(dense(name), config.norm_eps)
+
         def linear(name: str) -> Linear:
-            return Linear(weight_OD=dense(f"{name}.weight"), bias_O=dense(f"{name}.bias"))
+            return Linear(weight_OD=matrix(f"{name}.weight"), bias_O=dense(f"{name}.bias"))
+
+        def joined_qkv(layer: str) -> Linear:
+            if f"{layer}.qkv.weight" in table:
+                return linear(f"{layer}.qkv")
+            weight, bias = (
+                torch.cat([dense(f"{layer}.{name}.{part}") for name in "qkv"]) for part in ("weight", "bias")
+            )
+            return Linear(weight_OD=weight, bias_O=bias)
 
         def layer(i: int, window: int | None) -> Layer:
             progress("loading layers", i, config.num_layers)
-            attention = Attention(
-                norm_D=dense(f"layers.{i}.attn_norm"),
-                q=linear(f"layers.{i}.q"),
-                k=linear(f"layers.{i}.k"),
-                v=linear(f"layers.{i}.v"),
-                o=linear(f"layers.{i}.o"),
-                sinks_N=dense(f"layers.{i}.sinks"),
-                window=window,
+            name = f"layers.{i}"
+            return Layer(
+                Attention(
+                    norm=norm(f"{name}.attn_norm"),
+                    qkv=joined_qkv(name),
+                    o=linear(f"{name}.o"),
+                    sinks_N=dense(f"{name}.sinks"),
+                    window=window,
+                ),
+                Experts(
+                    norm=norm(f"{name}.mlp_norm"),
+                    router=linear(f"{name}.router"),
+                    gate_up=experts(f"{name}.gate_up"),
+                    gate_up_bias=dense(f"{name}.gate_up.bias"),
+                    down=experts(f"{name}.down"),
+                    down_bias=dense(f"{name}.down.bias"),
+                ),
             )
-            experts = Experts(
-                norm_D=dense(f"layers.{i}.mlp_norm"),
-                router=linear(f"layers.{i}.router"),
-                gate_up=table[f"layers.{i}.gate_up"].to(device),
-                gate_up_bias=dense(f"layers.{i}.gate_up.bias"),
-                down=table[f"layers.{i}.down"].to(device),
-                down_bias=dense(f"layers.{i}.down.bias"),
-            )
-            return Layer(attention, experts)
 
-        self.embedding_VD = dense("embedding")
+        # Only the rows that tokens name are ever read: a large table stays where it is mapped, in its own type.
+        stored = table["embedding"]
+        assert isinstance(stored, Tensor | PackedMatrix)
+        self.embedding_VD = stored if isinstance(stored, PackedMatrix) else stored.to(device)
         self.layers = [layer(i, window) for i, window in enumerate(config.windows)]
         progress("loading layers", config.num_layers, config.num_layers)
-        self.final_norm_D = dense("final_norm")
-        self.unembedding_VD = self.embedding_VD if config.tied_embeddings else dense("unembedding")
+        self.final_norm = norm("final_norm")
+        self.unembedding_VD = matrix("embedding" if config.tied_embeddings else "unembedding")
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config, dtype=self.dtype, device=self.device)
+    def new_cache(self, max_length: int | None = None) -> KVCache:
+        """For one sequence of at most `max_length` tokens; None is the model's context."""
+        return KVCache(self.config, type=self.kv_type, device=self.device, max_length=max_length)
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """The residual stream's start, (T, D)."""
+        if isinstance(self.embedding_VD, PackedMatrix):
+            return self.embedding_VD.rows(tokens_T)
+        return F.embedding(tokens_T, self.embedding_VD).to(self.dtype)
 
     def forward(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
-        """Run T more tokens of the cache's sequence; returns their normed hidden states (T, D)."""
-        x_TD = F.embedding(tokens_T, self.embedding_VD)
+        """Run T more tokens of the cache's sequence; returns their hidden states (T, D) before the final norm."""
+        x_TD = self.embed(tokens_T)
         cos_TH, sin_TH = rope.tables(self._frequencies, self.config.rope.concentration, cache.length, len(tokens_T))
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_TD = x_TD + self._attention(x_TD, layer.attention, cos_TH, sin_TH, layer_cache)
-            x_TD = x_TD + self._experts(x_TD, layer.experts)
+            x_TD = self._attention(x_TD, layer.attention, cos_TH, sin_TH, layer_cache)
+            x_TD = self._experts(x_TD, layer.experts)
         cache.length += len(tokens_T)
-        return ops.rms_norm(x_TD, self.final_norm_D, eps=self.config.norm_eps)
+        return x_TD
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """Logits (T, V) in float32."""
-        return ops.linear(hidden_TD, self.unembedding_VD).float()
+        return ops.linear(hidden_TD, self.unembedding_VD, norm=self.final_norm).float()
 
-    def _attention(
-        self,
-        x_TD: Tensor,
-        weights: Attention,
-        cos_TH: Tensor,
-        sin_TH: Tensor,
-        cache: FullLayer | WindowedLayer,
-    ) -> Tensor:
-        H = self.config.head_dim
-        x_TD = ops.rms_norm(x_TD, weights.norm_D, eps=self.config.norm_eps)
-        q_TNH = ops.rope(torch.unflatten(weights.q(x_TD), -1, (-1, H)), cos_TH, sin_TH)
-        k_TKH = ops.rope(torch.unflatten(weights.k(x_TD), -1, (-1, H)), cos_TH, sin_TH)
-        v_TKH = torch.unflatten(weights.v(x_TD), -1, (-1, H))
-        seen = cache.append(k_TKH, v_TKH)
-        mixed_TNH = ops.attention(q_TNH, seen.keys, seen.values, weights.sinks_N, scale=H**-0.5, window=weights.window)
-        return weights.o(mixed_TNH.flatten(-2))
+    def _attention(self, x_TD: Tensor, weights: Attention, cos_TH: Tensor, sin_TH: Tensor, cache: LayerCache) -> Tensor:
+        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        heads_TNH = weights.qkv(x_TD, norm=weights.norm).view(-1, N + 2 * K, H)
+        turned_TNH = ops.rope(heads_TNH[:, : N + K], cos_TH, sin_TH)
+        cache.append(turned_TNH[:, N:], heads_TNH[:, N + K :])
+        mixed_TNH = ops.attention(
+            turned_TNH[:, :N], cache.buffer, cache.length, weights.sinks_N, scale=H**-0.5, window=weights.window
+        )
+        return weights.o(mixed_TNH.view(-1, N * H), residual_TO=x_TD)
 
     def _experts(self, x_TD: Tensor, weights: Experts) -> Tensor:
-        x_TD = ops.rms_norm(x_TD, weights.norm_D, eps=self.config.norm_eps)
-        routing = ops.route(weights.router(x_TD), self.config.num_active_experts)
+        normed_TD = ops.rms_norm(x_TD, weights.norm.weight_D, eps=weights.norm.eps)
+        routing = ops.route(weights.router(normed_TD), self.config.num_active_experts)
         return ops.moe(
-            x_TD,
+            normed_TD,
             routing,
             weights.gate_up,
             weights.gate_up_bias,
@@ -159,4 +186,5 @@ class Transformer:
             weights.down_bias,
             alpha=SWIGLU_ALPHA,
             limit=self.config.swiglu_limit,
+            residual_TD=x_TD,
         )

@@ -11,14 +11,14 @@ import re
 import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from freehold import machine
 from freehold.config import ModelConfig
-from freehold.errors import BackendError, CheckpointError, OutOfMemoryError, UsageError
+from freehold.errors import CheckpointError, OutOfMemoryError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyDelta, ReplyReader
 from freehold.formats.conversation import Conversation, Effort, Message, SystemContent
@@ -26,14 +26,13 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import GenerationDefaults, ModelFolder, open_folder
 from freehold.kernels import ops
-from freehold.log import Progress, logger, no_progress
+from freehold.kernels.ops import Weight
+from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.kv_cache import KVCache
 from freehold.model.transformer import Transformer
-from freehold.weights import mxfp4
-from freehold.weights.memory import PREFILL_CHUNK, plan_memory, worth_expanding
-from freehold.weights.mxfp4 import Mxfp4Tensor
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from freehold.session.memory import PREFILL_CHUNK, MemoryPlan, fitting_plan, free_memory, gib
+from freehold.session.policy import Policy, decide, use_threads
+from freehold.weights.pack_file import load_packed
 
 
 def load(
@@ -41,36 +40,67 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    dense: str | None = None,
+    kv_dtype: str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
     progress: Progress = no_progress,
 ) -> "Model":
     """Load a model: a folder in either published layout, `default`, or a name in a cache (see hub.find).
 
-    `device` is the GPU if torch sees one, else the CPU. `dtype` is float32 or bfloat16; if it is not given, bfloat16
-    on a GPU, and on a CPU float32 where the dense weights take at most a quarter of the machine's memory. Packed
-    experts stay packed, except on a CPU those of a model so small that writing them out takes 1/32 of its memory or
-    less. Raises a FreeholdError that names the file and the remedy.
+    `device` is the GPU if torch sees one, else the CPU. On a CPU the native kernels run: `dense` is how they hold
+    attention and output weights (q8, bf16, f32; default q8) and `threads` how many they use (default: physical cores).
+    The first load writes a packed copy of the weights to the cache directory, later ones map it. Elsewhere the
+    reference ops run in `dtype`, float32 or bfloat16. `kv_dtype` is the KV cache's type: f32, bf16 or q8 (default bf16,
+    with reference ops that of `dtype`). `context` is how many tokens a sequence may have; the default is what the model
+    can, or what fits into memory.
+
+    Raises a FreeholdError that names the file or value and the remedy; OutOfMemoryError before anything is allocated
+    where the plan exceeds what is free.
     """
     folder = open_folder(find_model(os.fspath(path_or_name), progress))
-    config = folder.checkpoint.config
-    chosen_device = _device(device)
-    chosen_dtype = _dtype(dtype, config, chosen_device)
-    table = folder.checkpoint.table()
-    logger.info("%s runs in %s on %s", folder.path, str(chosen_dtype).removeprefix("torch."), chosen_device)
+    checkpoint = folder.checkpoint
+    config = checkpoint.config
+    policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
+    plan = fitting_plan(config, checkpoint.experts, policy, context=context)
+    logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
+    logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
+    table: Mapping[str, Weight]
     with _out_of_memory():
-        if chosen_device.type == "cpu" and worth_expanding(
-            config, dense_bytes=chosen_dtype.itemsize, machine_bytes=machine.total_memory()
-        ):
-            table = {name: _expanded(tensor, chosen_dtype) for name, tensor in table.items()}
-        transformer = Transformer(config, table, dtype=chosen_dtype, device=chosen_device, progress=progress)
-    return Model(transformer, folder)
+        if policy.dense is None:
+            table = checkpoint.table()
+        else:
+            use_threads(policy.threads)
+            table = load_packed(checkpoint, policy.dense, progress=progress)
+        transformer = Transformer(
+            config, table, dtype=policy.dtype, device=policy.device, kv_type=policy.kv, progress=progress
+        )
+    return Model(transformer, folder, policy, plan)
 
 
 class Model:
     """See `load`. `tokenizer` is None for a folder without one; only token ids work then."""
 
-    def __init__(self, transformer: Transformer, folder: ModelFolder) -> None:
+    def __init__(self, transformer: Transformer, folder: ModelFolder, policy: Policy, plan: MemoryPlan) -> None:
         self._transformer = transformer
         self._folder = folder
+        self.policy = policy
+        self.plan = plan
+
+    @property
+    def path(self) -> Path:
+        """The folder that it was loaded from."""
+        return self._folder.path
+
+    @property
+    def transformer(self) -> Transformer:
+        """The model itself, for who wants tensors: forward, unembed, caches."""
+        return self._transformer
+
+    @property
+    def experts(self) -> str:
+        """The format in which the checkpoint keeps its experts."""
+        return self._folder.checkpoint.experts.value
 
     @property
     def config(self) -> ModelConfig:
@@ -90,7 +120,8 @@ class Model:
         """Logits (T, V), float32, of each next token after each of the T given ones."""
         tokens_T = self._checked(token_ids)
         with _out_of_memory():
-            return self._transformer.unembed(self._transformer.forward(tokens_T, self._transformer.new_cache()))
+            cache = self._transformer.new_cache(len(tokens_T))
+            return self._transformer.unembed(self._transformer.forward(tokens_T, cache))
 
     def generate(
         self,
@@ -126,7 +157,7 @@ class Model:
         if seed is not None and not -(2**63) <= seed < 2**63:
             raise UsageError(f"seed must fit in 64 bits, got {seed}")
         max_tokens = defaults.max_tokens if max_tokens is None else max_tokens
-        room = self.config.max_context - len(tokens_T)
+        room = self.plan.context - len(tokens_T)
         limit = room if max_tokens is None else min(max_tokens, room)
         stops = defaults.stop_ids if stop_ids is None else frozenset(stop_ids)
         generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
@@ -191,10 +222,11 @@ class Model:
     def _checked(self, token_ids: Sequence[int]) -> Tensor:
         if not len(token_ids):
             raise UsageError("the prompt is empty; give at least one token")
-        if len(token_ids) > self.config.max_context:
+        if len(token_ids) > self.plan.context:
+            longer = "" if self.plan.context == self.config.max_context else ", or load with a larger one"
+            whose = "this model's context is" if not longer else "it was loaded with a context of"
             raise UsageError(
-                f"the prompt has {len(token_ids)} tokens and this model's context is {self.config.max_context}; "
-                "shorten it"
+                f"the prompt has {len(token_ids)} tokens and {whose} {self.plan.context}; shorten it{longer}"
             )
         try:
             tokens = [operator.index(token) for token in token_ids]
@@ -213,7 +245,7 @@ class Model:
         sampling: Mapping[str, Any],
         generator: torch.Generator,
     ) -> Iterator[int]:
-        cache = self._transformer.new_cache()
+        cache = self._transformer.new_cache(self.plan.context)
         for _ in range(limit):
             token = ops.sample(self._next_logits(tokens_T, cache), generator=generator, **sampling)
             yield token
@@ -253,10 +285,6 @@ class Reply:
         yield from rest
 
 
-def _expanded(tensor: Tensor | Mxfp4Tensor, dtype: torch.dtype) -> Tensor:
-    return mxfp4.unpack(tensor, dtype) if isinstance(tensor, Mxfp4Tensor) else tensor
-
-
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
     """torch reports failed allocations as RuntimeErrors, in words that differ by device."""
@@ -269,35 +297,3 @@ def _out_of_memory() -> Iterator[None]:
             "out of memory; shorten the prompt, run in bfloat16, or use a smaller model: `freehold inspect MODEL` says "
             "how much one needs"
         ) from None
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()  # also refuses "meta", which holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackendError(
-            f"device {str(device)!r} cannot be used here ({reason}); choose cpu, or see `freehold doctor`"
-        ) from None
-    return chosen
-
-
-def _dtype(dtype: str | torch.dtype | None, config: ModelConfig, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return _automatic_dtype(config, device)
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES.values():
-        raise UsageError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}")
-    assert chosen is not None
-    return chosen
-
-
-def _automatic_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    # By what the machine has, not by what is free just now: the same seed shall give the same text tomorrow.
-    if device.type != "cpu":
-        return torch.bfloat16
-    plan = plan_memory(config, context=1, expert_bits=4.25, dense_bytes=4)
-    return torch.float32 if plan.dense <= machine.total_memory() / 4 else torch.bfloat16

@@ -6,14 +6,17 @@ foreign file is one CheckpointError that names the file and the tensor. Writing 
 bytes of each tensor as they come.
 """
 
+import hashlib
 import json
 import math
+import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,6 +84,20 @@ class TensorFiles:
             raise CheckpointError(f"{info.file}: tensor {name} cannot be read ({error}); {_REMEDY}") from None
         return tensor
 
+    def release(self) -> None:
+        """Let go of the mapped files. They leave memory with the last tensor that was taken from them; later calls of
+        `tensor` map them again."""
+        self._opened.clear()
+
+    def fingerprint(self) -> str:
+        """Changes when the files do: a digest of names, sizes, times of change and headers. Reads no tensor data."""
+        digest = hashlib.sha256()
+        for path in sorted({info.file for info in self.infos.values()}):
+            header = _read_raw_header(path)
+            name_size_and_time = f"{path.name}\0{header.file_size}\0{header.modified_ns}\0"
+            digest.update(os.fsencode(name_size_and_time) + header.text)
+        return digest.hexdigest()
+
     def _check_index(self) -> None:
         path = self.folder / "model.safetensors.index.json"
         if not path.is_file():
@@ -127,30 +144,60 @@ def _shards(folder: Path) -> list[Path]:
     return paths
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Parse and check one file's header: all offsets in order, within the file, and as long as shapes say."""
+@dataclass(frozen=True, slots=True)
+class _RawHeader:
+    """A header before it is parsed, and its file when it was read."""
+
+    text: bytes
+    file_size: int
+    modified_ns: int
+
+
+def _read_raw_header(path: Path) -> _RawHeader:
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            status = os.fstat(file.fileno())
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= _MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path} is not a safetensors file (its header would be {length} bytes); {_REMEDY}"
                 )
-            if 8 + length > size:
+            if 8 + length > status.st_size:
                 raise CheckpointError(
-                    f"{path} is truncated: its header needs {length} bytes and the file has {size} in all; {_REMEDY}"
+                    f"{path} is truncated: its header needs {length} bytes and the file has {status.st_size} in all; "
+                    f"{_REMEDY}"
                 )
-            header = json.loads(file.read(length))
+            return _RawHeader(file.read(length), status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is corrupt: its header is not JSON; {_REMEDY}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is corrupt: its header is not a JSON object; {_REMEDY}")
+    return header
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that a file's writer put into its header. Nothing else of the header is checked."""
+    metadata = _parse_header(path, _read_raw_header(path).text).get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} is corrupt: its metadata is not a JSON object; {_REMEDY}")
+    return {name: value for name, value in metadata.items() if isinstance(value, str)}
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Parse and check one file's header: all offsets in order, within the file, and as long as shapes say."""
+    raw = _read_raw_header(path)
+    size = raw.file_size
+    header = _parse_header(path, raw.text)
     header.pop("__metadata__", None)
-    data_start = 8 + length
+    data_start = 8 + len(raw.text)
     infos: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -190,21 +237,38 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInf
     return begin, end, TensorInfo(path, dtype, dtype_name, tuple(shape), end - begin)
 
 
+def map_read_only(file: BinaryIO) -> Tensor:
+    """All bytes of an open file, mapped and not read. Processes that map the same file share its pages.
+
+    Nothing may be written to the tensor or its views: the system ends the process that does.
+    """
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():  # torch has no read-only tensors, and says so
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class TensorToWrite:
-    """One tensor as it will lie in a file. `produce` yields its rows in order, in pieces of any size."""
+class TensorSpec:
+    """One tensor as it will lie in a file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    produce: Callable[[], Iterator[Tensor]]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorToWrite(TensorSpec):
+    """And where its bytes come from: `produce` yields its rows in order, in pieces of any size."""
+
+    produce: Callable[[], Iterator[Tensor]]
 
 
 def write_shards(
@@ -245,12 +309,18 @@ def write_shards(
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _write_shard(file: Any, tensors: Iterable[TensorToWrite]) -> Iterator[int]:
+def _write_shard(file: BinaryIO, tensors: Iterable[TensorToWrite]) -> Iterator[int]:
     # Wide types first, as the reference writer does: then every tensor is aligned to its own element size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    file.write(header_bytes(ordered, {"format": "pt"}))
+    yield from write_data(file, ordered)
+
+
+def header_bytes(tensors: Iterable[TensorSpec], metadata: Mapping[str, str], *, alignment: int = 8) -> bytes:
+    """What comes before the data of a file that holds these tensors in this order; a multiple of `alignment` long."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
-    for tensor in ordered:
+    for tensor in tensors:
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -258,13 +328,23 @@ def _write_shard(file: Any, tensors: Iterable[TensorToWrite]) -> Iterator[int]:
         }
         at += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for tensor in ordered:
+    text += b" " * (-(8 + len(text)) % alignment)
+    return struct.pack("<Q", len(text)) + text
+
+
+class Writable(Protocol):
+    """What `write_data` needs of a file."""
+
+    def write(self, data: memoryview, /) -> int: ...
+
+
+def write_data(file: Writable, tensors: Iterable[TensorToWrite]) -> Iterator[int]:
+    """Write the tensors' bytes one after the other as they are produced; yields the size of each piece written."""
+    for tensor in tensors:
         written = 0
         for piece in tensor.produce():
             assert piece.dtype == tensor.dtype, f"{tensor.name}: piece of {piece.dtype}, header says {tensor.dtype}"
-            data = piece.detach().contiguous().cpu().view(torch.uint8).numpy()
+            data = piece.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
             file.write(data.data)
             written += data.nbytes
             yield data.nbytes

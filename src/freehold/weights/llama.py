@@ -17,6 +17,7 @@ from torch import Tensor
 
 from freehold.config import SWIGLU_ALPHA, ModelConfig, RopeConfig
 from freehold.errors import CheckpointError, UnsupportedError
+from freehold.weights import mxfp4
 from freehold.weights.gguf import GgufFile
 from freehold.weights.layouts import WeightTable
 
@@ -104,6 +105,38 @@ def balance_columns(table: WeightTable, config: ModelConfig) -> WeightTable:
         balanced[f"layers.{layer}.gate_up"] = gate_up * factor_D
         balanced[f"layers.{layer}.mlp_norm"] = norm_D / factor_D
     return balanced
+
+
+def within_limit(table: WeightTable, config: ModelConfig) -> WeightTable:
+    """The same model for a `config.swiglu_limit` that its up values would otherwise be cut by.
+
+    Up rows (and their + 1) are divided, and columns of `down` multiplied, by powers of two so large that no input
+    reaches the limit: the norm in front bounds its output's length by the square root of D. Exact, in every format of
+    the weights, since columns that share a block of a block format share their power. Gates above the limit are cut,
+    as gpt-oss cuts its own: inside the sigmoid there is nothing to scale.
+    """
+    assert config.swiglu_limit > 1, "up - 1 is near -1 always"
+    fitted = dict(table)
+    for layer in range(config.num_layers):
+        name = f"layers.{layer}"
+        gate_up, bias, down, norm_D = (
+            table[f"{name}.{part}"] for part in ("gate_up", "gate_up.bias", "down", "mlp_norm")
+        )
+        assert isinstance(gate_up, Tensor) and isinstance(bias, Tensor)
+        assert isinstance(down, Tensor) and isinstance(norm_D, Tensor)
+        up_EFD, up_bias_EF = gate_up[:, 1::2], bias[:, 1::2] + 1
+        bound_EF = (up_EFD * norm_D).norm(dim=-1) * config.hidden_size**0.5 + up_bias_EF.abs()
+        # What is clamped is up − 1, in [−limit, limit]: the lower end is the nearer one to 0.
+        power_EF = torch.exp2((bound_EF / (config.swiglu_limit - 1)).log2().ceil().clamp(min=0))
+        power_EF = torch.cat(
+            [block.amax(-1, keepdim=True).expand_as(block) for block in power_EF.split(mxfp4.BLOCK, dim=-1)], dim=-1
+        )
+        gate_up, bias = gate_up.clone(), bias.clone()
+        gate_up[:, 1::2] = up_EFD / power_EF.unsqueeze(-1)
+        bias[:, 1::2] = up_bias_EF / power_EF - 1
+        fitted |= {f"{name}.gate_up": gate_up, f"{name}.gate_up.bias": bias}
+        fitted[f"{name}.down"] = down * power_EF.unsqueeze(-2)
+    return fitted
 
 
 def _half_split(weight: Tensor, num_heads: int) -> Tensor:

@@ -1,0 +1,419 @@
+"""Freehold beside llama.cpp and ik_llama.cpp on the same model and machine: prefill and decode, interleaved.
+
+    python bench/peers.py --model FOLDER --gguf FILE [--peer llama.cpp=PYTHON] [--peer ik_llama.cpp=PYTHON]
+    python bench/peers.py --gguf FILE --peer "plain=PYTHON,use_extra_bufts=0" --peer "repacked=PYTHON"
+
+FOLDER is what Freehold loads, FILE the same model as GGUF (`freehold convert FOLDER FILE`). Each contestant runs in a
+process of its own (bench/peer_worker.py), so peers may live in other virtual environments: PYTHON is the interpreter
+of one that has llama-cpp-python or ik-llama-cpp-python. How that was built decides much: compile it where it is
+measured (`CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary PACKAGE PACKAGE`), or say for which instructions.
+
+The rounds interleave, A B C A B C, and what a table shows is the median over rounds; a ratio is the median of the
+ratios within one round. So a machine that slows down for an hour slows everyone. What other processes took meanwhile is
+printed below the table: a run on a busy machine shows that things work, and no more. So is how much like the first
+contestant's each one's logits are after the same prompt: the speed of a wrong answer is no result. Linux only.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_WORKER = Path(__file__).with_name("peer_worker.py")
+_DEFAULT_PEERS = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
+_RESIDENT_SHARE = 0.7  # of the memory: beyond it, one contestant's pages push out another's
+_GIB = 2**30
+
+
+class PeersError(Exception):
+    """The comparison cannot be made; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    name: str
+    engine: str
+    python: str
+    model: Path
+    settings: tuple[str, ...] = ()
+
+    @property
+    def model_bytes(self) -> int:
+        files = self.model.glob("*.safetensors") if self.model.is_dir() else [self.model]
+        return sum(file.stat().st_size for file in files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    do: str
+    tokens: int
+    depth: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.do} {self.tokens}" + (f" after {self.depth}" if self.depth else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """`others` and `idle` are in cores: processes outside the comparison, and contestants whose turn it was not."""
+
+    round: int
+    contestant: str
+    measure: str
+    tokens_per_second: float
+    others: float
+    idle: float
+
+
+class Worker:
+    """A running contestant. Its stderr goes to a file, which is shown only if it fails."""
+
+    def __init__(self, contestant: Contestant, *, threads: int, context: int) -> None:
+        self.contestant = contestant
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
+        command = [contestant.python, str(_WORKER), contestant.engine, str(contestant.model)]
+        command += [f"--threads={threads}", f"--context={context}", *(f"--set={item}" for item in contestant.settings)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+        except OSError as error:
+            self._log.close()
+            raise PeersError(f"{contestant.name}: {contestant.python} cannot be started: {error.strerror}") from None
+        self.ready = self._reply()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and the missing reply says so
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._reply()
+
+    def warm_up(self, measures: Sequence[Measure]) -> list[float]:
+        """Runs enough for every page that the measures need to be in memory; returns logits after a fixed prompt."""
+        prompts = [measure.tokens for measure in measures if measure.do == "prefill"]
+        logits: list[float] = self.ask({"do": "check", "tokens": min(prompts, default=64)})["logits"]
+        self.ask({"do": "decode", "tokens": 2, "depth": 0})
+        return logits
+
+    def cpu_seconds(self) -> float:
+        return _process_seconds(self._process.pid)
+
+    def close(self) -> None:
+        """Ends the process and waits until its memory is free."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if line:
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        status = self._process.wait()
+        self._log.seek(0)
+        last_words = self._log.read().decode(errors="replace").splitlines()[-15:]
+        self.close()
+        raise PeersError("\n  ".join([f"{self.contestant.name} ended with status {status}:", *last_words]))
+
+
+class Comparison:
+    """Runs the rounds, and keeps the samples and what the workers say of themselves."""
+
+    def __init__(
+        self,
+        contestants: Sequence[Contestant],
+        measures: Sequence[Measure],
+        *,
+        threads: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.contestants = contestants
+        self.measures = measures
+        self.threads = threads
+        self.samples: list[Sample] = []
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.load_seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+        self._context = max(measure.tokens + measure.depth for measure in measures)
+        self._say = say
+
+    def run_resident(self, rounds: int) -> None:
+        """Everyone stays loaded; each measure goes round before the next one."""
+        needed, total = sum(c.model_bytes for c in self.contestants), _machine_bytes()
+        if needed > _RESIDENT_SHARE * total:
+            raise PeersError(
+                f"the contestants' models take {needed / _GIB:.1f} GiB together, and this machine has "
+                f"{total / _GIB:.1f} GiB: they would push each other out of memory; use --one-at-a-time"
+            )
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(self._started(contestant)) for contestant in self.contestants]
+            for round_ in range(1, rounds + 1):
+                for measure in self.measures:
+                    for worker in workers:
+                        self._measure(round_, worker, measure, idle=[w for w in workers if w is not worker])
+
+    def run_one_at_a_time(self, rounds: int) -> None:
+        """In each round each contestant is started, warmed up, measured, ended."""
+        for round_ in range(1, rounds + 1):
+            for contestant in self.contestants:
+                with self._started(contestant) as worker:
+                    for measure in self.measures:
+                        self._measure(round_, worker, measure, idle=[])
+
+    def of(self, contestant: str, measure: str) -> list[float]:
+        """Tokens per second, by round."""
+        return [s.tokens_per_second for s in self.samples if (s.contestant, s.measure) == (contestant, measure)]
+
+    def ratio(self, contestant: str, measure: str) -> float:
+        """How many times as fast the first contestant is as this one."""
+        firsts = self.of(self.contestants[0].name, measure)
+        return statistics.median(a / b for a, b in zip(firsts, self.of(contestant, measure), strict=True))
+
+    def likeness(self, contestant: str) -> float:
+        """Correlation of its logits with the first contestant's: what is far below 1 computes something else."""
+        first = self.reports[self.contestants[0].name]["logits"]
+        return statistics.correlation(first, self.reports[contestant]["logits"])
+
+    @contextlib.contextmanager
+    def _started(self, contestant: Contestant) -> Iterator[Worker]:
+        self._say(f"{contestant.name}: loading {contestant.model}")
+        worker = Worker(contestant, threads=self.threads, context=self._context)
+        try:
+            self.load_seconds[contestant.name].append(worker.ready["load_seconds"])
+            first = self.reports.setdefault(self.contestants[0].name, worker.ready)
+            if worker.ready["vocabulary"] != first["vocabulary"]:
+                raise PeersError(
+                    f"not the same model: {contestant.model} has a vocabulary of {worker.ready['vocabulary']}, "
+                    f"{self.contestants[0].model} has {first['vocabulary']}"
+                )
+            self.reports[contestant.name] = worker.ready | {"logits": worker.warm_up(self.measures)}
+            yield worker
+        finally:
+            worker.close()
+
+    def _measure(self, round_: int, worker: Worker, measure: Measure, *, idle: Sequence[Worker]) -> None:
+        name = worker.contestant.name
+        start, busy, own, resting = time.perf_counter(), _busy_seconds(), worker.cpu_seconds(), _cpu_seconds(idle)
+        reply = worker.ask(asdict(measure))
+        elapsed = time.perf_counter() - start
+        busy, own, resting = _busy_seconds() - busy, worker.cpu_seconds() - own, _cpu_seconds(idle) - resting
+        sample = Sample(
+            round=round_,
+            contestant=name,
+            measure=measure.label,
+            tokens_per_second=measure.tokens / reply["seconds"],
+            others=max(0.0, busy - own - resting) / elapsed,
+            idle=resting / elapsed,
+        )
+        self.samples.append(sample)
+        self.reports[name] = self.reports[name] | reply
+        self._say(f"round {round_}, {measure.label}, {name}: {sample.tokens_per_second:.2f} tokens/s")
+
+
+def table(comparison: Comparison) -> str:
+    """Markdown, to be pasted into docs/performance.md."""
+    names = [contestant.name for contestant in comparison.contestants]
+    rows = [["tokens/s: median (lowest to highest)", *names], ["---"] * (1 + len(names))]
+    labels = [measure.label for measure in comparison.measures]
+    rows += [[label, *(_spread(comparison.of(name, label)) for name in names)] for label in labels]
+    rows += [[f"{label}: {names[0]} ÷ it", *(f"{comparison.ratio(n, label):.2f}" for n in names)] for label in labels]
+    rows.append([f"logits: correlation with {names[0]}", *(f"{comparison.likeness(name):.4f}" for name in names)])
+    rows.append(["load, seconds", *(_spread(comparison.load_seconds[name]) for name in names)])
+    reports = [comparison.reports[name] for name in names]
+    for label, key in {"peak memory, GiB": "peak_rss_bytes", "of it not from files": "private_bytes"}.items():
+        rows.append([label, *(f"{report[key] / _GIB:.2f}" for report in reports)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    others, idle = ([getattr(sample, key) for sample in comparison.samples] for key in ("others", "idle"))
+    lines += [
+        "",
+        *(f"{name}: {r['engine']} {r['version']} ({r['details']})" for name, r in zip(names, reports, strict=True)),
+        f"{_cpu_name()}, {os.cpu_count()} cores, {_machine_bytes() / _GIB:.1f} GiB; {comparison.threads} threads each",
+        f"other processes kept {statistics.median(others):.2f} cores busy in the median, {max(others):.2f} at worst; "
+        f"idle contestants {max(idle):.2f} at worst",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(comparison: Comparison) -> str:
+    names = [contestant.name for contestant in comparison.contestants]
+    return json.dumps(
+        {
+            "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": _machine_bytes()},
+            "threads": comparison.threads,
+            "contestants": [
+                {
+                    **asdict(contestant),
+                    "model": str(contestant.model),
+                    "model_bytes": contestant.model_bytes,
+                    **{key: comparison.reports[contestant.name][key] for key in ("version", "details")},
+                    "logits_correlation": comparison.likeness(contestant.name),
+                    "load_seconds": comparison.load_seconds[contestant.name],
+                    **{key: comparison.reports[contestant.name][key] for key in ("peak_rss_bytes", "private_bytes")},
+                }
+                for contestant in comparison.contestants
+            ],
+            "samples": [asdict(sample) for sample in comparison.samples],
+            "medians": {
+                measure.label: {
+                    name: {
+                        "tokens_per_second": statistics.median(comparison.of(name, measure.label)),
+                        "first_divided_by_it": comparison.ratio(name, measure.label),
+                    }
+                    for name in names
+                }
+                for measure in comparison.measures
+            },
+        },
+        indent=1,
+    )
+
+
+def contestants_of(arguments: argparse.Namespace) -> list[Contestant]:
+    """Freehold first, then every peer with every GGUF file. Raises PeersError where an argument names nothing."""
+    found = {name: name for name, module in _DEFAULT_PEERS.items() if importlib.util.find_spec(module)}
+    peers = [_peer(text) for text in arguments.peer] or [(name, sys.executable, ()) for name in found]
+    if arguments.model and not any(_engine(name) == "freehold" for name, _, _ in peers):
+        peers.insert(0, ("freehold", sys.executable, ()))
+    contestants = []
+    for name, python, settings in peers:
+        engine = _engine(name)
+        models = [arguments.model] if engine == "freehold" else arguments.gguf
+        if None in models or not models:
+            raise PeersError(f"{name} has no model; give {'--model' if engine == 'freehold' else '--gguf'}")
+        for model in models:
+            if not model.exists():
+                raise PeersError(f"{model} does not exist")
+            label = f"{name} {model.stem}" if len(models) > 1 else name
+            contestants.append(Contestant(name=label, engine=engine, python=python, model=model, settings=settings))
+    if len({contestant.name for contestant in contestants}) < len(contestants):
+        raise PeersError("two contestants have the same name; choose names in --peer NAME=PYTHON")
+    if not contestants:
+        raise PeersError("nobody to measure: give --model, or --gguf and a --peer")
+    return contestants
+
+
+def _peer(text: str) -> tuple[str, str, tuple[str, ...]]:
+    name, _, rest = text.partition("=")
+    python, *settings = rest.split(",")
+    wrong = [item for item in settings if "=" not in item]
+    if not name or wrong:
+        raise PeersError(f"--peer is NAME=PYTHON[,FIELD=VALUE…], got {text!r}")
+    return name, python or sys.executable, tuple(settings)
+
+
+def _engine(name: str) -> str:
+    if name.startswith("freehold"):
+        return "freehold"
+    return "ik_llama_cpp" if name.startswith("ik") else "llama_cpp"
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = (f"{value:.3g}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
+def _cpu_seconds(workers: Sequence[Worker]) -> float:
+    return sum(worker.cpu_seconds() for worker in workers)
+
+
+def _process_seconds(pid: int) -> float:
+    # After the name, which may hold spaces: state is field 3; user and system ticks are 14 and 15 (proc(5)).
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _busy_seconds() -> float:
+    """Of all cores together, since boot: everything but idle and waiting for the disk."""
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="what Freehold loads; without it, peers alone run")
+    parser.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="what every peer loads")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON[,FIELD=VALUE…]",
+        help="NAME begins with ik for ik_llama.cpp, with freehold for another Freehold, else it is llama.cpp; FIELDs "
+        "are those of its parameter structs, or arguments of freehold.load; default: what this interpreter can import",
+    )
+    parser.add_argument("--prompt", type=_positive, nargs="*", default=[256, 512], help="prompt lengths")
+    parser.add_argument("--generate", type=_positive, default=32, help="tokens of a decode")
+    parser.add_argument("--depth", type=_natural, nargs="*", default=[0], help="tokens in the cache before a decode")
+    parser.add_argument("--rounds", type=_positive, default=3)
+    parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--one-at-a-time", action="store_true", help="for models that do not fit in memory together")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON, instead of the table")
+    arguments = parser.parse_args()
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+
+    measures = [Measure(do="prefill", tokens=tokens) for tokens in arguments.prompt]
+    measures += [Measure(do="decode", tokens=arguments.generate, depth=depth) for depth in arguments.depth]
+    try:
+        if not measures:
+            raise PeersError("nothing to measure: give --prompt or --depth a length")
+        comparison = Comparison(contestants_of(arguments), measures, threads=arguments.threads, say=say)
+        run = comparison.run_one_at_a_time if arguments.one_at_a_time else comparison.run_resident
+        run(arguments.rounds)
+    except PeersError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
+    if arguments.rounds < 3:
+        say("fewer than 3 rounds: this shows that things work, and no more")
+    sys.stdout.write(as_json(comparison) + "\n" if arguments.json else table(comparison))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+// The innermost loops, one set per instruction set, picked once at run time. Everything here runs on the calling
+// thread, allocates nothing and checks nothing. All of a token's sums run in an order that depends neither on the
+// other tokens of its tile nor on the number of threads.
+#pragma once
+
+#include "kernels/types.h"
+
+namespace freehold {
+
+// Keys and values of one sequence as a layer keeps them: (K, capacity, H), and for q8 a float16 scale per 32 of H.
+struct KvView {
+    KvType type;
+    void* keys;
+    void* values;
+    uint16_t* key_scales;
+    uint16_t* value_scales;
+    size_t capacity, K, H;
+};
+
+// One piece of attention: the queries of one kv head's group over a run of keys that starts at a multiple of the split
+// length. Rows are (query, head of the group). Partial results are merged by the caller.
+//   q       rows x H, already scaled
+//   limits  rows x 2: first and one past the last visible key, as indices into the view
+//   out     rows x padded H, peak and sum (rows): unnormalised result, largest score, sum of exponentials
+struct AttentionPiece {
+    const float* q;
+    const int64_t* limits;
+    size_t rows, head;
+    int64_t first_key, last_key;
+    float* out;
+    float* peak;
+    float* sum;
+    float* scratch;  // attention_scratch(rows, H) floats
+};
+
+inline constexpr int64_t kKeysAtOnce = 64;
+inline constexpr int64_t kSplit = 512;  // keys whose partial result is merged as a whole
+
+[[gnu::always_inline]] constexpr size_t padded_head(size_t H) { return ceil_div(H, kPanel) * kPanel; }
+constexpr size_t attention_scratch(size_t rows, size_t H) {
+    return kKeysAtOnce * (padded_head(H) * 2 + ceil_div(rows, 8) * 8);
+}
+
+struct Kernels {
+    const char* name;
+    int q8_bias;     // what dot_q8 adds to a weight
+    int mxfp4_bias;  // what dot_mxfp4 adds to twice a weight
+    bool q8_wide;    // whether dot_q8 reads activations as int16
+
+    // acc (panels, kTile, 16): for each of some consecutive panels, its 16 rows times every token of a tile. C is the
+    // number of columns, B the number of blocks.
+    void (*dot_mxfp4)(const uint8_t* codes, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc);
+    void (*dot_q8)(const uint8_t* weights, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc);
+    void (*dot_bf16)(const uint8_t* weights, size_t C, size_t panels, const Tile& x, float* acc);
+    void (*dot_f32)(const uint8_t* weights, size_t C, size_t panels, const Tile& x, float* acc);
+
+    // Quantise x (n floats, padded with zeros to whole blocks) as token t of a tile.
+    void (*quantise)(const float* x, size_t n, int bias, const Tile& tile, size_t t);
+    // The same for one block b; x has 32 floats.
+    void (*quantise_block)(const float* x, int bias, const Tile& tile, size_t t, size_t b);
+
+    // out = weight * x / sqrt(mean x^2 + eps), D floats; out may be x.
+    void (*rms_norm)(const float* x, const float* weight, float* out, size_t D, float eps);
+    // out (16) = min(gate, limit) * sigmoid(alpha * that) * (clamp(up) + 1), gate and up with their biases added.
+    void (*swiglu)(const float* gate, const float* up, const float* gate_bias, const float* up_bias, float* out,
+                   float alpha, float limit);
+    // One head: rotate the pairs (i, i + H/2).
+    void (*rope)(const float* x, const float* cos, const float* sin, float* out, size_t H);
+    // Store one head of one position.
+    void (*kv_store)(const float* x, const KvView& view, bool is_value, size_t head, size_t position);
+    void (*attend)(const AttentionPiece& piece, const KvView& view);
+    // exp(x[i] - peak), for merging.
+    float (*exp1)(float x);
+    // out[i] = exp((x[i] - peak) * factor), 0 below e^-87; out has room for n rounded up to 16, and gets zeros there.
+    void (*exp_all)(const float* x, size_t n, float peak, float factor, float* out);
+    // Sum of n floats, n a multiple of 16.
+    float (*sum_all)(const float* x, size_t n);
+    // Index of the largest of n > 0 values, the first of equals; NaN counts as the smallest.
+    size_t (*argmax)(const float* x, size_t n);
+
+    // Multiply-adds done by `rounds` of this set's int8 dot product on registers alone, for the roofline.
+    double (*spin_dots)(size_t rounds);
+    // Sum of n bytes, for the read bandwidth; n is a multiple of 64.
+    uint64_t (*read)(const uint8_t* data, size_t n);
+};
+
+// The set in use: at first the best that this processor has.
+const Kernels& kernels();
+// A set by name (scalar, avx2, avx512, neon); null where this processor or this build lacks it.
+const Kernels* kernels_named(const char* name);
+// Change the set in use; false where it cannot run here.
+bool use_kernels(const char* name);
+
+inline constexpr size_t kPanelsAtOnce = 4;
+using PanelSums = float[kPanelsAtOnce][kTile * kPanel];
+
+// Panels first … first + count - 1 of a matrix times a tile; count <= kPanelsAtOnce.
+inline void dot_panels(const Kernels& k, const Matrix& w, size_t first, size_t count, const Tile& x, PanelSums& sums) {
+    float* acc = sums[0];
+    switch (w.form) {
+        case Form::mxfp4:
+            return k.dot_mxfp4(w.panel_data(first), w.panel_scales(first), w.blocks(), count, x, acc);
+        case Form::q8: return k.dot_q8(w.panel_data(first), w.panel_scales(first), w.blocks(), count, x, acc);
+        case Form::bf16: return k.dot_bf16(w.panel_data(first), w.C, count, x, acc);
+        case Form::f32: return k.dot_f32(w.panel_data(first), w.C, count, x, acc);
+    }
+}
+
+inline bool is_wide(const Kernels& k, Form form) { return form == Form::q8 && k.q8_wide; }
+inline int bias_of(const Kernels& k, Form form) { return form == Form::mxfp4 ? k.mxfp4_bias : k.q8_bias; }
+
+}  // namespace freehold

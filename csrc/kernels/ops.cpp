@@ -1,0 +1,611 @@
+#include "kernels/ops.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace freehold {
+
+void Workspace::Free::operator()(uint8_t* data) const { std::free(data); }
+
+void Workspace::reset(size_t bytes) {
+    used_ = 0;
+    if (bytes <= capacity_) return;
+    release();
+    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64)));
+    if (!data_) throw std::bad_alloc();
+    capacity_ = bytes;
+}
+
+void Workspace::release() {
+    data_.reset();
+    capacity_ = used_ = 0;
+}
+
+namespace {
+
+// Tokens are handed out in tiles of like size, so that none is left with a single one.
+struct TileRange {
+    size_t first, m;
+};
+size_t tile_count(size_t T) { return ceil_div(T, kTile); }
+TileRange tile_range(size_t T, size_t tile) {
+    const size_t count = tile_count(T), first = T * tile / count;
+    return {first, T * (tile + 1) / count - first};
+}
+
+TileRange tile_holding(size_t T, size_t t) {
+    size_t tile = t * tile_count(T) / T;  // right, or one too small
+    if (const TileRange range = tile_range(T, tile); t >= range.first + range.m) ++tile;
+    return tile_range(T, tile);
+}
+
+// Quantised activations of T tokens, as consecutive tiles.
+struct Quantised {
+    int8_t* values = nullptr;
+    float* scales = nullptr;
+    int32_t* offsets = nullptr;
+    size_t blocks = 0;
+    bool wide = false;
+
+    static size_t bytes(size_t T, size_t blocks, bool wide) {
+        return Workspace::size_of<int8_t>(T * blocks * kBlock * (wide ? 2 : 1)) +
+               Workspace::size_of<float>(T * blocks) + Workspace::size_of<int32_t>(T * blocks);
+    }
+
+    void take(Workspace& workspace, size_t T, size_t num_blocks, bool are_wide) {
+        blocks = num_blocks;
+        wide = are_wide;
+        values = workspace.take<int8_t>(T * blocks * kBlock * (wide ? 2 : 1));
+        scales = workspace.take<float>(T * blocks);
+        offsets = workspace.take<int32_t>(T * blocks);
+    }
+
+    Tile tile(size_t first, size_t m) const {
+        Tile tile;
+        tile.m = m;
+        tile.values = values + first * blocks * kBlock * (wide ? 2 : 1);
+        tile.scales = scales + first * blocks;
+        tile.offsets = offsets + first * blocks;
+        tile.wide = wide;
+        return tile;
+    }
+};
+
+// So many panels in one go that each thread comes back for more several times, yet streams a good stretch of memory.
+size_t panel_chunk(size_t panels, unsigned threads) {
+    return std::clamp<size_t>(panels / (threads * 8) / kPanelsAtOnce, 1, 4) * kPanelsAtOnce;
+}
+
+static_assert(kUnitPanels <= kPanelsAtOnce);
+
+}  // namespace
+
+void Engine::rms_norm(const float* x, const float* weight, float* out, size_t T, size_t D, float eps) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    pool_.split(T, 8, [&](size_t first, size_t last, unsigned) {
+        for (size_t t = first; t < last; ++t) k.rms_norm(x + t * D, weight, out + t * D, D, eps);
+    });
+}
+
+void Engine::linear(const Matrix& w, const LinearArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, B = w.blocks(), tiles = tile_count(T);
+    if (T == 0) return;
+    const size_t row_floats = ceil_div(w.C, kPanel) * kPanel;
+    const bool normed_rows = args.norm && !w.quantised();
+    const bool wide = is_wide(k, w.form);
+    workspace_.reset((w.quantised() ? Quantised::bytes(T, B, wide) : 0) +
+                     Workspace::size_of<float>(normed_rows ? T * row_floats : threads() * row_floats));
+    Quantised quantised;
+    if (w.quantised()) quantised.take(workspace_, T, B, wide);
+    float* rows = workspace_.take<float>(normed_rows ? T * row_floats : threads() * row_floats);
+
+    if (w.quantised() || normed_rows) {
+        const int bias = bias_of(k, w.form);
+        pool_.split(T, 4, [&](size_t first, size_t last, unsigned thread) {
+            for (size_t t = first; t < last; ++t) {
+                const float* x = args.x + t * args.stride;
+                float* normed = rows + (normed_rows ? t : thread) * row_floats;
+                if (args.norm) k.rms_norm(x, args.norm, normed, w.C, args.eps), x = normed;
+                if (!w.quantised()) continue;
+                const TileRange range = tile_holding(T, t);
+                k.quantise(x, w.C, bias, quantised.tile(range.first, range.m), t - range.first);
+            }
+        });
+    }
+    pool_.split(w.panels, panel_chunk(w.panels, threads()), [&](size_t first, size_t last, unsigned) {
+        alignas(64) PanelSums sums;
+        for (size_t panel = first; panel < last; panel += kPanelsAtOnce) {
+            const size_t count = std::min(kPanelsAtOnce, last - panel);
+            for (size_t i = 0; i < tiles; ++i) {
+                const TileRange range = tile_range(T, i);
+                Tile tile;
+                if (w.quantised()) {
+                    tile = quantised.tile(range.first, range.m);
+                } else {
+                    tile.m = range.m;
+                    tile.stride = normed_rows ? row_floats : args.stride;
+                    tile.rows = (normed_rows ? rows : args.x) + range.first * tile.stride;
+                }
+                dot_panels(k, w, panel, count, tile, sums);
+                for (size_t t = 0; t < range.m; ++t) {
+                    for (size_t p = 0; p < count; ++p) {
+                        const size_t row = (panel + p) * kPanel, at = (range.first + t) * w.R + row;
+                        const float* acc = sums[p] + t * kPanel;
+                        for (size_t r = 0; r < std::min(kPanel, w.R - row); ++r) {
+                            float value = acc[r];
+                            if (args.bias) value += args.bias[row + r];
+                            if (args.residual) value += args.residual[at + r];
+                            args.out[at + r] = value;
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+void Engine::rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
+                  size_t H) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    pool_.split(T, 8, [&](size_t first, size_t last, unsigned) {
+        for (size_t t = first; t < last; ++t)
+            for (size_t n = 0; n < N; ++n)
+                k.rope(x + t * stride + n * H, cos + t * (H / 2), sin + t * (H / 2), out + (t * N + n) * H, H);
+    });
+}
+
+void Engine::kv_write(const KvView& view, const float* keys, size_t k_stride, const float* values, size_t v_stride,
+                      size_t T, size_t start) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    pool_.split(T, 16, [&](size_t first, size_t last, unsigned) {
+        for (size_t t = first; t < last; ++t)
+            for (size_t head = 0; head < view.K; ++head) {
+                k.kv_store(keys + t * k_stride + head * view.H, view, false, head, start + t);
+                k.kv_store(values + t * v_stride + head * view.H, view, true, head, start + t);
+            }
+    });
+}
+
+void Engine::attention(const KvView& view, const AttentionArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, N = args.N, H = view.H, group = N / view.K, padded = padded_head(H);
+    if (T == 0) return;
+    const auto length = static_cast<int64_t>(args.length), start = length - static_cast<int64_t>(T);
+    auto first_visible = [&](int64_t position) {
+        return args.window ? std::max<int64_t>(0, position - static_cast<int64_t>(args.window) + 1) : 0;
+    };
+
+    // Few queries over many keys are split by keys; many queries by themselves. Each split is summed up on its own and
+    // merged in order in both cases, so that the results are the same.
+    const size_t queries = std::clamp<size_t>(64 / group, 1, T);
+    const size_t query_tiles = ceil_div(T, queries), rows = queries * group;
+    const int64_t earliest = first_visible(start) / kSplit, splits = (length + kSplit - 1) / kSplit;
+    const bool by_keys = query_tiles * view.K < 4 * threads() && splits - earliest > 1;
+    const size_t kept = by_keys ? static_cast<size_t>(splits - earliest) : 1;
+    const size_t partial = rows * (padded + 2);
+    const size_t items = query_tiles * view.K;
+
+    const size_t per_thread = Workspace::size_of<float>(rows * H) + Workspace::size_of<int64_t>(rows * 2) +
+                              Workspace::size_of<float>(attention_scratch(rows, H)) + Workspace::size_of<float>(partial);
+    workspace_.reset(per_thread * threads() + Workspace::size_of<float>((by_keys ? items * kept : threads()) * partial));
+    struct Scratch {
+        float *q, *scratch, *piece;
+        int64_t* limits;
+    };
+    std::vector<Scratch> scratches(threads());
+    for (Scratch& s : scratches)
+        s = {workspace_.take<float>(rows * H), workspace_.take<float>(attention_scratch(rows, H)),
+             workspace_.take<float>(partial), workspace_.take<int64_t>(rows * 2)};
+    float* totals = workspace_.take<float>((by_keys ? items * kept : threads()) * partial);
+
+    auto prepare = [&](size_t item, Scratch& s) {
+        const size_t tile = item / view.K, head = item % view.K, first = tile * queries;
+        const size_t count = std::min(queries, T - first);
+        for (size_t i = 0; i < count; ++i)
+            for (size_t g = 0; g < group; ++g) {
+                const float* q = args.q + (first + i) * args.stride + (head * group + g) * H;
+                float* to = s.q + (i * group + g) * H;
+                for (size_t h = 0; h < H; ++h) to[h] = q[h] * args.scale;
+                const int64_t position = start + static_cast<int64_t>(first + i);
+                s.limits[2 * (i * group + g)] = first_visible(position);
+                s.limits[2 * (i * group + g) + 1] = position + 1;
+            }
+        AttentionPiece piece{};
+        piece.q = s.q;
+        piece.limits = s.limits;
+        piece.rows = count * group;
+        piece.head = head;
+        piece.scratch = s.scratch;
+        return piece;
+    };
+    auto aim = [&](AttentionPiece& piece, int64_t split, float* result) {
+        const int64_t low = piece.limits[0] / kKeysAtOnce * kKeysAtOnce;
+        piece.first_key = std::max(split * kSplit, low);
+        piece.last_key = std::min((split + 1) * kSplit, piece.limits[2 * piece.rows - 1]);
+        piece.out = result;
+        piece.peak = result + rows * padded;
+        piece.sum = piece.peak + rows;
+    };
+    auto merge = [&](float* total, const float* piece, size_t count) {
+        for (size_t r = 0; r < count; ++r) {
+            float &peak = total[rows * padded + r], &sum = total[rows * (padded + 1) + r];
+            const float other = piece[rows * padded + r], other_sum = piece[rows * (padded + 1) + r];
+            if (other_sum == 0.0f) continue;
+            const float highest = std::max(peak, other);
+            const float mine = sum > 0 ? k.exp1(peak - highest) : 0.0f, theirs = k.exp1(other - highest);
+            for (size_t h = 0; h < padded; ++h)
+                total[r * padded + h] = total[r * padded + h] * mine + piece[r * padded + h] * theirs;
+            sum = sum * mine + other_sum * theirs;
+            peak = highest;
+        }
+    };
+    auto clear = [&](float* total) {
+        std::fill(total, total + partial, 0.0f);
+        std::fill(total + rows * padded, total + rows * (padded + 1), -INFINITY);
+    };
+    auto finish = [&](size_t item, const float* total) {
+        const size_t tile = item / view.K, head = item % view.K, first = tile * queries;
+        const size_t count = std::min(queries, T - first) * group;
+        for (size_t r = 0; r < count; ++r) {
+            const size_t n = head * group + r % group;
+            const float peak = total[rows * padded + r], sink = args.sinks[n], highest = std::max(peak, sink);
+            const float mine = k.exp1(peak - highest);
+            const float factor = mine / (total[rows * (padded + 1) + r] * mine + k.exp1(sink - highest));
+            float* out = args.out + ((first + r / group) * N + n) * H;
+            for (size_t h = 0; h < H; ++h) out[h] = total[r * padded + h] * factor;
+        }
+    };
+
+    if (!by_keys) {
+        pool_.split(items, 1, [&](size_t begin, size_t end, unsigned thread) {
+            Scratch& s = scratches[thread];
+            float* total = totals + thread * partial;
+            for (size_t item = begin; item < end; ++item) {
+                AttentionPiece piece = prepare(item, s);
+                clear(total);
+                const int64_t last = (piece.limits[2 * piece.rows - 1] + kSplit - 1) / kSplit;
+                for (int64_t split = piece.limits[0] / kSplit; split < last; ++split) {
+                    aim(piece, split, s.piece);
+                    k.attend(piece, view);
+                    merge(total, s.piece, piece.rows);
+                }
+                finish(item, total);
+            }
+        });
+        return;
+    }
+    pool_.split(items * kept, 1, [&](size_t begin, size_t end, unsigned thread) {
+        for (size_t i = begin; i < end; ++i) {
+            AttentionPiece piece = prepare(i / kept, scratches[thread]);
+            aim(piece, earliest + static_cast<int64_t>(i % kept), totals + i * partial);
+            if (piece.first_key < piece.last_key) {
+                k.attend(piece, view);
+            } else {
+                clear(piece.out);
+            }
+        }
+    });
+    float* total = scratches[0].piece;
+    for (size_t item = 0; item < items; ++item) {
+        clear(total);
+        const size_t count = std::min(queries, T - item / view.K * queries) * group;
+        for (size_t split = 0; split < kept; ++split) merge(total, totals + (item * kept + split) * partial, count);
+        finish(item, total);
+    }
+}
+
+void Engine::route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts) {
+    for (size_t t = 0; t < T; ++t, logits += E, weights += A, experts += A) {
+        for (size_t a = 0; a < A; ++a) {
+            size_t best = E;
+            for (size_t e = 0; e < E; ++e) {
+                if (std::find(experts, experts + a, static_cast<int64_t>(e)) != experts + a) continue;
+                if (best == E || logits[e] > logits[best]) best = e;
+            }
+            experts[a] = static_cast<int64_t>(best);
+            weights[a] = logits[best];
+        }
+        float sum = 0.0f;
+        const float peak = weights[0];
+        for (size_t a = 0; a < A; ++a) sum += weights[a] = std::exp(weights[a] - peak);
+        for (size_t a = 0; a < A; ++a) weights[a] /= sum;
+    }
+}
+
+void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, A = args.A, E = args.E, D = gate_up.C, F = gate_up.R / 2, visits = T * A;
+    if (T == 0) return;
+    const size_t in_blocks = ceil_div(D, kBlock), units = ceil_div(F, kBlock);  // a unit: 32 hidden values
+    const size_t hidden_floats = units * kBlock;
+    const bool shared = T == 1;  // one token: all its experts read the same activations
+
+    struct Visit {
+        size_t token, slot;
+    };
+    struct ExpertTile {
+        size_t expert, first, m;
+    };
+    std::vector<size_t> starts(E + 1, 0);
+    for (size_t i = 0; i < visits; ++i) ++starts[static_cast<size_t>(args.experts[i]) + 1];
+    std::vector<size_t> used;  // experts that somebody visits, in order
+    for (size_t e = 0; e < E; ++e) {
+        if (starts[e + 1]) used.push_back(e);
+        starts[e + 1] += starts[e];
+    }
+    std::vector<Visit> sorted(visits);
+    std::vector<size_t> place(visits), next(starts.begin(), starts.end() - 1);
+    for (size_t i = 0; i < visits; ++i) {
+        place[i] = next[static_cast<size_t>(args.experts[i])]++;
+        sorted[place[i]] = {i / A, i % A};
+    }
+    std::vector<ExpertTile> tiles;
+    std::vector<size_t> first_tile(used.size() + 1, 0), tile_of(visits);
+    for (size_t u = 0; u < used.size(); ++u) {
+        const size_t e = used[u], count = starts[e + 1] - starts[e];
+        for (size_t i = 0; i < tile_count(count); ++i) {
+            const TileRange range = tile_range(count, i);
+            for (size_t j = 0; j < range.m; ++j) tile_of[starts[e] + range.first + j] = tiles.size();
+            tiles.push_back({e, starts[e] + range.first, range.m});
+        }
+        first_tile[u + 1] = tiles.size();
+    }
+
+    const size_t inputs = shared ? 1 : visits;
+    const size_t row_floats = gate_up.quantised() ? 0 : ceil_div(D, kPanel) * kPanel;
+    const bool x_wide = is_wide(k, gate_up.form), hidden_wide = is_wide(k, down.form);
+    workspace_.reset((gate_up.quantised() ? Quantised::bytes(inputs, in_blocks, x_wide) : 0) +
+                     (down.quantised() ? Quantised::bytes(visits, units, hidden_wide) : 0) +
+                     Workspace::size_of<float>(down.quantised() ? 0 : visits * hidden_floats) +
+                     Workspace::size_of<float>(visits * row_floats));
+    Quantised x, hidden;
+    if (gate_up.quantised()) x.take(workspace_, inputs, in_blocks, x_wide);
+    if (down.quantised()) hidden.take(workspace_, visits, units, hidden_wide);
+    float* hidden_rows = workspace_.take<float>(down.quantised() ? 0 : visits * hidden_floats);
+    float* x_rows = workspace_.take<float>(visits * row_floats);
+
+    auto input_tile = [&](const ExpertTile& tile) {
+        if (x.values) return shared ? x.tile(0, 1) : x.tile(tile.first, tile.m);
+        Tile plain;
+        plain.m = tile.m;
+        plain.rows = shared ? args.x : x_rows + tile.first * row_floats;
+        plain.stride = row_floats;
+        return plain;
+    };
+    const int in_bias = bias_of(k, gate_up.form), hidden_bias = bias_of(k, down.form);
+    if (shared) {
+        if (x.values) k.quantise(args.x, D, in_bias, x.tile(0, 1), 0);
+    } else {
+        pool_.split(visits, 16, [&](size_t first, size_t last, unsigned) {
+            for (size_t i = first; i < last; ++i) {
+                const ExpertTile& tile = tiles[tile_of[i]];
+                const float* row = args.x + sorted[i].token * D;
+                if (x.values) {
+                    k.quantise(row, D, in_bias, x.tile(tile.first, tile.m), i - tile.first);
+                } else {
+                    std::memcpy(x_rows + i * row_floats, row, D * sizeof(float));
+                }
+            }
+        });
+    }
+
+    pool_.split(used.size() * units, std::clamp<size_t>(used.size() * units / (threads() * 16), 1, 8),
+                [&](size_t begin, size_t end, unsigned) {
+        alignas(64) PanelSums acc;
+        alignas(64) float biases[kUnitPanels][kPanel];
+        alignas(64) float values[kBlock];
+        for (size_t item = begin; item < end; ++item) {
+            const size_t u = item / units, unit = item % units, e = used[u];
+            const Matrix w = gate_up.of_stack(e);
+            const float* bias = args.gate_up_bias + e * 2 * F;
+            for (size_t i = 0; i < kBlock; ++i) {  // gate, up, gate, up: as the panels come
+                const size_t f = unit * kBlock + i, panel = i / kPanel * 2, lane = i % kPanel;
+                biases[panel][lane] = f < F ? bias[2 * f] : 0.0f;
+                biases[panel + 1][lane] = f < F ? bias[2 * f + 1] : 0.0f;
+            }
+            for (size_t at = first_tile[u]; at < first_tile[u + 1]; ++at) {
+                const Tile tile = input_tile(tiles[at]);
+                dot_panels(k, w, unit * kUnitPanels, kUnitPanels, tile, acc);
+                for (size_t t = 0; t < tile.m; ++t) {
+                    for (size_t p = 0; p < kUnitPanels; p += 2)
+                        k.swiglu(acc[p] + t * kPanel, acc[p + 1] + t * kPanel, biases[p], biases[p + 1],
+                                 values + p / 2 * kPanel, args.alpha, args.limit);
+                    for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
+                    if (hidden.values) {
+                        k.quantise_block(values, hidden_bias, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
+                    } else {
+                        std::memcpy(hidden_rows + (tiles[at].first + t) * hidden_floats + unit * kBlock, values,
+                                    sizeof values);
+                    }
+                }
+            }
+        }
+    });
+
+    pool_.split(down.panels, panel_chunk(down.panels, threads()), [&](size_t begin, size_t end, unsigned) {
+        alignas(64) PanelSums sums;
+        for (size_t panel = begin; panel < end; panel += kPanelsAtOnce) {
+            const size_t count = std::min(kPanelsAtOnce, end - panel);
+            const size_t row = panel * kPanel, num_rows = std::min(count * kPanel, D - row);
+            for (size_t t = 0; t < T; ++t)
+                for (size_t r = 0; r < num_rows; ++r)
+                    args.out[t * D + row + r] = args.residual ? args.residual[t * D + row + r] : 0.0f;
+            for (const ExpertTile& at : tiles) {  // by expert, so that every token sums in the same order
+                Tile tile;
+                if (hidden.values) {
+                    tile = hidden.tile(at.first, at.m);
+                } else {
+                    tile.m = at.m;
+                    tile.rows = hidden_rows + at.first * hidden_floats;
+                    tile.stride = hidden_floats;
+                }
+                dot_panels(k, down.of_stack(at.expert), panel, count, tile, sums);
+                const float* bias = args.down_bias + at.expert * D + row;
+                for (size_t t = 0; t < at.m; ++t) {
+                    const Visit visit = sorted[at.first + t];
+                    const float weight = args.weights[visit.token * A + visit.slot];
+                    float* out = args.out + visit.token * D + row;
+                    for (size_t r = 0; r < num_rows; ++r)
+                        out[r] += weight * (sums[r / kPanel][t * kPanel + r % kPanel] + bias[r]);
+                }
+            }
+        }
+    });
+}
+
+size_t Engine::argmax(const float* logits, size_t V) {
+    std::lock_guard<std::mutex> lock(busy_);
+    return kernels().argmax(logits, V);
+}
+
+namespace {
+
+// Integers that sort as the floats do; -0 counts as 0, NaN as anything.
+int32_t sort_key(float x) {
+    x += 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+// The largest key at which `measure` of all tokens with that key or more reaches `wanted`: 32 passes and no sorting.
+template <class Measure>
+int32_t find_key(const Measure& measure, double wanted) {
+    int64_t low = INT32_MIN, high = int64_t{INT32_MAX} + 1;  // reaches it at `low`, or nowhere; not at `high`
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        (measure(static_cast<int32_t>(middle)) >= wanted ? low : high) = middle;
+    }
+    return static_cast<int32_t>(low);
+}
+
+double count_from(const int32_t* keys, size_t V, int32_t key) {
+    int32_t count = 0;
+    for (size_t i = 0; i < V; ++i) count += keys[i] >= key;
+    return count;
+}
+
+double mass_from(const int32_t* keys, const float* weights, size_t V, int32_t key) {
+    double total = 0;
+    for (size_t start = 0; start < V; start += 1024) {
+        float lanes[16] = {};
+        const size_t end = std::min(V, start + 1024), whole = start + (end - start) / 16 * 16;
+        for (size_t i = start; i < whole; i += 16)
+            for (size_t lane = 0; lane < 16; ++lane) lanes[lane] += keys[i + lane] >= key ? weights[i + lane] : 0.0f;
+        for (size_t i = whole; i < end; ++i) lanes[0] += keys[i] >= key ? weights[i] : 0.0f;
+        for (float lane : lanes) total += lane;
+    }
+    return total;
+}
+
+// Keep what sorts above `key`, and of those that equal it the first ones, while `keep_equal(weight)` says so.
+template <class KeepEqual>
+void drop_below(float* weights, const int32_t* keys, size_t V, int32_t key, const KeepEqual& keep_equal) {
+    for (size_t i = 0; i < V; ++i)
+        if (keys[i] < key || (keys[i] == key && !keep_equal(weights[i]))) weights[i] = 0.0f;
+}
+
+}  // namespace
+
+size_t Engine::sample(const float* logits, size_t V, float temperature, size_t top_k, double top_p, float min_p,
+                      double uniform) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    constexpr size_t run = 256;  // tokens that are skipped at once when looking for the one to take
+    const size_t runs = ceil_div(V, run);
+    workspace_.reset(Workspace::size_of<float>(runs * run) + Workspace::size_of<int32_t>(V));
+    float* weights = workspace_.take<float>(runs * run);
+    std::fill(weights + V, weights + runs * run, 0.0f);
+    const size_t likeliest = k.argmax(logits, V);
+    // A temperature so small that its inverse overflows takes the likeliest, as its limit does.
+    const float factor = std::min(1.0f / temperature, 1e30f);
+    k.exp_all(logits, V, logits[likeliest], factor, weights);
+    auto mass = [&] {
+        double total = 0;
+        for (size_t r = 0; r < runs; ++r) total += k.sum_all(weights + r * run, run);
+        return total;
+    };
+
+    int32_t* keys = workspace_.take<int32_t>(V);
+    for (size_t i = 0; i < V; ++i) keys[i] = sort_key(logits[i]);
+    if (top_k && top_k < V) {
+        auto count = [&](int32_t key) { return count_from(keys, V, key); };
+        const int32_t key = find_key(count, static_cast<double>(top_k));
+        double room = static_cast<double>(top_k) - (key == INT32_MAX ? 0 : count(key + 1));
+        drop_below(weights, keys, V, key, [&](float) { return room-- > 0; });
+    }
+    if (top_p < 1) {
+        const double wanted = top_p * mass();
+        auto reached = [&](int32_t key) { return mass_from(keys, weights, V, key); };
+        const int32_t key = find_key(reached, wanted);
+        double missing = wanted - (key == INT32_MAX ? 0 : reached(key + 1));
+        drop_below(weights, keys, V, key, [&](float weight) {
+            const bool keep = missing > 0;
+            missing -= weight;
+            return keep;
+        });
+    }
+    if (min_p > 0)
+        for (size_t i = 0; i < V; ++i)
+            if (weights[i] < min_p) weights[i] = 0.0f;
+    weights[likeliest] = 1.0f;
+
+    const double target = uniform * mass();
+    double passed = 0;
+    size_t taken = likeliest;
+    for (size_t r = 0; r < runs; ++r) {
+        const double next = passed + k.sum_all(weights + r * run, run);
+        if (next <= target) {
+            passed = next;
+            continue;
+        }
+        for (size_t i = r * run; i < std::min(V, (r + 1) * run); ++i) {
+            if (weights[i] == 0.0f) continue;
+            taken = i;
+            passed += weights[i];
+            if (passed > target) break;
+        }
+        break;
+    }
+    return taken;
+}
+
+double Engine::read_gigabytes(const uint8_t* data, size_t bytes, double* checksum) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t piece = size_t{1} << 20, count = bytes / piece;
+    std::vector<uint64_t> sums(threads() * 8, 0);
+    const auto start = std::chrono::steady_clock::now();
+    pool_.split(count, 4, [&](size_t first, size_t last, unsigned thread) {
+        sums[thread * 8] += k.read(data + first * piece, (last - first) * piece);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    *checksum = 0;
+    for (uint64_t sum : sums) *checksum += static_cast<double>(sum);
+    return static_cast<double>(count * piece) / seconds.count() / 1e9;
+}
+
+double Engine::dot_rate(size_t rounds) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    std::vector<double> done(threads() * 8, 0);
+    const auto start = std::chrono::steady_clock::now();
+    pool_.each_thread([&](unsigned thread) { done[thread * 8] = k.spin_dots(rounds); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    double total = 0;
+    for (double one : done) total += one;
+    return total / seconds.count();
+}
+
+}  // namespace freehold

@@ -1,0 +1,112 @@
+// The ops of freehold/kernels/ops.py, over raw pointers: kernels put together and spread over threads.
+//
+// All matrices of activations are float32, row-major; a stride is in floats from one row to the next. The caller owns
+// the memory of every argument; an op may use the pool's threads and the workspace, and keeps nothing. One op runs at
+// a time: each takes the engine's lock. Results do not depend on the number of threads, nor a token's on the others.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kernels/threads.h"
+
+namespace freehold {
+
+// Memory that ops reuse. Grows to what the largest call needs.
+class Workspace {
+   public:
+    // Pieces are handed out one after the other, each aligned to 64 bytes. Call `reset` with their sum first.
+    void reset(size_t bytes);
+    template <class T>
+    T* take(size_t count) {
+        T* piece = reinterpret_cast<T*>(data_.get() + used_);
+        used_ += size_of<T>(count);
+        return piece;
+    }
+    template <class T>
+    static size_t size_of(size_t count) {
+        return ceil_div(count * sizeof(T), 64) * 64;
+    }
+    size_t capacity() const { return capacity_; }
+    void release();
+
+   private:
+    struct Free {
+        void operator()(uint8_t* data) const;
+    };
+    std::unique_ptr<uint8_t, Free> data_;
+    size_t capacity_ = 0, used_ = 0;
+};
+
+struct LinearArgs {
+    const float* x;  // (T, C)
+    size_t T, stride;
+    const float* norm;  // (C) or null: x goes through rms_norm first
+    float eps;
+    const float* bias;      // (R) or null
+    const float* residual;  // (T, R) or null: added to the result; may be `out`
+    float* out;             // (T, R)
+};
+
+struct MoeArgs {
+    const float* x;  // (T, D)
+    size_t T, A;
+    const float* weights;    // (T, A)
+    const int64_t* experts;  // (T, A), each in [0, E)
+    size_t E;
+    const float* gate_up_bias;  // (E, 2F), gate and up in turn
+    const float* down_bias;     // (E, D)
+    const float* residual;      // (T, D) or null
+    float alpha, limit;
+    float* out;  // (T, D), neither x nor residual
+};
+
+struct AttentionArgs {
+    const float* q;  // (T, N, H), N * H consecutive, rows `stride` apart
+    size_t T, N, stride;
+    size_t length;         // keys in the view, the last T of them the queries' own
+    const float* sinks;    // (N)
+    float scale;
+    size_t window;  // keys in sight, the query itself counted; 0 for all
+    float* out;     // (T, N, H)
+};
+
+// The thread pool with its workspace.
+class Engine {
+   public:
+    explicit Engine(unsigned threads) : pool_(threads) {}
+
+    unsigned threads() const { return pool_.threads(); }
+    size_t workspace_bytes() const { return workspace_.capacity(); }
+
+    void rms_norm(const float* x, const float* weight, float* out, size_t T, size_t D, float eps);
+    void linear(const Matrix& w, const LinearArgs& args);
+    void rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
+              size_t H);
+    // Write T positions from `start` on. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart.
+    void kv_write(const KvView& view, const float* k, size_t k_stride, const float* v, size_t v_stride, size_t T,
+                  size_t start);
+    // The view's first position must be a multiple of kSplit in its sequence, or results would depend on it.
+    void attention(const KvView& view, const AttentionArgs& args);
+    void route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts);
+    // gate_up and down are the first of E packed matrices each; gate_up is paired.
+    void moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args);
+    size_t argmax(const float* logits, size_t V);
+    // Draw a token: keep the top_k largest (0: all), of these the likeliest that reach top_p, of these what has at least
+    // min_p of the largest's probability; then take the one where the cumulated probability, in order of ids, passes
+    // `uniform` in [0, 1). temperature > 0, and at least one logit is finite.
+    size_t sample(const float* logits, size_t V, float temperature, size_t top_k, double top_p, float min_p,
+                  double uniform);
+
+    double read_gigabytes(const uint8_t* data, size_t bytes, double* checksum);
+    double dot_rate(size_t rounds);
+
+   private:
+    ThreadPool pool_;
+    Workspace workspace_;
+    std::mutex busy_;
+};
+
+}  // namespace freehold

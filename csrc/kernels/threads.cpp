@@ -1,0 +1,73 @@
+#include "kernels/threads.h"
+
+#include <sched.h>
+
+namespace freehold {
+namespace {
+
+// Around a tenth of a millisecond: longer than the gap between two ops of a forward pass, too short to be noticed by
+// whoever else wants the core.
+constexpr int kSpins = 4000;
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");
+#endif
+}
+
+// Wait until the value is no longer `old`; returns it.
+uint32_t wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
+    for (int i = 0; i < kSpins; ++i) {
+        const uint32_t now = value.load(std::memory_order_acquire);
+        if (now != old) return now;
+        pause();
+    }
+    value.wait(old, std::memory_order_acquire);
+    return value.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(unsigned threads) {
+    try {
+        for (unsigned thread = 1; thread < threads; ++thread)
+            workers_.emplace_back([this, thread] { work_on(thread); });
+    } catch (...) {  // the system has no more threads: those that were started must end first
+        stop();
+        throw;
+    }
+}
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
+    stopping_ = true;
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(Function function, const void* context) {
+    if (workers_.empty()) return function(context, 0);
+    function_ = function;
+    context_ = context;
+    unfinished_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
+    round_.fetch_add(1, std::memory_order_release);
+    round_.notify_all();
+    function(context, 0);
+    for (uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_for_change(unfinished_, left);
+}
+
+void ThreadPool::work_on(unsigned thread) {
+    uint32_t seen = 0;
+    for (;;) {
+        seen = wait_for_change(round_, seen);
+        if (stopping_) return;
+        function_(context_, thread);
+        if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+    }
+}
+
+}  // namespace freehold

@@ -1,0 +1,150 @@
+"""The memory contract: what a model will take, computed from its shape before anything is allocated, held against what
+is free. What does not fit is refused with the numbers and a remedy, not left to the system to kill.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from freehold import machine
+from freehold.config import ExpertFormat, ModelConfig
+from freehold.errors import OutOfMemoryError, UsageError
+from freehold.model.kv_cache import kv_cache_bytes
+from freehold.session.policy import Policy
+from freehold.weights.pack_file import packed_table_bytes
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that run through the model at once; bounds scratch memory."""
+
+_LEAST_CONTEXT = 2048  # tokens: a default that fits no more than this is no default worth having
+_SCORES_AT_ONCE = 256  # query rows of one attention block in the reference ops
+_SPLIT = 512  # keys of one partial result in the native attention
+_MAPPED_AT_ONCE = 1 << 16  # of a mapped file, around each place that is read
+_SLACK = 48 << 20  # what torch reads of itself when it first runs, and what malloc does not give back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes for one sequence of `context` tokens. `program` is what the process has resident before the model comes."""
+
+    context: int
+    dense: int
+    experts: int
+    kv_cache: int
+    scratch: int
+    program: int
+
+    @property
+    def needed(self) -> int:
+        """What has to be free now."""
+        return self.dense + self.experts + self.kv_cache + self.scratch
+
+    @property
+    def total(self) -> int:
+        """What will be resident at most, in all."""
+        return self.needed + self.program
+
+    def describe(self) -> str:
+        return (
+            f"{gib(self.dense + self.experts)} weights + {gib(self.kv_cache)} KV cache for {self.context} tokens + "
+            f"{gib(self.scratch)} scratch = {gib(self.needed)}"
+        )
+
+
+def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, context: int) -> MemoryPlan:
+    """What one sequence of `context` tokens needs. Peak resident memory stays below; an untied embedding counts with
+    the rows that a context can touch."""
+    if policy.native:
+        assert policy.dense is not None
+        weights = packed_table_bytes(config, experts, policy.dense)
+        row = config.hidden_size * 2
+        touched = min(weights.embedding, context * (row + _MAPPED_AT_ONCE))
+        dense, expert_bytes = weights.dense + touched, weights.experts
+        quantised = experts is ExpertFormat.MXFP4 or policy.dense == "q8"
+        scratch = _native_scratch(config, policy.threads, context, quantised)
+    else:
+        width = policy.dtype.itemsize
+        dense = (config.num_parameters - config.num_expert_weights) * width
+        expert_bytes = round(config.num_expert_weights * (4.25 if experts is ExpertFormat.MXFP4 else 16) / 8)
+        scratch = _reference_scratch(config, width, context)
+    kv_cache = kv_cache_bytes(config, type=policy.kv, context=context, chunk=PREFILL_CHUNK)
+    program = machine.process_status().get("VmRSS", 0)
+    return MemoryPlan(
+        context=context, dense=dense, experts=expert_bytes, kv_cache=kv_cache, scratch=scratch, program=program
+    )
+
+
+def fitting_plan(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, context: int | None) -> MemoryPlan:
+    """The plan for `context` tokens, or for as much of the model's own context as fits where that is None.
+
+    Raises OutOfMemoryError, with the numbers and a remedy, where memory is short; UsageError for an impossible context.
+    """
+    longest = config.max_context
+    if context is not None and (type(context) is not int or not 1 <= context <= longest):
+        raise UsageError(f"context must be between 1 and {longest} for this model, got {context!r}")
+    free = free_memory(policy)
+
+    def plan_of(tokens: int) -> MemoryPlan:
+        return plan_memory(config, experts, policy, context=tokens)
+
+    plan = plan_of(context or longest)
+    if plan.needed <= free:
+        return plan
+    if context is None:
+        least = plan_of(min(_LEAST_CONTEXT, longest))
+        if least.needed <= free:
+            low, high = least.context, longest  # the plan of `low` fits, that of `high` does not
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if plan_of(middle).needed <= free else (low, middle)
+            return plan_of(low)
+        plan = least
+    raise OutOfMemoryError(f"{plan.describe()} are needed, and {gib(free)} are free; {_remedy(config, policy, plan)}")
+
+
+def free_memory(policy: Policy) -> int:
+    """Bytes that a model may take, on the device that it is going to run on."""
+    if policy.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(policy.device)[0])
+    return machine.available_memory()
+
+
+def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
+    remedies = []
+    if plan.context > 1024 and plan.kv_cache > plan.needed // 20:
+        remedies.append(f"a smaller context (--context {max(1024, plan.context // 4)})")
+    if policy.kv != "q8" and config.head_dim % 32 == 0 and plan.kv_cache > plan.needed // 20:
+        remedies.append("a smaller KV cache (--kv-dtype q8)")
+    if policy.dense in ("f32", "bf16"):
+        remedies.append("smaller dense weights (--dense q8)")
+    if policy.dense is None and policy.dtype == torch.float32:
+        remedies.append("bfloat16 (--dtype bfloat16)")
+    remedies.append("a smaller model, or more memory: close other programs")
+    return "use " + ", ".join(remedies[:-1]) + (", or " if len(remedies) > 1 else "") + remedies[-1]
+
+
+def _native_scratch(config: ModelConfig, threads: int, context: int, quantised_experts: bool) -> int:
+    """Activations of one chunk, what the kernels hold of them besides, and partial results of attention."""
+    T = min(PREFILL_CHUNK, context)
+    D, F, H, A = config.hidden_size, config.expert_width, config.head_dim, config.num_active_experts
+    N, K = config.num_heads, config.num_kv_heads
+    wide = max(N * H, D)
+    activations = 4 * T * (6 * D + 2 * (N + 2 * K) * H + 2 * N * H)
+    held = T * A * (D + F) * (5 if quantised_experts else 16) // 4 + 5 * T * wide
+    rows = 64 * (H + 18)
+    partials = 4 * threads * (math.ceil(context / _SPLIT) + 4) * 64 * rows // 16
+    return activations + held + partials + 3 * 4 * config.vocab_size + _SLACK
+
+
+def _reference_scratch(config: ModelConfig, width: int, context: int) -> int:
+    D, F, N, V = config.hidden_size, config.expert_width, config.num_heads, config.vocab_size
+    chunk = min(PREFILL_CHUNK, context)
+    scores = 3 * N * min(_SCORES_AT_ONCE, chunk) * context * 4
+    one_expert = 2 * F * D * (width + 2)  # expanded values, and the byte indices they are looked up by
+    return scores + one_expert + chunk * (6 * D + 4 * F) * 4 + V * 8
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people: 12.80 GiB, or 146 MiB where it is less than one."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
