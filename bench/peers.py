@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _WORKER = Path(__file__).with_name("peer_worker.py")
 _DEFAULT_PEERS = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
@@ -66,7 +66,8 @@ class Measure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """`others` and `idle` are in cores: processes outside the comparison, and contestants whose turn it was not."""
+    """`others` and `idle` are in cores: processes outside the comparison, and contestants whose turn it was not.
+    `disk_reads` are page faults that had to wait for the disk: with many of them, the disk was measured."""
 
     round: int
     contestant: str
@@ -74,6 +75,14 @@ class Sample:
     tokens_per_second: float
     others: float
     idle: float
+    disk_reads: int
+
+
+class Usage(NamedTuple):
+    """Of one process since it began."""
+
+    cpu_seconds: float
+    disk_reads: int
 
 
 class Worker:
@@ -112,8 +121,10 @@ class Worker:
         self.ask({"do": "decode", "tokens": 2, "depth": 0})
         return logits
 
-    def cpu_seconds(self) -> float:
-        return _process_seconds(self._process.pid)
+    def usage(self) -> Usage:
+        # After the name, which may hold spaces, state is field 3; 12 is major faults, 14 and 15 are ticks (proc(5)).
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return Usage((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[9]))
 
     def close(self) -> None:
         """Ends the process and waits until its memory is free."""
@@ -217,17 +228,18 @@ class Comparison:
 
     def _measure(self, round_: int, worker: Worker, measure: Measure, *, idle: Sequence[Worker]) -> None:
         name = worker.contestant.name
-        start, busy, own, resting = time.perf_counter(), _busy_seconds(), worker.cpu_seconds(), _cpu_seconds(idle)
+        start, busy, own, resting = time.perf_counter(), _busy_seconds(), worker.usage(), _cpu_seconds(idle)
         reply = worker.ask(asdict(measure))
-        elapsed = time.perf_counter() - start
-        busy, own, resting = _busy_seconds() - busy, worker.cpu_seconds() - own, _cpu_seconds(idle) - resting
+        elapsed, own_after = time.perf_counter() - start, worker.usage()
+        busy, resting = _busy_seconds() - busy, _cpu_seconds(idle) - resting
         sample = Sample(
             round=round_,
             contestant=name,
             measure=measure.label,
             tokens_per_second=measure.tokens / reply["seconds"],
-            others=max(0.0, busy - own - resting) / elapsed,
+            others=max(0.0, busy - resting - (own_after.cpu_seconds - own.cpu_seconds)) / elapsed,
             idle=resting / elapsed,
+            disk_reads=own_after.disk_reads - own.disk_reads,
         )
         self.samples.append(sample)
         self.reports[name] = self.reports[name] | reply
@@ -248,13 +260,13 @@ def table(comparison: Comparison) -> str:
         rows.append([label, *(f"{report[key] / _GIB:.2f}" for report in reports)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    others, idle = ([getattr(sample, key) for sample in comparison.samples] for key in ("others", "idle"))
+    others, idle, reads = ([getattr(s, key) for s in comparison.samples] for key in ("others", "idle", "disk_reads"))
     lines += [
         "",
         *(f"{name}: {r['engine']} {r['version']} ({r['details']})" for name, r in zip(names, reports, strict=True)),
         f"{_cpu_name()}, {os.cpu_count()} cores, {_machine_bytes() / _GIB:.1f} GiB; {comparison.threads} threads each",
         f"other processes kept {statistics.median(others):.2f} cores busy in the median, {max(others):.2f} at worst; "
-        f"idle contestants {max(idle):.2f} at worst",
+        f"idle contestants {max(idle):.2f} at worst; {max(reads)} pages came from the disk while one was timed",
     ]
     return "\n".join(lines) + "\n"
 
@@ -338,13 +350,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _cpu_seconds(workers: Sequence[Worker]) -> float:
-    return sum(worker.cpu_seconds() for worker in workers)
-
-
-def _process_seconds(pid: int) -> float:
-    # After the name, which may hold spaces: state is field 3; user and system ticks are 14 and 15 (proc(5)).
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(worker.usage().cpu_seconds for worker in workers)
 
 
 def _busy_seconds() -> float:

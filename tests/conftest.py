@@ -55,13 +55,13 @@ def reference_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def native_settings() -> Iterator[None]:
     """The native kernels' threads and instruction set, which a process has one of, are put back."""
-    module = backends.native()
-    if module is None:
+    try:
+        from freehold import _native
+        from freehold.kernels import native
+    except ImportError:
         yield
         return
-    from freehold import _native
-
-    threads, instruction_set = module.threads(), module.instruction_set()
+    threads, instruction_set = native.threads(), native.instruction_set()
     yield
     _native.use_instruction_set(instruction_set)
-    module.set_threads(threads)
+    native.set_threads(threads)

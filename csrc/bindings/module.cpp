@@ -86,14 +86,17 @@ NB_MODULE(_native, module) {
         .def(
             "kv_write",
             [](Engine& self, const KvView& view, uintptr_t k, size_t k_stride, uintptr_t v, size_t v_stride, size_t T,
-               size_t start) { self.kv_write(view, at<float>(k), k_stride, at<float>(v), v_stride, T, start); },
+               size_t start, uintptr_t cos, uintptr_t sin) {
+                self.kv_write(view, at<float>(k), k_stride, at<float>(v), v_stride, T, start,
+                              {at<float>(cos), at<float>(sin)});
+            },
             Released())
         .def(
             "attention",
             [](Engine& self, const KvView& view, uintptr_t q, size_t T, size_t N, size_t stride, size_t length,
-               uintptr_t sinks, float scale, size_t window, uintptr_t out) {
-                self.attention(
-                    view, {at<float>(q), T, N, stride, length, at<float>(sinks), scale, window, at<float>(out)});
+               uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t cos, uintptr_t sin) {
+                self.attention(view, {at<float>(q), T, N, stride, length, at<float>(sinks), scale, window,
+                                      at<float>(out), {at<float>(cos), at<float>(sin)}});
             },
             Released())
         .def(
@@ -106,10 +109,10 @@ NB_MODULE(_native, module) {
             "moe",
             [](Engine& self, const Matrix& gate_up, const Matrix& down, uintptr_t x, size_t T, size_t A,
                uintptr_t weights, uintptr_t experts, size_t E, uintptr_t gate_up_bias, uintptr_t down_bias,
-               uintptr_t residual, float alpha, float limit, uintptr_t out) {
+               uintptr_t residual, float alpha, float limit, uintptr_t out, uintptr_t norm, float eps) {
                 self.moe(gate_up, down,
                          {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
-                          at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out)});
+                          at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps});
             },
             Released())
         .def(

@@ -163,13 +163,22 @@ void Engine::rope(const float* x, size_t stride, const float* cos, const float* 
 }
 
 void Engine::kv_write(const KvView& view, const float* keys, size_t k_stride, const float* values, size_t v_stride,
-                      size_t T, size_t start) {
+                      size_t T, size_t start, Rotation rotation) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
-    pool_.split(T, 16, [&](size_t first, size_t last, unsigned) {
+    const size_t H = view.H;
+    workspace_.reset(threads() * Workspace::size_of<float>(H));
+    float* turned = workspace_.take<float>(threads() * ceil_div(H, kPanel) * kPanel);
+    pool_.split(T, 16, [&](size_t first, size_t last, unsigned thread) {
+        float* mine = turned + thread * ceil_div(H, kPanel) * kPanel;
         for (size_t t = first; t < last; ++t)
             for (size_t head = 0; head < view.K; ++head) {
-                k.kv_store(keys + t * k_stride + head * view.H, view, false, head, start + t);
+                const float* key = keys + t * k_stride + head * H;
+                if (rotation.cos) {
+                    k.rope(key, rotation.cos + t * (H / 2), rotation.sin + t * (H / 2), mine, H);
+                    key = mine;
+                }
+                k.kv_store(key, view, false, head, start + t);
                 k.kv_store(values + t * v_stride + head * view.H, view, true, head, start + t);
             }
     });
@@ -215,6 +224,11 @@ void Engine::attention(const KvView& view, const AttentionArgs& args) {
             for (size_t g = 0; g < group; ++g) {
                 const float* q = args.q + (first + i) * args.stride + (head * group + g) * H;
                 float* to = s.q + (i * group + g) * H;
+                if (args.rotation.cos) {
+                    const size_t at = (first + i) * (H / 2);
+                    k.rope(q, args.rotation.cos + at, args.rotation.sin + at, to, H);
+                    q = to;
+                }
                 for (size_t h = 0; h < H; ++h) to[h] = q[h] * args.scale;
                 const int64_t position = start + static_cast<int64_t>(first + i);
                 s.limits[2 * (i * group + g)] = first_visible(position);
@@ -368,29 +382,37 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
     workspace_.reset((gate_up.quantised() ? Quantised::bytes(inputs, in_blocks, x_wide) : 0) +
                      (down.quantised() ? Quantised::bytes(visits, units, hidden_wide) : 0) +
                      Workspace::size_of<float>(down.quantised() ? 0 : visits * hidden_floats) +
-                     Workspace::size_of<float>(visits * row_floats));
+                     Workspace::size_of<float>(visits * row_floats) + Workspace::size_of<float>(args.norm ? T * D : 0));
     Quantised x, hidden;
     if (gate_up.quantised()) x.take(workspace_, inputs, in_blocks, x_wide);
     if (down.quantised()) hidden.take(workspace_, visits, units, hidden_wide);
     float* hidden_rows = workspace_.take<float>(down.quantised() ? 0 : visits * hidden_floats);
     float* x_rows = workspace_.take<float>(visits * row_floats);
+    const float* tokens = args.x;  // (T, D), normed if that is asked for
+    if (args.norm) {
+        float* normed = workspace_.take<float>(T * D);
+        pool_.split(T, 8, [&](size_t first, size_t last, unsigned) {
+            for (size_t t = first; t < last; ++t) k.rms_norm(args.x + t * D, args.norm, normed + t * D, D, args.eps);
+        });
+        tokens = normed;
+    }
 
     auto input_tile = [&](const ExpertTile& tile) {
         if (x.values) return shared ? x.tile(0, 1) : x.tile(tile.first, tile.m);
         Tile plain;
         plain.m = tile.m;
-        plain.rows = shared ? args.x : x_rows + tile.first * row_floats;
+        plain.rows = shared ? tokens : x_rows + tile.first * row_floats;
         plain.stride = row_floats;
         return plain;
     };
     const int in_bias = bias_of(k, gate_up.form), hidden_bias = bias_of(k, down.form);
     if (shared) {
-        if (x.values) k.quantise(args.x, D, in_bias, x.tile(0, 1), 0);
+        if (x.values) k.quantise(tokens, D, in_bias, x.tile(0, 1), 0);
     } else {
         pool_.split(visits, 16, [&](size_t first, size_t last, unsigned) {
             for (size_t i = first; i < last; ++i) {
                 const ExpertTile& tile = tiles[tile_of[i]];
-                const float* row = args.x + sorted[i].token * D;
+                const float* row = tokens + sorted[i].token * D;
                 if (x.values) {
                     k.quantise(row, D, in_bias, x.tile(tile.first, tile.m), i - tile.first);
                 } else {
@@ -601,7 +623,7 @@ double Engine::dot_rate(size_t rounds) {
     const Kernels& k = kernels();
     std::vector<double> done(threads() * 8, 0);
     const auto start = std::chrono::steady_clock::now();
-    pool_.each_thread([&](unsigned thread) { done[thread * 8] = k.spin_dots(rounds); });
+    pool_.split(threads() * 8, 1, [&](size_t, size_t, unsigned thread) { done[thread * 8] += k.spin_dots(rounds / 8); });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     double total = 0;
     for (double one : done) total += one;

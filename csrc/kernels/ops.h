@@ -61,6 +61,14 @@ struct MoeArgs {
     const float* residual;      // (T, D) or null
     float alpha, limit;
     float* out;  // (T, D), neither x nor residual
+    const float* norm = nullptr;  // (D) or null: x goes through rms_norm first
+    float eps = 0.0f;
+};
+
+// cos and sin (T, H / 2) of each token's position, for who turns its heads along the way; null for heads as they are.
+struct Rotation {
+    const float* cos = nullptr;
+    const float* sin = nullptr;
 };
 
 struct AttentionArgs {
@@ -71,6 +79,7 @@ struct AttentionArgs {
     float scale;
     size_t window;  // keys in sight, the query itself counted; 0 for all
     float* out;     // (T, N, H)
+    Rotation rotation = {};
 };
 
 // The thread pool with its workspace.
@@ -85,9 +94,9 @@ class Engine {
     void linear(const Matrix& w, const LinearArgs& args);
     void rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
               size_t H);
-    // Write T positions from `start` on. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart.
+    // Write T positions from `start` on, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart.
     void kv_write(const KvView& view, const float* k, size_t k_stride, const float* v, size_t v_stride, size_t T,
-                  size_t start);
+                  size_t start, Rotation rotation = {});
     // The view's first position must be a multiple of kSplit in its sequence, or results would depend on it.
     void attention(const KvView& view, const AttentionArgs& args);
     void route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts);

@@ -53,20 +53,23 @@ void ThreadPool::run(Function function, const void* context) {
     if (workers_.empty()) return function(context, 0);
     function_ = function;
     context_ = context;
-    unfinished_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
+    inside_.fetch_and(~kClosed, std::memory_order_release);
     round_.fetch_add(1, std::memory_order_release);
     round_.notify_all();
     function(context, 0);
-    for (uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_for_change(unfinished_, left);
+    uint32_t inside = inside_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;
+    while (inside != kClosed) inside = wait_for_change(inside_, inside);
 }
 
 void ThreadPool::work_on(unsigned thread) {
     uint32_t seen = 0;
     for (;;) {
         seen = wait_for_change(round_, seen);
-        if (stopping_) return;
-        function_(context_, thread);
-        if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+        if (stopping_.load(std::memory_order_relaxed)) return;
+        // Between entering and leaving, function and context stay as they are: `run` does not return before.
+        const bool open = (inside_.fetch_add(1, std::memory_order_acq_rel) & kClosed) == 0;
+        if (open) function_(context_, thread);
+        if (inside_.fetch_sub(1, std::memory_order_acq_rel) == kClosed + 1) inside_.notify_one();
     }
 }
 

@@ -166,9 +166,10 @@ def as_int8(x: Tensor) -> Int8:
     columns = x.shape[-1]
     blocks = F.pad(x.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
     peaks = blocks.abs().amax(-1, keepdim=True)
-    steps = blocks * (127 / peaks).masked_fill(peaks == 0, 0)
+    # Tensor by tensor: a number divided by a tensor is, for torch, a product with its reciprocal.
+    steps = blocks * (torch.full_like(peaks, 127.0) / peaks).masked_fill(peaks == 0, 0)
     margins = 0.5 - (steps - steps.round()).abs()
-    rounded = steps.round().double() * (peaks / 127).double()
+    rounded = steps.round().double() * (peaks / torch.full_like(peaks, 127.0)).double()
     return Int8(rounded.flatten(-2)[..., :columns], margins.flatten(-2)[..., :columns])
 
 
@@ -276,6 +277,14 @@ def test_linear_of_large_and_small_values(form: Form, size: float) -> None:
     assert error(native.linear(*case), exact_linear(case)) < EXACT
 
 
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e4])
+@pytest.mark.usefixtures("instruction_set")
+def test_q8_weights_of_any_size(size: float) -> None:
+    """Their steps are float16: below 6e-5 those are subnormal."""
+    case = LinearCase(draw(5, 96), pack(draw(40, 96, seed=1) * size, "q8"), None, None, 0.0, None)
+    assert error(native.linear(*case), exact_linear(case)) < EXACT
+
+
 @pytest.mark.parametrize("form", ["mxfp4", "q8"])
 @pytest.mark.usefixtures("instruction_set")
 def test_the_largest_sums_do_not_overflow(form: Form) -> None:
@@ -318,11 +327,13 @@ class MoeCase(NamedTuple):
     gate_up_bias: Tensor
     down: PackedMatrix
     down_bias: Tensor
+    norm: Tensor | None
+    eps: float
     residual: Tensor | None
 
 
 def moe_case(
-    forms: tuple[Form, Form], T: int, *, E: int = 5, A: int = 3, D: int = 96, width: int = 64, residual: bool = True
+    forms: tuple[Form, Form], T: int, *, E: int = 5, A: int = 3, D: int = 96, width: int = 64, extras: bool = True
 ) -> MoeCase:
     """Of forms for gate_up and down."""
     weights, experts = reference.route(draw(T, E, seed=1), A)
@@ -334,7 +345,9 @@ def moe_case(
         draw(E, 2 * width, seed=4),
         random_matrix(forms[1], E, D, width, seed=5),
         draw(E, D, seed=6),
-        draw(T, D, seed=7) if residual else None,
+        0.25 + draw(D, seed=7) / 40 if extras else None,
+        EPS if extras else 0.0,
+        draw(T, D, seed=8) if extras else None,
     )
 
 
@@ -352,7 +365,8 @@ class Expected(NamedTuple):
 
 def exact_moe(case: MoeCase, limit: float = LIMIT) -> Expected:
     gate_up, down = values(case.gate_up), values(case.down)
-    x = as_int8(case.x).values if is_quantised(case.gate_up) else case.x.double()
+    x = case.x if case.norm is None else native.rms_norm(case.x, case.norm, case.eps)
+    x = as_int8(x).values if is_quantised(case.gate_up) else x.double()
     out = torch.zeros_like(x) if case.residual is None else case.residual.double()
     certain = torch.ones(len(x), dtype=torch.bool)
     for weights_T, experts_T in zip(case.weights.T, case.experts.T, strict=True):
@@ -384,7 +398,8 @@ MOE_FORMS: list[tuple[Form, Form]] = [*((form, form) for form in FORMS), ("mxfp4
 @pytest.mark.parametrize("forms", MOE_FORMS)
 @pytest.mark.usefixtures("instruction_set")
 def test_moe(forms: tuple[Form, Form], T: int) -> None:
-    check_moe(moe_case(forms, T, residual=T % 2 == 0))
+    for extras in (False, True):
+        check_moe(moe_case(forms, T, extras=extras))
 
 
 @pytest.mark.parametrize(("D", "width"), [(7, 1), (16, 5), (33, 13), (50, 41), (65, 31), (40, 64), (100, 130)])
@@ -446,9 +461,19 @@ def test_moe_of_awkward_memory(form: Form, view: str) -> None:
                 see(case.gate_up_bias),
                 moved(case.down, whole),
                 see(case.down_bias),
+                None if case.norm is None else see(case.norm),
+                case.eps,
                 None if case.residual is None else see(case.residual),
             )
             assert torch.equal(run(native, awkward), run(native, case))
+
+
+@pytest.mark.parametrize("left_out", ["norm", "residual"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_extra_of_moe_can_be_left_out(form: Form, left_out: str) -> None:
+    for T in (1, 5):
+        case = moe_case((form, form), T)
+        check_moe(case._replace(norm=None, eps=0.0) if left_out == "norm" else case._replace(residual=None))
 
 
 def test_a_residual_may_be_the_input_itself() -> None:
@@ -478,13 +503,13 @@ def filled(module: Any, type: KvType, case: AttentionCase, spare: int = 7) -> Kv
     buffer = new_buffer(type, K, S + spare, H, CPU)
     for tensor in buffer.tensors():
         tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 99)
-    module.kv_write(buffer, case.k, case.v, 0)
+    module.kv_write(buffer, case.k, case.v, 0, None, None)
     return buffer
 
 
 def attend(module: Any, case: AttentionCase, buffer: KvBuffer, window: int | None) -> Tensor:
     S, _, H = case.k.shape
-    out: Tensor = module.attention(case.q, buffer, S, case.sinks, scale=H**-0.5, window=window)
+    out: Tensor = module.attention(case.q, buffer, S, case.sinks, None, None, scale=H**-0.5, window=window)
     return out
 
 
@@ -542,13 +567,14 @@ def test_sinks_drain_and_scores_do_not_overflow() -> None:
 @pytest.mark.usefixtures("instruction_set")
 def test_kv_write(heads: tuple[int, int]) -> None:
     for T in COUNTS:
-        k, v = draw(T, *heads, seed=1) * torch.rand(T, 1, 1) * 10, draw(T, *heads, seed=2)
+        sizes = 10 ** torch.empty(T, 1, 1).uniform_(-5, 4, generator=torch.Generator().manual_seed(3))
+        k, v = draw(T, *heads, seed=1) * sizes, draw(T, *heads, seed=2)
         for type in KV_TYPES:
             ours, expected = (new_buffer(type, heads[0], T + 11, heads[1], CPU) for _ in range(2))
             for one, other in zip(ours.tensors(), expected.tensors(), strict=True):
                 other.copy_(one.fill_(5))
-            native.kv_write(ours, k, v, 4)
-            reference.kv_write(expected, k, v, 4)
+            native.kv_write(ours, k, v, 4, None, None)
+            reference.kv_write(expected, k, v, 4, None, None)
             for one, other in zip(ours.tensors(), expected.tensors(), strict=True):
                 if one.dtype == torch.int8:  # halves may go either way
                     assert int((one.int() - other.int()).abs().max()) <= 1
@@ -568,11 +594,39 @@ def test_kv_write_of_special_values() -> None:
     k[4, 0, 9] = torch.nan
     for type in KV_TYPES:
         buffer, expected = new_buffer(type, 1, 5, 32, CPU), new_buffer(type, 1, 5, 32, CPU)
-        native.kv_write(buffer, k, k, 0)
-        reference.kv_write(expected, k, k, 0)
+        native.kv_write(buffer, k, k, 0, None, None)
+        reference.kv_write(expected, k, k, 0, None, None)
         rows = slice(0, 3 if type == "q8" else 5)
         for one, other in zip(buffer.tensors(), expected.tensors(), strict=True):
             torch.testing.assert_close(one[:, rows], other[:, rows], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("heads", [(8, 1, 64), (4, 4, 24), (3, 1, 6), (2, 2, 96)])
+@pytest.mark.usefixtures("instruction_set")
+def test_heads_turned_along_the_way(heads: tuple[int, int, int]) -> None:
+    """To the bit what `rope` makes of them first."""
+    H = heads[2]
+    for T, S in ((1, 1), (5, 5), (33, 70), (1, 600)):
+        case = attention_case(T, S, *heads)
+        cos, sin = draw(S, H // 2, seed=5), draw(S, H // 2, seed=6)
+        turned_case = case._replace(q=native.rope(case.q, cos[S - T :], sin[S - T :]), k=native.rope(case.k, cos, sin))
+        for type in types(H):
+            expected = filled(native, type, turned_case, spare=0)
+            for see in (shifted, strided, at_the_edge):
+                buffer = new_buffer(type, heads[1], S, H, CPU)
+                native.kv_write(buffer, case.k, case.v, 0, see(cos), see(sin))
+                for one, other in zip(buffer.tensors(), expected.tensors(), strict=True):
+                    assert torch.equal(one, other)
+                turn = see(cos[S - T :]), see(sin[S - T :])
+                ours = native.attention(case.q, buffer, S, case.sinks, *turn, scale=H**-0.5, window=50)
+                assert torch.equal(ours, attend(native, turned_case, buffer, 50))
+            also = reference.attention(
+                case.q, buffer, S, case.sinks, cos[S - T :], sin[S - T :], scale=H**-0.5, window=50
+            )
+            assert error(ours, also) < TOLERANCE["f32"]
+            reference.kv_write(buffer, case.k, case.v, 0, cos, sin)
+            also = attend(native, turned_case, buffer, 50)
+            assert error(ours, also) < (TOLERANCE["f32"] if type == "f32" else 1e-3)  # halves may go either way
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -585,7 +639,7 @@ def test_attention_of_awkward_memory(view: str) -> None:
         for type in types(heads[2]):
             plain = filled(native, type, case)
             buffer = moved_buffer(new_buffer(type, heads[1], 70, heads[2], CPU), WHOLE_VIEWS.get(view, shifted))
-            native.kv_write(buffer, awkward.k, awkward.v, 0)
+            native.kv_write(buffer, awkward.k, awkward.v, 0, None, None)
             for one, other in zip(buffer.tensors(), plain.tensors(), strict=True):
                 assert torch.equal(one, other[:, :70])
             assert torch.equal(attend(native, awkward, buffer, 16), attend(native, case, plain, 16))
@@ -761,11 +815,13 @@ def test_attention_does_not_depend_on_threads_or_how_it_is_fed(heads: tuple[int,
                     results.append(attend(native, case, buffer, window))
                 assert all(torch.equal(result, results[0]) for result in results), (T, S, type, window)
             fed, out = new_buffer(type, K, S, H, CPU), []
-            native.kv_write(fed, case.k[: S - T], case.v[: S - T], 0)
+            native.kv_write(fed, case.k[: S - T], case.v[: S - T], 0, None, None)
             for t in range(T):
                 at = S - T + t
-                native.kv_write(fed, case.k[at : at + 1], case.v[at : at + 1], at)
-                out.append(native.attention(case.q[t : t + 1], fed, at + 1, case.sinks, scale=H**-0.5, window=600))
+                row = slice(at, at + 1)
+                native.kv_write(fed, case.k[row], case.v[row], at, None, None)
+                query = case._replace(q=case.q[t : t + 1], k=case.k[: at + 1])
+                out.append(attend(native, query, fed, 600))
             assert torch.equal(torch.cat(out), results[0]), (T, S, type)
 
 
@@ -940,6 +996,6 @@ def test_handles_belong_to_their_tensors() -> None:
     first = filled(native, "f32", case)
     second = replace(first, keys=first.keys.clone(), values=first.values.clone(), native_view=None)
     before = first.keys.clone()
-    native.kv_write(second, -case.k, case.v, 0)
+    native.kv_write(second, -case.k, case.v, 0, None, None)
     assert torch.equal(first.keys.nan_to_num(), before.nan_to_num())
     assert torch.equal(second.keys[0, :20], -case.k[:, 0])

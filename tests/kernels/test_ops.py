@@ -9,7 +9,7 @@ import torch
 from freehold.errors import UsageError
 from freehold.kernels import ops
 from freehold.kernels.kv import KvBuffer, KvType, kv_bytes_per_token, new_buffer
-from freehold.kernels.ops import Norm, Routing
+from freehold.kernels.ops import Norm, Rotation, Routing
 from freehold.weights.mxfp4 import pack
 from freehold.weights.packed import PackedMatrix
 from freehold.weights.packed import pack as pack_rows
@@ -162,6 +162,16 @@ PACKED_MOE: dict[str, Any] = MOE | {"gate_up": paired(64, 64), "down": pack_rows
             KV_WRITE | {"buffer": buffer(K=1)},
             "[kv_write] expected buffer (2, 5, 8), got (1, 5, 8)",
         ),
+        (
+            ops.kv_write,
+            KV_WRITE | {"rotation": Rotation(z(2, 4), z(3, 4))},
+            "[kv_write] expected cos (3, 4), got (2, 4)",
+        ),
+        (
+            ops.attention,
+            ATTENTION | {"rotation": Rotation(z(3, 4), z(3, 4).double())},
+            "[attention] expected sin in float32, got torch.float64",
+        ),
         (ops.kv_write, KV_WRITE | {"start": 3}, "[kv_write] 3 positions from 3 on do not fit a buffer of 5"),
         (ops.kv_write, KV_WRITE | {"start": -1}, "[kv_write] 3 positions from -1 on do not fit a buffer of 5"),
         (ops.route, {"logits_TE": z(3), "num_active": 1}, "[route] expected logits with 2 dimensions, got (3,)"),
@@ -191,6 +201,8 @@ PACKED_MOE: dict[str, Any] = MOE | {"gate_up": paired(64, 64), "down": pack_rows
             MOE | {"routing": Routing(z(3, 2), z(3, 2, dtype=torch.int32))},
             "[moe] expected routing experts in int64, got torch.int32",
         ),
+        (ops.moe, MOE | {"norm": Norm(z(32), 1e-5)}, "[moe] expected norm (64,), got (32,)"),
+        (ops.moe, MOE | {"norm": Norm(z(64).double(), 1e-5)}, "[moe] expected one type and device"),
         (ops.moe, MOE | {"residual_TD": z(3, 32)}, "[moe] expected residual (3, 64), got (3, 32)"),
         (ops.moe, MOE | {"residual_TD": z(3, 64).double()}, "[moe] expected one type and device"),
         (
@@ -215,11 +227,12 @@ def test_wrong_arguments_are_named(op: Callable[..., Any], arguments: dict[str, 
 def test_right_arguments_pass() -> None:
     assert ops.linear(**LINEAR, norm=Norm(z(4), 1e-5), residual_TO=z(3, 2)).shape == (3, 2)
     assert ops.attention(**ATTENTION).shape == (3, 4, 8)
+    assert ops.attention(**ATTENTION, rotation=Rotation(z(3, 4), z(3, 4))).shape == (3, 4, 8)
     ops.kv_write(**KV_WRITE)
     ops.kv_write(**KV_WRITE | {"k_TKH": z(0, 2, 8), "v_TKH": z(0, 2, 8), "start": 5})
     assert ops.moe(**MOE).shape == (3, 64)
     assert ops.moe(**MOE | {"gate_up": pack(z(4, 64, 64)), "down": pack(z(4, 64, 32))}).shape == (3, 64)
-    assert ops.moe(**PACKED_MOE, residual_TD=z(3, 64)).shape == (3, 64)
+    assert ops.moe(**PACKED_MOE, norm=Norm(z(64), 1e-5), residual_TD=z(3, 64)).shape == (3, 64)
 
 
 @pytest.mark.parametrize("op", [ops.attention, ops.moe])

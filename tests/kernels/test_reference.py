@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freehold.kernels import backends, ops, reference
 from freehold.kernels.kv import KvBuffer, KvType, new_buffer
-from freehold.kernels.ops import Norm, Routing
+from freehold.kernels.ops import Norm, Rotation, Routing
 from freehold.weights.mxfp4 import pack, unpack
 from tests.checkpoints import CPU
 
@@ -110,6 +110,16 @@ def test_attention_of_large_scores_does_not_overflow() -> None:
     assert attention(q, k, v, torch.zeros(2), scale=1.0).isfinite().all()
 
 
+def test_heads_turned_along_the_way() -> None:
+    q, k, v, sinks = draw(3, 4, 8), draw(9, 2, 8, seed=1), draw(9, 2, 8, seed=2), draw(4, seed=3)
+    cos, sin = draw(9, 4, seed=4), draw(9, 4, seed=5)
+    expected = attention(ops.rope(q, cos[6:], sin[6:]), ops.rope(k, cos, sin), v, sinks, scale=0.3)
+    buffer = new_buffer("f32", 2, 9, 8, CPU)
+    ops.kv_write(buffer, k, v, 0, rotation=Rotation(cos, sin))
+    ours = ops.attention(q, buffer, 9, sinks, scale=0.3, rotation=Rotation(cos[6:], sin[6:]))
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("type", ["bf16", "q8"])
 def test_attention_over_smaller_types(type: KvType) -> None:
     q, k, v, sinks = draw(3, 4, 32), draw(9, 2, 32, seed=1), draw(9, 2, 32, seed=2), draw(4, seed=3)
@@ -192,6 +202,14 @@ def test_moe(limit: float) -> None:
     x, routing, weights = moe_arguments()
     expected = slow_moe(x, routing, weights, 1.702, limit)
     torch.testing.assert_close(ops.moe(x, routing, *weights, alpha=1.702, limit=limit), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_moe_can_normalise_its_input() -> None:
+    x, routing, weights = moe_arguments()
+    norm = Norm(1 + draw(64, seed=9) / 10, 1e-5)
+    ours = ops.moe(x, routing, *weights, alpha=1.702, limit=7.0, norm=norm)
+    normed = ops.rms_norm(x, norm.weight_D, eps=norm.eps)
+    torch.testing.assert_close(ours, ops.moe(normed, routing, *weights, alpha=1.702, limit=7.0))
 
 
 def test_moe_adds_a_residual_and_leaves_it_alone() -> None:

@@ -72,21 +72,18 @@ def linear(
     eps: float,
     residual: Tensor | None,
 ) -> Tensor:
-    x_TD = _rows(x_TD)
-    T = x_TD.shape[0]
+    x_TD, T = _rows(x_TD), x_TD.shape[0]
+    bias_O, norm_D, residual = _contiguous(bias_O), _contiguous(norm_D), _contiguous(residual)
     out_TO = torch.empty((T, weight.shape[0]), dtype=torch.float32)
-    bias_O = None if bias_O is None else bias_O.contiguous()
-    norm_D = None if norm_D is None else norm_D.contiguous()
-    residual = None if residual is None else residual.contiguous()
     _start().linear(
         _matrix(weight),
         x_TD.data_ptr(),
         T,
         x_TD.stride(0),
-        0 if norm_D is None else norm_D.data_ptr(),
+        _address(norm_D),
         eps,
-        0 if bias_O is None else bias_O.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        _address(bias_O),
+        _address(residual),
         out_TO.data_ptr(),
     )
     return out_TO
@@ -100,19 +97,38 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return out_TNH
 
 
-def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None:
-    k_TKH, v_TKH = _heads(k_TKH), _heads(v_TKH)
+def kv_write(
+    buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int, cos_TH: Tensor | None, sin_TH: Tensor | None
+) -> None:
+    k_TKH, v_TKH, T = _heads(k_TKH), _heads(v_TKH), k_TKH.shape[0]
+    cos_TH, sin_TH = _contiguous(cos_TH), _contiguous(sin_TH)
     _start().kv_write(
-        _view(buffer), k_TKH.data_ptr(), k_TKH.stride(0), v_TKH.data_ptr(), v_TKH.stride(0), k_TKH.shape[0], start
+        _view(buffer),
+        k_TKH.data_ptr(),
+        k_TKH.stride(0),
+        v_TKH.data_ptr(),
+        v_TKH.stride(0),
+        T,
+        start,
+        _address(cos_TH),
+        _address(sin_TH),
     )
 
 
 def attention(
-    q_TNH: Tensor, buffer: KvBuffer, length: int, sinks_N: Tensor, *, scale: float, window: int | None
+    q_TNH: Tensor,
+    buffer: KvBuffer,
+    length: int,
+    sinks_N: Tensor,
+    cos_TH: Tensor | None,
+    sin_TH: Tensor | None,
+    *,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     q_TNH, (T, N, H) = _heads(q_TNH), q_TNH.shape
+    sinks_N, cos_TH, sin_TH = sinks_N.contiguous(), _contiguous(cos_TH), _contiguous(sin_TH)
     out_TNH = torch.empty((T, N, H), dtype=torch.float32)
-    sinks_N = sinks_N.contiguous()
     _start().attention(
         _view(buffer),
         q_TNH.data_ptr(),
@@ -124,6 +140,8 @@ def attention(
         scale,
         window or 0,
         out_TNH.data_ptr(),
+        _address(cos_TH),
+        _address(sin_TH),
     )
     return out_TNH
 
@@ -144,6 +162,8 @@ def moe(
     gate_up_bias: Tensor,
     down: PackedMatrix,
     down_bias: Tensor,
+    norm_D: Tensor | None,
+    eps: float,
     residual: Tensor | None,
     *,
     alpha: float,
@@ -151,7 +171,7 @@ def moe(
 ) -> Tensor:
     x_TD, weights_TA, experts_TA = x_TD.contiguous(), weights_TA.contiguous(), experts_TA.contiguous()
     gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    norm_D, residual = _contiguous(norm_D), _contiguous(residual)
     out_TD = torch.empty_like(x_TD)
     _start().moe(
         _matrix(gate_up),
@@ -164,10 +184,12 @@ def moe(
         gate_up.shape[0],
         gate_up_bias.data_ptr(),
         down_bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        _address(residual),
         alpha,
         limit,
         out_TD.data_ptr(),
+        _address(norm_D),
+        eps,
     )
     return out_TD
 
@@ -234,6 +256,15 @@ def _view(buffer: KvBuffer) -> object:
             H,
         )
     return buffer.native_view
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Of a tensor that the caller holds on to: the address does not."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(x_TD: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 All the model's arithmetic goes through these, but for the embedding look-up. An op's name and signature are the same in
 every backend; its meaning is what freehold.kernels.reference says. Weights are plain tensors, MXFP4 as published, or
-packed for the CPU kernels. Where two ops always follow each other one of them takes the other along: `linear` can
-normalise its input and add a residual, `moe` can add a residual.
+packed for the CPU kernels. Where two ops always follow each other one of them takes the other along: `linear` and `moe`
+can normalise their input and add a residual, `kv_write` and `attention` can rotate keys and queries.
 
 Shape legend: T tokens, S keys, D hidden, O output, N query heads, K kv heads, H head dim, E experts, A active experts,
 F expert width, V vocabulary.
@@ -29,6 +29,13 @@ class Norm(NamedTuple):
 
     weight_D: Tensor
     eps: float
+
+
+class Rotation(NamedTuple):
+    """cos and sin of each token's position, (T, H/2) float32, by which an op turns heads as `rope` does."""
+
+    cos_TH: Tensor
+    sin_TH: Tensor
 
 
 class Routing(NamedTuple):
@@ -80,19 +87,13 @@ def linear(
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate the half-split pairs (i, i + H/2) of every head. cos and sin are (T, H/2), float32."""
     _check_rank("rope", "x", x_TNH, 3)
-    T, _, H = x_TNH.shape
-    if H % 2:
-        raise UsageError(f"[rope] expected heads of an even size, got {H}")
-    for name, table in (("cos", cos_TH), ("sin", sin_TH)):
-        _check_shape("rope", name, table, (T, H // 2))
-        if table.dtype != torch.float32:
-            raise UsageError(f"[rope] expected {name} in float32, got {table.dtype}")
+    _check_rotation("rope", x_TNH, Rotation(cos_TH, sin_TH))
     out: Tensor = backends.for_op("rope", x_TNH).rope(x_TNH, cos_TH, sin_TH)
     return out
 
 
-def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None:
-    """Put T positions into rows start … start + T − 1 of a buffer, in the buffer's type."""
+def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int, *, rotation: Rotation | None = None) -> None:
+    """Put T positions into rows start … start + T − 1 of a buffer, in the buffer's type; keys are rotated first."""
     _check_rank("kv_write", "k", k_TKH, 3)
     T, K, H = k_TKH.shape
     _check_shape("kv_write", "v", v_TKH, (T, K, H))
@@ -100,13 +101,24 @@ def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None
     _check_alike("kv_write", k_TKH, v_TKH)
     if not 0 <= start <= buffer.capacity - T:
         raise UsageError(f"[kv_write] {T} positions from {start} on do not fit a buffer of {buffer.capacity}")
-    backends.for_op("kv_write", k_TKH, v_TKH, buffer.keys, buffer.values).kv_write(buffer, k_TKH, v_TKH, start)
+    if rotation is not None:
+        _check_rotation("kv_write", k_TKH, rotation)
+    turn = rotation or _NO_ROTATION
+    module = backends.for_op("kv_write", k_TKH, v_TKH, buffer.keys, buffer.values)
+    module.kv_write(buffer, k_TKH, v_TKH, start, *turn)
 
 
 def attention(
-    q_TNH: Tensor, buffer: KvBuffer, length: int, sinks_N: Tensor, *, scale: float, window: int | None = None
+    q_TNH: Tensor,
+    buffer: KvBuffer,
+    length: int,
+    sinks_N: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention of one sequence; returns (T, N, H).
+    """Causal grouped-query attention of one sequence; queries are rotated first; returns (T, N, H).
 
     The first `length` rows of the buffer are consecutive positions, and the last T of them belong to the queries. Each
     head's sink logit takes part in its softmax and is then dropped. `window` is the number of keys that a query sees,
@@ -125,9 +137,15 @@ def attention(
         )
     if window is not None and window < 1:
         raise UsageError(f"[attention] expected a window of at least 1 key, got {window}")
+    if rotation is not None:
+        _check_rotation("attention", q_TNH, rotation)
+    turn = rotation or _NO_ROTATION
     module = backends.for_op("attention", q_TNH, sinks_N, buffer.keys, buffer.values)
-    out: Tensor = module.attention(q_TNH, buffer, length, sinks_N, scale=scale, window=window)
+    out: Tensor = module.attention(q_TNH, buffer, length, sinks_N, *turn, scale=scale, window=window)
     return out
+
+
+_NO_ROTATION = (None, None)
 
 
 def route(logits_TE: Tensor, num_active: int) -> Routing:
@@ -148,9 +166,10 @@ def moe(
     *,
     alpha: float,
     limit: float,
+    norm: Norm | None = None,
     residual_TD: Tensor | None = None,
 ) -> Tensor:
-    """Mixture of experts with the clamped SwiGLU gate·sigmoid(alpha·gate)·(up + 1), plus residual; returns (T, D).
+    """Mixture of experts of norm(x), plus residual: clamped SwiGLU, gate·sigmoid(alpha·gate)·(up + 1); returns (T, D).
 
     gate_up is (E, 2F, D) with gate in even and up in odd rows, gate_up_bias (E, 2F), down (E, D, F), down_bias (E, D).
     gate is clamped to at most `limit`, up to ±`limit`. A packed gate_up must have been packed as paired.
@@ -176,16 +195,20 @@ def moe(
         raise UsageError("[moe] expected both matrices packed, or neither")
     if isinstance(gate_up, PackedMatrix) and not gate_up.paired:
         raise UsageError("[moe] expected a packed gate_up with paired rows")
+    if norm is not None:
+        _check_shape("moe", "norm", norm.weight_D, (D,))
+        _check_alike("moe", x_TD, norm.weight_D)
     if residual_TD is not None:
         _check_shape("moe", "residual", residual_TD, (T, D))
         _check_alike("moe", x_TD, residual_TD)
     others = [weight for weight in (gate_up, down) if isinstance(weight, Tensor)]
     packed = isinstance(gate_up, PackedMatrix)
+    norm_D, eps = (None, 0.0) if norm is None else norm
     module = backends.for_op(
-        "moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, residual_TD, *others, packed=packed
+        "moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, *others, packed=packed
     )
     out: Tensor = module.moe(
-        x_TD, *routing, gate_up, gate_up_bias, down, down_bias, residual_TD, alpha=alpha, limit=limit
+        x_TD, *routing, gate_up, gate_up_bias, down, down_bias, norm_D, eps, residual_TD, alpha=alpha, limit=limit
     )
     return out
 
@@ -244,6 +267,16 @@ def _check_alike(op: str, a: Tensor, b: Tensor) -> None:
         raise UsageError(
             f"[{op}] expected one type and device, got {a.dtype} on {a.device} and {b.dtype} on {b.device}"
         )
+
+
+def _check_rotation(op: str, x_TNH: Tensor, rotation: Rotation) -> None:
+    T, _, H = x_TNH.shape
+    if H % 2:
+        raise UsageError(f"[{op}] expected heads of an even size, got {H}")
+    for name, table in (("cos", rotation.cos_TH), ("sin", rotation.sin_TH)):
+        _check_shape(op, name, table, (T, H // 2))
+        if table.dtype != torch.float32:
+            raise UsageError(f"[{op}] expected {name} in float32, got {table.dtype}")
 
 
 def _check_weight(op: str, x: Tensor, weight: Weight) -> None:

@@ -43,7 +43,10 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None:
+def kv_write(
+    buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int, cos_TH: Tensor | None, sin_TH: Tensor | None
+) -> None:
+    k_TKH = _rotated(k_TKH, cos_TH, sin_TH)
     rows = slice(start, start + len(k_TKH))
     pairs = ((buffer.keys, buffer.key_scales, k_TKH), (buffer.values, buffer.value_scales, v_TKH))
     for target, scales, source_TKH in pairs:
@@ -59,8 +62,17 @@ def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int) -> None
 
 
 def attention(
-    q_TNH: Tensor, buffer: KvBuffer, length: int, sinks_N: Tensor, *, scale: float, window: int | None
+    q_TNH: Tensor,
+    buffer: KvBuffer,
+    length: int,
+    sinks_N: Tensor,
+    cos_TH: Tensor | None,
+    sin_TH: Tensor | None,
+    *,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
+    q_TNH = _rotated(q_TNH, cos_TH, sin_TH)
     T, N, H = q_TNH.shape
     K = buffer.keys.shape[0]
     out = []
@@ -99,6 +111,8 @@ def moe(
     gate_up_bias: Tensor,
     down: Tensor | Mxfp4Tensor | PackedMatrix,
     down_bias: Tensor,
+    norm_D: Tensor | None,
+    eps: float,
     residual_TD: Tensor | None,
     *,
     alpha: float,
@@ -106,6 +120,8 @@ def moe(
 ) -> Tensor:
     if isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
         gate_up, down = packed.unpack(gate_up), packed.unpack(down)
+    if norm_D is not None:
+        x_TD = rms_norm(x_TD, norm_D, eps)
     out = torch.zeros_like(x_TD) if residual_TD is None else residual_TD.clone()
     for expert in torch.unique(experts_TA).tolist():
         token, slot = torch.where(experts_TA == expert)
@@ -152,6 +168,10 @@ def _plain(weight: Tensor | PackedMatrix) -> Tensor:
         return weight
     matrix = packed.unpack(weight)
     return mxfp4.unpack(matrix) if isinstance(matrix, Mxfp4Tensor) else matrix.float()
+
+
+def _rotated(x_TNH: Tensor, cos_TH: Tensor | None, sin_TH: Tensor | None) -> Tensor:
+    return x_TNH if cos_TH is None or sin_TH is None else rope(x_TNH, cos_TH, sin_TH)
 
 
 def _kept(stored: Tensor, scales: Tensor | None, first: int, last: int, dtype: torch.dtype) -> Tensor:

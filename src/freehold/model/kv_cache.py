@@ -8,6 +8,7 @@ from torch import Tensor
 from freehold.config import ModelConfig
 from freehold.kernels import ops
 from freehold.kernels.kv import ALIGNMENT, KvType, kv_bytes_per_token, new_buffer
+from freehold.kernels.ops import Rotation
 
 _STEP = 1024  # positions: the least that a buffer starts with or grows by
 
@@ -60,12 +61,12 @@ class LayerCache:
         self._max_length = max_length
         self.buffer = new_buffer(type, num_heads, min(_STEP, max_length), head_dim, device)
 
-    def append(self, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Write the next T positions."""
+    def append(self, k_TKH: Tensor, v_TKH: Tensor, rotation: Rotation | None = None) -> None:
+        """Write the next T positions, the keys rotated."""
         count = len(k_TKH)
         if self.length + count > self.buffer.capacity:
             self._make_room(count)
-        ops.kv_write(self.buffer, k_TKH, v_TKH, self.length)
+        ops.kv_write(self.buffer, k_TKH, v_TKH, self.length, rotation=rotation)
         self.length += count
 
     def _make_room(self, count: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from freehold.config import SWIGLU_ALPHA, ModelConfig
 from freehold.kernels import ops
 from freehold.kernels.kv import KvType
-from freehold.kernels.ops import Norm, Weight
+from freehold.kernels.ops import Norm, Rotation, Weight
 from freehold.log import Progress, no_progress
 from freehold.model import rope
 from freehold.model.kv_cache import KVCache, LayerCache
@@ -153,9 +153,11 @@ class Transformer:
     def forward(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
         """Run T more tokens of the cache's sequence; returns their hidden states (T, D) before the final norm."""
         x_TD = self.embed(tokens_T)
-        cos_TH, sin_TH = rope.tables(self._frequencies, self.config.rope.concentration, cache.length, len(tokens_T))
+        rotation = Rotation(
+            *rope.tables(self._frequencies, self.config.rope.concentration, cache.length, len(tokens_T))
+        )
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_TD = self._attention(x_TD, layer.attention, cos_TH, sin_TH, layer_cache)
+            x_TD = self._attention(x_TD, layer.attention, rotation, layer_cache)
             x_TD = self._experts(x_TD, layer.experts)
         cache.length += len(tokens_T)
         return x_TD
@@ -164,21 +166,26 @@ class Transformer:
         """Logits (T, V) in float32."""
         return ops.linear(hidden_TD, self.unembedding_VD, norm=self.final_norm).float()
 
-    def _attention(self, x_TD: Tensor, weights: Attention, cos_TH: Tensor, sin_TH: Tensor, cache: LayerCache) -> Tensor:
+    def _attention(self, x_TD: Tensor, weights: Attention, rotation: Rotation, cache: LayerCache) -> Tensor:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads_TNH = weights.qkv(x_TD, norm=weights.norm).view(-1, N + 2 * K, H)
-        turned_TNH = ops.rope(heads_TNH[:, : N + K], cos_TH, sin_TH)
-        cache.append(turned_TNH[:, N:], heads_TNH[:, N + K :])
+        q_TNH, k_TKH, v_TKH = heads_TNH.split((N, K, K), dim=1)
+        cache.append(k_TKH, v_TKH, rotation)
         mixed_TNH = ops.attention(
-            turned_TNH[:, :N], cache.buffer, cache.length, weights.sinks_N, scale=H**-0.5, window=weights.window
+            q_TNH,
+            cache.buffer,
+            cache.length,
+            weights.sinks_N,
+            scale=H**-0.5,
+            window=weights.window,
+            rotation=rotation,
         )
         return weights.o(mixed_TNH.view(-1, N * H), residual_TO=x_TD)
 
     def _experts(self, x_TD: Tensor, weights: Experts) -> Tensor:
-        normed_TD = ops.rms_norm(x_TD, weights.norm.weight_D, eps=weights.norm.eps)
-        routing = ops.route(weights.router(normed_TD), self.config.num_active_experts)
+        routing = ops.route(weights.router(x_TD, norm=weights.norm), self.config.num_active_experts)
         return ops.moe(
-            normed_TD,
+            x_TD,
             routing,
             weights.gate_up,
             weights.gate_up_bias,
@@ -186,5 +193,6 @@ class Transformer:
             weights.down_bias,
             alpha=SWIGLU_ALPHA,
             limit=self.config.swiglu_limit,
+            norm=weights.norm,
             residual_TD=x_TD,
         )

@@ -322,8 +322,8 @@ def _entry(part: _Part, data: Tensor, scales: Tensor | None = None) -> Tensor | 
 
 _RESIDENT_BYTES = 1 << 28  # of the checkpoint, before its files are let go of
 _VALUES_READ_AT_ONCE = 1 << 23
-_VALUES_PACKED_AT_ONCE = 1 << 20  # the working copies of a piece stay in the processor's cache
-_MOST_THREADS = 8  # more would wait for the disk
+_VALUES_PACKED_AT_ONCE = 1 << 19  # the working copies of a piece stay in the processor's cache
+_MOST_THREADS = 4  # more would wait for the hash and the disk, and hold more memory
 
 
 class _Packer:

@@ -150,7 +150,8 @@ def pack_into(
         scales.copy_(_panels(matrix.scales, paired).transpose(1, 2))
     elif form == "q8":
         assert scales is not None
-        values = _panels(F.pad(matrix.float(), (0, -matrix.shape[1] % BLOCK)), paired).unflatten(-1, (-1, BLOCK))
+        columns = F.pad(matrix.float(), (0, -matrix.shape[1] % BLOCK)).contiguous()
+        values = torch.unflatten(_panels(columns, paired), -1, (-1, BLOCK))
         steps = _q8_scales(values)  # (P, 16, B)
         words = _quantised(values, steps).view(torch.int32)  # (P, 16, B, 8)
         data.view(torch.int32).squeeze(-1).copy_(words.permute(0, 2, 3, 1))
@@ -232,8 +233,8 @@ def _exchanged_back(words: Tensor) -> Tensor:
 
 def _swap_bits(words: Tensor, mask: int, distance: int) -> Tensor:
     """Exchange the bits under `mask` with those `distance` above them (Hacker's Delight, 7-1)."""
-    difference = (words ^ (words >> distance)) & mask
-    return words ^ difference ^ (difference << distance)
+    difference = (words >> distance).bitwise_xor_(words).bitwise_and_(mask)
+    return difference.mul_((1 << distance) + 1).bitwise_xor_(words)
 
 
 def _q8_scales(values: Tensor) -> Tensor:

@@ -1,0 +1,311 @@
+// Keys and values: how they are stored, and attention over them.
+#include <algorithm>
+
+#include "tests/checks.h"
+
+namespace test {
+
+// Keys and values of one layer, to the element.
+struct KvStore {
+    KvType type;
+    size_t K, capacity, H;
+    Buffer<float> floats[2];
+    Buffer<uint16_t> words[2];
+    Buffer<int8_t> bytes[2];
+    Buffer<uint16_t> scales[2];
+
+    KvStore(KvType type, size_t K, size_t capacity, size_t H)
+        : type(type),
+          K(K),
+          capacity(capacity),
+          H(H),
+          floats{Buffer<float>(count(KvType::f32)), Buffer<float>(count(KvType::f32))},
+          words{Buffer<uint16_t>(count(KvType::bf16)), Buffer<uint16_t>(count(KvType::bf16))},
+          bytes{Buffer<int8_t>(count(KvType::q8)), Buffer<int8_t>(count(KvType::q8))},
+          scales{Buffer<uint16_t>(count(KvType::q8) / 32), Buffer<uint16_t>(count(KvType::q8) / 32)} {}
+
+    size_t count(KvType of) const { return type == of ? K * capacity * H : 0; }
+    void* data(size_t which) {
+        switch (type) {
+            case KvType::f32:
+                return floats[which].data();
+            case KvType::bf16:
+                return words[which].data();
+            default:
+                return bytes[which].data();
+        }
+    }
+    KvView view() { return {type, data(0), data(1), scales[0].data(), scales[1].data(), capacity, K, H}; }
+    double at(size_t which, size_t head, size_t position, size_t h) const {
+        const size_t i = (head * capacity + position) * H + h;
+        switch (type) {
+            case KvType::f32:
+                return floats[which][i];
+            case KvType::bf16:
+                return of_bf16(words[which][i]);
+            default:
+                return bytes[which][i] * of_half(scales[which][i / 32]);
+        }
+    }
+    bool untouched(size_t which, size_t i) const {
+        switch (type) {
+            case KvType::f32:
+                return std::isnan(floats[which][i]);
+            case KvType::bf16:
+                return words[which][i] == 0xFFFF;
+            default:
+                return bytes[which][i] == -1 && scales[which][i / 32] == 0xFFFF;
+        }
+    }
+};
+
+void check_kv_write(KvType type) {
+    Random random(9);
+    for (size_t T : token_counts())
+        for (size_t H : type == KvType::q8 ? sizes<size_t>({32, 64, 96}, {64}) : sizes<size_t>({1, 20, 64}, {20})) {
+            const size_t K = 1 + random.below(3), start = random.below(40), capacity = start + T + random.below(3);
+            const size_t strides[2] = {K * H + random.below(3), K * H + random.below(3)};
+            Buffer<float> given[2] = {normals(random, T ? (T - 1) * strides[0] + K * H : 0),
+                                      normals(random, T ? (T - 1) * strides[1] + K * H : 0)};
+            for (auto& buffer : given)
+                for (size_t i = 0; i < buffer.size(); ++i)  // whole blocks of zeros, large and tiny numbers
+                    if (const size_t size = i / 32 % 5; size < 3)
+                        buffer[i] *= size == 0 ? 0.0f : size == 1 ? 1e4f : 1e-5f;
+            const Angles angles(random, T, H);
+            const bool turned = H % 2 == 0 && random.below(2);
+            on_each_set(
+                text("kv_write %s T=%zu K=%zu H=%zu%s", name_of(type), T, K, H, turned ? " turned" : ""),
+                [&](const Kernels& k) {
+                    for (unsigned threads : {1u, 3u}) {
+                        KvStore store(type, K, capacity, H);
+                        const Rotation rotation{turned ? angles.cos.data() : nullptr,
+                                                turned ? angles.sin.data() : nullptr};
+                        engine_of(threads).kv_write(store.view(), given[0].data(), strides[0], given[1].data(),
+                                                    strides[1], T, start, rotation);
+                        for (size_t which = 0; which < 2; ++which)
+                            for (size_t head = 0; head < K; ++head)
+                                for (size_t position = 0; position < capacity; ++position) {
+                                    const size_t at = (head * capacity + position) * H;
+                                    const bool written = position >= start && position < start + T;
+                                    const float* x =
+                                        written ? given[which].data() + (position - start) * strides[which] + head * H
+                                                : nullptr;
+                                    Buffer<float> key(H);
+                                    if (written && turned && which == 0) {
+                                        const size_t angle = (position - start) * (H / 2);
+                                        k.rope(x, rotation.cos + angle, rotation.sin + angle, key.data(), H);
+                                        x = key.data();
+                                    }
+                                    for (size_t h = 0; h < H; ++h) {
+                                        if (!written) {
+                                            expect(store.untouched(which, at + h), "other positions are left alone");
+                                        } else if (type == KvType::f32) {
+                                            expect(store.floats[which][at + h] == x[h], "stored as given");
+                                        } else if (type == KvType::bf16) {
+                                            expect(store.words[which][at + h] == to_bf16(x[h]), "rounded to bfloat16");
+                                        } else {
+                                            const float* block = x + h / 32 * 32;
+                                            float peak = 0;
+                                            for (size_t i = 0; i < 32; ++i) peak = std::max(peak, std::abs(block[i]));
+                                            const uint16_t half = to_half(peak / 127.0f);
+                                            const auto step = static_cast<float>(of_half(half));
+                                            const float factor = step > 0 ? 1.0f / step : 0.0f;
+                                            const double number =
+                                                std::clamp(std::nearbyint(x[h] * factor), -127.0f, 127.0f);
+                                            expect(store.scales[which][(at + h) / 32] == half, "the block's scale");
+                                            expect(store.bytes[which][at + h] == number, "the rounded value");
+                                        }
+                                    }
+                                }
+                    }
+                });
+        }
+    report(std::string("kv_write ") + name_of(type));
+}
+
+struct AttentionCase {
+    size_t K, group, H, length, T, window;
+};
+
+std::vector<double> turn_plainly(const AttentionCase& c, const Buffer<float>& q, size_t stride, const Angles& angles) {
+    std::vector<double> turned(q.data(), q.data() + q.size());
+    for (size_t t = 0; t < c.T; ++t)
+        for (size_t n = 0; n < c.K * c.group; ++n)
+            for (size_t i = 0; i < c.H / 2; ++i) {
+                double &a = turned[t * stride + n * c.H + i], &b = turned[t * stride + n * c.H + c.H / 2 + i];
+                const double x = a, y = b, cos = angles.cos[t * c.H / 2 + i], sin = angles.sin[t * c.H / 2 + i];
+                a = x * cos - y * sin, b = y * cos + x * sin;
+            }
+    return turned;
+}
+
+// Where each of the (T, N) results must lie, as (value, tolerance) for every h.
+std::vector<Sum> attend_plainly(const AttentionCase& c, const KvStore& store, const std::vector<double>& q,
+                                size_t stride, const float* sinks, double scale) {
+    const size_t N = c.K * c.group;
+    std::vector<Sum> results(c.T * N * c.H);
+    std::vector<double> weights;
+    for (size_t t = 0; t < c.T; ++t)
+        for (size_t n = 0; n < N; ++n) {
+            const size_t position = c.length - c.T + t, head = n / c.group;
+            const size_t first = c.window && position + 1 > c.window ? position + 1 - c.window : 0;
+            weights.assign(position + 1 - first, 0);
+            double peak = sinks[n], size = 0;
+            for (size_t s = first; s <= position; ++s) {
+                double score = 0, terms = 0;
+                for (size_t h = 0; h < c.H; ++h) {
+                    const double term = q[t * stride + n * c.H + h] * store.at(0, head, s, h) * scale;
+                    score += term, terms += std::abs(term);
+                }
+                weights[s - first] = score;
+                peak = std::max(peak, score), size = std::max(size, terms);
+            }
+            double sum = std::exp(sinks[n] - peak);
+            for (double& weight : weights) sum += weight = std::exp(weight - peak);
+            for (size_t h = 0; h < c.H; ++h) {
+                Sum& result = results[(t * N + n) * c.H + h];
+                for (size_t s = first; s <= position; ++s) {
+                    const double term = weights[s - first] / sum * store.at(1, head, s, h);
+                    result.value += term, result.terms += std::abs(term);
+                }
+                result.terms *= 1e-6 * (1 + size);  // a score that is off by so much moves a weight by as much
+            }
+        }
+    return results;
+}
+
+void check_attention(KvType type) {
+    Random random(10);
+    std::vector<AttentionCase> cases = {
+        {1, 1, 64, 1, 1, 0},      {2, 4, 64, 5, 5, 0},      {1, 8, 64, 70, 70, 0},    {2, 3, 32, 100, 33, 16},
+        {2, 8, 64, 700, 31, 0},   {1, 8, 64, 1100, 1, 0},   {2, 8, 64, 1100, 2, 128}, {1, 2, 96, 520, 70, 1},
+        {2, 8, 64, 600, 70, 128}, {1, 70, 32, 66, 2, 0},    {3, 1, 64, 64, 0, 0},     {8, 8, 64, 300, 33, 128},
+        {1, 1, 64, 1537, 33, 0},  {2, 1, 32, 513, 2, 5000},
+    };
+    if (quick) cases = {{1, 1, 32, 1, 1, 0}, {2, 3, 32, 100, 33, 16}, {1, 8, 32, 600, 2, 0}, {2, 2, 32, 530, 33, 20}};
+    if (type != KvType::q8) {
+        cases.push_back({2, 2, 20, 90, 33, 0});
+        cases.push_back({1, 3, 1, 130, 5, 7});
+        cases.push_back({1, 2, 18, 530, 2, 0});
+    }
+    for (const AttentionCase& c : cases) {
+        const size_t N = c.K * c.group, stride = N * c.H + random.below(3);
+        KvStore store(type, c.K, c.length + random.below(2) * 3, c.H);  // rows behind the last stay NaN
+        const Buffer<float> k = normals(random, c.length * c.K * c.H), v = normals(random, c.length * c.K * c.H);
+        engine_of(1).kv_write(store.view(), k.data(), c.K * c.H, v.data(), c.K * c.H, c.length, 0);
+        const Buffer<float> q = normals(random, c.T ? (c.T - 1) * stride + N * c.H : 0, 1.5);
+        Buffer<float> sinks = normals(random, N);
+        if (N > 2) sinks[1] = -1e4f, sinks[2] = 30.0f;
+        const float scale = 1 / std::sqrt(static_cast<float>(c.H));
+        const Angles angles(random, c.T, c.H);
+        const bool turned = c.H % 2 == 0 && c.length % 3;
+        const std::vector<Sum> expected = attend_plainly(
+            c, store, turned ? turn_plainly(c, q, stride, angles) : std::vector<double>(q.data(), q.data() + q.size()),
+            stride, sinks.data(), scale);
+        const std::string what = text("attention %s K=%zu N=%zu H=%zu length=%zu T=%zu window=%zu%s", name_of(type),
+                                      c.K, N, c.H, c.length, c.T, c.window, turned ? " turned" : "");
+        on_each_set(what, [&](const Kernels&) {
+            const AttentionArgs args{q.data(), c.T,
+                                     N,        stride,
+                                     c.length, sinks.data(),
+                                     scale,    c.window,
+                                     nullptr,  turned ? Rotation{angles.cos.data(), angles.sin.data()} : Rotation{}};
+            const Buffer<float> out = on_any_threads(c.T * N * c.H, [&](Engine& engine, float* to) {
+                AttentionArgs mine = args;
+                mine.out = to;
+                engine.attention(store.view(), mine);
+            });
+            for (size_t i = 0; i < out.size(); ++i)
+                expect_near(out[i], expected[i].value, expected[i].terms + 1e-7, "out of (query, head)", i / c.H,
+                            i % c.H);
+            for (size_t t : loners(c.T)) {
+                AttentionArgs mine = args;
+                Buffer<float> alone(N * c.H);
+                mine.q += t * stride, mine.T = 1;
+                if (turned) mine.rotation.cos += t * c.H / 2, mine.rotation.sin += t * c.H / 2;
+                mine.length = c.length - c.T + t + 1, mine.out = alone.data();
+                engine_of(4).attention(store.view(), mine);
+                expect_same_bits(alone.data(), out.data() + t * N * c.H, N * c.H, "a token alone and among others");
+            }
+        });
+    }
+    report(std::string("attention ") + name_of(type));
+}
+
+// One piece as the op hands it out, with rows that see nothing, a part and all of it.
+void check_attend() {
+    Random random(11);
+    for (KvType type : kKvTypes)
+        for (size_t last : sizes<size_t>({1, 63, 64, 65, 200}, {1, 65})) {
+            const size_t H = 64, rows = 9;
+            KvStore store(type, 2, last, H);
+            const Buffer<float> k = normals(random, last * 2 * H), v = normals(random, last * 2 * H);
+            engine_of(1).kv_write(store.view(), k.data(), 2 * H, v.data(), 2 * H, last, 0);
+            const Buffer<float> q = normals(random, rows * H, 0.3);
+            Buffer<int64_t> limits(rows * 2);
+            for (size_t r = 0; r < rows; ++r) {  // the last row sees all, the second last nothing of this piece
+                limits[2 * r] = static_cast<int64_t>(r == rows - 1 ? 0 : r == rows - 2 ? last : random.below(last));
+                limits[2 * r + 1] = static_cast<int64_t>(last + (r == rows - 2 ? 1 : 0));
+            }
+            on_each_set(text("attend %s over %zu keys", name_of(type), last), [&](const Kernels& kernels) {
+                Buffer<float> out(rows * padded_head(H)), peak(rows), sum(rows), scratch(attention_scratch(rows, H));
+                AttentionPiece piece{
+                    q.data(),    limits.data(), rows,          1, 0, static_cast<int64_t>(last), out.data(),
+                    peak.data(), sum.data(),    scratch.data()};
+                kernels.attend(piece, store.view());
+                for (size_t r = 0; r < rows; ++r) {
+                    double expected_peak = -kInf, expected_sum = 0;
+                    std::vector<double> scores(last, -kInf), values(H, 0);
+                    for (auto s = static_cast<size_t>(limits[2 * r]); s < last; ++s) {
+                        scores[s] = 0;
+                        for (size_t h = 0; h < H; ++h) scores[s] += q[r * H + h] * store.at(0, 1, s, h);
+                        expected_peak = std::max(expected_peak, scores[s]);
+                    }
+                    for (auto s = static_cast<size_t>(limits[2 * r]); s < last; ++s) {
+                        const double weight = std::exp(scores[s] - expected_peak);
+                        expected_sum += weight;
+                        for (size_t h = 0; h < H; ++h) values[h] += weight * store.at(1, 1, s, h);
+                    }
+                    if (r == rows - 2) {
+                        expect(peak[r] == -kInf && sum[r] == 0, "a row that sees nothing");
+                        for (size_t h = 0; h < H; ++h) expect(out[r * H + h] == 0, "a row that sees nothing");
+                        continue;
+                    }
+                    expect_near(peak[r], expected_peak, 1e-5, "peak", r, 0);
+                    expect_near(sum[r], expected_sum, 1e-5 * expected_sum, "sum", r, 0);
+                    for (size_t h = 0; h < H; ++h)
+                        expect_near(out[r * H + h], values[h], 3e-5 * expected_sum, "out", r, h);
+                }
+            });
+        }
+    report("attend");
+}
+
+void check_nan_in_attention() {
+    Random random(18);
+    constexpr size_t H = 32, N = 2, length = 90;
+    for (KvType type : kKvTypes)
+        for (size_t at : {size_t{0}, size_t{17}, H - 1})
+            for (bool in_key : {false, true})
+                on_each_set(
+                    text("attention %s with NaN in a %s at %zu", name_of(type), in_key ? "key" : "query", at),
+                    [&](const Kernels&) {
+                        KvStore store(type, 1, length, H);
+                        Buffer<float> k = normals(random, length * H), v = normals(random, length * H);
+                        Buffer<float> q = normals(random, length * N * H), sinks = normals(random, N),
+                                      out(length * N * H);
+                        constexpr size_t position = 70;
+                        (in_key ? k[position * H + at] : q[(position * N + 1) * H + at]) = kNan;
+                        engine_of(2).kv_write(store.view(), k.data(), H, v.data(), H, length, 0);
+                        engine_of(2).attention(
+                            store.view(), {q.data(), length, N, N * H, length, sinks.data(), 0.2f, 10, out.data()});
+                        for (size_t i = 0; i < out.size(); ++i) {
+                            const size_t t = i / (N * H), n = i / H % N;
+                            const bool sees = in_key ? t >= position && t < position + 10 : t == position && n == 1;
+                            expect(std::isnan(out[i]) == sees, "NaN where it is in sight, and there alone");
+                        }
+                    });
+    report("not a number in attention");
+}
+
+}  // namespace test

@@ -1,0 +1,372 @@
+// The ops of an engine, all but attention.
+#include <algorithm>
+
+#include "tests/checks.h"
+
+namespace test {
+
+void check_rms_norm() {
+    Random random(4);
+    for (size_t D : sizes<size_t>({1, 2, 7, 15, 16, 17, 31, 33, 64, 100, 2880, 4099}, {1, 17, 100}))
+        for (size_t T : token_counts())
+            for (double deviation : {1.0, 1e-4, 1e6}) {
+                const Buffer<float> x = normals(random, T * D, deviation), weight = normals(random, D);
+                on_each_set(text("rms_norm T=%zu D=%zu of size %g", T, D, deviation), [&](const Kernels& k) {
+                    const Buffer<float> out = on_any_threads(T * D, [&](Engine& engine, float* to) {
+                        engine.rms_norm(x.data(), weight.data(), to, T, D, 1e-5f);
+                    });
+                    for (size_t t = 0; t < T; ++t) {
+                        double squares = 0;
+                        for (size_t d = 0; d < D; ++d) squares += std::pow(x[t * D + d], 2);
+                        const double scale = 1 / std::sqrt(squares / static_cast<double>(D) + 1e-5f);
+                        for (size_t d = 0; d < D; ++d) {
+                            const double expected = weight[d] * x[t * D + d] * scale;
+                            expect_near(out[t * D + d], expected, 2e-6 * std::abs(expected) + kTiny, "out", t, d);
+                        }
+                    }
+                    if (T == 0) return;
+                    Buffer<float> in_place(D);
+                    std::copy(x.data(), x.data() + D, in_place.data());
+                    k.rms_norm(in_place.data(), weight.data(), in_place.data(), D, 1e-5f);
+                    expect_same_bits(in_place.data(), out.data(), D, "in place");
+                });
+            }
+    report("rms_norm");
+}
+
+void check_rope() {
+    Random random(17);
+    for (size_t T : token_counts())
+        for (size_t H : sizes<size_t>({2, 6, 32, 34, 64, 80, 128}, {2, 34, 64})) {
+            const size_t N = 1 + random.below(4), stride = N * H + random.below(4);
+            const Buffer<float> x = normals(random, T ? (T - 1) * stride + N * H : 0);
+            const Angles angles(random, T, H);
+            on_each_set(text("rope T=%zu N=%zu H=%zu stride=%zu", T, N, H, stride), [&](const Kernels&) {
+                const Buffer<float> out = on_any_threads(T * N * H, [&](Engine& engine, float* to) {
+                    engine.rope(x.data(), stride, angles.cos.data(), angles.sin.data(), to, T, N, H);
+                });
+                for (size_t t = 0; t < T; ++t)
+                    for (size_t n = 0; n < N; ++n)
+                        for (size_t i = 0; i < H / 2; ++i) {
+                            const double a = x[t * stride + n * H + i], b = x[t * stride + n * H + H / 2 + i];
+                            const double c = angles.cos[t * H / 2 + i], s = angles.sin[t * H / 2 + i];
+                            const double tolerance = 2e-7 * (std::abs(a) + std::abs(b));
+                            const float* got = out.data() + (t * N + n) * H;
+                            expect_near(got[i], a * c - b * s, tolerance, "first half", t, n * H + i);
+                            expect_near(got[H / 2 + i], b * c + a * s, tolerance, "second half", t, n * H + i);
+                        }
+            });
+        }
+    report("rope");
+}
+
+void check_linear(Form form) {
+    Random random(8);
+    struct Shape {
+        size_t R, C;
+    };
+    const Shape all[] = {{1, 1}, {16, 32}, {17, 33}, {31, 64}, {100, 95}, {48, 160}, {70, 7}, {150, 288}};
+    for (const Shape& shape : all) {
+        const auto [R, C] = shape;
+        if (quick && R % 16 == 0) continue;
+        const Weights w(random, form, 1, R, C);
+        for (size_t T : token_counts())
+            for (size_t variant = 0; variant < 8; ++variant) {
+                const bool normed = variant & 1, biased = variant & 2, added = variant & 4;
+                const size_t stride = C + (variant % 3 == 0 ? 3 : 0);
+                const Buffer<float> x = normals(random, T ? (T - 1) * stride + C : 0);
+                const Buffer<float> norm = normals(random, C), bias = normals(random, R);
+                const Buffer<float> residual = normals(random, T * R);
+                const std::string what =
+                    text("linear %s T=%zu R=%zu C=%zu stride=%zu%s%s%s", name_of(form), T, R, C, stride,
+                         normed ? " norm" : "", biased ? " bias" : "", added ? " residual" : "");
+                on_each_set(what, [&](const Kernels& k) {
+                    const LinearArgs args{x.data(),
+                                          T,
+                                          stride,
+                                          normed ? norm.data() : nullptr,
+                                          1e-5f,
+                                          biased ? bias.data() : nullptr,
+                                          added ? residual.data() : nullptr,
+                                          nullptr};
+                    const Buffer<float> out = on_any_threads(T * R, [&](Engine& engine, float* to) {
+                        LinearArgs mine = args;
+                        mine.out = to;
+                        if (added && T % 2) {  // onto itself
+                            std::copy(residual.data(), residual.data() + T * R, to);
+                            mine.residual = to;
+                        }
+                        engine.linear(w.matrix(), mine);
+                    });
+                    for (size_t t = 0; t < T; ++t) {
+                        Buffer<float> row(C);
+                        std::copy(x.data() + t * stride, x.data() + t * stride + C, row.data());
+                        // The norm's own check is elsewhere; here its last bit decides how values are rounded.
+                        if (normed) k.rms_norm(row.data(), norm.data(), row.data(), C, 1e-5f);
+                        const std::vector<double> seen = seen_by(form, row.data(), C);
+                        for (size_t r = 0; r < R; ++r) {
+                            const double more = (biased ? bias[r] : 0.0) + (added ? residual[t * R + r] : 0.0);
+                            const Sum sum = dot(w.row(0, r), seen.data(), C);
+                            const double tolerance = 1e-6 * (sum.terms + std::abs(more) + 1);
+                            expect_near(out[t * R + r], sum.value + more, tolerance, "out", t, r);
+                        }
+                    }
+                    for (size_t t : loners(T)) {
+                        LinearArgs mine = args;
+                        Buffer<float> alone(R);
+                        mine.T = 1, mine.x += t * stride, mine.out = alone.data();
+                        if (added) mine.residual += t * R;
+                        engine_of(2).linear(w.matrix(), mine);
+                        expect_same_bits(alone.data(), out.data() + t * R, R, "a token alone and among others");
+                    }
+                });
+            }
+    }
+    report(std::string("linear ") + name_of(form));
+}
+
+void check_route() {
+    Random random(12);
+    for (size_t T : token_counts())
+        for (size_t E : {size_t{1}, size_t{4}, size_t{33}, size_t{128}})
+            for (size_t A = 1; A <= std::min<size_t>(E, 5); ++A) {
+                Buffer<float> logits = normals(random, T * E, 3);
+                for (size_t i = 0; i < T * E; i += 3) logits[i] = std::round(logits[i]);  // ties
+                where = text("route T=%zu E=%zu A=%zu", T, E, A);
+                Buffer<float> weights(T * A);
+                Buffer<int64_t> experts(T * A);
+                engine_of(2).route(logits.data(), T, E, A, weights.data(), experts.data());
+                for (size_t t = 0; t < T; ++t) {
+                    const float* row = logits.data() + t * E;
+                    std::vector<size_t> order(E);
+                    for (size_t e = 0; e < E; ++e) order[e] = e;
+                    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return row[a] > row[b]; });
+                    double sum = 0;
+                    for (size_t a = 0; a < A; ++a) sum += std::exp(static_cast<double>(row[order[a]]) - row[order[0]]);
+                    for (size_t a = 0; a < A; ++a) {
+                        expect(experts[t * A + a] == static_cast<int64_t>(order[a]),
+                               "the largest, the first of equals");
+                        const double expected = std::exp(static_cast<double>(row[order[a]]) - row[order[0]]) / sum;
+                        expect_near(weights[t * A + a], expected, 1e-6 * expected, "weight", t, a);
+                    }
+                }
+            }
+    report("route");
+}
+
+namespace {
+
+struct MoeCase {
+    const Weights &gate_up, &down;
+    Form gate_up_form, down_form;
+    MoeArgs args;
+
+    size_t D() const { return gate_up.columns(); }
+    size_t F() const { return down.columns(); }
+};
+
+// What expert e makes of a token's row x, and by how much that may be off: (D) each.
+void visit_plainly(const MoeCase& c, size_t e, const float* x, std::vector<double>& out, std::vector<double>& off) {
+    const size_t D = c.D(), F = c.F();
+    const std::vector<double> seen = seen_by(c.gate_up_form, x, D);
+    std::vector<float> hidden(F);
+    std::vector<double> hidden_off(F);
+    for (size_t f = 0; f < F; ++f) {
+        const float* bias = c.args.gate_up_bias + e * 2 * F + 2 * f;
+        const Sum gate = dot(c.gate_up.row(e, 2 * f), seen.data(), D);
+        const Sum up = dot(c.gate_up.row(e, 2 * f + 1), seen.data(), D);
+        const double g = gate.value + bias[0], u = up.value + bias[1];
+        hidden[f] = static_cast<float>(swiglu_plainly(g, u, c.args.alpha, c.args.limit));
+        hidden_off[f] = 1e-6 * ((gate.terms + 1) * (std::abs(std::clamp(u, -7.0, 7.0)) + 1) * 1.2 +
+                                (up.terms + 1) * std::abs(std::min(g, 7.0)));
+    }
+    const std::vector<double> kept = seen_by(c.down_form, hidden.data(), F);
+    const QuantisedRow row = quantise_plainly(hidden.data(), F);
+    for (size_t d = 0; d < D; ++d) {
+        const double bias = c.args.down_bias[e * D + d];
+        const Sum sum = dot(c.down.row(e, d), kept.data(), F);
+        double step = 0;
+        out[d] = sum.value + bias;
+        off[d] = 1e-6 * (sum.terms + std::abs(bias) + 1);
+        for (size_t f = 0; f < F; ++f) {
+            off[d] += std::abs(c.down.row(e, d)[f]) * hidden_off[f];
+            step = std::max(step, std::abs(c.down.row(e, d)[f]) * row.scales[f / 32]);
+        }
+        if (quantised(c.down_form)) off[d] += 3 * step;  // a few may be rounded to the other side
+    }
+}
+
+void check_moe_case(const MoeCase& c) {
+    const size_t T = c.args.T, A = c.args.A, D = c.D();
+    const std::string what =
+        text("moe %s/%s T=%zu E=%zu A=%zu D=%zu F=%zu%s%s", name_of(c.gate_up_form), name_of(c.down_form), T, c.args.E,
+             A, D, c.F(), c.args.norm ? " norm" : "", c.args.residual ? " residual" : "");
+    on_each_set(what, [&](const Kernels& k) {
+        const Buffer<float> out = on_any_threads(T * D, [&](Engine& engine, float* to) {
+            MoeArgs mine = c.args;
+            mine.out = to;
+            engine.moe(c.gate_up.matrix(), c.down.matrix(), mine);
+        });
+        for (size_t t = 0; t < T; ++t) {
+            Buffer<float> x(D);
+            std::copy(c.args.x + t * D, c.args.x + (t + 1) * D, x.data());
+            if (c.args.norm) k.rms_norm(x.data(), c.args.norm, x.data(), D, c.args.eps);
+            std::vector<double> expected(D, 0), tolerance(D, 0), part(D), off(D);
+            if (c.args.residual) expected.assign(c.args.residual + t * D, c.args.residual + (t + 1) * D);
+            for (size_t a = 0; a < A; ++a) {
+                visit_plainly(c, static_cast<size_t>(c.args.experts[t * A + a]), x.data(), part, off);
+                const double weight = c.args.weights[t * A + a];
+                for (size_t d = 0; d < D; ++d) expected[d] += weight * part[d], tolerance[d] += weight * off[d] + 1e-6;
+            }
+            for (size_t d = 0; d < D; ++d) expect_near(out[t * D + d], expected[d], tolerance[d], "out", t, d);
+        }
+        for (size_t t : loners(T)) {
+            MoeArgs mine = c.args;
+            Buffer<float> alone(D);
+            mine.T = 1, mine.x += t * D, mine.weights += t * A, mine.experts += t * A, mine.out = alone.data();
+            if (mine.residual) mine.residual += t * D;
+            engine_of(3).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            expect_same_bits(alone.data(), out.data() + t * D, D, "a token alone and among others");
+        }
+    });
+}
+
+}  // namespace
+
+void check_moe(Form gate_up_form, Form down_form) {
+    Random random(13);
+    struct Shape {
+        size_t E, A, D, F;
+    };
+    std::vector<Shape> shapes = {{1, 1, 1, 1}, {4, 2, 33, 17}, {3, 3, 64, 32}, {9, 4, 95, 70}, {32, 4, 160, 96}};
+    if (quick) shapes = {{4, 2, 33, 17}, {9, 4, 64, 40}};
+    for (const auto& [E, A, D, F] : shapes) {
+        const Weights gate_up(random, gate_up_form, E, 2 * F, D, true), down(random, down_form, E, D, F);
+        const Buffer<float> gate_up_bias = normals(random, E * 2 * F), down_bias = normals(random, E * D);
+        const Buffer<float> norm = normals(random, D);
+        for (size_t T : token_counts()) {
+            const Buffer<float> x = normals(random, T * D), residual = normals(random, T * D);
+            Buffer<float> weights(T * A);
+            Buffer<int64_t> experts(T * A);
+            for (size_t t = 0; t < T; ++t) {
+                std::vector<int64_t> all(E);
+                for (size_t e = 0; e < E; ++e) all[e] = static_cast<int64_t>(e);
+                for (size_t a = 0; a < A; ++a) {
+                    std::swap(all[a], all[a + random.below(E - a)]);
+                    experts[t * A + a] = all[a];
+                    weights[t * A + a] = static_cast<float>(random.uniform());
+                }
+            }
+            MoeArgs args{};
+            args.x = x.data(), args.T = T, args.A = A, args.E = E;
+            args.weights = weights.data(), args.experts = experts.data();
+            args.gate_up_bias = gate_up_bias.data(), args.down_bias = down_bias.data();
+            args.residual = T % 2 ? residual.data() : nullptr;
+            args.alpha = 1.702f, args.limit = 7.0f;
+            for (const float* with : {static_cast<const float*>(nullptr), norm.data()}) {
+                args.norm = with, args.eps = 1e-5f;
+                check_moe_case({gate_up, down, gate_up_form, down_form, args});
+            }
+        }
+    }
+    report(std::string("moe ") + name_of(gate_up_form) + "/" + name_of(down_form));
+}
+
+void check_sample() {
+    Random random(14);
+    for (size_t V : sizes<size_t>({1, 2, 17, 256, 257, 3000}, {1, 17, 300}))
+        for (size_t i = 0; i < (quick ? 40u : 150u); ++i) {
+            Buffer<float> logits = normals(random, V, 2);
+            for (float& logit : logits) {
+                if (i % 4 == 1) logit = std::round(logit);  // ties
+                if (i % 4 == 2 && random.below(3) == 0) logit = -kInf;
+            }
+            logits[random.below(V)] = 0.25f;
+            const auto temperature = static_cast<float>(0.1 + 2 * random.uniform());
+            const size_t top_k = random.below(2) ? random.below(V + 2) : 0;
+            const double top_p = random.below(2) ? 1.0 : 0.02 + 0.97 * random.uniform();
+            const auto min_p = random.below(2) ? 0.0f : static_cast<float>(0.3 * random.uniform());
+            const double uniform = i % 10 == 0 ? 0.0 : random.uniform();
+
+            std::vector<size_t> order(V);
+            for (size_t v = 0; v < V; ++v) order[v] = v;
+            std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+            std::vector<double> weights(V);
+            double total = 0;
+            for (size_t j = 0; j < V; ++j) {
+                const double power = (static_cast<double>(logits[order[j]]) - logits[order[0]]) / temperature;
+                weights[order[j]] = top_k && j >= top_k ? 0 : std::exp(power);
+                total += weights[order[j]];
+            }
+            double passed = 0;
+            for (size_t v : order) {
+                const double weight = weights[v];
+                if (top_p < 1 && passed >= top_p * total) weights[v] = 0;
+                passed += weight;
+                if (weight < static_cast<double>(min_p)) weights[v] = 0;
+            }
+            total = 0;
+            for (double weight : weights) total += weight;
+
+            on_each_set(
+                text("sample V=%zu temperature=%g top_k=%zu top_p=%g min_p=%g uniform=%g", V,
+                     static_cast<double>(temperature), top_k, top_p, static_cast<double>(min_p), uniform),
+                [&](const Kernels&) {
+                    const size_t token =
+                        engine_of(2).sample(logits.data(), V, temperature, top_k, top_p, min_p, uniform);
+                    expect(token < V && weights[token] > 0, "a token that the filters keep");
+                    double before = 0;
+                    for (size_t v = 0; v < token; ++v) before += weights[v];
+                    expect(before <= (uniform + 1e-5) * total && before + weights[token] >= (uniform - 1e-5) * total,
+                           "the token at this point of the cumulated probability");
+                });
+        }
+    report("sample");
+}
+
+// What is not a number must show in the token that holds it, and there alone.
+void check_nan() {
+    Random random(15);
+    constexpr size_t C = 75, R = 33, T = 5, hit = 3;
+    for (Form form : kForms) {
+        const Weights w(random, form, 1, R, C, false), gate_up(random, form, 2, 2 * R, C, true),
+            down(random, form, 2, C, R);
+        const Buffer<float> gate_up_bias = normals(random, 2 * 2 * R), down_bias = normals(random, 2 * C);
+        const Buffer<float> x = normals(random, T * C), norm = normals(random, C), weights = normals(random, T * 2);
+        Buffer<int64_t> experts(T * 2);
+        for (size_t i = 0; i < T * 2; ++i) experts[i] = static_cast<int64_t>(i % 2);
+        for (size_t at : {size_t{0}, size_t{14}, size_t{17}, size_t{40}, size_t{63}, C - 1})
+            for (float bad : {kNan, kInf, -kInf})
+                on_each_set(
+                    text("%s with %g at %zu", name_of(form), static_cast<double>(bad), at), [&](const Kernels&) {
+                        Buffer<float> spoilt(T * C);
+                        std::copy(x.data(), x.data() + T * C, spoilt.data());
+                        spoilt[hit * C + at] = bad;
+                        auto run = [&](const float* from, size_t op) {
+                            Buffer<float> out(T * (op < 2 ? R : C));
+                            if (op < 2) {
+                                engine_of(2).linear(w.matrix(), {from, T, C, op ? norm.data() : nullptr, 1e-5f, nullptr,
+                                                                 nullptr, out.data()});
+                            } else {
+                                engine_of(2).moe(gate_up.matrix(), down.matrix(),
+                                                 {from, T, 2, weights.data(), experts.data(), 2, gate_up_bias.data(),
+                                                  down_bias.data(), nullptr, 1.702f, 7.0f, out.data()});
+                            }
+                            return out;
+                        };
+                        for (size_t op = 0; op < 3; ++op) {
+                            if (op > 0 && !std::isnan(bad)) continue;  // a norm or a clamp may make these finite again
+                            const Buffer<float> good = run(x.data(), op), out = run(spoilt.data(), op);
+                            const size_t width = good.size() / T;
+                            for (size_t i = 0; i < good.size(); ++i)
+                                if (i / width == hit)
+                                    expect(!std::isfinite(out[i]), "not finite where the input is not");
+                                else
+                                    expect_same_bits(out.data() + i, good.data() + i, 1, "another token");
+                        }
+                    });
+    }
+    report("not a number");
+}
+
+}  // namespace test
