@@ -19,6 +19,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from typing import Any, NamedTuple
 _WORKER = Path(__file__).with_name("peer_worker.py")
 _DEFAULT_PEERS = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
 _RESIDENT_SHARE = 0.7  # of the memory: beyond it, one contestant's pages push out another's
+_GRACE_SECONDS = 10
 _GIB = 2**30
 
 
@@ -105,7 +107,11 @@ class Worker:
         except OSError as error:
             self._log.close()
             raise PeersError(f"{contestant.name}: {contestant.python} cannot be started: {error.strerror}") from None
-        self.ready = self._reply()
+        try:
+            self.ready = self._reply()
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin
@@ -127,12 +133,12 @@ class Worker:
         return Usage((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[9]))
 
     def close(self) -> None:
-        """Ends the process and waits until its memory is free."""
+        """Ends the process, also in the middle of loading, and waits until its memory is free."""
         assert self._process.stdin and self._process.stdout
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -148,7 +154,6 @@ class Worker:
         status = self._process.wait()
         self._log.seek(0)
         last_words = self._log.read().decode(errors="replace").splitlines()[-15:]
-        self.close()
         raise PeersError("\n  ".join([f"{self.contestant.name} ended with status {status}:", *last_words]))
 
 
@@ -406,6 +411,7 @@ def main() -> None:
     def say(text: str) -> None:
         sys.stderr.write(text + "\n")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # an exit ends the workers too
     measures = [Measure(do="prefill", tokens=tokens) for tokens in arguments.prompt]
     measures += [Measure(do="decode", tokens=arguments.generate, depth=depth) for depth in arguments.depth]
     try:

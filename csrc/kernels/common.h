@@ -31,6 +31,16 @@ inline float exp1(float x) {
     return lanes[0];
 }
 
+// With one token or two a panel is read faster than it can be fetched, and the hardware's prefetchers stop at every
+// page: so each block asks for what comes a little later.
+constexpr size_t kFetchAhead = 4096;
+constexpr size_t kFetchTokens = 4;
+
+template <size_t Bytes>
+inline void fetch(const uint8_t* data) {
+    for (size_t i = 0; i < Bytes; i += 64) __builtin_prefetch(data + kFetchAhead + i);
+}
+
 // --- dot products with plain weights -----------------------------------------------------------------------------
 
 struct LoadBf16 {
@@ -197,26 +207,37 @@ inline float kv_load1(const KvView& view, const void* from, size_t at) {  // nev
 }
 
 // c (R, 16 columns of a row of `stride`) = a (R rows of K values, a_stride apart) * b (K rows of 16, b_stride apart)
-template <size_t R>
+template <size_t R, size_t C>
 inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c, size_t stride,
                   bool accumulate) {
-    F16 sums[R];
-    for (size_t r = 0; r < R; ++r) sums[r] = accumulate ? load(c + r * stride) : zero();
+    F16 sums[R][C];
+    for (size_t r = 0; r < R; ++r)
+        for (size_t n = 0; n < C; ++n) sums[r][n] = accumulate ? load(c + r * stride + n * 16) : zero();
     for (size_t k = 0; k < K; ++k) {
-        const F16 column = load(b + k * b_stride);
-        for (size_t r = 0; r < R; ++r) sums[r] = fma(set1(a[r * a_stride + k]), column, sums[r]);
+        F16 columns[C];
+        for (size_t n = 0; n < C; ++n) columns[n] = load(b + k * b_stride + n * 16);
+        for (size_t r = 0; r < R; ++r) {
+            const F16 value = set1(a[r * a_stride + k]);
+            for (size_t n = 0; n < C; ++n) sums[r][n] = fma(value, columns[n], sums[r][n]);
+        }
     }
-    for (size_t r = 0; r < R; ++r) store(c + r * stride, sums[r]);
+    for (size_t r = 0; r < R; ++r)
+        for (size_t n = 0; n < C; ++n) store(c + r * stride + n * 16, sums[r][n]);
 }
 
+// Each sum runs over k in order, whichever way rows and columns are taken.
 inline void multiply(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c,
                      size_t stride, size_t rows, size_t columns, bool accumulate) {
-    for (size_t n = 0; n < columns; n += 16) {
-        size_t r = 0;
-        for (; r + kRows <= rows; r += kRows)
-            micro<kRows>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
-        for (; r < rows; ++r)
-            micro<1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
+    size_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+        for (size_t n = 0; n < columns; n += 16)
+            micro<kRows, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
+    for (; r < rows; ++r) {  // one row: several columns at once keep the multipliers busy
+        size_t n = 0;
+        for (; n + 64 <= columns; n += 64)
+            micro<1, 4>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
+        for (; n < columns; n += 16)
+            micro<1, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
     }
 }
 

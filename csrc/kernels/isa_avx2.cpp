@@ -134,6 +134,7 @@ void dot_mxfp4_panel(const uint8_t* codes, const uint8_t* scales, size_t B, cons
     const size_t m = x.m;
     std::memset(acc, 0, m * kPanel * sizeof(float));
     for (size_t b = 0; b < B; ++b, codes += 256, scales += kPanel) {
+        if (m <= kFetchTokens) fetch<256>(codes);
         for (size_t half = 0; half < 2; ++half) {
             __m256i w[8];
             for (size_t j = 0; j < 4; ++j) {
@@ -202,6 +203,7 @@ void dot_q8_panel(const uint8_t* weights, const uint8_t* scales, size_t B, const
     const size_t m = x.m;
     std::memset(acc, 0, m * kPanel * sizeof(float));
     for (size_t b = 0; b < B; ++b, weights += 512, scales += 2 * kPanel) {
+        if (m <= kFetchTokens) fetch<512>(weights);
         const auto* values = reinterpret_cast<const int16_t*>(x.values) + b * m * kBlock;
         const float* token_scales = x.scales + b * m;
         for (size_t half = 0; half < 2; ++half) {

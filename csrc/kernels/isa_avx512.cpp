@@ -135,6 +135,7 @@ void dot_mxfp4_panels(const uint8_t* codes, const uint8_t* scales, size_t B, con
     for (size_t b = 0; b < B; ++b) {
         Block<P> block;
         for (size_t p = 0; p < P; ++p) {
+            if (x.m <= kFetchTokens) fetch<256>(codes + (p * B + b) * 256);
             for (size_t j = 0; j < 4; ++j) {
                 const __m512i pair = _mm512_loadu_si512(codes + (p * B + b) * 256 + j * 64);
                 block.w[p][2 * j] = _mm512_shuffle_epi8(twelve_more, _mm512_and_si512(pair, nibble));
@@ -156,6 +157,7 @@ void dot_q8_panels(const uint8_t* weights, const uint8_t* scales, size_t B, cons
     for (size_t b = 0; b < B; ++b) {
         Block<P> block;
         for (size_t p = 0; p < P; ++p) {
+            if (x.m <= kFetchTokens) fetch<512>(weights + (p * B + b) * 512);
             for (size_t g = 0; g < 8; ++g)
                 block.w[p][g] = _mm512_xor_si512(_mm512_loadu_si512(weights + (p * B + b) * 512 + g * 64), top);
             const auto* halves = reinterpret_cast<const __m256i*>(scales + (p * B + b) * 2 * kPanel);
