@@ -25,8 +25,14 @@ Matrix matrix(int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bo
 
 KvView kv_view(int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
                size_t capacity, size_t K, size_t H) {
-    return {static_cast<KvType>(type), at<void>(keys), at<void>(values), at<uint16_t>(key_scales),
-            at<uint16_t>(value_scales), capacity, K, H};
+    return {static_cast<KvType>(type),
+            at<void>(keys),
+            at<void>(values),
+            at<uint16_t>(key_scales),
+            at<uint16_t>(value_scales),
+            capacity,
+            K,
+            H};
 }
 
 std::vector<std::string> instruction_sets() {
@@ -48,10 +54,9 @@ NB_MODULE(_native, module) {
     module.def("use_instruction_set", [](const std::string& name) { return use_kernels(name.c_str()); });
 
     nb::class_<Matrix>(module, "Matrix")
-        .def("__init__",
-             [](Matrix* self, int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bool paired) {
-                 new (self) Matrix(matrix(form, data, scales, R, C, paired));
-             });
+        .def("__init__", [](Matrix* self, int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bool paired) {
+            new (self) Matrix(matrix(form, data, scales, R, C, paired));
+        });
     nb::class_<KvView>(module, "KvView")
         .def("__init__", [](KvView* self, int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
                             uintptr_t value_scales, size_t capacity, size_t K, size_t H) {
@@ -79,9 +84,8 @@ NB_MODULE(_native, module) {
         .def(
             "rope",
             [](Engine& self, uintptr_t x, size_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, size_t T,
-               size_t N, size_t H) {
-                self.rope(at<float>(x), stride, at<float>(cos), at<float>(sin), at<float>(out), T, N, H);
-            },
+               size_t N,
+               size_t H) { self.rope(at<float>(x), stride, at<float>(cos), at<float>(sin), at<float>(out), T, N, H); },
             Released())
         .def(
             "kv_write",
@@ -95,8 +99,16 @@ NB_MODULE(_native, module) {
             "attention",
             [](Engine& self, const KvView& view, uintptr_t q, size_t T, size_t N, size_t stride, size_t length,
                uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t cos, uintptr_t sin) {
-                self.attention(view, {at<float>(q), T, N, stride, length, at<float>(sinks), scale, window,
-                                      at<float>(out), {at<float>(cos), at<float>(sin)}});
+                self.attention(view, {at<float>(q),
+                                      T,
+                                      N,
+                                      stride,
+                                      length,
+                                      at<float>(sinks),
+                                      scale,
+                                      window,
+                                      at<float>(out),
+                                      {at<float>(cos), at<float>(sin)}});
             },
             Released())
         .def(
@@ -110,9 +122,10 @@ NB_MODULE(_native, module) {
             [](Engine& self, const Matrix& gate_up, const Matrix& down, uintptr_t x, size_t T, size_t A,
                uintptr_t weights, uintptr_t experts, size_t E, uintptr_t gate_up_bias, uintptr_t down_bias,
                uintptr_t residual, float alpha, float limit, uintptr_t out, uintptr_t norm, float eps) {
-                self.moe(gate_up, down,
-                         {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
-                          at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps});
+                self.moe(
+                    gate_up, down,
+                    {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
+                     at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps});
             },
             Released())
         .def(
@@ -121,9 +134,7 @@ NB_MODULE(_native, module) {
         .def(
             "sample",
             [](Engine& self, uintptr_t logits, size_t V, float temperature, size_t top_k, double top_p, float min_p,
-               double uniform) {
-                return self.sample(at<float>(logits), V, temperature, top_k, top_p, min_p, uniform);
-            },
+               double uniform) { return self.sample(at<float>(logits), V, temperature, top_k, top_p, min_p, uniform); },
             Released())
         .def(
             "read_bandwidth",

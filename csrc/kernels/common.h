@@ -2,8 +2,9 @@
 // defines F16, its operations and the int8 dot products in an anonymous namespace, then includes this file there.
 //
 // Operations expected: load, store, load_bf16, load_i8, zero, set1, fma (a*b + c), mul, add, sub,
-// div, min, max, abs, sum (of lanes, in a fixed order), largest (of lanes), round (to nearest even), exp2i (2^n for
-// integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values in
+// div, min, max, abs, sum (of lanes, in a fixed order), largest (of lanes), no_nan, round (to nearest even), exp2i (2^n
+// for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
+// in
 // [-127, 127]; returns their sum), to_f16, from_f16, transpose16 and kRows. Where one of two values is NaN, min and max
 // return the second.
 //
@@ -84,13 +85,14 @@ void dot_f32(const uint8_t* weights, size_t C, size_t panels, const Tile& x, flo
 
 // Of 32 values the largest magnitude; NaN unless all are finite, which `largest` alone could lose.
 inline float peak_of(F16 low, F16 high) {
-    return largest(max(abs(low), abs(high))) + sum(fma(low, zero(), mul(high, zero())));
+    const float peak = largest(max(abs(low), abs(high)));
+    return no_nan(fma(low, zero(), mul(high, zero()))) ? peak : NAN;
 }
 
 void quantise_block(const float* x, int bias, const Tile& tile, size_t t, size_t b) {
     F16 low = load(x), high = load(x + 16);
     const float peak = peak_of(low, high);
-    if (peak != peak) low = high = zero();  // the scale carries it on
+    if (peak != peak) low = high = zero();                  // the scale carries it on
     const float inverse = peak > 0 ? 127.0f / peak : 0.0f;  // a peak so small that this overflows is cut below
     const F16 factor = set1(inverse <= 3e38f ? inverse : 0.0f);
     alignas(64) int8_t narrow[kBlock];
@@ -169,7 +171,9 @@ void kv_store(const float* x, const KvView& view, bool is_value, size_t head, si
     const size_t H = view.H, at = (head * view.capacity + position) * H;
     void* target = is_value ? view.values : view.keys;
     switch (view.type) {
-        case KvType::f32: std::memcpy(static_cast<float*>(target) + at, x, H * sizeof(float)); return;
+        case KvType::f32:
+            std::memcpy(static_cast<float*>(target) + at, x, H * sizeof(float));
+            return;
         case KvType::bf16:
             for (size_t i = 0; i < H; ++i) static_cast<uint16_t*>(target)[at + i] = bf16_of(x[i]);
             return;
@@ -193,9 +197,12 @@ void kv_store(const float* x, const KvView& view, bool is_value, size_t head, si
 // 16 floats of one stored head, from element i on (i + 16 <= H).
 inline F16 kv_load(const KvView& view, const void* from, const uint16_t* scales, size_t at) {
     switch (view.type) {
-        case KvType::f32: return load(static_cast<const float*>(from) + at);
-        case KvType::bf16: return load_bf16(static_cast<const uint16_t*>(from) + at);
-        default: return mul(load_i8(static_cast<const int8_t*>(from) + at), set1(from_f16(scales[at / kBlock])));
+        case KvType::f32:
+            return load(static_cast<const float*>(from) + at);
+        case KvType::bf16:
+            return load_bf16(static_cast<const uint16_t*>(from) + at);
+        default:
+            return mul(load_i8(static_cast<const int8_t*>(from) + at), set1(from_f16(scales[at / kBlock])));
     }
 }
 inline float kv_load1(const KvView& view, const void* from, size_t at) {  // never q8: its H is a multiple of 32
@@ -246,9 +253,9 @@ inline void transpose16(const F16* rows, float* out, size_t stride);
 void attend(const AttentionPiece& piece, const KvView& view) {
     constexpr size_t N = kKeysAtOnce;
     const size_t H = view.H, padded = padded_head(H), rows = piece.rows;
-    float* keys = piece.scratch;             // (H, 64): transposed, so that scores of 16 keys are one vector
-    float* values = keys + padded * N;       // (64, padded H)
-    float* scores = values + N * padded;     // (rows, 64)
+    float* keys = piece.scratch;          // (H, 64): transposed, so that scores of 16 keys are one vector
+    float* values = keys + padded * N;    // (64, padded H)
+    float* scores = values + N * padded;  // (rows, 64)
     for (size_t r = 0; r < rows; ++r) piece.peak[r] = -INFINITY, piece.sum[r] = 0.0f;
     std::memset(piece.out, 0, rows * padded * sizeof(float));
 
@@ -259,7 +266,8 @@ void attend(const AttentionPiece& piece, const KvView& view) {
             for (size_t i = 0; i + 16 <= H; i += 16) {
                 F16 square[16];
                 for (size_t k = 0; k < 16; ++k)
-                    square[k] = j + k < count ? kv_load(view, view.keys, view.key_scales, at + (j + k) * H + i) : zero();
+                    square[k] =
+                        j + k < count ? kv_load(view, view.keys, view.key_scales, at + (j + k) * H + i) : zero();
                 transpose16(square, keys + i * N + j, N);
             }
             for (size_t i = H / 16 * 16; i < H; ++i)

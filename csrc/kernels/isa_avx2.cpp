@@ -2,7 +2,8 @@
 //
 // Int8 dot products: maddubs multiplies unsigned by signed bytes and adds pairs into 16 bits. MXFP4 weights become
 // 2w + 12 in 0 … 24, so four such pairs fit in 16 bits (4 · 2 · 24 · 127 < 2^15) before they are widened; the bias
-// is taken off by the tile's offsets. q8 products would not fit: both sides are widened to 16 bits, and madd adds pairs.
+// is taken off by the tile's offsets. q8 products would not fit: both sides are widened to 16 bits, and madd adds
+// pairs.
 #include <immintrin.h>
 #include <math.h>
 
@@ -61,6 +62,7 @@ inline F16 keep_above(F16 x, F16 key, float least) {
     return {_mm256_and_ps(x.a, _mm256_cmp_ps(key.a, bound, _CMP_NLT_UQ)),
             _mm256_and_ps(x.b, _mm256_cmp_ps(key.b, bound, _CMP_NLT_UQ))};
 }
+inline bool no_nan(F16 x) { return _mm256_movemask_ps(_mm256_cmp_ps(x.a, x.b, _CMP_UNORD_Q)) == 0; }
 inline float sum(F16 x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -138,11 +140,9 @@ void dot_mxfp4_panel(const uint8_t* codes, const uint8_t* scales, size_t B, cons
         for (size_t half = 0; half < 2; ++half) {
             __m256i w[8];
             for (size_t j = 0; j < 4; ++j) {
-                const __m256i pair =
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j * 64 + half * 32));
+                const __m256i pair = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j * 64 + half * 32));
                 w[2 * j] = _mm256_shuffle_epi8(twelve_more, _mm256_and_si256(pair, nibble));
-                w[2 * j + 1] =
-                    _mm256_shuffle_epi8(twelve_more, _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble));
+                w[2 * j + 1] = _mm256_shuffle_epi8(twelve_more, _mm256_and_si256(_mm256_srli_epi16(pair, 4), nibble));
             }
             const __m256i exponents =
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + half * 8)));
@@ -220,8 +220,7 @@ void dot_q8_panel(const uint8_t* weights, const uint8_t* scales, size_t B, const
             size_t t = 0;
             for (; t + 4 <= m; t += 4)
                 dot_wide<4>(w, values + t * kBlock, token_scales + t, row_scales, sums + t * kPanel);
-            for (; t < m; ++t)
-                dot_wide<1>(w, values + t * kBlock, token_scales + t, row_scales, sums + t * kPanel);
+            for (; t < m; ++t) dot_wide<1>(w, values + t * kBlock, token_scales + t, row_scales, sums + t * kPanel);
         }
     }
 }

@@ -43,6 +43,7 @@ inline F16 exp2i(F16 n) {
 inline F16 keep_above(F16 x, F16 key, float least) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(key, _mm512_set1_ps(least), _CMP_NLT_UQ), x);
 }
+inline bool no_nan(F16 x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) == 0; }
 inline float sum(F16 x) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -76,7 +77,8 @@ inline void transpose16(const F16* rows, float* out, size_t stride) {
         b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xEE);
     }
     for (int c = 0; c < 4; ++c) {
-        const F16 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
+        const F16 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
+                  odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
         const F16 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
         const F16 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xDD);
         store(out + c * stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
@@ -171,8 +173,7 @@ void dot_mxfp4(const uint8_t* codes, const uint8_t* scales, size_t B, size_t pan
     size_t p = 0;
     for (; p + 2 <= panels; p += 2)
         dot_mxfp4_panels<2>(codes + p * B * 256, scales + p * B * kPanel, B, x, acc + p * kTile * kPanel);
-    if (p < panels)
-        dot_mxfp4_panels<1>(codes + p * B * 256, scales + p * B * kPanel, B, x, acc + p * kTile * kPanel);
+    if (p < panels) dot_mxfp4_panels<1>(codes + p * B * 256, scales + p * B * kPanel, B, x, acc + p * kTile * kPanel);
 }
 
 void dot_q8(const uint8_t* weights, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc) {

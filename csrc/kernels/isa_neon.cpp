@@ -76,6 +76,10 @@ inline F16 keep_above(F16 x, F16 key, float least) {
     return {keep_above4(x.a, key.a, bound), keep_above4(x.b, key.b, bound), keep_above4(x.c, key.c, bound),
             keep_above4(x.d, key.d, bound)};
 }
+inline bool no_nan(F16 x) {
+    const float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.b), vaddq_f32(x.c, x.d));
+    return vminvq_u32(vceqq_f32(four, four)) != 0;
+}
 inline float sum(F16 x) {  // in AVX2's order
     const float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
     return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
@@ -143,6 +147,7 @@ inline void dot_panel(const uint8_t* weights, const uint8_t* scales, size_t B, c
     const size_t m = x.m;
     std::memset(acc, 0, m * kPanel * sizeof(float));
     for (size_t b = 0; b < B; ++b, weights += Decode::bytes, scales += Decode::scale_bytes) {
+        if (m <= kFetchTokens) fetch<Decode::bytes>(weights);
         for (size_t quad = 0; quad < kPanel / 4; ++quad) {
             int8x16_t w[8];
             Decode::quad(weights + quad * 16, w);
@@ -153,8 +158,7 @@ inline void dot_panel(const uint8_t* weights, const uint8_t* scales, size_t B, c
             size_t t = 0;
             for (; t + 4 <= m; t += 4)
                 dot_tokens<4>(w, row_scales, values + t * kBlock, token_scales + t, out + t * kPanel);
-            for (; t < m; ++t)
-                dot_tokens<1>(w, row_scales, values + t * kBlock, token_scales + t, out + t * kPanel);
+            for (; t < m; ++t) dot_tokens<1>(w, row_scales, values + t * kBlock, token_scales + t, out + t * kPanel);
         }
     }
 }
@@ -192,9 +196,7 @@ struct DecodeQ8 {
     static void quad(const uint8_t* weights, int8x16_t (&w)[8]) {
         for (size_t g = 0; g < 8; ++g) w[g] = vreinterpretq_s8_u8(vld1q_u8(weights + g * kPanel * 4));
     }
-    static float32x4_t row_scales(const uint8_t* scales) {
-        return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scales)));
-    }
+    static float32x4_t row_scales(const uint8_t* scales) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scales))); }
 };
 
 void dot_mxfp4(const uint8_t* codes, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc) {
@@ -220,8 +222,7 @@ uint64_t read(const uint8_t* data, size_t n) {
     uint64x2_t sums[4];
     for (auto& s : sums) s = vdupq_n_u64(0);
     for (size_t i = 0; i + 64 <= n; i += 64)
-        for (size_t j = 0; j < 4; ++j)
-            sums[j] = vaddq_u64(sums[j], vreinterpretq_u64_u8(vld1q_u8(data + i + 16 * j)));
+        for (size_t j = 0; j < 4; ++j) sums[j] = vaddq_u64(sums[j], vreinterpretq_u64_u8(vld1q_u8(data + i + 16 * j)));
     return vaddvq_u64(vaddq_u64(vaddq_u64(sums[0], sums[1]), vaddq_u64(sums[2], sums[3])));
 }
 

@@ -76,6 +76,11 @@ inline F16 exp2i(F16 n) {
 inline F16 keep_above(F16 x, F16 key, float least) {
     return each([&](int i) { return key.lane[i] < least ? 0.0f : x.lane[i]; });
 }
+inline bool no_nan(F16 a) {
+    for (float lane : a.lane)
+        if (lane != lane) return false;
+    return true;
+}
 inline float sum(F16 a) {
     float total = 0.0f;
     for (float lane : a.lane) total += lane;

@@ -100,9 +100,12 @@ inline void dot_panels(const Kernels& k, const Matrix& w, size_t first, size_t c
     switch (w.form) {
         case Form::mxfp4:
             return k.dot_mxfp4(w.panel_data(first), w.panel_scales(first), w.blocks(), count, x, acc);
-        case Form::q8: return k.dot_q8(w.panel_data(first), w.panel_scales(first), w.blocks(), count, x, acc);
-        case Form::bf16: return k.dot_bf16(w.panel_data(first), w.C, count, x, acc);
-        case Form::f32: return k.dot_f32(w.panel_data(first), w.C, count, x, acc);
+        case Form::q8:
+            return k.dot_q8(w.panel_data(first), w.panel_scales(first), w.blocks(), count, x, acc);
+        case Form::bf16:
+            return k.dot_bf16(w.panel_data(first), w.C, count, x, acc);
+        case Form::f32:
+            return k.dot_f32(w.panel_data(first), w.C, count, x, acc);
     }
 }
 

@@ -205,8 +205,10 @@ void Engine::attention(const KvView& view, const AttentionArgs& args) {
     const size_t items = query_tiles * view.K;
 
     const size_t per_thread = Workspace::size_of<float>(rows * H) + Workspace::size_of<int64_t>(rows * 2) +
-                              Workspace::size_of<float>(attention_scratch(rows, H)) + Workspace::size_of<float>(partial);
-    workspace_.reset(per_thread * threads() + Workspace::size_of<float>((by_keys ? items * kept : threads()) * partial));
+                              Workspace::size_of<float>(attention_scratch(rows, H)) +
+                              Workspace::size_of<float>(partial);
+    workspace_.reset(per_thread * threads() +
+                     Workspace::size_of<float>((by_keys ? items * kept : threads()) * partial));
     struct Scratch {
         float *q, *scratch, *piece;
         int64_t* limits;
@@ -422,8 +424,8 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         });
     }
 
-    pool_.split(used.size() * units, std::clamp<size_t>(used.size() * units / (threads() * 16), 1, 8),
-                [&](size_t begin, size_t end, unsigned) {
+    const size_t items = used.size() * units, item_chunk = std::clamp<size_t>(items / (threads() * 16), 1, 8);
+    pool_.split(items, item_chunk, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums acc;
         alignas(64) float biases[kUnitPanels][kPanel];
         alignas(64) float values[kBlock];
@@ -623,7 +625,8 @@ double Engine::dot_rate(size_t rounds) {
     const Kernels& k = kernels();
     std::vector<double> done(threads() * 8, 0);
     const auto start = std::chrono::steady_clock::now();
-    pool_.split(threads() * 8, 1, [&](size_t, size_t, unsigned thread) { done[thread * 8] += k.spin_dots(rounds / 8); });
+    pool_.split(threads() * 8, 1,
+                [&](size_t, size_t, unsigned thread) { done[thread * 8] += k.spin_dots(rounds / 8); });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     double total = 0;
     for (double one : done) total += one;

@@ -16,7 +16,7 @@ namespace freehold {
 
 // Memory that ops reuse. Grows to what the largest call needs.
 class Workspace {
-   public:
+  public:
     // Pieces are handed out one after the other, each aligned to 64 bytes. Call `reset` with their sum first.
     void reset(size_t bytes);
     template <class T>
@@ -32,7 +32,7 @@ class Workspace {
     size_t capacity() const { return capacity_; }
     void release();
 
-   private:
+  private:
     struct Free {
         void operator()(uint8_t* data) const;
     };
@@ -60,7 +60,7 @@ struct MoeArgs {
     const float* down_bias;     // (E, D)
     const float* residual;      // (T, D) or null
     float alpha, limit;
-    float* out;  // (T, D), neither x nor residual
+    float* out;                   // (T, D), neither x nor residual
     const float* norm = nullptr;  // (D) or null: x goes through rms_norm first
     float eps = 0.0f;
 };
@@ -74,8 +74,8 @@ struct Rotation {
 struct AttentionArgs {
     const float* q;  // (T, N, H), N * H consecutive, rows `stride` apart
     size_t T, N, stride;
-    size_t length;         // keys in the view, the last T of them the queries' own
-    const float* sinks;    // (N)
+    size_t length;       // keys in the view, the last T of them the queries' own
+    const float* sinks;  // (N)
     float scale;
     size_t window;  // keys in sight, the query itself counted; 0 for all
     float* out;     // (T, N, H)
@@ -84,7 +84,7 @@ struct AttentionArgs {
 
 // The thread pool with its workspace.
 class Engine {
-   public:
+  public:
     explicit Engine(unsigned threads) : pool_(threads) {}
 
     unsigned threads() const { return pool_.threads(); }
@@ -94,7 +94,8 @@ class Engine {
     void linear(const Matrix& w, const LinearArgs& args);
     void rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
               size_t H);
-    // Write T positions from `start` on, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart.
+    // Write T positions from `start` on, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride`
+    // apart.
     void kv_write(const KvView& view, const float* k, size_t k_stride, const float* v, size_t v_stride, size_t T,
                   size_t start, Rotation rotation = {});
     // The view's first position must be a multiple of kSplit in its sequence, or results would depend on it.
@@ -103,16 +104,16 @@ class Engine {
     // gate_up and down are the first of E packed matrices each; gate_up is paired.
     void moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args);
     size_t argmax(const float* logits, size_t V);
-    // Draw a token: keep the top_k largest (0: all), of these the likeliest that reach top_p, of these what has at least
-    // min_p of the largest's probability; then take the one where the cumulated probability, in order of ids, passes
-    // `uniform` in [0, 1). temperature > 0, and at least one logit is finite.
+    // Draw a token: keep the top_k largest (0: all), of these the likeliest that reach top_p, of these what has at
+    // least min_p of the largest's probability; then take the one where the cumulated probability, in order of ids,
+    // passes `uniform` in [0, 1). temperature > 0, and at least one logit is finite.
     size_t sample(const float* logits, size_t V, float temperature, size_t top_k, double top_p, float min_p,
                   double uniform);
 
     double read_gigabytes(const uint8_t* data, size_t bytes, double* checksum);
     double dot_rate(size_t rounds);
 
-   private:
+  private:
     ThreadPool pool_;
     Workspace workspace_;
     std::mutex busy_;

@@ -1,4 +1,5 @@
 // The members of a Kernels value that every instruction set names alike; included in its initialiser.
+// clang-format off
     .dot_mxfp4 = dot_mxfp4,
     .dot_q8 = dot_q8,
     .dot_bf16 = dot_bf16,

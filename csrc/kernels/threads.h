@@ -11,7 +11,7 @@
 namespace freehold {
 
 class ThreadPool {
-   public:
+  public:
     // The caller of `split` counts as one of the threads, so threads - 1 are started. At least 1.
     explicit ThreadPool(unsigned threads);
     ~ThreadPool();
@@ -40,7 +40,7 @@ class ThreadPool {
         run([](const void* context, unsigned thread) { (*static_cast<const Take*>(context))(thread); }, &take_pieces);
     }
 
-   private:
+  private:
     using Function = void (*)(const void*, unsigned);
 
     // Calls function on this thread, and on every worker that comes while this thread is at it. A worker that was

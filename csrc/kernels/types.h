@@ -39,10 +39,14 @@ struct Matrix {
     size_t blocks() const { return ceil_div(C, kBlock); }
     size_t panel_bytes() const {
         switch (form) {
-            case Form::mxfp4: return blocks() * kPanel * kBlock / 2;
-            case Form::q8: return blocks() * kPanel * kBlock;
-            case Form::bf16: return C * kPanel * 2;
-            default: return C * kPanel * 4;
+            case Form::mxfp4:
+                return blocks() * kPanel * kBlock / 2;
+            case Form::q8:
+                return blocks() * kPanel * kBlock;
+            case Form::bf16:
+                return C * kPanel * 2;
+            default:
+                return C * kPanel * 4;
         }
     }
     size_t panel_scale_bytes() const {
@@ -59,8 +63,8 @@ struct Matrix {
 };
 
 // Activations of m <= kTile tokens, either quantised, block by block with the tokens of a block side by side:
-//   values (B, m, 32) int8, or int16 where the kernel wants them `wide` · scales (B, m) · offsets (B, m): -bias times the sum of a block's values, where bias is
-//   what the kernel adds to a weight to make it unsigned
+//   values (B, m, 32) int8, or int16 where the kernel wants them `wide` · scales (B, m) · offsets (B, m): -bias times
+//   the sum of a block's values, where bias is what the kernel adds to a weight to make it unsigned
 // or as plain rows (m, C) that lie `stride` floats apart.
 struct Tile {
     size_t m = 0;

@@ -59,66 +59,85 @@ struct KvStore {
     }
 };
 
+namespace {
+
+// One stored head of one position, at element `at`: what is made of x, or nothing where there is no x.
+void expect_stored(const KvStore& store, size_t which, size_t at, const float* x) {
+    for (size_t h = 0; h < store.H; ++h) {
+        if (!x) {
+            expect(store.untouched(which, at + h), "other positions are left alone");
+        } else if (store.type == KvType::f32) {
+            expect(store.floats[which][at + h] == x[h], "stored as given");
+        } else if (store.type == KvType::bf16) {
+            expect(store.words[which][at + h] == to_bf16(x[h]), "rounded to bfloat16");
+        } else {
+            const float* block = x + h / 32 * 32;
+            float peak = 0;
+            for (size_t i = 0; i < 32; ++i) peak = std::max(peak, std::abs(block[i]));
+            const uint16_t half = to_half(peak / 127.0f);
+            const auto step = static_cast<float>(of_half(half));
+            const float factor = step > 0 ? 1.0f / step : 0.0f;
+            const float number = std::clamp(std::nearbyint(x[h] * factor), -127.0f, 127.0f);
+            expect(store.scales[which][(at + h) / 32] == half, "the block's scale");
+            expect(store.bytes[which][at + h] == static_cast<int>(number), "the rounded value");
+        }
+    }
+}
+
+// Heads of all kinds: zeros, large and tiny numbers, ties where steps are 1, and common ones.
+Buffer<float> heads(Random& random, size_t count) {
+    Buffer<float> x = normals(random, count);
+    for (size_t i = 0; i < count; ++i) {
+        const size_t kind = i / 32 % 6;
+        if (kind == 0) x[i] = 0;
+        if (kind == 1) x[i] *= 1e4f;
+        if (kind == 2) x[i] *= 1e-5f;
+        if (kind == 3) x[i] = i % 32 ? std::floor(30 * x[i]) + 0.5f : 127.0f;
+    }
+    return x;
+}
+
+}  // namespace
+
 void check_kv_write(KvType type) {
     Random random(9);
     for (size_t T : token_counts())
         for (size_t H : type == KvType::q8 ? sizes<size_t>({32, 64, 96}, {64}) : sizes<size_t>({1, 20, 64}, {20})) {
             const size_t K = 1 + random.below(3), start = random.below(40), capacity = start + T + random.below(3);
             const size_t strides[2] = {K * H + random.below(3), K * H + random.below(3)};
-            Buffer<float> given[2] = {normals(random, T ? (T - 1) * strides[0] + K * H : 0),
-                                      normals(random, T ? (T - 1) * strides[1] + K * H : 0)};
-            for (auto& buffer : given)
-                for (size_t i = 0; i < buffer.size(); ++i)  // whole blocks of zeros, large and tiny numbers
-                    if (const size_t size = i / 32 % 5; size < 3)
-                        buffer[i] *= size == 0 ? 0.0f : size == 1 ? 1e4f : 1e-5f;
+            const Buffer<float> given[2] = {heads(random, T ? (T - 1) * strides[0] + K * H : 0),
+                                            heads(random, T ? (T - 1) * strides[1] + K * H : 0)};
             const Angles angles(random, T, H);
             const bool turned = H % 2 == 0 && random.below(2);
-            on_each_set(
-                text("kv_write %s T=%zu K=%zu H=%zu%s", name_of(type), T, K, H, turned ? " turned" : ""),
-                [&](const Kernels& k) {
-                    for (unsigned threads : {1u, 3u}) {
-                        KvStore store(type, K, capacity, H);
-                        const Rotation rotation{turned ? angles.cos.data() : nullptr,
-                                                turned ? angles.sin.data() : nullptr};
-                        engine_of(threads).kv_write(store.view(), given[0].data(), strides[0], given[1].data(),
-                                                    strides[1], T, start, rotation);
-                        for (size_t which = 0; which < 2; ++which)
-                            for (size_t head = 0; head < K; ++head)
-                                for (size_t position = 0; position < capacity; ++position) {
-                                    const size_t at = (head * capacity + position) * H;
-                                    const bool written = position >= start && position < start + T;
-                                    const float* x =
-                                        written ? given[which].data() + (position - start) * strides[which] + head * H
-                                                : nullptr;
-                                    Buffer<float> key(H);
-                                    if (written && turned && which == 0) {
-                                        const size_t angle = (position - start) * (H / 2);
-                                        k.rope(x, rotation.cos + angle, rotation.sin + angle, key.data(), H);
-                                        x = key.data();
-                                    }
-                                    for (size_t h = 0; h < H; ++h) {
-                                        if (!written) {
-                                            expect(store.untouched(which, at + h), "other positions are left alone");
-                                        } else if (type == KvType::f32) {
-                                            expect(store.floats[which][at + h] == x[h], "stored as given");
-                                        } else if (type == KvType::bf16) {
-                                            expect(store.words[which][at + h] == to_bf16(x[h]), "rounded to bfloat16");
-                                        } else {
-                                            const float* block = x + h / 32 * 32;
-                                            float peak = 0;
-                                            for (size_t i = 0; i < 32; ++i) peak = std::max(peak, std::abs(block[i]));
-                                            const uint16_t half = to_half(peak / 127.0f);
-                                            const auto step = static_cast<float>(of_half(half));
-                                            const float factor = step > 0 ? 1.0f / step : 0.0f;
-                                            const double number =
-                                                std::clamp(std::nearbyint(x[h] * factor), -127.0f, 127.0f);
-                                            expect(store.scales[which][(at + h) / 32] == half, "the block's scale");
-                                            expect(store.bytes[which][at + h] == number, "the rounded value");
-                                        }
-                                    }
-                                }
-                    }
-                });
+            Rotation rotation;
+            if (turned) rotation = {angles.cos.data(), angles.sin.data()};
+            const std::string what =
+                text("kv_write %s T=%zu K=%zu H=%zu%s", name_of(type), T, K, H, turned ? " turned" : "");
+            auto check = [&](const Kernels& k, unsigned threads) {
+                KvStore store(type, K, capacity, H);
+                engine_of(threads).kv_write(store.view(), given[0].data(), strides[0], given[1].data(), strides[1], T,
+                                            start, rotation);
+                for (size_t which = 0; which < 2; ++which)
+                    for (size_t head = 0; head < K; ++head)
+                        for (size_t position = 0; position < capacity; ++position) {
+                            const size_t at = (head * capacity + position) * H, t = position - start;
+                            if (position < start || t >= T) {
+                                expect_stored(store, which, at, nullptr);
+                                continue;
+                            }
+                            const float* x = given[which].data() + t * strides[which] + head * H;
+                            Buffer<float> key(H);
+                            if (turned && which == 0) {  // rope has its own check; here its last bit matters
+                                k.rope(x, rotation.cos + t * (H / 2), rotation.sin + t * (H / 2), key.data(), H);
+                                x = key.data();
+                            }
+                            expect_stored(store, which, at, x);
+                        }
+            };
+            on_each_set(what, [&](const Kernels& k) {
+                check(k, 1);
+                check(k, 3);
+            });
         }
     report(std::string("kv_write ") + name_of(type));
 }
@@ -127,49 +146,53 @@ struct AttentionCase {
     size_t K, group, H, length, T, window;
 };
 
-std::vector<double> turn_plainly(const AttentionCase& c, const Buffer<float>& q, size_t stride, const Angles& angles) {
-    std::vector<double> turned(q.data(), q.data() + q.size());
-    for (size_t t = 0; t < c.T; ++t)
+// The queries as attention sees them, and what is stored of one side of the keys and values.
+std::vector<double> queries_of(const AttentionCase& c, const Buffer<float>& q, size_t stride, const Angles* angles) {
+    std::vector<double> seen(q.data(), q.data() + q.size());
+    for (size_t t = 0; angles && t < c.T; ++t)
         for (size_t n = 0; n < c.K * c.group; ++n)
             for (size_t i = 0; i < c.H / 2; ++i) {
-                double &a = turned[t * stride + n * c.H + i], &b = turned[t * stride + n * c.H + c.H / 2 + i];
-                const double x = a, y = b, cos = angles.cos[t * c.H / 2 + i], sin = angles.sin[t * c.H / 2 + i];
+                double &a = seen[t * stride + n * c.H + i], &b = seen[t * stride + n * c.H + c.H / 2 + i];
+                const double x = a, y = b, cos = angles->cos[t * c.H / 2 + i], sin = angles->sin[t * c.H / 2 + i];
                 a = x * cos - y * sin, b = y * cos + x * sin;
             }
-    return turned;
+    return seen;
+}
+std::vector<double> stored_in(const AttentionCase& c, const KvStore& store, size_t which) {
+    std::vector<double> stored;
+    for (size_t head = 0; head < c.K; ++head)
+        for (size_t s = 0; s < c.length; ++s)
+            for (size_t h = 0; h < c.H; ++h) stored.push_back(store.at(which, head, s, h));
+    return stored;
 }
 
-// Where each of the (T, N) results must lie, as (value, tolerance) for every h.
+// The (T, N, H) results, with how far off each may be in place of `terms`.
 std::vector<Sum> attend_plainly(const AttentionCase& c, const KvStore& store, const std::vector<double>& q,
                                 size_t stride, const float* sinks, double scale) {
     const size_t N = c.K * c.group;
+    const std::vector<double> keys = stored_in(c, store, 0), values = stored_in(c, store, 1);
     std::vector<Sum> results(c.T * N * c.H);
-    std::vector<double> weights;
     for (size_t t = 0; t < c.T; ++t)
         for (size_t n = 0; n < N; ++n) {
-            const size_t position = c.length - c.T + t, head = n / c.group;
+            const size_t position = c.length - c.T + t, head = n / c.group * c.length;
             const size_t first = c.window && position + 1 > c.window ? position + 1 - c.window : 0;
-            weights.assign(position + 1 - first, 0);
+            std::vector<double> weights(position + 1);
             double peak = sinks[n], size = 0;
             for (size_t s = first; s <= position; ++s) {
-                double score = 0, terms = 0;
-                for (size_t h = 0; h < c.H; ++h) {
-                    const double term = q[t * stride + n * c.H + h] * store.at(0, head, s, h) * scale;
-                    score += term, terms += std::abs(term);
-                }
-                weights[s - first] = score;
-                peak = std::max(peak, score), size = std::max(size, terms);
+                const Sum score = dot(q.data() + t * stride + n * c.H, keys.data() + (head + s) * c.H, c.H);
+                weights[s] = score.value * scale;
+                peak = std::max(peak, weights[s]), size = std::max(size, score.terms * scale);
             }
             double sum = std::exp(sinks[n] - peak);
-            for (double& weight : weights) sum += weight = std::exp(weight - peak);
-            for (size_t h = 0; h < c.H; ++h) {
-                Sum& result = results[(t * N + n) * c.H + h];
-                for (size_t s = first; s <= position; ++s) {
-                    const double term = weights[s - first] / sum * store.at(1, head, s, h);
-                    result.value += term, result.terms += std::abs(term);
+            for (size_t s = first; s <= position; ++s) sum += weights[s] = std::exp(weights[s] - peak);
+            Sum* result = results.data() + (t * N + n) * c.H;
+            for (size_t s = first; s <= position; ++s)
+                for (size_t h = 0; h < c.H; ++h) {
+                    const double term = weights[s] / sum * values[(head + s) * c.H + h];
+                    result[h].value += term, result[h].terms += std::abs(term);
                 }
-                result.terms *= 1e-6 * (1 + size);  // a score that is off by so much moves a weight by as much
-            }
+            // A score that is off by so much moves a weight by as much.
+            for (size_t h = 0; h < c.H; ++h) result[h].terms = result[h].terms * 1e-6 * (1 + size) + 1e-7;
         }
     return results;
 }
@@ -199,25 +222,20 @@ void check_attention(KvType type) {
         const float scale = 1 / std::sqrt(static_cast<float>(c.H));
         const Angles angles(random, c.T, c.H);
         const bool turned = c.H % 2 == 0 && c.length % 3;
-        const std::vector<Sum> expected = attend_plainly(
-            c, store, turned ? turn_plainly(c, q, stride, angles) : std::vector<double>(q.data(), q.data() + q.size()),
-            stride, sinks.data(), scale);
+        const std::vector<double> seen = queries_of(c, q, stride, turned ? &angles : nullptr);
+        const std::vector<Sum> expected = attend_plainly(c, store, seen, stride, sinks.data(), scale);
         const std::string what = text("attention %s K=%zu N=%zu H=%zu length=%zu T=%zu window=%zu%s", name_of(type),
                                       c.K, N, c.H, c.length, c.T, c.window, turned ? " turned" : "");
         on_each_set(what, [&](const Kernels&) {
-            const AttentionArgs args{q.data(), c.T,
-                                     N,        stride,
-                                     c.length, sinks.data(),
-                                     scale,    c.window,
-                                     nullptr,  turned ? Rotation{angles.cos.data(), angles.sin.data()} : Rotation{}};
+            AttentionArgs args{q.data(), c.T, N, stride, c.length, sinks.data(), scale, c.window, nullptr};
+            if (turned) args.rotation = {angles.cos.data(), angles.sin.data()};
             const Buffer<float> out = on_any_threads(c.T * N * c.H, [&](Engine& engine, float* to) {
                 AttentionArgs mine = args;
                 mine.out = to;
                 engine.attention(store.view(), mine);
             });
             for (size_t i = 0; i < out.size(); ++i)
-                expect_near(out[i], expected[i].value, expected[i].terms + 1e-7, "out of (query, head)", i / c.H,
-                            i % c.H);
+                expect_near(out[i], expected[i].value, expected[i].terms, "out of (query, head)", i / c.H, i % c.H);
             for (size_t t : loners(c.T)) {
                 AttentionArgs mine = args;
                 Buffer<float> alone(N * c.H);

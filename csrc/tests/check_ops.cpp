@@ -10,6 +10,7 @@ void check_rms_norm() {
     for (size_t D : sizes<size_t>({1, 2, 7, 15, 16, 17, 31, 33, 64, 100, 2880, 4099}, {1, 17, 100}))
         for (size_t T : token_counts())
             for (double deviation : {1.0, 1e-4, 1e6}) {
+                if (T * D > 20000) continue;
                 const Buffer<float> x = normals(random, T * D, deviation), weight = normals(random, D);
                 on_each_set(text("rms_norm T=%zu D=%zu of size %g", T, D, deviation), [&](const Kernels& k) {
                     const Buffer<float> out = on_any_threads(T * D, [&](Engine& engine, float* to) {
@@ -65,10 +66,10 @@ void check_linear(Form form) {
     struct Shape {
         size_t R, C;
     };
-    const Shape all[] = {{1, 1}, {16, 32}, {17, 33}, {31, 64}, {100, 95}, {48, 160}, {70, 7}, {150, 288}};
-    for (const Shape& shape : all) {
-        const auto [R, C] = shape;
-        if (quick && R % 16 == 0) continue;
+    std::vector<Shape> shapes = {{1, 1}, {16, 32}, {17, 33}, {31, 64}, {100, 95}, {48, 160}, {70, 7}, {150, 288}};
+    if (quick) shapes = {{1, 1}, {17, 33}, {70, 96}};
+    for (const Shape& shape : shapes) {
+        const size_t R = shape.R, C = shape.C;
         const Weights w(random, form, 1, R, C);
         for (size_t T : token_counts())
             for (size_t variant = 0; variant < 8; ++variant) {
@@ -81,14 +82,14 @@ void check_linear(Form form) {
                     text("linear %s T=%zu R=%zu C=%zu stride=%zu%s%s%s", name_of(form), T, R, C, stride,
                          normed ? " norm" : "", biased ? " bias" : "", added ? " residual" : "");
                 on_each_set(what, [&](const Kernels& k) {
-                    const LinearArgs args{x.data(),
-                                          T,
-                                          stride,
-                                          normed ? norm.data() : nullptr,
-                                          1e-5f,
-                                          biased ? bias.data() : nullptr,
-                                          added ? residual.data() : nullptr,
-                                          nullptr};
+                    const LinearArgs args{.x = x.data(),
+                                          .T = T,
+                                          .stride = stride,
+                                          .norm = normed ? norm.data() : nullptr,
+                                          .eps = 1e-5f,
+                                          .bias = biased ? bias.data() : nullptr,
+                                          .residual = added ? residual.data() : nullptr,
+                                          .out = nullptr};
                     const Buffer<float> out = on_any_threads(T * R, [&](Engine& engine, float* to) {
                         LinearArgs mine = args;
                         mine.out = to;
@@ -238,7 +239,7 @@ void check_moe(Form gate_up_form, Form down_form) {
     struct Shape {
         size_t E, A, D, F;
     };
-    std::vector<Shape> shapes = {{1, 1, 1, 1}, {4, 2, 33, 17}, {3, 3, 64, 32}, {9, 4, 95, 70}, {32, 4, 160, 96}};
+    std::vector<Shape> shapes = {{1, 1, 1, 1}, {4, 2, 33, 17}, {3, 3, 64, 32}, {9, 4, 95, 70}, {32, 4, 96, 64}};
     if (quick) shapes = {{4, 2, 33, 17}, {9, 4, 64, 40}};
     for (const auto& [E, A, D, F] : shapes) {
         const Weights gate_up(random, gate_up_form, E, 2 * F, D, true), down(random, down_form, E, D, F);
@@ -257,16 +258,22 @@ void check_moe(Form gate_up_form, Form down_form) {
                     weights[t * A + a] = static_cast<float>(random.uniform());
                 }
             }
-            MoeArgs args{};
-            args.x = x.data(), args.T = T, args.A = A, args.E = E;
-            args.weights = weights.data(), args.experts = experts.data();
-            args.gate_up_bias = gate_up_bias.data(), args.down_bias = down_bias.data();
-            args.residual = T % 2 ? residual.data() : nullptr;
-            args.alpha = 1.702f, args.limit = 7.0f;
-            for (const float* with : {static_cast<const float*>(nullptr), norm.data()}) {
-                args.norm = with, args.eps = 1e-5f;
-                check_moe_case({gate_up, down, gate_up_form, down_form, args});
-            }
+            MoeArgs args{.x = x.data(),
+                         .T = T,
+                         .A = A,
+                         .weights = weights.data(),
+                         .experts = experts.data(),
+                         .E = E,
+                         .gate_up_bias = gate_up_bias.data(),
+                         .down_bias = down_bias.data(),
+                         .residual = T % 2 ? residual.data() : nullptr,
+                         .alpha = 1.702f,
+                         .limit = 7.0f,
+                         .out = nullptr};
+            check_moe_case({gate_up, down, gate_up_form, down_form, args});
+            if (T > 40) continue;
+            args.norm = norm.data(), args.eps = 1e-5f;
+            check_moe_case({gate_up, down, gate_up_form, down_form, args});
         }
     }
     report(std::string("moe ") + name_of(gate_up_form) + "/" + name_of(down_form));
@@ -329,42 +336,48 @@ void check_nan() {
     Random random(15);
     constexpr size_t C = 75, R = 33, T = 5, hit = 3;
     for (Form form : kForms) {
-        const Weights w(random, form, 1, R, C, false), gate_up(random, form, 2, 2 * R, C, true),
-            down(random, form, 2, C, R);
+        const Weights w(random, form, 1, R, C);
+        const Weights gate_up(random, form, 2, 2 * R, C, true), down(random, form, 2, C, R);
         const Buffer<float> gate_up_bias = normals(random, 2 * 2 * R), down_bias = normals(random, 2 * C);
         const Buffer<float> x = normals(random, T * C), norm = normals(random, C), weights = normals(random, T * 2);
         Buffer<int64_t> experts(T * 2);
         for (size_t i = 0; i < T * 2; ++i) experts[i] = static_cast<int64_t>(i % 2);
+
+        auto linear = [&](const float* from, const float* with) {
+            Buffer<float> out(T * R);
+            engine_of(2).linear(w.matrix(), {from, T, C, with, 1e-5f, nullptr, nullptr, out.data()});
+            return out;
+        };
+        auto moe = [&](const float* from) {
+            Buffer<float> out(T * C);
+            engine_of(2).moe(gate_up.matrix(), down.matrix(),
+                             {from, T, 2, weights.data(), experts.data(), 2, gate_up_bias.data(), down_bias.data(),
+                              nullptr, 1.702f, 7.0f, out.data()});
+            return out;
+        };
+        auto compare = [&](const Buffer<float>& good, const Buffer<float>& out) {
+            const size_t width = good.size() / T;
+            for (size_t i = 0; i < good.size(); ++i) {
+                if (i / width == hit) {
+                    expect(!std::isfinite(out[i]), "not finite where the input is not");
+                } else {
+                    expect_same_bits(&out[i], &good[i], 1, "another token");
+                }
+            }
+        };
         for (size_t at : {size_t{0}, size_t{14}, size_t{17}, size_t{40}, size_t{63}, C - 1})
-            for (float bad : {kNan, kInf, -kInf})
-                on_each_set(
-                    text("%s with %g at %zu", name_of(form), static_cast<double>(bad), at), [&](const Kernels&) {
-                        Buffer<float> spoilt(T * C);
-                        std::copy(x.data(), x.data() + T * C, spoilt.data());
-                        spoilt[hit * C + at] = bad;
-                        auto run = [&](const float* from, size_t op) {
-                            Buffer<float> out(T * (op < 2 ? R : C));
-                            if (op < 2) {
-                                engine_of(2).linear(w.matrix(), {from, T, C, op ? norm.data() : nullptr, 1e-5f, nullptr,
-                                                                 nullptr, out.data()});
-                            } else {
-                                engine_of(2).moe(gate_up.matrix(), down.matrix(),
-                                                 {from, T, 2, weights.data(), experts.data(), 2, gate_up_bias.data(),
-                                                  down_bias.data(), nullptr, 1.702f, 7.0f, out.data()});
-                            }
-                            return out;
-                        };
-                        for (size_t op = 0; op < 3; ++op) {
-                            if (op > 0 && !std::isnan(bad)) continue;  // a norm or a clamp may make these finite again
-                            const Buffer<float> good = run(x.data(), op), out = run(spoilt.data(), op);
-                            const size_t width = good.size() / T;
-                            for (size_t i = 0; i < good.size(); ++i)
-                                if (i / width == hit)
-                                    expect(!std::isfinite(out[i]), "not finite where the input is not");
-                                else
-                                    expect_same_bits(out.data() + i, good.data() + i, 1, "another token");
-                        }
-                    });
+            for (float bad : {kNan, kInf, -kInf}) {
+                Buffer<float> spoilt(T * C);
+                std::copy(x.data(), x.data() + T * C, spoilt.data());
+                spoilt[hit * C + at] = bad;
+                on_each_set(text("%s with %g at %zu", name_of(form), static_cast<double>(bad), at),
+                            [&](const Kernels&) {
+                                compare(linear(x.data(), nullptr), linear(spoilt.data(), nullptr));
+                                if (!std::isnan(bad)) return;  // a norm or a clamp may make infinity finite again
+                                compare(linear(x.data(), norm.data()), linear(spoilt.data(), norm.data()));
+                                compare(moe(x.data()), moe(spoilt.data()));
+                            });
+            }
     }
     report("not a number");
 }

@@ -96,7 +96,6 @@ Angles::Angles(Random& random, size_t T, size_t H) : cos(T * (H / 2)), sin(T * (
 
 Weights::Weights(Random& random, Form form, size_t E, size_t R, size_t C, bool paired, bool extreme)
     : form_(form),
-      E_(E),
       R_(R),
       C_(C),
       panels_(paired ? (R / 2 + 31) / 32 * 4 : (R + 15) / 16),
@@ -130,7 +129,7 @@ void Weights::fill_row(Random& random, size_t e, size_t panel, size_t lane, bool
     const size_t unit = panel / 2 * 16 + lane;  // of a paired matrix
     const size_t r = paired_ ? 2 * unit + panel % 2 : panel * 16 + lane;
     const bool used = r < R_;
-    double* values = values_.data() + (e * R_ + r) * C_;
+    double* values = used ? values_.data() + (e * R_ + r) * C_ : nullptr;
     const size_t at = e * panels_ + panel;
     if (form_ == Form::bf16 || form_ == Form::f32) {
         for (size_t c = 0; c < C_; ++c) {

@@ -108,7 +108,7 @@ class Weights {
     void fill_row(Random& random, size_t e, size_t panel, size_t lane, bool extreme);
 
     Form form_;
-    size_t E_, R_, C_, panels_, blocks_;
+    size_t R_, C_, panels_, blocks_;
     bool paired_;
     Buffer<uint8_t> bytes_;
     Buffer<uint16_t> words_;
