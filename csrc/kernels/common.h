@@ -1,12 +1,10 @@
 // The kernels that read the same on every instruction set, written over a vector of 16 floats. An isa_*.cpp file
 // defines F16, its operations and the int8 dot products in an anonymous namespace, then includes this file there.
 //
-// Operations expected: load, store, load_bf16, load_i8, zero, set1, fma (a*b + c), mul, add, sub,
-// div, min, max, abs, sum (of lanes, in a fixed order), largest (of lanes), no_nan, round (to nearest even), exp2i (2^n
-// for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
-// in
-// [-127, 127]; returns their sum), to_f16, from_f16, transpose16 and kRows. Where one of two values is NaN, min and max
-// return the second.
+// Operations expected: load, store, load_bf16, load_i8, zero, set1, fma (a*b + c), mul, add, sub, div, abs, min and max
+// (the second where one is NaN), sum (of lanes, in a fixed order), largest (of lanes), no_nan (in any lane), round (to
+// nearest even), exp2i (2^n for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least),
+// store_i8 (rounded values in [-127, 127]; returns their sum), to_f16, from_f16, transpose16 and kRows.
 //
 // Nothing here may call an inline function or template from outside: the linker keeps one copy of those for the whole
 // program, and it could be the one compiled for an instruction set that the processor lacks.

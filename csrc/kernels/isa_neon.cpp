@@ -77,8 +77,9 @@ inline F16 keep_above(F16 x, F16 key, float least) {
             keep_above4(x.d, key.d, bound)};
 }
 inline bool no_nan(F16 x) {
-    const float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.b), vaddq_f32(x.c, x.d));
-    return vminvq_u32(vceqq_f32(four, four)) != 0;
+    const uint32x4_t low = vandq_u32(vceqq_f32(x.a, x.a), vceqq_f32(x.b, x.b));
+    const uint32x4_t high = vandq_u32(vceqq_f32(x.c, x.c), vceqq_f32(x.d, x.d));
+    return vminvq_u32(vandq_u32(low, high)) != 0;
 }
 inline float sum(F16 x) {  // in AVX2's order
     const float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));

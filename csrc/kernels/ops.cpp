@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 namespace freehold {
 
@@ -345,7 +346,6 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
     if (T == 0) return;
     const size_t in_blocks = ceil_div(D, kBlock), units = ceil_div(F, kBlock);  // a unit: 32 hidden values
     const size_t hidden_floats = units * kBlock;
-    const bool shared = T == 1;  // one token: all its experts read the same activations
 
     struct Visit {
         size_t token, slot;
@@ -354,12 +354,17 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         size_t expert, first, m;
     };
     std::vector<size_t> starts(E + 1, 0);
+    for (size_t i = 0; i < visits; ++i)
+        if (static_cast<uint64_t>(args.experts[i]) >= E)
+            throw std::out_of_range("[moe] an expert's number is not below the number of experts");
     for (size_t i = 0; i < visits; ++i) ++starts[static_cast<size_t>(args.experts[i]) + 1];
     std::vector<size_t> used;  // experts that somebody visits, in order
     for (size_t e = 0; e < E; ++e) {
         if (starts[e + 1]) used.push_back(e);
         starts[e + 1] += starts[e];
     }
+    // One token: all its experts read the same activations. (A caller may name one of them twice; `route` never does.)
+    const bool shared = T == 1 && used.size() == A;
     std::vector<Visit> sorted(visits);
     std::vector<size_t> place(visits), next(starts.begin(), starts.end() - 1);
     for (size_t i = 0; i < visits; ++i) {

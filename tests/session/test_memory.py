@@ -22,6 +22,9 @@ from freehold.model.kv_cache import KVCache, kv_cache_bytes
 from freehold.model.transformer import Transformer
 from freehold.session.memory import PREFILL_CHUNK, MemoryPlan, fitting_plan, plan_memory
 from freehold.session.policy import Policy, decide
+from freehold.weights.layouts import open_checkpoint
+from freehold.weights.pack_file import ensure_packed
+from freehold.weights.packed import Form
 from freehold.weights.synth import write_random_checkpoint
 from tests.checkpoints import CPU
 
@@ -246,22 +249,33 @@ print(json.dumps({"total": model.plan.total, "program": model.plan.program, "pea
 
 
 @needs_native
-@pytest.mark.parametrize(("dense", "kv_dtype", "experts"), [("q8", "f32", MXFP4), ("bf16", "q8", BF16)])
+@pytest.mark.parametrize(
+    ("dense", "kv_dtype", "experts", "already_packed"), [("q8", "f32", MXFP4, False), ("bf16", "q8", BF16, True)]
+)
 def test_a_process_stays_within_its_plan(
-    dense: str, kv_dtype: str, experts: ExpertFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Form,
+    kv_dtype: str,
+    experts: ExpertFormat,
+    already_packed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Packing, a long prompt and its answer, in a model large enough to be seen beside torch itself."""
+    """A long prompt and its answer, in a model large enough to be seen beside torch itself."""
     config = model_config(
         hidden_size=768, expert_width=768, num_experts=16 if experts is MXFP4 else 6, num_heads=12, num_kv_heads=4,
         head_dim=64, vocab_size=20_000,
     )  # fmt: skip
     write_random_checkpoint(tmp_path / "model", config, experts=experts)
     monkeypatch.setenv("FREEHOLD_CACHE", str(tmp_path / "cache"))
+    if already_packed:
+        ensure_packed(open_checkpoint(tmp_path / "model"), dense)
     done = subprocess.run(
         [sys.executable, "-c", TAKES, str(tmp_path / "model"), dense, kv_dtype],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     took = json.loads(done.stdout)
     used, planned = took["peak"] - took["program"], took["total"] - took["program"]
-    assert used <= planned
+    # Each thread that packs leaves some memory with malloc, which the plan does not know of.
+    left = 0 if already_packed else 24 * MIB * min(machine.usable_cores(), 8)
+    assert used <= planned + left
     assert used > planned / 2, "the plan asks for far more than is used"

@@ -61,8 +61,7 @@ def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, c
         row = config.hidden_size * 2
         touched = min(weights.embedding, context * (row + _MAPPED_AT_ONCE))
         dense, expert_bytes = weights.dense + touched, weights.experts
-        quantised = experts is ExpertFormat.MXFP4 or policy.dense == "q8"
-        scratch = _native_scratch(config, policy.threads, context, quantised)
+        scratch = _native_scratch(config, experts, policy, context)
     else:
         width = policy.dtype.itemsize
         dense = (config.num_parameters - config.num_expert_weights) * width
@@ -124,17 +123,19 @@ def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
     return "use " + ", ".join(remedies[:-1]) + (", or " if len(remedies) > 1 else "") + remedies[-1]
 
 
-def _native_scratch(config: ModelConfig, threads: int, context: int, quantised_experts: bool) -> int:
-    """Activations of one chunk, what the kernels hold of them besides, and partial results of attention."""
+def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, context: int) -> int:
+    """Activations of one chunk, the kernels' own form of them, and partial results of attention."""
     T = min(PREFILL_CHUNK, context)
     D, F, H, A = config.hidden_size, config.expert_width, config.head_dim, config.num_active_experts
     N, K = config.num_heads, config.num_kv_heads
-    wide = max(N * H, D)
-    activations = 4 * T * (6 * D + 2 * (N + 2 * K) * H + 2 * N * H)
-    held = T * A * (D + F) * (5 if quantised_experts else 16) // 4 + 5 * T * wide
+    activations = 4 * T * (7 * D + 2 * (N + 2 * K) * H + 2 * N * H)
+    # Bytes of an activation where it meets weights: int8 or int16 and its share of a block's scale and sum, or float32.
+    at_dense = 2.25 if policy.dense == "q8" else 4
+    at_experts = 1.25 if experts is ExpertFormat.MXFP4 else at_dense
+    converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
     rows = 64 * (H + 18)
-    partials = 4 * threads * (math.ceil(context / _SPLIT) + 4) * 64 * rows // 16
-    return activations + held + partials + 3 * 4 * config.vocab_size + _SLACK
+    partials = 4 * policy.threads * (math.ceil(context / _SPLIT) + 4) * 64 * rows // 16
+    return activations + converted + partials + 3 * 4 * config.vocab_size + _SLACK
 
 
 def _reference_scratch(config: ModelConfig, width: int, context: int) -> int:
