@@ -40,6 +40,15 @@ inline void fetch(const uint8_t* data) {
     for (size_t i = 0; i < Bytes; i += 64) __builtin_prefetch(data + kFetchAhead + i);
 }
 
+// For sets that take quantised panels one by one: DataBytes and ScaleBytes are those of one block of a panel.
+using DotPanel = void (*)(const uint8_t* data, const uint8_t* scales, size_t B, const Tile& x, float* acc);
+
+template <DotPanel Dot, size_t DataBytes, size_t ScaleBytes>
+void dot_each_panel(const uint8_t* data, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc) {
+    for (size_t p = 0; p < panels; ++p)
+        Dot(data + p * B * DataBytes, scales + p * B * ScaleBytes, B, x, acc + p * kTile * kPanel);
+}
+
 // --- dot products with plain weights -----------------------------------------------------------------------------
 
 struct LoadBf16 {

@@ -149,13 +149,11 @@ void dot_q8_panel(const uint8_t* weights, const uint8_t* scales, size_t B, const
 }
 
 void dot_mxfp4(const uint8_t* codes, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc) {
-    for (size_t p = 0; p < panels; ++p)
-        dot_mxfp4_panel(codes + p * B * 256, scales + p * B * kPanel, B, x, acc + p * kTile * kPanel);
+    dot_each_panel<dot_mxfp4_panel, 256, kPanel>(codes, scales, B, panels, x, acc);
 }
 
 void dot_q8(const uint8_t* weights, const uint8_t* scales, size_t B, size_t panels, const Tile& x, float* acc) {
-    for (size_t p = 0; p < panels; ++p)
-        dot_q8_panel(weights + p * B * 512, scales + p * B * 2 * kPanel, B, x, acc + p * kTile * kPanel);
+    dot_each_panel<dot_q8_panel, 512, 2 * kPanel>(weights, scales, B, panels, x, acc);
 }
 
 double spin_dots(size_t rounds) {

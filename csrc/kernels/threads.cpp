@@ -1,7 +1,5 @@
 #include "kernels/threads.h"
 
-#include <sched.h>
-
 namespace freehold {
 namespace {
 

@@ -86,19 +86,19 @@ def _print(result: "Bench") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.0%}"
+    def share(value: float | None, of: str) -> str:
+        return "" if value is None else f"{value:.0%} {of}"
 
     table = Table("", "tokens", "depth", "tokens/s", "rate", "of this machine's", box=None, pad_edge=False)
     for column in table.columns[1:5]:
         column.justify = "right"
     for row in result.prefill:
-        of = f"{share(row.share_of_peak)} multiply-adds" if row.share_of_peak is not None else ""
+        of = share(row.share_of_peak, "multiply-adds")
         table.add_row(
             "prefill", str(row.tokens), str(row.depth), f"{row.prefill_tok_s:.1f}", f"{row.gmac_s:.1f} GMAC/s", of
         )
     for line in result.decode:
-        of = f"{share(line.share_of_bandwidth)} read bandwidth" if line.share_of_bandwidth is not None else ""
+        of = share(line.share_of_bandwidth, "read bandwidth")
         table.add_row(
             "decode", str(line.tokens), str(line.depth), f"{line.decode_tok_s:.2f}", f"{line.gb_s:.1f} GB/s", of
         )

@@ -33,19 +33,17 @@ def command(
     freehold inspect default
     freehold inspect default --context 4096 --kv-dtype q8 --json
     """
-    from freehold.errors import UsageError
     from freehold.hub.find import find_model
+    from freehold.session.memory import check_context
     from freehold.session.policy import decide
     from freehold.weights.layouts import open_checkpoint
 
     with terminal.progress_bars() as progress:
         checkpoint = open_checkpoint(find_model(model, progress))
     config = checkpoint.config
-    context = config.max_context if context is None else context
-    if not 1 <= context <= config.max_context:
-        raise UsageError(f"context must be between 1 and {config.max_context} for this model, got {context}")
+    check_context(config, context)
     policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
-    facts = _facts(checkpoint, policy, context)
+    facts = _facts(checkpoint, policy, config.max_context if context is None else context)
     terminal.write(json.dumps(facts, indent=2) + "\n" if as_json else _text(facts))
 
 

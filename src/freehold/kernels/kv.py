@@ -44,14 +44,20 @@ class KvBuffer:
         return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]
 
 
-def new_buffer(type: KvType, num_heads: int, capacity: int, head_dim: int, device: torch.device) -> KvBuffer:
-    """An empty buffer. Raises UsageError where the type cannot hold heads of this size."""
-    if type not in KV_TYPES:
-        raise UsageError(f"the KV cache's type must be one of {', '.join(KV_TYPES)}, got {type!r}")
-    if type == "q8" and head_dim % KV_BLOCK:
+def kv_type(name: str, head_dim: int) -> KvType:
+    """A type by its name. Raises UsageError for any other, and where it cannot hold heads of this size."""
+    if name not in KV_TYPES:
+        raise UsageError(f"the KV cache's type must be one of {', '.join(KV_TYPES)}, got {name!r}")
+    if name == "q8" and head_dim % KV_BLOCK:
         raise UsageError(
             f"a q8 KV cache needs heads of a multiple of {KV_BLOCK}, this model's have {head_dim}; use bf16"
         )
+    return name
+
+
+def new_buffer(type: KvType, num_heads: int, capacity: int, head_dim: int, device: torch.device) -> KvBuffer:
+    """An empty buffer. Raises UsageError where the type cannot hold heads of this size."""
+    type = kv_type(type, head_dim)
     shape = (num_heads, capacity, head_dim)
     keys, values = (torch.empty(shape, dtype=_DTYPES[type], device=device) for _ in range(2))
     if type != "q8":

@@ -10,6 +10,7 @@ import torch
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.errors import OutOfMemoryError, UsageError
+from freehold.kernels.kv import ALIGNMENT
 from freehold.model.kv_cache import kv_cache_bytes
 from freehold.session.policy import Policy
 from freehold.weights.pack_file import packed_table_bytes
@@ -19,7 +20,6 @@ PREFILL_CHUNK = 512
 
 _LEAST_CONTEXT = 2048  # tokens: a default that fits no more than this is no default worth having
 _SCORES_AT_ONCE = 256  # query rows of one attention block in the reference ops
-_SPLIT = 512  # keys of one partial result in the native attention
 _MAPPED_AT_ONCE = 1 << 16  # of a mapped file, around each place that is read
 _SLACK = 48 << 20  # what torch reads of itself when it first runs, and what malloc does not give back
 
@@ -74,14 +74,20 @@ def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, c
     )
 
 
+def check_context(config: ModelConfig, context: int | None) -> None:
+    """Raise UsageError, naming the value, where a model cannot have such a context. None is whatever it can have."""
+    longest = config.max_context
+    if context is not None and (type(context) is not int or not 1 <= context <= longest):
+        raise UsageError(f"context must be between 1 and {longest} for this model, got {context!r}")
+
+
 def fitting_plan(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, context: int | None) -> MemoryPlan:
     """The plan for `context` tokens, or for as much of the model's own context as fits where that is None.
 
     Raises OutOfMemoryError, with the numbers and a remedy, where memory is short; UsageError for an impossible context.
     """
     longest = config.max_context
-    if context is not None and (type(context) is not int or not 1 <= context <= longest):
-        raise UsageError(f"context must be between 1 and {longest} for this model, got {context!r}")
+    check_context(config, context)
     free = free_memory(policy)
 
     def plan_of(tokens: int) -> MemoryPlan:
@@ -134,7 +140,7 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     at_experts = 1.25 if experts is ExpertFormat.MXFP4 else at_dense
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
     rows = 64 * (H + 18)
-    partials = 4 * policy.threads * (math.ceil(context / _SPLIT) + 4) * 64 * rows // 16
+    partials = 4 * policy.threads * (math.ceil(context / ALIGNMENT) + 4) * 64 * rows // 16
     return activations + converted + partials + 3 * 4 * config.vocab_size + _SLACK
 
 

@@ -13,10 +13,10 @@ from freehold import machine
 from freehold.config import ModelConfig
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import backends
-from freehold.kernels.kv import KV_BLOCK, KV_TYPES, KvType
+from freehold.kernels.kv import KvType, kv_type
+from freehold.weights.pack_file import DEFAULT_DENSE, DENSE_FORMS
 from freehold.weights.packed import Form
 
-DENSE_FORMS: tuple[Form, ...] = ("q8", "bf16", "f32")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHORT: dict[torch.dtype, KvType] = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -83,18 +83,12 @@ def decide(
     if native and dense not in (None, *DENSE_FORMS):
         raise UsageError(f"dense must be one of {', '.join(DENSE_FORMS)}, got {dense!r}")
     type = torch.float32 if native else asked or _automatic_dtype(config, chosen)
-    if kv_dtype is not None and kv_dtype not in KV_TYPES:
-        raise UsageError(f"the KV cache's type must be one of {', '.join(KV_TYPES)}, got {kv_dtype!r}")
-    if kv_dtype == "q8" and config.head_dim % KV_BLOCK:
-        raise UsageError(
-            f"a q8 KV cache needs heads of a multiple of {KV_BLOCK}, this model's have {config.head_dim}; use bf16"
-        )
-    kv: KvType = kv_dtype or ("bf16" if native else _SHORT[type])
+    kv = kv_type(kv_dtype or ("bf16" if native else _SHORT[type]), config.head_dim)
     return Policy(
         device=chosen,
         dtype=type,
         kv=kv,
-        dense=cast(Form, dense or "q8") if native else None,
+        dense=cast(Form, dense or DEFAULT_DENSE) if native else None,
         threads=threads,
     )
 

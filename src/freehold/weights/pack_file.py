@@ -50,7 +50,18 @@ from freehold.weights.files import (
 )
 from freehold.weights.layouts import Checkpoint, WeightTable, canonical_shapes, open_checkpoint
 from freehold.weights.mxfp4 import Mxfp4Tensor
-from freehold.weights.packed import FORMS, PANEL, Form, PackedMatrix, pack, packed_bytes, packed_shapes, plain_form
+from freehold.weights.packed import (
+    DATA_DTYPES,
+    FORMS,
+    PANEL,
+    SCALES_DTYPES,
+    Form,
+    PackedMatrix,
+    pack,
+    packed_bytes,
+    packed_shapes,
+    plain_form,
+)
 
 PackedTable = dict[str, Tensor | PackedMatrix]
 """`embedding`, `unembedding` (absent if tied), `final_norm`, and as `layers.N.…`: attn_norm, qkv.weight, qkv.bias,
@@ -64,12 +75,6 @@ _VERSION = "1"  # of this file and of the layouts in `packed`: whoever changes e
 _ALIGNMENT = 64
 _NO_DIGEST = b"0" * 64
 _SUFFIX = ".safetensors"
-_DTYPES: dict[Form, tuple[torch.dtype, torch.dtype | None]] = {  # of data and scales
-    "mxfp4": (torch.uint8, torch.uint8),
-    "q8": (torch.int8, torch.float16),
-    "bf16": (torch.bfloat16, None),
-    "f32": (torch.float32, None),
-}
 
 
 class PackedBytes(NamedTuple):
@@ -291,11 +296,10 @@ def _stored(part: _Part) -> list[TensorSpec]:
     """The tensors that hold a part, in the shapes that are wanted of them."""
     if part.form is None:
         return [TensorSpec(part.name, torch.float32, part.shape)]
-    data_dtype, scales_dtype = _DTYPES[part.form]
     data_shape, scales_shape = packed_shapes(part.form, part.shape, paired=part.paired)
-    stored = [TensorSpec(f"{part.name}.data", data_dtype, data_shape)]
-    if scales_dtype is not None and scales_shape is not None:
-        stored.append(TensorSpec(f"{part.name}.scales", scales_dtype, scales_shape))
+    stored = [TensorSpec(f"{part.name}.data", DATA_DTYPES[part.form], data_shape)]
+    if scales_shape is not None:
+        stored.append(TensorSpec(f"{part.name}.scales", SCALES_DTYPES[part.form], scales_shape))
     return stored
 
 

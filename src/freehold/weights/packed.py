@@ -33,8 +33,8 @@ PANEL = 16
 Form = Literal["mxfp4", "q8", "bf16", "f32"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
-_DATA_DTYPE = {"mxfp4": torch.uint8, "q8": torch.int8, "bf16": torch.bfloat16, "f32": torch.float32}
-_SCALES_DTYPE = {"mxfp4": torch.uint8, "q8": torch.float16}
+DATA_DTYPES = {"mxfp4": torch.uint8, "q8": torch.int8, "bf16": torch.bfloat16, "f32": torch.float32}
+SCALES_DTYPES = {"mxfp4": torch.uint8, "q8": torch.float16}
 _PLAIN: dict[torch.dtype, Form] = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -68,8 +68,8 @@ class PackedMatrix:
                 f"got {tuple(self.data.shape)} and {got_scales}"
             )
         for name, tensor, dtype in (
-            ("data", self.data, _DATA_DTYPE[self.form]),
-            ("scales", self.scales, _SCALES_DTYPE.get(self.form)),
+            ("data", self.data, DATA_DTYPES[self.form]),
+            ("scales", self.scales, SCALES_DTYPES.get(self.form)),
         ):
             if tensor is not None and (tensor.dtype != dtype or tensor.device.type != "cpu"):
                 raise UsageError(f"packed {self.form} {name} is {dtype} on the CPU, got {tensor.dtype}")
@@ -115,8 +115,8 @@ def packed_shapes(
 def packed_bytes(form: Form, shape: tuple[int, ...] | torch.Size, *, paired: bool = False) -> int:
     """How much memory a matrix of this logical shape takes."""
     data, scales = packed_shapes(form, shape, paired=paired)
-    count = torch.Size(data).numel() * _DATA_DTYPE[form].itemsize
-    return count + (0 if scales is None else torch.Size(scales).numel() * _SCALES_DTYPE[form].itemsize)
+    count = torch.Size(data).numel() * DATA_DTYPES[form].itemsize
+    return count + (0 if scales is None else torch.Size(scales).numel() * SCALES_DTYPES[form].itemsize)
 
 
 def pack(matrix: Tensor | Mxfp4Tensor, form: Form, *, paired: bool = False) -> PackedMatrix:
@@ -129,8 +129,8 @@ def pack(matrix: Tensor | Mxfp4Tensor, form: Form, *, paired: bool = False) -> P
     if (form == "mxfp4") != isinstance(matrix, Mxfp4Tensor):
         raise UsageError(f"form {form} cannot be made from a {type(matrix).__name__}")
     data_shape, scales_shape = packed_shapes(form, shape, paired=paired)
-    data = torch.empty(data_shape, dtype=_DATA_DTYPE[form])
-    scales = None if scales_shape is None else torch.empty(scales_shape, dtype=_SCALES_DTYPE[form])
+    data = torch.empty(data_shape, dtype=DATA_DTYPES[form])
+    scales = None if scales_shape is None else torch.empty(scales_shape, dtype=SCALES_DTYPES[form])
     if len(shape) == 2:
         pack_into(data, scales, matrix, form, paired=paired)
     else:
