@@ -1,10 +1,11 @@
 // The kernels that read the same on every instruction set, written over a vector of 16 floats. An isa_*.cpp file
 // defines F16, its operations and the int8 dot products in an anonymous namespace, then includes this file there.
 //
-// Operations expected: load, store, load_bf16, load_i8, zero, set1, fma (a*b + c), mul, add, sub, div, abs, min and max
-// (the second where one is NaN), sum (of lanes, in a fixed order), largest (of lanes), no_nan (in any lane), round (to
-// nearest even), exp2i (2^n for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least),
-// store_i8 (rounded values in [-127, 127]; returns their sum), to_f16, from_f16, transpose16 and kRows.
+// Operations expected: load, store, load_bf16, bf16_low and bf16_high (of 16 pairs of them, as 32 bits each, the lower
+// or the upper ones), load_i8, zero, set1, fma (a*b + c), mul, add, sub, div, abs, min and max (the second where one is
+// NaN), sum (of lanes, in a fixed order), largest (of lanes), no_nan (in any lane), round (to nearest even), exp2i (2^n
+// for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
+// in [-127, 127]), place (a block of such values as activations of a tile), to_f16, from_f16, transpose16 and kRows.
 //
 // Nothing here may call an inline function or template from outside: the linker keeps one copy of those for the whole
 // program, and it could be the one compiled for an instruction set that the processor lacks.
@@ -96,31 +97,23 @@ inline float peak_of(F16 low, F16 high) {
     return no_nan(fma(low, zero(), mul(high, zero()))) ? peak : NAN;
 }
 
-void quantise_block(const float* x, int bias, const Tile& tile, size_t t, size_t b) {
+void quantise_block(const float* x, const Tile& tile, size_t t, size_t b) {
     F16 low = load(x), high = load(x + 16);
     const float peak = peak_of(low, high);
     if (peak != peak) low = high = zero();                  // the scale carries it on
     const float inverse = peak > 0 ? 127.0f / peak : 0.0f;  // a peak so small that this overflows is cut below
     const F16 factor = set1(inverse <= 3e38f ? inverse : 0.0f);
-    alignas(64) int8_t narrow[kBlock];
-    int8_t* values = tile.wide ? narrow : tile.values + (b * tile.m + t) * kBlock;
-    int32_t sum = store_i8(values, round(mul(low, factor)));
-    sum += store_i8(values + 16, round(mul(high, factor)));
-    if (tile.wide) {
-        int16_t* wide = reinterpret_cast<int16_t*>(tile.values) + (b * tile.m + t) * kBlock;
-        for (size_t i = 0; i < kBlock; ++i) wide[i] = narrow[i];
-    }
+    place(round(mul(low, factor)), round(mul(high, factor)), tile, b * tile.m + t);
     tile.scales[b * tile.m + t] = peak / 127.0f;
-    tile.offsets[b * tile.m + t] = -bias * sum;
 }
 
-void quantise(const float* x, size_t n, int bias, const Tile& tile, size_t t) {
+void quantise(const float* x, size_t n, const Tile& tile, size_t t) {
     size_t b = 0;
-    for (; (b + 1) * kBlock <= n; ++b) quantise_block(x + b * kBlock, bias, tile, t, b);
+    for (; (b + 1) * kBlock <= n; ++b) quantise_block(x + b * kBlock, tile, t, b);
     if (b * kBlock < n) {
         float rest[kBlock] = {};
         for (size_t i = b * kBlock; i < n; ++i) rest[i - b * kBlock] = x[i];
-        quantise_block(rest, bias, tile, t, b);
+        quantise_block(rest, tile, t, b);
     }
 }
 
@@ -202,18 +195,15 @@ void kv_store(const float* x, const KvView& view, bool is_value, size_t head, si
 }
 
 // 16 floats of one stored head, from element i on (i + 16 <= H).
-inline F16 kv_load(const KvView& view, const void* from, const uint16_t* scales, size_t at) {
-    switch (view.type) {
-        case KvType::f32:
-            return load(static_cast<const float*>(from) + at);
-        case KvType::bf16:
-            return load_bf16(static_cast<const uint16_t*>(from) + at);
-        default:
-            return mul(load_i8(static_cast<const int8_t*>(from) + at), set1(from_f16(scales[at / kBlock])));
-    }
+template <KvType type>
+inline F16 kv_load(const void* from, const uint16_t* scales, size_t at) {
+    if constexpr (type == KvType::f32) return load(static_cast<const float*>(from) + at);
+    if constexpr (type == KvType::bf16) return load_bf16(static_cast<const uint16_t*>(from) + at);
+    return mul(load_i8(static_cast<const int8_t*>(from) + at), set1(from_f16(scales[at / kBlock])));
 }
-inline float kv_load1(const KvView& view, const void* from, size_t at) {  // never q8: its H is a multiple of 32
-    if (view.type == KvType::f32) return static_cast<const float*>(from)[at];
+template <KvType type>
+inline float kv_load1(const void* from, size_t at) {  // never q8: its H is a multiple of 32
+    if constexpr (type == KvType::f32) return static_cast<const float*>(from)[at];
     const uint32_t bits = uint32_t{static_cast<const uint16_t*>(from)[at]} << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
@@ -239,13 +229,27 @@ inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stri
         for (size_t n = 0; n < C; ++n) store(c + r * stride + n * 16, sums[r][n]);
 }
 
+// Memory that is needed next, asked for an eighth at a time between computations that wait for none of it.
+struct Ahead {
+    const uint8_t *next, *end;
+    size_t step;
+    Ahead(const void* from, size_t bytes)
+        : next(static_cast<const uint8_t*>(from)), end(next + bytes), step((bytes + 7) / 8) {}
+    void fetch() {
+        const uint8_t* until = static_cast<size_t>(end - next) < step ? end : next + step;
+        for (; next < until; next += 64) __builtin_prefetch(next);
+    }
+};
+
 // Each sum runs over k in order, whichever way rows and columns are taken.
 inline void multiply(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c,
-                     size_t stride, size_t rows, size_t columns, bool accumulate) {
+                     size_t stride, size_t rows, size_t columns, bool accumulate, Ahead& ahead) {
     size_t r = 0;
     for (; r + kRows <= rows; r += kRows)
-        for (size_t n = 0; n < columns; n += 16)
+        for (size_t n = 0; n < columns; n += 16) {
+            ahead.fetch();
             micro<kRows, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
+        }
     for (; r < rows; ++r) {  // one row: several columns at once keep the multipliers busy
         size_t n = 0;
         for (; n + 64 <= columns; n += 64)
@@ -256,6 +260,52 @@ inline void multiply(const float* a, size_t a_stride, const float* b, size_t b_s
 }
 
 inline void transpose16(const F16* rows, float* out, size_t stride);
+
+// 32 bfloat16 of each of 16 rows, as 32 rows of 16 floats: pairs of them travel as one.
+inline void transpose_bf16(const uint16_t* rows, size_t row_stride, float* out, size_t stride) {
+    F16 pairs[16];
+    for (size_t r = 0; r < 16; ++r) pairs[r] = load(reinterpret_cast<const float*>(rows + r * row_stride));
+    alignas(64) float columns[16 * 16];
+    transpose16(pairs, columns, 16);
+    for (size_t c = 0; c < 16; ++c) {
+        const F16 pair = load(columns + 16 * c);
+        store(out + 2 * c * stride, bf16_low(pair));
+        store(out + (2 * c + 1) * stride, bf16_high(pair));
+    }
+}
+
+// `count` <= 64 stored keys of a head from element `at` on: (H, 64), with zeros for those that are missing.
+template <KvType type>
+inline void load_keys(const KvView& view, size_t at, size_t count, float* keys) {
+    constexpr size_t N = kKeysAtOnce;
+    const size_t H = view.H;
+    for (size_t j = 0; j < N; j += 16) {
+        size_t i = 0;
+        if (type == KvType::bf16 && j + 16 <= count)
+            for (; i + 32 <= H; i += 32)
+                transpose_bf16(static_cast<const uint16_t*>(view.keys) + at + j * H + i, H, keys + i * N + j, N);
+        for (; i + 16 <= H; i += 16) {
+            F16 square[16];
+            for (size_t k = 0; k < 16; ++k)
+                square[k] = j + k < count ? kv_load<type>(view.keys, view.key_scales, at + (j + k) * H + i) : zero();
+            transpose16(square, keys + i * N + j, N);
+        }
+        for (; i < H; ++i)
+            for (size_t k = j; k < j + 16; ++k)
+                keys[i * N + k] = k < count ? kv_load1<type>(view.keys, at + k * H + i) : 0.0f;
+    }
+}
+
+// `count` stored values of a head from element `at` on: (count, padded H)
+template <KvType type>
+inline void load_values(const KvView& view, size_t at, size_t count, float* values) {
+    const size_t H = view.H, padded = padded_head(H);
+    for (size_t j = 0; j < count; ++j, at += H, values += padded) {
+        size_t i = 0;
+        for (; i + 16 <= H; i += 16) store(values + i, kv_load<type>(view.values, view.value_scales, at + i));
+        for (; i < padded; ++i) values[i] = i < H ? kv_load1<type>(view.values, at + i) : 0.0f;
+    }
+}
 
 void attend(const AttentionPiece& piece, const KvView& view) {
     constexpr size_t N = kKeysAtOnce;
@@ -269,25 +319,21 @@ void attend(const AttentionPiece& piece, const KvView& view) {
     for (int64_t start = piece.first_key; start < piece.last_key; start += kKeysAtOnce) {
         const size_t count = static_cast<size_t>(lesser(kKeysAtOnce, piece.last_key - start));
         const size_t at = (piece.head * view.capacity + static_cast<size_t>(start)) * H;
-        for (size_t j = 0; j < N; j += 16) {
-            for (size_t i = 0; i + 16 <= H; i += 16) {
-                F16 square[16];
-                for (size_t k = 0; k < 16; ++k)
-                    square[k] =
-                        j + k < count ? kv_load(view, view.keys, view.key_scales, at + (j + k) * H + i) : zero();
-                transpose16(square, keys + i * N + j, N);
-            }
-            for (size_t i = H / 16 * 16; i < H; ++i)
-                for (size_t k = j; k < j + 16; ++k)
-                    keys[i * N + k] = k < count ? kv_load1(view, view.keys, at + k * H + i) : 0.0f;
+        switch (view.type) {
+            case KvType::f32:
+                load_keys<KvType::f32>(view, at, count, keys), load_values<KvType::f32>(view, at, count, values);
+                break;
+            case KvType::bf16:
+                load_keys<KvType::bf16>(view, at, count, keys), load_values<KvType::bf16>(view, at, count, values);
+                break;
+            case KvType::q8:
+                load_keys<KvType::q8>(view, at, count, keys), load_values<KvType::q8>(view, at, count, values);
         }
-        for (size_t j = 0; j < count; ++j) {
-            for (size_t i = 0; i + 16 <= H; i += 16)
-                store(values + j * padded + i, kv_load(view, view.values, view.value_scales, at + j * H + i));
-            for (size_t i = H / 16 * 16; i < padded; ++i)
-                values[j * padded + i] = i < H ? kv_load1(view, view.values, at + j * H + i) : 0.0f;
-        }
-        multiply(piece.q, H, keys, N, H, scores, N, rows, N, false);
+        const size_t size = view.type == KvType::f32 ? 4 : view.type == KvType::bf16 ? 2 : 1;
+        const size_t ahead = start + kKeysAtOnce < piece.last_key ? N * H * size : 0, next = (at + N * H) * size;
+        Ahead next_keys(static_cast<const uint8_t*>(view.keys) + next, ahead);
+        Ahead next_values(static_cast<const uint8_t*>(view.values) + next, ahead);
+        multiply(piece.q, H, keys, N, H, scores, N, rows, N, false, next_keys);
 
         for (size_t r = 0; r < rows; ++r) {
             float* row = scores + r * N;
@@ -321,7 +367,7 @@ void attend(const AttentionPiece& piece, const KvView& view) {
             }
             piece.sum[r] += sum(total);
         }
-        multiply(scores, N, values, padded, count, piece.out, padded, rows, padded, true);
+        multiply(scores, N, values, padded, count, piece.out, padded, rows, padded, true, next_values);
     }
 }
 

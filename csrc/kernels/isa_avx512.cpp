@@ -22,6 +22,11 @@ inline F16 load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline F16 bf16_low(F16 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
+inline F16 bf16_high(F16 pairs) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), mask));
+}
 inline F16 load_i8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -56,10 +61,15 @@ inline float largest(F16 x) {
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
 }
-inline int32_t store_i8(int8_t* p, F16 x) {
-    const __m512i words = _mm512_cvtps_epi32(x);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(words));
-    return _mm512_reduce_add_epi32(words);
+inline void store_i8(int8_t* p, F16 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+constexpr int32_t kMxfp4Bias = 12, kQ8Bias = 128;
+inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
+    store_i8(tile.values + at * kBlock, low);
+    store_i8(tile.values + at * kBlock + 16, high);
+    const int32_t sum = _mm512_reduce_add_epi32(_mm512_cvtps_epi32(_mm512_add_ps(low, high)));
+    tile.offsets[at] = -sum * (tile.form == Form::mxfp4 ? kMxfp4Bias : kQ8Bias);
 }
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) { return _cvtsh_ss(bits); }
@@ -212,9 +222,8 @@ uint64_t read(const uint8_t* data, size_t n) {
 extern const Kernels kAvx512Kernels;
 const Kernels kAvx512Kernels = {
     .name = "avx512",
-    .q8_bias = 128,
-    .mxfp4_bias = 12,
-    .q8_wide = false,
+    .q8_bytes = kBlock,
+    .mxfp4_bytes = kBlock,
 #include "kernels/table.h"
 };
 

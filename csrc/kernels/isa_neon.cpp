@@ -31,6 +31,14 @@ inline float32x4_t widened_bf16x4(const uint16_t* p) { return vreinterpretq_f32_
 inline F16 load_bf16(const uint16_t* p) {
     return {widened_bf16x4(p), widened_bf16x4(p + 4), widened_bf16x4(p + 8), widened_bf16x4(p + 12)};
 }
+inline float32x4_t bf16x4_low(float32x4_t pairs) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(pairs), 16));
+}
+inline float32x4_t bf16x4_high(float32x4_t pairs) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(pairs), vdupq_n_u32(0xFFFF0000)));
+}
+inline F16 bf16_low(F16 p) { return {bf16x4_low(p.a), bf16x4_low(p.b), bf16x4_low(p.c), bf16x4_low(p.d)}; }
+inline F16 bf16_high(F16 p) { return {bf16x4_high(p.a), bf16x4_high(p.b), bf16x4_high(p.c), bf16x4_high(p.d)}; }
 inline F16 load_i8(const int8_t* p) {
     const int8x16_t bytes = vld1q_s8(p);
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
@@ -86,11 +94,14 @@ inline float sum(F16 x) {  // in AVX2's order
     return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
 }
 inline float largest(F16 x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
-inline int32_t store_i8(int8_t* p, F16 x) {
+inline void store_i8(int8_t* p, F16 x) {
     const int16x8_t low = vqmovn_high_s32(vqmovn_s32(vcvtq_s32_f32(x.a)), vcvtq_s32_f32(x.b));
     const int16x8_t high = vqmovn_high_s32(vqmovn_s32(vcvtq_s32_f32(x.c)), vcvtq_s32_f32(x.d));
     vst1q_s8(p, vqmovn_high_s16(vqmovn_s16(low), high));
-    return vaddlvq_s16(low) + vaddlvq_s16(high);
+}
+inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
+    store_i8(tile.values + at * kBlock, low);
+    store_i8(tile.values + at * kBlock + 16, high);
 }
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) {
@@ -232,9 +243,8 @@ uint64_t read(const uint8_t* data, size_t n) {
 extern const Kernels kNeonKernels;
 const Kernels kNeonKernels = {
     .name = "neon",
-    .q8_bias = 0,
-    .mxfp4_bias = 0,
-    .q8_wide = false,
+    .q8_bytes = kBlock,
+    .mxfp4_bytes = kBlock,
 #include "kernels/table.h"
 };
 

@@ -23,11 +23,19 @@ inline F16 each(Function function) {
 }
 
 inline F16 load(const float* p) {
-    return each([&](int i) { return p[i]; });
+    F16 out;
+    std::memcpy(out.lane, p, sizeof out.lane);
+    return out;
 }
 inline void store(float* p, F16 x) { std::memcpy(p, x.lane, sizeof x.lane); }
 inline F16 load_bf16(const uint16_t* p) {
     return each([&](int i) { return widened_bf16(p[i]); });
+}
+inline F16 bf16_low(F16 pairs) {
+    return each([&](int i) { return float_of_bits(bits_of_float(pairs.lane[i]) << 16); });
+}
+inline F16 bf16_high(F16 pairs) {
+    return each([&](int i) { return float_of_bits(bits_of_float(pairs.lane[i]) & 0xFFFF0000); });
 }
 inline F16 load_i8(const int8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
@@ -91,10 +99,12 @@ inline float largest(F16 a) {
     for (float lane : a.lane) best = lane > best ? lane : best;
     return best;
 }
-inline int32_t store_i8(int8_t* p, F16 x) {
-    int32_t total = 0;
-    for (int i = 0; i < 16; ++i) total += p[i] = static_cast<int8_t>(static_cast<int32_t>(x.lane[i]));
-    return total;
+inline void store_i8(int8_t* p, F16 x) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(static_cast<int32_t>(x.lane[i]));
+}
+inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
+    store_i8(tile.values + at * kBlock, low);
+    store_i8(tile.values + at * kBlock + 16, high);
 }
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) { return widened_half(bits); }
@@ -180,9 +190,8 @@ uint64_t read(const uint8_t* data, size_t n) {
 extern const Kernels kScalarKernels;
 const Kernels kScalarKernels = {
     .name = "scalar",
-    .q8_bias = 0,
-    .mxfp4_bias = 0,
-    .q8_wide = false,
+    .q8_bytes = kBlock,
+    .mxfp4_bytes = kBlock,
 #include "kernels/table.h"
 };
 

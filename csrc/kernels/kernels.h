@@ -43,9 +43,7 @@ constexpr size_t attention_scratch(size_t rows, size_t H) {
 
 struct Kernels {
     const char* name;
-    int q8_bias;     // what dot_q8 adds to a weight
-    int mxfp4_bias;  // what dot_mxfp4 adds to twice a weight
-    bool q8_wide;    // whether dot_q8 reads activations as int16
+    size_t q8_bytes, mxfp4_bytes;  // of a token's block of quantised activations, as dot_q8 and dot_mxfp4 read it
 
     // acc (panels, kTile, 16): for each of some consecutive panels, its 16 rows times every token of a tile. C is the
     // number of columns, B the number of blocks.
@@ -55,9 +53,9 @@ struct Kernels {
     void (*dot_f32)(const uint8_t* weights, size_t C, size_t panels, const Tile& x, float* acc);
 
     // Quantise x (n floats, padded with zeros to whole blocks) as token t of a tile.
-    void (*quantise)(const float* x, size_t n, int bias, const Tile& tile, size_t t);
+    void (*quantise)(const float* x, size_t n, const Tile& tile, size_t t);
     // The same for one block b; x has 32 floats.
-    void (*quantise_block)(const float* x, int bias, const Tile& tile, size_t t, size_t b);
+    void (*quantise_block)(const float* x, const Tile& tile, size_t t, size_t b);
 
     // out = weight * x / sqrt(mean x^2 + eps), D floats; out may be x.
     void (*rms_norm)(const float* x, const float* weight, float* out, size_t D, float eps);
@@ -109,7 +107,7 @@ inline void dot_panels(const Kernels& k, const Matrix& w, size_t first, size_t c
     }
 }
 
-inline bool is_wide(const Kernels& k, Form form) { return form == Form::q8 && k.q8_wide; }
-inline int bias_of(const Kernels& k, Form form) { return form == Form::mxfp4 ? k.mxfp4_bias : k.q8_bias; }
+// Of a token's block of activations that will meet quantised weights.
+inline size_t block_bytes(const Kernels& k, Form form) { return form == Form::mxfp4 ? k.mxfp4_bytes : k.q8_bytes; }
 
 }  // namespace freehold

@@ -49,18 +49,20 @@ struct Quantised {
     int8_t* values = nullptr;
     float* scales = nullptr;
     int32_t* offsets = nullptr;
-    size_t blocks = 0;
-    bool wide = false;
+    size_t blocks = 0, block_bytes = 0;
+    Form form = Form::f32;
 
-    static size_t bytes(size_t T, size_t blocks, bool wide) {
-        return Workspace::size_of<int8_t>(T * blocks * kBlock * (wide ? 2 : 1)) +
-               Workspace::size_of<float>(T * blocks) + Workspace::size_of<int32_t>(T * blocks);
+    // For activations that meet `w`.
+    static size_t bytes(const Kernels& k, const Matrix& w, size_t T) {
+        return Workspace::size_of<int8_t>(T * w.blocks() * freehold::block_bytes(k, w.form)) +
+               Workspace::size_of<float>(T * w.blocks()) + Workspace::size_of<int32_t>(T * w.blocks());
     }
 
-    void take(Workspace& workspace, size_t T, size_t num_blocks, bool are_wide) {
-        blocks = num_blocks;
-        wide = are_wide;
-        values = workspace.take<int8_t>(T * blocks * kBlock * (wide ? 2 : 1));
+    void take(Workspace& workspace, const Kernels& k, const Matrix& w, size_t T) {
+        blocks = w.blocks();
+        block_bytes = freehold::block_bytes(k, w.form);
+        form = w.form;
+        values = workspace.take<int8_t>(T * blocks * block_bytes);
         scales = workspace.take<float>(T * blocks);
         offsets = workspace.take<int32_t>(T * blocks);
     }
@@ -68,10 +70,10 @@ struct Quantised {
     Tile tile(size_t first, size_t m) const {
         Tile tile;
         tile.m = m;
-        tile.values = values + first * blocks * kBlock * (wide ? 2 : 1);
+        tile.form = form;
+        tile.values = values + first * blocks * block_bytes;
         tile.scales = scales + first * blocks;
         tile.offsets = offsets + first * blocks;
-        tile.wide = wide;
         return tile;
     }
 };
@@ -96,19 +98,17 @@ void Engine::rms_norm(const float* x, const float* weight, float* out, size_t T,
 void Engine::linear(const Matrix& w, const LinearArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
-    const size_t T = args.T, B = w.blocks(), tiles = tile_count(T);
+    const size_t T = args.T, tiles = tile_count(T);
     if (T == 0) return;
     const size_t row_floats = ceil_div(w.C, kPanel) * kPanel;
     const bool normed_rows = args.norm && !w.quantised();
-    const bool wide = is_wide(k, w.form);
-    workspace_.reset((w.quantised() ? Quantised::bytes(T, B, wide) : 0) +
+    workspace_.reset((w.quantised() ? Quantised::bytes(k, w, T) : 0) +
                      Workspace::size_of<float>(normed_rows ? T * row_floats : threads() * row_floats));
     Quantised quantised;
-    if (w.quantised()) quantised.take(workspace_, T, B, wide);
+    if (w.quantised()) quantised.take(workspace_, k, w, T);
     float* rows = workspace_.take<float>(normed_rows ? T * row_floats : threads() * row_floats);
 
     if (w.quantised() || normed_rows) {
-        const int bias = bias_of(k, w.form);
         pool_.split(T, 4, [&](size_t first, size_t last, unsigned thread) {
             for (size_t t = first; t < last; ++t) {
                 const float* x = args.x + t * args.stride;
@@ -116,7 +116,7 @@ void Engine::linear(const Matrix& w, const LinearArgs& args) {
                 if (args.norm) k.rms_norm(x, args.norm, normed, w.C, args.eps), x = normed;
                 if (!w.quantised()) continue;
                 const TileRange range = tile_holding(T, t);
-                k.quantise(x, w.C, bias, quantised.tile(range.first, range.m), t - range.first);
+                k.quantise(x, w.C, quantised.tile(range.first, range.m), t - range.first);
             }
         });
     }
@@ -344,7 +344,7 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
     const Kernels& k = kernels();
     const size_t T = args.T, A = args.A, E = args.E, D = gate_up.C, F = gate_up.R / 2, visits = T * A;
     if (T == 0) return;
-    const size_t in_blocks = ceil_div(D, kBlock), units = ceil_div(F, kBlock);  // a unit: 32 hidden values
+    const size_t units = ceil_div(F, kBlock);  // a unit: 32 hidden values
     const size_t hidden_floats = units * kBlock;
 
     struct Visit {
@@ -385,14 +385,13 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
 
     const size_t inputs = shared ? 1 : visits;
     const size_t row_floats = gate_up.quantised() ? 0 : ceil_div(D, kPanel) * kPanel;
-    const bool x_wide = is_wide(k, gate_up.form), hidden_wide = is_wide(k, down.form);
-    workspace_.reset((gate_up.quantised() ? Quantised::bytes(inputs, in_blocks, x_wide) : 0) +
-                     (down.quantised() ? Quantised::bytes(visits, units, hidden_wide) : 0) +
+    workspace_.reset((gate_up.quantised() ? Quantised::bytes(k, gate_up, inputs) : 0) +
+                     (down.quantised() ? Quantised::bytes(k, down, visits) : 0) +
                      Workspace::size_of<float>(down.quantised() ? 0 : visits * hidden_floats) +
                      Workspace::size_of<float>(visits * row_floats) + Workspace::size_of<float>(args.norm ? T * D : 0));
     Quantised x, hidden;
-    if (gate_up.quantised()) x.take(workspace_, inputs, in_blocks, x_wide);
-    if (down.quantised()) hidden.take(workspace_, visits, units, hidden_wide);
+    if (gate_up.quantised()) x.take(workspace_, k, gate_up, inputs);
+    if (down.quantised()) hidden.take(workspace_, k, down, visits);
     float* hidden_rows = workspace_.take<float>(down.quantised() ? 0 : visits * hidden_floats);
     float* x_rows = workspace_.take<float>(visits * row_floats);
     const float* tokens = args.x;  // (T, D), normed if that is asked for
@@ -412,16 +411,15 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         plain.stride = row_floats;
         return plain;
     };
-    const int in_bias = bias_of(k, gate_up.form), hidden_bias = bias_of(k, down.form);
     if (shared) {
-        if (x.values) k.quantise(tokens, D, in_bias, x.tile(0, 1), 0);
+        if (x.values) k.quantise(tokens, D, x.tile(0, 1), 0);
     } else {
         pool_.split(visits, 16, [&](size_t first, size_t last, unsigned) {
             for (size_t i = first; i < last; ++i) {
                 const ExpertTile& tile = tiles[tile_of[i]];
                 const float* row = tokens + sorted[i].token * D;
                 if (x.values) {
-                    k.quantise(row, D, in_bias, x.tile(tile.first, tile.m), i - tile.first);
+                    k.quantise(row, D, x.tile(tile.first, tile.m), i - tile.first);
                 } else {
                     std::memcpy(x_rows + i * row_floats, row, D * sizeof(float));
                 }
@@ -452,7 +450,7 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
                                  values + p / 2 * kPanel, args.alpha, args.limit);
                     for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
                     if (hidden.values) {
-                        k.quantise_block(values, hidden_bias, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
+                        k.quantise_block(values, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
                     } else {
                         std::memcpy(hidden_rows + (tiles[at].first + t) * hidden_floats + unit * kBlock, values,
                                     sizeof values);

@@ -63,15 +63,15 @@ struct Matrix {
 };
 
 // Activations of m <= kTile tokens, either quantised, block by block with the tokens of a block side by side:
-//   values (B, m, 32) int8, or int16 where the kernel wants them `wide` · scales (B, m) · offsets (B, m): -bias times
-//   the sum of a block's values, where bias is what the kernel adds to a weight to make it unsigned
-// or as plain rows (m, C) that lie `stride` floats apart.
+//   values (B, m, bytes of a block) · scales (B, m) · offsets (B, m)
+// where the instruction set decides what values and offsets look like for the weights' form, or as plain rows (m, C)
+// that lie `stride` floats apart.
 struct Tile {
     size_t m = 0;
+    Form form = Form::f32;  // of the weights
     int8_t* values = nullptr;
     float* scales = nullptr;
     int32_t* offsets = nullptr;
-    bool wide = false;
     const float* rows = nullptr;
     size_t stride = 0;
 };

@@ -36,83 +36,84 @@ void check_half() {
     report("half");
 }
 
-// Memory of a tile's m tokens of C columns, either quantised, narrow or wide, or plain.
+// Memory of a tile's m tokens of C columns, quantised as a set likes it or plain.
 struct TestTile {
-    Buffer<int8_t> narrow;
-    Buffer<int16_t> wide;
+    const Kernels& k;
+    size_t C;
+    Buffer<int8_t> values;
     Buffer<float> scales, rows;
     Buffer<int32_t> offsets;
     Tile tile;
 
     TestTile(const Kernels& k, Form form, size_t m, size_t C, size_t stride)
-        : narrow(quantised(form) && !is_wide(k, form) ? (C + 31) / 32 * m * 32 : 0),
-          wide(quantised(form) && is_wide(k, form) ? (C + 31) / 32 * m * 32 : 0),
+        : k(k),
+          C(C),
+          values(quantised(form) ? (C + 31) / 32 * m * block_bytes(k, form) : 0),
           scales(quantised(form) ? (C + 31) / 32 * m : 0),
           rows(quantised(form) ? 0 : (m - 1) * stride + C),
           offsets(scales.size()) {
         tile.m = m;
-        tile.wide = is_wide(k, form);
-        tile.values = tile.wide ? reinterpret_cast<int8_t*>(wide.data()) : narrow.data();
+        tile.form = form;
+        tile.values = values.data();
         tile.scales = scales.data();
         tile.offsets = offsets.data();
         tile.rows = rows.data();
         tile.stride = stride;
     }
-    int value(size_t t, size_t b, size_t i) const {
-        const size_t at = (b * tile.m + t) * 32 + i;
-        return tile.wide ? wide[at] : narrow[at];
-    }
-    void set(size_t t, const float* row, size_t C, int bias) {
-        if (!scales.size()) {
+    void set(size_t t, const float* row) {
+        if (scales.size()) {
+            k.quantise(row, C, tile, t);
+        } else {
             std::copy(row, row + C, rows.data() + t * tile.stride);
-            return;
         }
-        const QuantisedRow plain = quantise_plainly(row, C);
-        for (size_t b = 0; b * 32 < C; ++b) {
-            int sum = 0;
-            for (size_t i = 0; i < 32; ++i) {
-                const int number = plain.numbers[b * 32 + i];
-                const size_t at = (b * tile.m + t) * 32 + i;
-                if (tile.wide) {
-                    wide[at] = static_cast<int16_t>(number);
-                } else {
-                    narrow[at] = static_cast<int8_t>(number);
-                }
-                sum += number;
+    }
+    // 16 columns from `first` on, of each token, as weights of one see them: (m, 16)
+    Buffer<float> read(size_t first) const {
+        const size_t blocks = (C + 31) / 32, block = first / 32;
+        Buffer<uint8_t> weights(blocks * (tile.form == Form::q8 ? 512 : 256)), exponents(blocks * 16);
+        Buffer<uint16_t> halves(blocks * 16);
+        std::fill(weights.begin(), weights.end(), uint8_t{0});
+        std::fill(exponents.begin(), exponents.end(), uint8_t{127});
+        std::fill(halves.begin(), halves.end(), to_half(1.0f));
+        for (size_t r = 0; r < 16; ++r) {
+            const size_t column = first % 32 + r;
+            if (tile.form == Form::q8) {
+                weights[block * 512 + (column / 4 * 16 + r) * 4 + column % 4] = 1;
+            } else {
+                weights[block * 256 + (column / 8 * 16 + r) * 4 + column % 4] = column % 8 < 4 ? 0x02 : 0x20;
             }
-            scales[b * tile.m + t] = plain.scales[b];
-            offsets[b * tile.m + t] = -bias * sum;
         }
+        const void* row_scales = tile.form == Form::q8 ? static_cast<const void*>(halves.data()) : exponents.data();
+        PanelSums sums;
+        dot_panels(k, Matrix(tile.form, weights.data(), row_scales, 16, C), 0, 1, tile, sums);
+        Buffer<float> seen(tile.m * 16);
+        std::copy(sums[0], sums[0] + tile.m * 16, seen.data());
+        return seen;
     }
 };
 
 void check_quantise() {
     Random random(2);
     for (size_t C : sizes<size_t>({1, 16, 31, 32, 33, 100, 160}, {1, 33, 96}))
-        for (size_t m : {size_t{1}, size_t{3}, size_t{32}})
+        for (size_t m : sizes<size_t>({1, 2, 3, 4, 7, 32}, {1, 3, 32}))
             for (double deviation : {1.0, 1e-20, 1e-38, 1e20, 0.0}) {
-                const size_t t = random.below(m);
-                Buffer<float> x = normals(random, C, deviation);
-                if (deviation == 1.0 && m > 1)  // ties: in steps of 1, as the largest says
-                    for (size_t c = 0; c < C; ++c) x[c] = c % 32 == 5 ? -127.0f : std::floor(30 * x[c]) + 0.5f;
-                const QuantisedRow row = quantise_plainly(x.data(), C);
-                on_each_set(text("quantise C=%zu m=%zu t=%zu of size %g", C, m, t, deviation), [&](const Kernels& k) {
+                Buffer<float> x = normals(random, m * C, deviation);
+                if (deviation == 1.0)  // ties: in steps of 1, as the largest says
+                    for (size_t i = 0; i < m * C; ++i) x[i] = i % C % 32 == 5 ? -127.0f : std::floor(30 * x[i]) + 0.5f;
+                on_each_set(text("quantise C=%zu m=%zu of size %g", C, m, deviation), [&](const Kernels& k) {
                     for (Form form : {Form::mxfp4, Form::q8}) {
                         TestTile to(k, form, m, C, 0);
-                        k.quantise(x.data(), C, bias_of(k, form), to.tile, t);
-                        for (size_t b = 0; b * 32 < C; ++b)
-                            for (size_t j = 0; j < m; ++j) {
-                                int sum = 0;
-                                for (size_t i = 0; i < 32; ++i) {
-                                    const int expected = j == t ? row.numbers[b * 32 + i] : -1;
-                                    expect(to.value(j, b, i) == expected,
-                                           "the rounded values, and nothing beside them");
-                                    sum += expected;
+                        for (size_t t = m; t-- > 0;) to.set(t, x.data() + t * C);
+                        for (size_t first = 0; first < C; first += 16) {
+                            const Buffer<float> seen = to.read(first);
+                            for (size_t t = 0; t < m; ++t) {
+                                const QuantisedRow row = quantise_plainly(x.data() + t * C, C);
+                                for (size_t i = 0; i < 16; ++i) {
+                                    const auto number = static_cast<float>(row.numbers[first + i]);
+                                    expect(seen[t * 16 + i] == number * row.scales[first / 32], "the rounded values");
                                 }
-                                if (j != t) continue;
-                                expect(to.scales[b * m + j] == row.scales[b], "the block's scale");
-                                expect(to.offsets[b * m + j] == -bias_of(k, form) * sum, "the block's offset");
                             }
+                        }
                     }
                 });
             }
@@ -133,16 +134,15 @@ void check_dots(Form form) {
                     text("dot %s C=%zu panels=%zu m=%zu%s", name_of(form), C, panels, m,
                          extreme ? " of the largest values" : ""),
                     [&](const Kernels& k) {
-                        const int bias = bias_of(k, form);
                         const Matrix matrix = w.matrix();
                         TestTile tile(k, form, m, C, C + m % 4);
-                        for (size_t t = 0; t < m; ++t) tile.set(t, x.data() + t * C, C, bias);
+                        for (size_t t = 0; t < m; ++t) tile.set(t, x.data() + t * C);
                         PanelSums sums;
                         dot_panels(k, matrix, 0, panels, tile.tile, sums);
                         for (size_t t = 0; t < m; ++t) {
                             const std::vector<double> seen = seen_by(form, x.data() + t * C, C);
                             TestTile lone(k, form, 1, C, C);
-                            lone.set(0, x.data() + t * C, C, bias);
+                            lone.set(0, x.data() + t * C);
                             PanelSums alone;
                             dot_panels(k, matrix, 0, panels, lone.tile, alone);
                             for (size_t p = 0; p < panels; ++p) {
