@@ -31,14 +31,18 @@ inline float exp1(float x) {
     return lanes[0];
 }
 
-// With one token or two a panel is read faster than it can be fetched, and the hardware's prefetchers stop at every
-// page: so each block asks for what comes a little later.
-constexpr size_t kFetchAhead = 4096;
+// With few tokens a panel is read faster than it can be fetched, and the hardware's prefetchers stop at every page: so
+// each block asks for what comes a little later, first into the large cache, then into the small one, whose few buffers
+// for what is under way would not cover the whole latency.
+constexpr size_t kFetchFar = 4096, kFetchNear = 1024;
 constexpr size_t kFetchTokens = 4;
 
 template <size_t Bytes>
 inline void fetch(const uint8_t* data) {
-    for (size_t i = 0; i < Bytes; i += 64) __builtin_prefetch(data + kFetchAhead + i);
+    for (size_t i = 0; i < Bytes; i += 64) {
+        __builtin_prefetch(data + kFetchFar + i, 0, 2);
+        __builtin_prefetch(data + kFetchNear + i);
+    }
 }
 
 // For sets that take quantised panels one by one: DataBytes and ScaleBytes are those of one block of a panel.
@@ -210,14 +214,29 @@ inline float kv_load1(const void* from, size_t at) {  // never q8: its H is a mu
     return value;
 }
 
-// c (R, 16 columns of a row of `stride`) = a (R rows of K values, a_stride apart) * b (K rows of 16, b_stride apart)
+// Memory that is needed next: the first few blocks of a product ask for it in passing, `step` bytes with every k.
+struct Ahead {
+    static constexpr size_t blocks = 8;
+    const uint8_t *next, *end;
+    size_t step;
+    // K as in the product; with `bytes` 0 nothing is asked for.
+    Ahead(const void* from, size_t bytes, size_t K)
+        : next(static_cast<const uint8_t*>(from)), end(next + bytes), step((bytes + blocks * K - 1) / (blocks * K)) {}
+    void pass(size_t K) {
+        next += step * K;
+        if (next >= end) step = 0;
+    }
+};
+
+// c (R, 16 C columns of a row of `stride`) = a (R rows of K values, a_stride apart) * b (K rows, b_stride apart)
 template <size_t R, size_t C>
 inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c, size_t stride,
-                  bool accumulate) {
+                  bool accumulate, Ahead& ahead) {
     F16 sums[R][C];
     for (size_t r = 0; r < R; ++r)
         for (size_t n = 0; n < C; ++n) sums[r][n] = accumulate ? load(c + r * stride + n * 16) : zero();
     for (size_t k = 0; k < K; ++k) {
+        __builtin_prefetch(ahead.next + k * ahead.step);
         F16 columns[C];
         for (size_t n = 0; n < C; ++n) columns[n] = load(b + k * b_stride + n * 16);
         for (size_t r = 0; r < R; ++r) {
@@ -227,35 +246,23 @@ inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stri
     }
     for (size_t r = 0; r < R; ++r)
         for (size_t n = 0; n < C; ++n) store(c + r * stride + n * 16, sums[r][n]);
+    ahead.pass(K);
 }
-
-// Memory that is needed next, asked for an eighth at a time between computations that wait for none of it.
-struct Ahead {
-    const uint8_t *next, *end;
-    size_t step;
-    Ahead(const void* from, size_t bytes)
-        : next(static_cast<const uint8_t*>(from)), end(next + bytes), step((bytes + 7) / 8) {}
-    void fetch() {
-        const uint8_t* until = static_cast<size_t>(end - next) < step ? end : next + step;
-        for (; next < until; next += 64) __builtin_prefetch(next);
-    }
-};
 
 // Each sum runs over k in order, whichever way rows and columns are taken.
 inline void multiply(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c,
                      size_t stride, size_t rows, size_t columns, bool accumulate, Ahead& ahead) {
     size_t r = 0;
     for (; r + kRows <= rows; r += kRows)
-        for (size_t n = 0; n < columns; n += 16) {
-            ahead.fetch();
-            micro<kRows, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
-        }
+        for (size_t n = 0; n < columns; n += 16)
+            micro<kRows, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate,
+                            ahead);
     for (; r < rows; ++r) {  // one row: several columns at once keep the multipliers busy
         size_t n = 0;
         for (; n + 64 <= columns; n += 64)
-            micro<1, 4>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
+            micro<1, 4>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate, ahead);
         for (; n < columns; n += 16)
-            micro<1, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate);
+            micro<1, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate, ahead);
     }
 }
 
@@ -331,8 +338,8 @@ void attend(const AttentionPiece& piece, const KvView& view) {
         }
         const size_t size = view.type == KvType::f32 ? 4 : view.type == KvType::bf16 ? 2 : 1;
         const size_t ahead = start + kKeysAtOnce < piece.last_key ? N * H * size : 0, next = (at + N * H) * size;
-        Ahead next_keys(static_cast<const uint8_t*>(view.keys) + next, ahead);
-        Ahead next_values(static_cast<const uint8_t*>(view.values) + next, ahead);
+        Ahead next_keys(static_cast<const uint8_t*>(view.keys) + next, ahead, H);
+        Ahead next_values(static_cast<const uint8_t*>(view.values) + next, ahead, N);
         multiply(piece.q, H, keys, N, H, scores, N, rows, N, false, next_keys);
 
         for (size_t r = 0; r < rows; ++r) {

@@ -361,6 +361,7 @@ double spin_dots(size_t rounds) {
 uint64_t read(const uint8_t* data, size_t n) {
     __m256i total = _mm256_setzero_si256(), other = total;
     for (size_t i = 0; i + 64 <= n; i += 64) {
+        fetch<64>(data + i);
         total = _mm256_add_epi64(total, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i)));
         other = _mm256_add_epi64(other, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32)));
     }

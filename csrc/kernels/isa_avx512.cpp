@@ -209,7 +209,10 @@ double spin_dots(size_t rounds) {
 
 uint64_t read(const uint8_t* data, size_t n) {
     __m512i total = _mm512_setzero_si512();
-    for (size_t i = 0; i + 64 <= n; i += 64) total = _mm512_add_epi64(total, _mm512_loadu_si512(data + i));
+    for (size_t i = 0; i + 64 <= n; i += 64) {
+        fetch<64>(data + i);
+        total = _mm512_add_epi64(total, _mm512_loadu_si512(data + i));
+    }
     alignas(64) uint64_t lanes[8];
     _mm512_store_si512(lanes, total);
     uint64_t sum = 0;

@@ -233,8 +233,10 @@ double spin_dots(size_t rounds) {
 uint64_t read(const uint8_t* data, size_t n) {
     uint64x2_t sums[4];
     for (auto& s : sums) s = vdupq_n_u64(0);
-    for (size_t i = 0; i + 64 <= n; i += 64)
+    for (size_t i = 0; i + 64 <= n; i += 64) {
+        fetch<64>(data + i);
         for (size_t j = 0; j < 4; ++j) sums[j] = vaddq_u64(sums[j], vreinterpretq_u64_u8(vld1q_u8(data + i + 16 * j)));
+    }
     return vaddvq_u64(vaddq_u64(vaddq_u64(sums[0], sums[1]), vaddq_u64(sums[2], sums[3])));
 }
 

@@ -78,11 +78,6 @@ struct Quantised {
     }
 };
 
-// So many panels in one go that each thread comes back for more several times, yet streams a good stretch of memory.
-size_t panel_chunk(size_t panels, unsigned threads) {
-    return std::clamp<size_t>(panels / (threads * 8) / kPanelsAtOnce, 1, 4) * kPanelsAtOnce;
-}
-
 static_assert(kUnitPanels <= kPanelsAtOnce);
 
 }  // namespace
@@ -120,7 +115,7 @@ void Engine::linear(const Matrix& w, const LinearArgs& args) {
             }
         });
     }
-    pool_.split(w.panels, panel_chunk(w.panels, threads()), [&](size_t first, size_t last, unsigned) {
+    pool_.split(w.panels, kPanelsAtOnce, [&](size_t first, size_t last, unsigned) {
         alignas(64) PanelSums sums;
         for (size_t panel = first; panel < last; panel += kPanelsAtOnce) {
             const size_t count = std::min(kPanelsAtOnce, last - panel);
@@ -427,8 +422,7 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         });
     }
 
-    const size_t items = used.size() * units, item_chunk = std::clamp<size_t>(items / (threads() * 16), 1, 8);
-    pool_.split(items, item_chunk, [&](size_t begin, size_t end, unsigned) {
+    pool_.split(used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums acc;
         alignas(64) float biases[kUnitPanels][kPanel];
         alignas(64) float values[kBlock];
@@ -460,7 +454,7 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         }
     });
 
-    pool_.split(down.panels, panel_chunk(down.panels, threads()), [&](size_t begin, size_t end, unsigned) {
+    pool_.split(down.panels, kPanelsAtOnce, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums sums;
         for (size_t panel = begin; panel < end; panel += kPanelsAtOnce) {
             const size_t count = std::min(kPanelsAtOnce, end - panel);

@@ -20,20 +20,25 @@ class ThreadPool {
 
     unsigned threads() const { return static_cast<unsigned>(workers_.size()) + 1; }
 
-    // Runs work(first, last, thread) over pieces of at most `chunk` of [0, count), handed out as threads become free.
+    // Runs work(first, last, thread) over pieces of [0, count), handed out as threads become free. The pieces begin at
+    // multiples of `least`. At first they are long, which streams memory well; the last are short, so that all threads
+    // end together.
     template <class Work>
-    void split(size_t count, size_t chunk, const Work& work) {
-        if (chunk == 0) chunk = 1;
-        if (threads() == 1 || count <= chunk) {
+    void split(size_t count, size_t least, const Work& work) {
+        if (least == 0) least = 1;
+        if (threads() == 1 || count <= least) {
             if (count) work(size_t{0}, count, 0u);
             return;
         }
         std::atomic<size_t> next{0};
         const auto take_pieces = [&](unsigned thread) {
-            for (;;) {
-                const size_t first = next.fetch_add(chunk, std::memory_order_relaxed);
-                if (first >= count) return;
-                work(first, first + chunk < count ? first + chunk : count, thread);
+            size_t first = next.load(std::memory_order_relaxed);
+            while (first < count) {
+                const size_t share = (count - first) / (3 * threads()) / least * least;
+                const size_t size = share > least ? share : least;
+                if (!next.compare_exchange_weak(first, first + size, std::memory_order_relaxed)) continue;
+                work(first, first + size < count ? first + size : count, thread);
+                first = next.load(std::memory_order_relaxed);
             }
         };
         using Take = decltype(take_pieces);

@@ -169,7 +169,7 @@ class Transformer:
     def _attention(self, x_TD: Tensor, weights: Attention, rotation: Rotation, cache: LayerCache) -> Tensor:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads_TNH = weights.qkv(x_TD, norm=weights.norm).view(-1, N + 2 * K, H)
-        q_TNH, k_TKH, v_TKH = heads_TNH.split((N, K, K), dim=1)
+        q_TNH, k_TKH, v_TKH = torch.split_with_sizes(heads_TNH, (N, K, K), 1)
         cache.append(k_TKH, v_TKH, rotation)
         mixed_TNH = ops.attention(
             q_TNH,
