@@ -97,8 +97,11 @@ def _print(result: "Bench") -> None:
         table.add_row(
             "prefill", str(row.tokens), str(row.depth), f"{row.prefill_tok_s:.1f}", f"{row.gmac_s:.1f} GMAC/s", of
         )
+    least_depth = min(line.depth for line in result.decode)
     for line in result.decode:
-        of = share(line.share_of_bandwidth, "read bandwidth")
+        of = share(line.share_of_bandwidth, "bandwidth")
+        if line.depth != least_depth:
+            of += f", {line.share_of_least_depth:.0%} of depth {least_depth}"
         table.add_row(
             "decode", str(line.tokens), str(line.depth), f"{line.decode_tok_s:.2f}", f"{line.gb_s:.1f} GB/s", of
         )

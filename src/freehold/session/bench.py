@@ -1,6 +1,6 @@
 """How fast a model runs here: prefill and decode at several lengths and depths, held against what the machine can do.
 
-The two bounds are measured in the same run: bytes a second that all threads together read from memory, which limits
+The two bounds are measured in between: bytes a second that all threads together read from memory, which limits
 decode, and int8 multiply-adds a second on registers alone, which limit prefill. Depth is filled with random keys and
 values: what they are does not change the time, and computing them would take minutes.
 """
@@ -27,6 +27,7 @@ from freehold.model.transformer import Transformer
 from freehold.session.memory import PREFILL_CHUNK, fitting_plan, free_memory, gib
 from freehold.session.model import load
 from freehold.session.policy import Policy, decide, use_threads
+from freehold.weights.packed import PackedMatrix
 from freehold.weights.synth import RANDOM_EMBEDDINGS, random_packed_table
 
 _BANDWIDTH_BYTES = 1 << 30  # more than caches hold
@@ -49,13 +50,14 @@ class Prefill:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
     """`tokens` generated after `depth` others. `share_of_bandwidth` is of the measured bandwidth, counting every byte
-    of weights and cache that a token has to read."""
+    of weights and cache that a token has to read; `share_of_least_depth` compares speeds."""
 
     tokens: int
     depth: int
     decode_tok_s: float
     gb_s: float
     share_of_bandwidth: float | None
+    share_of_least_depth: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,25 +172,21 @@ def measure(
             f"{transformer.config.max_context}; choose smaller ones"
         )
     macs = macs_per_token(transformer.config)
-    timed_prefill: list[tuple[int, int, float]] = []  # tokens, depth, seconds
-    timed_decode: list[tuple[int, float]] = []  # depth, seconds
-    steps, done = len(depths) * (len(prompts) + 1) * rounds, 0
-    for depth in depths:
-        for tokens in prompts:
-            seconds = []
-            for _ in range(rounds):
-                seconds.append(_timed_prefill(transformer, tokens, depth))
-                done += 1
-                progress("measuring", done, steps)
-            timed_prefill.append((tokens, depth, statistics.median(seconds)))
-        seconds = []
-        for _ in range(rounds):
-            seconds.append(_timed_decode(transformer, generate, depth))
-            done += 1
-            progress("measuring", done, steps)
-        timed_decode.append((depth, statistics.median(seconds)))
+    bounds = _Bounds(loaded)
+    prefill_runs = {(tokens, depth): _Runs() for depth in depths for tokens in prompts}
+    decode_runs = {depth: _Runs() for depth in depths}
+    steps, done = rounds * (len(prefill_runs) + len(decode_runs)), 0
+    for _ in range(rounds):  # all of them in each round: a machine that slows down for a while slows down everything
+        for (tokens, depth), runs in prefill_runs.items():
+            runs.add(tokens * macs, _timed_prefill(transformer, tokens, depth), bounds.macs())
+            progress("measuring", done := done + 1, steps)
+        for depth, runs in decode_runs.items():
+            read = generate * bytes_per_token(loaded, depth)
+            runs.add(read, _timed_decode(transformer, generate, depth), bounds.bandwidth())
+            progress("measuring", done := done + 1, steps)
     peak_rss = machine.process_status().get("VmHWM", 0)  # before the machine's own figures take memory
-    bandwidth, peak = _machine(loaded.policy)
+    bounds.complete()
+    least_deep = decode_runs[min(depths)]
     return Bench(
         model=loaded.name,
         policy=loaded.policy.describe(loaded.experts.value),
@@ -196,33 +194,115 @@ def measure(
         load_seconds=loaded.load_seconds,
         bytes_per_token=bytes_per_token(loaded, 0),
         macs_per_token=macs,
-        read_bandwidth=bandwidth,
-        peak_macs=peak,
+        read_bandwidth=bounds.median_bandwidth,
+        peak_macs=bounds.median_macs,
         planned_bytes=loaded.planned_bytes,
         peak_rss_bytes=peak_rss,
         prefill=[
             Prefill(
                 tokens=tokens,
                 depth=depth,
-                prefill_tok_s=tokens / seconds,
-                gmac_s=tokens * macs / seconds / 1e9,
-                share_of_peak=tokens * macs / seconds / peak if peak else None,
+                prefill_tok_s=tokens / runs.seconds,
+                gmac_s=runs.rate / 1e9,
+                share_of_peak=runs.share_of(bounds.median_macs),
             )
-            for tokens, depth, seconds in timed_prefill
+            for (tokens, depth), runs in prefill_runs.items()
         ],
         decode=[
             Decode(
                 tokens=generate,
                 depth=depth,
-                decode_tok_s=generate / seconds,
-                gb_s=generate * bytes_per_token(loaded, depth) / seconds / 1e9,
-                share_of_bandwidth=generate * bytes_per_token(loaded, depth) / seconds / bandwidth
-                if bandwidth
-                else None,
+                decode_tok_s=generate / runs.seconds,
+                gb_s=runs.rate / 1e9,
+                share_of_bandwidth=runs.share_of(bounds.median_bandwidth),
+                share_of_least_depth=runs.speed_beside(least_deep),
             )
-            for depth, seconds in timed_decode
+            for depth, runs in decode_runs.items()
         ],
     )
+
+
+class _Runs:
+    """The same work, once a round, with what the machine could do at that moment."""
+
+    def __init__(self) -> None:
+        self._work = 0
+        self._seconds: list[float] = []
+        self._bounds: list[float | None] = []
+
+    def add(self, work: int, seconds: float, bound: float | None) -> None:
+        self._work = work
+        self._seconds.append(seconds)
+        self._bounds.append(bound)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self._seconds)
+
+    @property
+    def rate(self) -> float:
+        return self._work / self.seconds
+
+    def share_of(self, bound: float | None) -> float | None:
+        """The median share of the bounds met in each round, or else of `bound`."""
+        pairs = ((seconds, then or bound) for seconds, then in zip(self._seconds, self._bounds, strict=True))
+        shares = [self._work / seconds / limit for seconds, limit in pairs if limit]
+        return statistics.median(shares) if shares else None
+
+    def speed_beside(self, other: "_Runs") -> float:
+        return statistics.median(b / a for a, b in zip(self._seconds, other._seconds, strict=True))
+
+
+class _Bounds:
+    """What this machine can do, measured between the model's own runs, since it changes from minute to minute.
+
+    The bandwidth is that of reading the model's own weights, if there are more of them than caches hold. If not, it is
+    measured once at the end, on memory of its own.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._native = backends.native() if loaded.policy.native else None
+        self._weights = _more_than_caches_hold(loaded.transformer)
+        self._bandwidths: list[float] = []
+        self._macs: list[float] = []
+
+    def macs(self) -> float | None:
+        if self._native is None:
+            return None
+        self._macs.append(self._native.dot_rate())
+        return self._macs[-1]
+
+    def bandwidth(self) -> float | None:
+        if self._native is None or not self._weights:
+            return None
+        seconds = sum(data.nbytes / self._native.read_bandwidth(data) for data in self._weights)
+        self._bandwidths.append(sum(data.nbytes for data in self._weights) / seconds)
+        return self._bandwidths[-1]
+
+    def complete(self) -> None:
+        if self._native is None or self._bandwidths:
+            return
+        buffer = torch.ones(min(_BANDWIDTH_BYTES, machine.available_memory() // 4), dtype=torch.uint8)
+        self._bandwidths = [self._native.read_bandwidth(buffer) for _ in range(_BANDWIDTH_ROUNDS)]
+
+    @property
+    def median_bandwidth(self) -> float | None:
+        return statistics.median(self._bandwidths) if self._bandwidths else None
+
+    @property
+    def median_macs(self) -> float | None:
+        return statistics.median(self._macs) if self._macs else None
+
+
+def _more_than_caches_hold(transformer: Transformer) -> list[Tensor]:
+    """Packed weights of _BANDWIDTH_BYTES or a little more; none where there are fewer."""
+    found: list[Tensor] = []
+    for layer in transformer.layers:
+        if sum(data.nbytes for data in found) >= _BANDWIDTH_BYTES:
+            return found
+        if isinstance(layer.experts.gate_up, PackedMatrix):
+            found.append(layer.experts.gate_up.data)
+    return []
 
 
 def macs_per_token(config: ModelConfig) -> int:
@@ -249,16 +329,6 @@ def bytes_per_token(loaded: Loaded, depth: int) -> int:
 
 def _bytes(weight: Weight) -> int:
     return weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
-
-
-def _machine(policy: Policy) -> tuple[float | None, float | None]:
-    native = backends.native()
-    if not policy.native or native is None:
-        return None, None
-    size = min(_BANDWIDTH_BYTES, machine.available_memory() // 4)
-    buffer = torch.ones(size, dtype=torch.uint8)
-    bandwidth = max(native.read_bandwidth(buffer) for _ in range(_BANDWIDTH_ROUNDS))
-    return bandwidth, max(native.dot_rate() for _ in range(_BANDWIDTH_ROUNDS))
 
 
 def _filled_cache(transformer: Transformer, depth: int) -> KVCache:

@@ -1,0 +1,117 @@
+"""`freehold bench` and `freehold receipt`: that their figures are what they say, whatever those are."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import freehold
+from freehold.cli.main import app
+from freehold.config import NAMED_CONFIGS
+from freehold.errors import BackendError, UsageError
+from freehold.kernels import backends
+from freehold.session.receipt import text
+
+pytestmark = pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def bench(*arguments: object) -> dict[str, Any]:
+    result = invoke("bench", "--synthetic", "tiny", "--generate", 4, "--rounds", 2, "--json", *arguments)
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+def test_bench_of_random_weights() -> None:
+    facts = bench("--prompt", 16, "--prompt", 40, "--depth", 90, "--depth", 0)
+    prefill = {(row["tokens"], row["depth"]): row for row in facts["prefill"]}
+    decode = {row["depth"]: row for row in facts["decode"]}
+    assert set(prefill) == {(16, 0), (40, 0), (16, 90), (40, 90)}
+    assert set(decode) == {0, 90}
+    assert facts["prefill_tok_s"] == prefill[40, 0]["prefill_tok_s"]
+    assert facts["decode_tok_s"] == decode[0]["decode_tok_s"]
+    for row in prefill.values():
+        assert row["gmac_s"] * 1e9 == pytest.approx(row["prefill_tok_s"] * facts["macs_per_token"])
+        assert 0 < row["share_of_peak"] < 1
+    assert decode[0]["gb_s"] * 1e9 == pytest.approx(decode[0]["decode_tok_s"] * facts["bytes_per_token"])
+    assert decode[90]["gb_s"] / decode[90]["decode_tok_s"] > decode[0]["gb_s"] / decode[0]["decode_tok_s"]
+    assert decode[0]["share_of_least_depth"] == 1
+    assert facts["peak_rss_bytes"] > 0
+    assert facts["read_bandwidth"] > 1e8
+    assert facts["load_seconds"] > 0
+
+
+def test_bench_counts_what_a_token_costs() -> None:
+    config = NAMED_CONFIGS["tiny"]
+    D, N, K, H, F = (
+        config.hidden_size,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.expert_width,
+    )
+    attention = D * (N + 2 * K) * H + N * H * D + D * config.num_experts
+    experts = config.num_active_experts * 3 * D * F
+    assert bench("--prompt", 4)["macs_per_token"] == config.num_layers * (attention + experts)
+
+
+def test_bench_of_a_model_as_text(default_folder: Path) -> None:
+    result = invoke("bench", default_folder, "--prompt", 8, "--generate", 2, "--rounds", 1, "--depth", 0, "--depth", 30)
+    for words in ("prefill", "decode", "% of depth 0", "GB/s read", "peak resident memory", str(default_folder)):
+        assert words in result.stdout
+
+
+def test_bench_draws_a_chart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench("--prompt", 4, "--png", tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "0"], "prompt must be 1 or more, got 0"),
+        (["--depth", "-1"], "depth must be 0 or more, got -1"),
+        (["--rounds", "0"], "rounds must be 1 or more, got 0"),
+        (["--depth", "900000000"], "choose smaller ones"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        invoke("bench", "--synthetic", "tiny", *arguments)
+
+
+def test_bench_needs_native_kernels_for_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "native", lambda: None)
+    with pytest.raises(BackendError, match="native CPU kernels"):
+        invoke("bench", "--synthetic", "tiny")
+
+
+def test_receipt(default_folder: Path) -> None:
+    result = invoke("receipt", default_folder, "--tokens", 40, "--tokens", 130, "--json")
+    receipts = {row["num_tokens"]: row for row in json.loads(result.stdout)["receipts"]}
+    assert set(receipts) == {40, 130}
+    for row in receipts.values():
+        assert 1e-5 < row["mean_kl"] < 0.01
+        assert row["mean_kl"] < row["largest_kl"]
+        assert 0.9 < row["top1_agreement"] <= 1
+        assert row["native_perplexity"] == pytest.approx(row["reference_perplexity"], rel=0.05)
+
+    model = freehold.load(str(default_folder))
+    assert model.tokenizer is not None
+    tokens = model.tokenizer.encode(text())[:41]
+    loss = torch.nn.functional.cross_entropy(model.logits(tokens[:-1]), torch.tensor(tokens[1:]))
+    assert receipts[40]["native_perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+
+
+def test_receipt_as_text_and_of_too_little(default_folder: Path) -> None:
+    assert "perplexity" in invoke("receipt", default_folder, "--tokens", 8).stdout
+    with pytest.raises(UsageError, match="at least 2 tokens"):
+        invoke("receipt", default_folder, "--tokens", 1)
