@@ -77,7 +77,7 @@ class FreeholdCache:
 
     def feed(self, tokens: Sequence[int]) -> None:
         with self._torch.inference_mode():
-            hidden_TD = self._transformer.forward(self._torch.tensor(tokens), self._cache)
+            hidden_TD = self._transformer.run(self._torch.tensor(tokens), self._cache)
             self._logits_V = self._transformer.unembed(hidden_TD[-1:])[0]
 
     def logits(self, ids: Sequence[int]) -> list[float]:

@@ -66,8 +66,8 @@ def _compare(model: str, gguf: Path, python: str, lengths: list[int], dense: str
             stop = min(start + 128, lengths[-1])
             piece, following = tokens_T[start:stop], tokens_T[start + 1 : stop + 1].unsqueeze(-1)
             with backends.reference_only():
-                expected_TV = F.log_softmax(reference.unembed(reference.forward(piece, caches[0])), dim=-1)
-            ours_TV = native.transformer.unembed(native.transformer.forward(piece, caches[1]))
+                expected_TV = F.log_softmax(reference.unembed(reference.run(piece, caches[0])), dim=-1)
+            ours_TV = native.transformer.unembed(native.transformer.run(piece, caches[1]))
             columns = [-expected_TV.gather(-1, following).squeeze(-1)]
             for got in (ours_TV, theirs_TV[start:stop]):
                 got_TV = F.log_softmax(got, dim=-1)

@@ -130,7 +130,7 @@ def logits(model: Transformer, tokens: Tensor, chunks: list[int] | None = None) 
     """Logits of all tokens, run through the model in pieces of the given lengths (all at once if not given)."""
     cache = model.new_cache()
     pieces = torch.split(tokens, chunks or len(tokens))
-    return torch.cat([model.unembed(model.forward(piece, cache)) for piece in pieces])
+    return torch.cat([model.unembed(model.run(piece, cache)) for piece in pieces])
 
 
 def tokens_of(config: ModelConfig, count: int, seed: int = 0) -> Tensor:

@@ -23,14 +23,14 @@ Matrix matrix(int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bo
     return Matrix(static_cast<Form>(form), at<void>(data), at<void>(scales), R, C, paired);
 }
 
-KvView kv_view(int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales,
-               size_t capacity, size_t K, size_t H) {
+KvPages kv_pages(int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales, uintptr_t value_scales, size_t count,
+                 size_t K, size_t H) {
     return {static_cast<KvType>(type),
             at<void>(keys),
             at<void>(values),
             at<uint16_t>(key_scales),
             at<uint16_t>(value_scales),
-            capacity,
+            count,
             K,
             H};
 }
@@ -57,11 +57,17 @@ NB_MODULE(_native, module) {
         .def("__init__", [](Matrix* self, int form, uintptr_t data, uintptr_t scales, size_t R, size_t C, bool paired) {
             new (self) Matrix(matrix(form, data, scales, R, C, paired));
         });
-    nb::class_<KvView>(module, "KvView")
-        .def("__init__", [](KvView* self, int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
-                            uintptr_t value_scales, size_t capacity, size_t K, size_t H) {
-            new (self) KvView(kv_view(type, keys, values, key_scales, value_scales, capacity, K, H));
+    nb::class_<KvPages>(module, "KvPages")
+        .def("__init__", [](KvPages* self, int type, uintptr_t keys, uintptr_t values, uintptr_t key_scales,
+                            uintptr_t value_scales, size_t count, size_t K, size_t H) {
+            new (self) KvPages(kv_pages(type, keys, values, key_scales, value_scales, count, K, H));
         });
+
+    nb::class_<Sequences>(module, "Sequences")
+        .def("__init__",
+             [](Sequences* self, size_t count, uintptr_t starts, uintptr_t lengths, uintptr_t table, size_t stride) {
+                 new (self) Sequences{count, at<int64_t>(starts), at<int64_t>(lengths), at<int32_t>(table), stride};
+             });
 
     nb::class_<Engine>(module, "Engine")
         .def(nb::init<unsigned>())
@@ -89,26 +95,25 @@ NB_MODULE(_native, module) {
             Released())
         .def(
             "kv_write",
-            [](Engine& self, const KvView& view, uintptr_t k, size_t k_stride, uintptr_t v, size_t v_stride, size_t T,
-               size_t start, uintptr_t cos, uintptr_t sin) {
-                self.kv_write(view, at<float>(k), k_stride, at<float>(v), v_stride, T, start,
+            [](Engine& self, const KvPages& kv, const Sequences& sequences, uintptr_t k, size_t k_stride, uintptr_t v,
+               size_t v_stride, uintptr_t cos, uintptr_t sin) {
+                self.kv_write(kv, sequences, at<float>(k), k_stride, at<float>(v), v_stride,
                               {at<float>(cos), at<float>(sin)});
             },
             Released())
         .def(
             "attention",
-            [](Engine& self, const KvView& view, uintptr_t q, size_t T, size_t N, size_t stride, size_t length,
+            [](Engine& self, const KvPages& kv, const Sequences& sequences, uintptr_t q, size_t N, size_t stride,
                uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t cos, uintptr_t sin) {
-                self.attention(view, {at<float>(q),
-                                      T,
-                                      N,
-                                      stride,
-                                      length,
-                                      at<float>(sinks),
-                                      scale,
-                                      window,
-                                      at<float>(out),
-                                      {at<float>(cos), at<float>(sin)}});
+                self.attention(kv, sequences,
+                               {at<float>(q),
+                                N,
+                                stride,
+                                at<float>(sinks),
+                                scale,
+                                window,
+                                at<float>(out),
+                                {at<float>(cos), at<float>(sin)}});
             },
             Released())
         .def(

@@ -171,10 +171,10 @@ inline uint16_t bf16_of(float value) {
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-void kv_store(const float* x, const KvView& view, bool is_value, size_t head, size_t position) {
-    const size_t H = view.H, at = (head * view.capacity + position) * H;
-    void* target = is_value ? view.values : view.keys;
-    switch (view.type) {
+void kv_store(const float* x, const KvPages& kv, bool is_value, size_t at) {
+    const size_t H = kv.H;
+    void* target = is_value ? kv.values : kv.keys;
+    switch (kv.type) {
         case KvType::f32:
             std::memcpy(static_cast<float*>(target) + at, x, H * sizeof(float));
             return;
@@ -182,7 +182,7 @@ void kv_store(const float* x, const KvView& view, bool is_value, size_t head, si
             for (size_t i = 0; i < H; ++i) static_cast<uint16_t*>(target)[at + i] = bf16_of(x[i]);
             return;
         case KvType::q8: {
-            uint16_t* scales = (is_value ? view.value_scales : view.key_scales) + at / kBlock;
+            uint16_t* scales = (is_value ? kv.value_scales : kv.key_scales) + at / kBlock;
             for (size_t b = 0; b < H / kBlock; ++b) {
                 const F16 low = load(x + b * kBlock), high = load(x + b * kBlock + 16);
                 const float peak = peak_of(low, high);
@@ -283,40 +283,40 @@ inline void transpose_bf16(const uint16_t* rows, size_t row_stride, float* out, 
 
 // `count` <= 64 stored keys of a head from element `at` on: (H, 64), with zeros for those that are missing.
 template <KvType type>
-inline void load_keys(const KvView& view, size_t at, size_t count, float* keys) {
+inline void load_keys(const KvPages& kv, size_t at, size_t count, float* keys) {
     constexpr size_t N = kKeysAtOnce;
-    const size_t H = view.H;
+    const size_t H = kv.H;
     for (size_t j = 0; j < N; j += 16) {
         size_t i = 0;
         if (type == KvType::bf16 && j + 16 <= count)
             for (; i + 32 <= H; i += 32)
-                transpose_bf16(static_cast<const uint16_t*>(view.keys) + at + j * H + i, H, keys + i * N + j, N);
+                transpose_bf16(static_cast<const uint16_t*>(kv.keys) + at + j * H + i, H, keys + i * N + j, N);
         for (; i + 16 <= H; i += 16) {
             F16 square[16];
             for (size_t k = 0; k < 16; ++k)
-                square[k] = j + k < count ? kv_load<type>(view.keys, view.key_scales, at + (j + k) * H + i) : zero();
+                square[k] = j + k < count ? kv_load<type>(kv.keys, kv.key_scales, at + (j + k) * H + i) : zero();
             transpose16(square, keys + i * N + j, N);
         }
         for (; i < H; ++i)
             for (size_t k = j; k < j + 16; ++k)
-                keys[i * N + k] = k < count ? kv_load1<type>(view.keys, at + k * H + i) : 0.0f;
+                keys[i * N + k] = k < count ? kv_load1<type>(kv.keys, at + k * H + i) : 0.0f;
     }
 }
 
 // `count` stored values of a head from element `at` on: (count, padded H)
 template <KvType type>
-inline void load_values(const KvView& view, size_t at, size_t count, float* values) {
-    const size_t H = view.H, padded = padded_head(H);
+inline void load_values(const KvPages& kv, size_t at, size_t count, float* values) {
+    const size_t H = kv.H, padded = padded_head(H);
     for (size_t j = 0; j < count; ++j, at += H, values += padded) {
         size_t i = 0;
-        for (; i + 16 <= H; i += 16) store(values + i, kv_load<type>(view.values, view.value_scales, at + i));
-        for (; i < padded; ++i) values[i] = i < H ? kv_load1<type>(view.values, at + i) : 0.0f;
+        for (; i + 16 <= H; i += 16) store(values + i, kv_load<type>(kv.values, kv.value_scales, at + i));
+        for (; i < padded; ++i) values[i] = i < H ? kv_load1<type>(kv.values, at + i) : 0.0f;
     }
 }
 
-void attend(const AttentionPiece& piece, const KvView& view) {
+void attend(const AttentionPiece& piece, const KvPages& kv) {
     constexpr size_t N = kKeysAtOnce;
-    const size_t H = view.H, padded = padded_head(H), rows = piece.rows;
+    const size_t H = kv.H, padded = padded_head(H), rows = piece.rows;
     float* keys = piece.scratch;          // (H, 64): transposed, so that scores of 16 keys are one vector
     float* values = keys + padded * N;    // (64, padded H)
     float* scores = values + N * padded;  // (rows, 64)
@@ -325,21 +325,26 @@ void attend(const AttentionPiece& piece, const KvView& view) {
 
     for (int64_t start = piece.first_key; start < piece.last_key; start += kKeysAtOnce) {
         const size_t count = static_cast<size_t>(lesser(kKeysAtOnce, piece.last_key - start));
-        const size_t at = (piece.head * view.capacity + static_cast<size_t>(start)) * H;
-        switch (view.type) {
+        const size_t block = static_cast<size_t>(start) / N,
+                     at = kv.at(static_cast<size_t>(piece.pages[block]), piece.head);
+        switch (kv.type) {
             case KvType::f32:
-                load_keys<KvType::f32>(view, at, count, keys), load_values<KvType::f32>(view, at, count, values);
+                load_keys<KvType::f32>(kv, at, count, keys), load_values<KvType::f32>(kv, at, count, values);
                 break;
             case KvType::bf16:
-                load_keys<KvType::bf16>(view, at, count, keys), load_values<KvType::bf16>(view, at, count, values);
+                load_keys<KvType::bf16>(kv, at, count, keys), load_values<KvType::bf16>(kv, at, count, values);
                 break;
             case KvType::q8:
-                load_keys<KvType::q8>(view, at, count, keys), load_values<KvType::q8>(view, at, count, values);
+                load_keys<KvType::q8>(kv, at, count, keys), load_values<KvType::q8>(kv, at, count, values);
         }
-        const size_t size = view.type == KvType::f32 ? 4 : view.type == KvType::bf16 ? 2 : 1;
-        const size_t ahead = start + kKeysAtOnce < piece.last_key ? N * H * size : 0, next = (at + N * H) * size;
-        Ahead next_keys(static_cast<const uint8_t*>(view.keys) + next, ahead, H);
-        Ahead next_values(static_cast<const uint8_t*>(view.values) + next, ahead, N);
+        const bool last = start + kKeysAtOnce >= piece.last_key;
+        const size_t next = last ? at : kv.at(static_cast<size_t>(piece.pages[block + 1]), piece.head);
+        const size_t size = kv.type == KvType::f32    ? 4
+                            : kv.type == KvType::bf16 ? 2
+                                                      : 1,
+                     ahead = last ? 0 : N * H * size;
+        Ahead next_keys(static_cast<const uint8_t*>(kv.keys) + next * size, ahead, H);
+        Ahead next_values(static_cast<const uint8_t*>(kv.values) + next * size, ahead, N);
         multiply(piece.q, H, keys, N, H, scores, N, rows, N, false, next_keys);
 
         for (size_t r = 0; r < rows; ++r) {

@@ -7,24 +7,32 @@
 
 namespace freehold {
 
-// Keys and values of one sequence as a layer keeps them: (K, capacity, H), and for q8 a float16 scale per 32 of H.
-struct KvView {
+inline constexpr size_t kPage = 64;  // positions
+
+// Keys and values of one layer, in pages that belong to any sequence: (count, K, kPage, H), and for q8 a float16 scale
+// per 32 of H. The caller owns the memory.
+struct KvPages {
     KvType type;
     void* keys;
     void* values;
     uint16_t* key_scales;
     uint16_t* value_scales;
-    size_t capacity, K, H;
+    size_t count, K, H;
+
+    // The first element of a page's head.
+    [[gnu::always_inline]] size_t at(size_t page, size_t head) const { return (page * K + head) * kPage * H; }
 };
 
-// One piece of attention: the queries of one kv head's group over a run of keys that starts at a multiple of the split
-// length. Rows are (query, head of the group). Partial results are merged by the caller.
+// One piece of attention: queries of one sequence, of one kv head's group, over a run of keys that starts at a multiple
+// of the split length. Rows are (query, head of the group). Partial results are merged by the caller.
 //   q       rows x H, already scaled
-//   limits  rows x 2: first and one past the last visible key, as indices into the view
+//   limits  rows x 2: first and one past the last visible key, as positions of the sequence
+//   pages   of the sequence
 //   out     rows x padded H, peak and sum (rows): unnormalised result, largest score, sum of exponentials
 struct AttentionPiece {
     const float* q;
     const int64_t* limits;
+    const int32_t* pages;
     size_t rows, head;
     int64_t first_key, last_key;
     float* out;
@@ -33,7 +41,7 @@ struct AttentionPiece {
     float* scratch;  // attention_scratch(rows, H) floats
 };
 
-inline constexpr int64_t kKeysAtOnce = 64;
+inline constexpr int64_t kKeysAtOnce = kPage;
 inline constexpr int64_t kSplit = 512;  // keys whose partial result is merged as a whole
 
 [[gnu::always_inline]] constexpr size_t padded_head(size_t H) { return ceil_div(H, kPanel) * kPanel; }
@@ -64,9 +72,9 @@ struct Kernels {
                    float alpha, float limit);
     // One head: rotate the pairs (i, i + H/2).
     void (*rope)(const float* x, const float* cos, const float* sin, float* out, size_t H);
-    // Store one head of one position.
-    void (*kv_store)(const float* x, const KvView& view, bool is_value, size_t head, size_t position);
-    void (*attend)(const AttentionPiece& piece, const KvView& view);
+    // Store one head of one position, from element `at` on.
+    void (*kv_store)(const float* x, const KvPages& kv, bool is_value, size_t at);
+    void (*attend)(const AttentionPiece& piece, const KvPages& kv);
     // exp(x[i] - peak), for merging.
     float (*exp1)(float x);
     // out[i] = exp((x[i] - peak) * factor), 0 below e^-87; out has room for n rounded up to 16, and gets zeros there.

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 namespace freehold {
 
@@ -158,53 +159,103 @@ void Engine::rope(const float* x, size_t stride, const float* cos, const float* 
     });
 }
 
-void Engine::kv_write(const KvView& view, const float* keys, size_t k_stride, const float* values, size_t v_stride,
-                      size_t T, size_t start, Rotation rotation) {
+namespace {
+
+// Pages of sequence b from the one that holds position `first` on, to its last.
+void check_pages(const char* op, const KvPages& kv, const Sequences& sequences, size_t b, int64_t first) {
+    for (auto i = static_cast<size_t>(first) / kPage; i * kPage < static_cast<size_t>(sequences.lengths[b]); ++i)
+        if (static_cast<uint64_t>(static_cast<int64_t>(sequences.pages(b)[i])) >= kv.count)
+            throw std::out_of_range(std::string("[") + op + "] a page's number is not below the number of pages");
+}
+
+}  // namespace
+
+void Engine::kv_write(const KvPages& kv, const Sequences& sequences, const float* keys, size_t k_stride,
+                      const float* values, size_t v_stride, Rotation rotation) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
-    const size_t H = view.H;
-    workspace_.reset(threads() * Workspace::size_of<float>(H));
-    float* turned = workspace_.take<float>(threads() * ceil_div(H, kPanel) * kPanel);
-    pool_.split(T, 16, [&](size_t first, size_t last, unsigned thread) {
-        float* mine = turned + thread * ceil_div(H, kPanel) * kPanel;
-        for (size_t t = first; t < last; ++t)
-            for (size_t head = 0; head < view.K; ++head) {
+    const size_t H = kv.H, padded = padded_head(H);
+    const int64_t* starts = sequences.starts;
+    for (size_t b = 0; b < sequences.count; ++b)
+        if (starts[b] < starts[b + 1])
+            check_pages("kv_write", kv, sequences, b, sequences.lengths[b] - (starts[b + 1] - starts[b]));
+    workspace_.reset(Workspace::size_of<float>(threads() * padded));
+    float* turned = workspace_.take<float>(threads() * padded);
+    pool_.split(sequences.tokens(), 16, [&](size_t first, size_t last, unsigned thread) {
+        float* mine = turned + thread * padded;
+        const int64_t* end = std::upper_bound(starts, starts + sequences.count + 1, static_cast<int64_t>(first));
+        for (size_t t = first; t < last; ++t) {
+            while (static_cast<int64_t>(t) >= *end) ++end;
+            const auto b = static_cast<size_t>(end - starts) - 1;
+            const auto position = static_cast<size_t>(sequences.lengths[b] - (*end - static_cast<int64_t>(t)));
+            const auto page = static_cast<size_t>(sequences.pages(b)[position / kPage]);
+            for (size_t head = 0; head < kv.K; ++head) {
                 const float* key = keys + t * k_stride + head * H;
                 if (rotation.cos) {
                     k.rope(key, rotation.cos + t * (H / 2), rotation.sin + t * (H / 2), mine, H);
                     key = mine;
                 }
-                k.kv_store(key, view, false, head, start + t);
-                k.kv_store(values + t * v_stride + head * view.H, view, true, head, start + t);
+                const size_t at = kv.at(page, head) + position % kPage * H;
+                k.kv_store(key, kv, false, at);
+                k.kv_store(values + t * v_stride + head * H, kv, true, at);
             }
+        }
     });
 }
 
-void Engine::attention(const KvView& view, const AttentionArgs& args) {
+void Engine::attention(const KvPages& kv, const Sequences& sequences, const AttentionArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
-    const size_t T = args.T, N = args.N, H = view.H, group = N / view.K, padded = padded_head(H);
-    if (T == 0) return;
-    const auto length = static_cast<int64_t>(args.length), start = length - static_cast<int64_t>(T);
+    const size_t N = args.N, H = kv.H, group = N / kv.K, padded = padded_head(H);
     auto first_visible = [&](int64_t position) {
         return args.window ? std::max<int64_t>(0, position - static_cast<int64_t>(args.window) + 1) : 0;
     };
 
-    // Few queries over many keys are split by keys; many queries by themselves. Each split is summed up on its own and
-    // merged in order in both cases, so that the results are the same.
-    const size_t queries = std::clamp<size_t>(64 / group, 1, T);
-    const size_t query_tiles = ceil_div(T, queries), rows = queries * group;
-    const int64_t earliest = first_visible(start) / kSplit, splits = (length + kSplit - 1) / kSplit;
-    const bool by_keys = query_tiles * view.K < 4 * threads() && splits - earliest > 1;
-    const size_t kept = by_keys ? static_cast<size_t>(splits - earliest) : 1;
-    const size_t partial = rows * (padded + 2);
-    const size_t items = query_tiles * view.K;
+    // Queries of one sequence and their kv head: `count` tokens from `token` on, at consecutive positions.
+    struct Item {
+        size_t sequence, token, count, head;
+        int64_t position, first_split, last_split;
+    };
+    size_t longest = 0;
+    for (size_t b = 0; b < sequences.count; ++b)
+        longest = std::max(longest, static_cast<size_t>(sequences.starts[b + 1] - sequences.starts[b]));
+    if (longest == 0) return;
+    const size_t queries = std::clamp<size_t>(64 / group, 1, longest), rows = queries * group;
+    std::vector<Item> items;
+    int64_t most_splits = 0;
+    for (size_t b = 0; b < sequences.count; ++b) {
+        const auto first = static_cast<size_t>(sequences.starts[b]),
+                   last = static_cast<size_t>(sequences.starts[b + 1]);
+        const int64_t start = sequences.lengths[b] - static_cast<int64_t>(last - first);
+        if (first < last) check_pages("attention", kv, sequences, b, first_visible(start));
+        for (size_t token = first; token < last; token += queries) {
+            const size_t count = std::min(queries, last - token);
+            const int64_t position = start + static_cast<int64_t>(token - first);
+            const int64_t end = position + static_cast<int64_t>(count);
+            const int64_t first_split = first_visible(position) / kSplit, last_split = (end + kSplit - 1) / kSplit;
+            most_splits = std::max(most_splits, last_split - first_split);
+            for (size_t head = 0; head < kv.K; ++head)
+                items.push_back({b, token, count, head, position, first_split, last_split});
+        }
+    }
 
+    // Few items over many keys are split by keys. Each split is summed up on its own and merged in order in both cases,
+    // so that the results are the same.
+    const bool by_keys = items.size() < 4 * threads() && most_splits > 1;
+    struct Piece {
+        size_t item;
+        int64_t split;
+    };
+    std::vector<Piece> pieces;
+    for (size_t i = 0; by_keys && i < items.size(); ++i)
+        for (int64_t split = items[i].first_split; split < items[i].last_split; ++split) pieces.push_back({i, split});
+
+    const size_t partial = rows * (padded + 2);
     const size_t per_thread = Workspace::size_of<float>(rows * H) + Workspace::size_of<int64_t>(rows * 2) +
                               Workspace::size_of<float>(attention_scratch(rows, H)) +
                               Workspace::size_of<float>(partial);
-    workspace_.reset(per_thread * threads() +
-                     Workspace::size_of<float>((by_keys ? items * kept : threads()) * partial));
+    const size_t num_totals = by_keys ? pieces.size() : threads();
+    workspace_.reset(per_thread * threads() + Workspace::size_of<float>(num_totals * partial));
     struct Scratch {
         float *q, *scratch, *piece;
         int64_t* limits;
@@ -213,40 +264,40 @@ void Engine::attention(const KvView& view, const AttentionArgs& args) {
     for (Scratch& s : scratches)
         s = {workspace_.take<float>(rows * H), workspace_.take<float>(attention_scratch(rows, H)),
              workspace_.take<float>(partial), workspace_.take<int64_t>(rows * 2)};
-    float* totals = workspace_.take<float>((by_keys ? items * kept : threads()) * partial);
+    float* totals = workspace_.take<float>(num_totals * partial);
 
-    auto prepare = [&](size_t item, Scratch& s) {
-        const size_t tile = item / view.K, head = item % view.K, first = tile * queries;
-        const size_t count = std::min(queries, T - first);
-        for (size_t i = 0; i < count; ++i)
+    auto prepare = [&](const Item& item, Scratch& s) {
+        for (size_t i = 0; i < item.count; ++i)
             for (size_t g = 0; g < group; ++g) {
-                const float* q = args.q + (first + i) * args.stride + (head * group + g) * H;
+                const float* q = args.q + (item.token + i) * args.stride + (item.head * group + g) * H;
                 float* to = s.q + (i * group + g) * H;
                 if (args.rotation.cos) {
-                    const size_t at = (first + i) * (H / 2);
+                    const size_t at = (item.token + i) * (H / 2);
                     k.rope(q, args.rotation.cos + at, args.rotation.sin + at, to, H);
                     q = to;
                 }
                 for (size_t h = 0; h < H; ++h) to[h] = q[h] * args.scale;
-                const int64_t position = start + static_cast<int64_t>(first + i);
+                const int64_t position = item.position + static_cast<int64_t>(i);
                 s.limits[2 * (i * group + g)] = first_visible(position);
                 s.limits[2 * (i * group + g) + 1] = position + 1;
             }
         AttentionPiece piece{};
         piece.q = s.q;
         piece.limits = s.limits;
-        piece.rows = count * group;
-        piece.head = head;
+        piece.pages = sequences.pages(item.sequence);
+        piece.rows = item.count * group;
+        piece.head = item.head;
         piece.scratch = s.scratch;
         return piece;
     };
-    auto aim = [&](AttentionPiece& piece, int64_t split, float* result) {
+    auto run_split = [&](AttentionPiece& piece, int64_t split, float* result) {
         const int64_t low = piece.limits[0] / kKeysAtOnce * kKeysAtOnce;
         piece.first_key = std::max(split * kSplit, low);
         piece.last_key = std::min((split + 1) * kSplit, piece.limits[2 * piece.rows - 1]);
         piece.out = result;
         piece.peak = result + rows * padded;
         piece.sum = piece.peak + rows;
+        k.attend(piece, kv);
     };
     auto merge = [&](float* total, const float* piece, size_t count) {
         for (size_t r = 0; r < count; ++r) {
@@ -265,54 +316,46 @@ void Engine::attention(const KvView& view, const AttentionArgs& args) {
         std::fill(total, total + partial, 0.0f);
         std::fill(total + rows * padded, total + rows * (padded + 1), -INFINITY);
     };
-    auto finish = [&](size_t item, const float* total) {
-        const size_t tile = item / view.K, head = item % view.K, first = tile * queries;
-        const size_t count = std::min(queries, T - first) * group;
-        for (size_t r = 0; r < count; ++r) {
-            const size_t n = head * group + r % group;
+    auto finish = [&](const Item& item, const float* total) {
+        for (size_t r = 0; r < item.count * group; ++r) {
+            const size_t n = item.head * group + r % group;
             const float peak = total[rows * padded + r], sink = args.sinks[n], highest = std::max(peak, sink);
             const float mine = k.exp1(peak - highest);
             const float factor = mine / (total[rows * (padded + 1) + r] * mine + k.exp1(sink - highest));
-            float* out = args.out + ((first + r / group) * N + n) * H;
+            float* out = args.out + ((item.token + r / group) * N + n) * H;
             for (size_t h = 0; h < H; ++h) out[h] = total[r * padded + h] * factor;
         }
     };
 
     if (!by_keys) {
-        pool_.split(items, 1, [&](size_t begin, size_t end, unsigned thread) {
+        pool_.split(items.size(), 1, [&](size_t begin, size_t end, unsigned thread) {
             Scratch& s = scratches[thread];
             float* total = totals + thread * partial;
-            for (size_t item = begin; item < end; ++item) {
-                AttentionPiece piece = prepare(item, s);
+            for (size_t i = begin; i < end; ++i) {
+                AttentionPiece piece = prepare(items[i], s);
                 clear(total);
-                const int64_t last = (piece.limits[2 * piece.rows - 1] + kSplit - 1) / kSplit;
-                for (int64_t split = piece.limits[0] / kSplit; split < last; ++split) {
-                    aim(piece, split, s.piece);
-                    k.attend(piece, view);
+                for (int64_t split = items[i].first_split; split < items[i].last_split; ++split) {
+                    run_split(piece, split, s.piece);
                     merge(total, s.piece, piece.rows);
                 }
-                finish(item, total);
+                finish(items[i], total);
             }
         });
         return;
     }
-    pool_.split(items * kept, 1, [&](size_t begin, size_t end, unsigned thread) {
+    pool_.split(pieces.size(), 1, [&](size_t begin, size_t end, unsigned thread) {
         for (size_t i = begin; i < end; ++i) {
-            AttentionPiece piece = prepare(i / kept, scratches[thread]);
-            aim(piece, earliest + static_cast<int64_t>(i % kept), totals + i * partial);
-            if (piece.first_key < piece.last_key) {
-                k.attend(piece, view);
-            } else {
-                clear(piece.out);
-            }
+            AttentionPiece piece = prepare(items[pieces[i].item], scratches[thread]);
+            run_split(piece, pieces[i].split, totals + i * partial);
         }
     });
     float* total = scratches[0].piece;
-    for (size_t item = 0; item < items; ++item) {
+    size_t next = 0;
+    for (size_t i = 0; i < items.size(); ++i) {
         clear(total);
-        const size_t count = std::min(queries, T - item / view.K * queries) * group;
-        for (size_t split = 0; split < kept; ++split) merge(total, totals + (item * kept + split) * partial, count);
-        finish(item, total);
+        for (; next < pieces.size() && pieces[next].item == i; ++next)
+            merge(total, totals + next * partial, items[i].count * group);
+        finish(items[i], total);
     }
 }
 

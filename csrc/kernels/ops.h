@@ -71,10 +71,23 @@ struct Rotation {
     const float* sin = nullptr;
 };
 
+// Whose tokens a batch holds. Sequence b has tokens starts[b] … starts[b + 1] - 1, the last of its lengths[b]
+// positions. Position p of it lies in page table[b * stride + p / kPage]; pages that nobody writes or sees may be named
+// anything.
+struct Sequences {
+    size_t count;
+    const int64_t* starts;   // (count + 1)
+    const int64_t* lengths;  // (count)
+    const int32_t* table;    // (count, stride)
+    size_t stride;
+
+    size_t tokens() const { return count ? static_cast<size_t>(starts[count]) : 0; }
+    const int32_t* pages(size_t b) const { return table + b * stride; }
+};
+
 struct AttentionArgs {
     const float* q;  // (T, N, H), N * H consecutive, rows `stride` apart
-    size_t T, N, stride;
-    size_t length;       // keys in the view, the last T of them the queries' own
+    size_t N, stride;
     const float* sinks;  // (N)
     float scale;
     size_t window;  // keys in sight, the query itself counted; 0 for all
@@ -94,12 +107,11 @@ class Engine {
     void linear(const Matrix& w, const LinearArgs& args);
     void rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
               size_t H);
-    // Write T positions from `start` on, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride`
-    // apart.
-    void kv_write(const KvView& view, const float* k, size_t k_stride, const float* v, size_t v_stride, size_t T,
-                  size_t start, Rotation rotation = {});
-    // The view's first position must be a multiple of kSplit in its sequence, or results would depend on it.
-    void attention(const KvView& view, const AttentionArgs& args);
+    // Write the batch's tokens, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart. This
+    // and `attention` throw std::out_of_range where a page that is needed does not exist.
+    void kv_write(const KvPages& kv, const Sequences& sequences, const float* k, size_t k_stride, const float* v,
+                  size_t v_stride, Rotation rotation = {});
+    void attention(const KvPages& kv, const Sequences& sequences, const AttentionArgs& args);
     void route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts);
     // gate_up and down are the first of E packed matrices each; gate_up is paired.
     void moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args);

@@ -5,26 +5,32 @@
 
 namespace test {
 
-// Keys and values of one layer, to the element.
+// Keys and values of one layer, to the element: pages in no order, of one sequence.
 struct KvStore {
     KvType type;
-    size_t K, capacity, H;
+    size_t K, H;
+    std::vector<int32_t> table;
     Buffer<float> floats[2];
     Buffer<uint16_t> words[2];
     Buffer<int8_t> bytes[2];
     Buffer<uint16_t> scales[2];
+    int64_t starts[2], lengths[1];
 
-    KvStore(KvType type, size_t K, size_t capacity, size_t H)
+    KvStore(KvType type, size_t K, size_t positions, size_t H)
         : type(type),
           K(K),
-          capacity(capacity),
           H(H),
+          table((positions + kPage - 1) / kPage),
           floats{Buffer<float>(count(KvType::f32)), Buffer<float>(count(KvType::f32))},
           words{Buffer<uint16_t>(count(KvType::bf16)), Buffer<uint16_t>(count(KvType::bf16))},
           bytes{Buffer<int8_t>(count(KvType::q8)), Buffer<int8_t>(count(KvType::q8))},
-          scales{Buffer<uint16_t>(count(KvType::q8) / 32), Buffer<uint16_t>(count(KvType::q8) / 32)} {}
+          scales{Buffer<uint16_t>(count(KvType::q8) / 32), Buffer<uint16_t>(count(KvType::q8) / 32)} {
+        for (size_t i = 0; i < table.size(); ++i)  // odd ones first, backwards, then the even ones
+            table[i] = static_cast<int32_t>(i % 2 ? table.size() / 2 - 1 - i / 2 : table.size() / 2 + i / 2);
+    }
 
-    size_t count(KvType of) const { return type == of ? K * capacity * H : 0; }
+    size_t count(KvType of) const { return type == of ? table.size() * K * kPage * H : 0; }
+    size_t capacity() const { return table.size() * kPage; }
     void* data(size_t which) {
         switch (type) {
             case KvType::f32:
@@ -35,9 +41,17 @@ struct KvStore {
                 return bytes[which].data();
         }
     }
-    KvView view() { return {type, data(0), data(1), scales[0].data(), scales[1].data(), capacity, K, H}; }
+    KvPages pages() { return {type, data(0), data(1), scales[0].data(), scales[1].data(), table.size(), K, H}; }
+    // T tokens that end at `length`; the next call changes what the last returned.
+    Sequences sequence(size_t length, size_t T) {
+        starts[0] = 0, starts[1] = static_cast<int64_t>(T), lengths[0] = static_cast<int64_t>(length);
+        return {1, starts, lengths, table.data(), table.size()};
+    }
+    size_t element(size_t head, size_t position) const {
+        return ((static_cast<size_t>(table[position / kPage]) * K + head) * kPage + position % kPage) * H;
+    }
     double at(size_t which, size_t head, size_t position, size_t h) const {
-        const size_t i = (head * capacity + position) * H + h;
+        const size_t i = element(head, position) + h;
         switch (type) {
             case KvType::f32:
                 return floats[which][i];
@@ -103,7 +117,7 @@ void check_kv_write(KvType type) {
     Random random(9);
     for (size_t T : token_counts())
         for (size_t H : type == KvType::q8 ? sizes<size_t>({32, 64, 96}, {64}) : sizes<size_t>({1, 20, 64}, {20})) {
-            const size_t K = 1 + random.below(3), start = random.below(40), capacity = start + T + random.below(3);
+            const size_t K = 1 + random.below(3), start = random.below(140);
             const size_t strides[2] = {K * H + random.below(3), K * H + random.below(3)};
             const Buffer<float> given[2] = {heads(random, T ? (T - 1) * strides[0] + K * H : 0),
                                             heads(random, T ? (T - 1) * strides[1] + K * H : 0)};
@@ -114,13 +128,13 @@ void check_kv_write(KvType type) {
             const std::string what =
                 text("kv_write %s T=%zu K=%zu H=%zu%s", name_of(type), T, K, H, turned ? " turned" : "");
             auto check = [&](const Kernels& k, unsigned threads) {
-                KvStore store(type, K, capacity, H);
-                engine_of(threads).kv_write(store.view(), given[0].data(), strides[0], given[1].data(), strides[1], T,
-                                            start, rotation);
+                KvStore store(type, K, start + T, H);
+                engine_of(threads).kv_write(store.pages(), store.sequence(start + T, T), given[0].data(), strides[0],
+                                            given[1].data(), strides[1], rotation);
                 for (size_t which = 0; which < 2; ++which)
                     for (size_t head = 0; head < K; ++head)
-                        for (size_t position = 0; position < capacity; ++position) {
-                            const size_t at = (head * capacity + position) * H, t = position - start;
+                        for (size_t position = 0; position < store.capacity(); ++position) {
+                            const size_t at = store.element(head, position), t = position - start;
                             if (position < start || t >= T) {
                                 expect_stored(store, which, at, nullptr);
                                 continue;
@@ -213,9 +227,10 @@ void check_attention(KvType type) {
     }
     for (const AttentionCase& c : cases) {
         const size_t N = c.K * c.group, stride = N * c.H + random.below(3);
-        KvStore store(type, c.K, c.length + random.below(2) * 3, c.H);  // rows behind the last stay NaN
+        KvStore store(type, c.K, c.length, c.H);  // rows behind the last stay NaN
         const Buffer<float> k = normals(random, c.length * c.K * c.H), v = normals(random, c.length * c.K * c.H);
-        engine_of(1).kv_write(store.view(), k.data(), c.K * c.H, v.data(), c.K * c.H, c.length, 0);
+        engine_of(1).kv_write(store.pages(), store.sequence(c.length, c.length), k.data(), c.K * c.H, v.data(),
+                              c.K * c.H);
         const Buffer<float> q = normals(random, c.T ? (c.T - 1) * stride + N * c.H : 0, 1.5);
         Buffer<float> sinks = normals(random, N);
         if (N > 2) sinks[1] = -1e4f, sinks[2] = 30.0f;
@@ -227,27 +242,100 @@ void check_attention(KvType type) {
         const std::string what = text("attention %s K=%zu N=%zu H=%zu length=%zu T=%zu window=%zu%s", name_of(type),
                                       c.K, N, c.H, c.length, c.T, c.window, turned ? " turned" : "");
         on_each_set(what, [&](const Kernels&) {
-            AttentionArgs args{q.data(), c.T, N, stride, c.length, sinks.data(), scale, c.window, nullptr};
+            AttentionArgs args{q.data(), N, stride, sinks.data(), scale, c.window, nullptr};
             if (turned) args.rotation = {angles.cos.data(), angles.sin.data()};
             const Buffer<float> out = on_any_threads(c.T * N * c.H, [&](Engine& engine, float* to) {
                 AttentionArgs mine = args;
                 mine.out = to;
-                engine.attention(store.view(), mine);
+                engine.attention(store.pages(), store.sequence(c.length, c.T), mine);
             });
             for (size_t i = 0; i < out.size(); ++i)
                 expect_near(out[i], expected[i].value, expected[i].terms, "out of (query, head)", i / c.H, i % c.H);
             for (size_t t : loners(c.T)) {
                 AttentionArgs mine = args;
                 Buffer<float> alone(N * c.H);
-                mine.q += t * stride, mine.T = 1;
+                mine.q += t * stride, mine.out = alone.data();
                 if (turned) mine.rotation.cos += t * c.H / 2, mine.rotation.sin += t * c.H / 2;
-                mine.length = c.length - c.T + t + 1, mine.out = alone.data();
-                engine_of(4).attention(store.view(), mine);
+                engine_of(4).attention(store.pages(), store.sequence(c.length - c.T + t + 1, 1), mine);
                 expect_same_bits(alone.data(), out.data() + t * N * c.H, N * c.H, "a token alone and among others");
             }
         });
     }
     report(std::string("attention ") + name_of(type));
+}
+
+// Sequences that share a batch and a pool of pages: each is written and read as if it were alone.
+void check_batches() {
+    Random random(12);
+    constexpr size_t K = 2, N = 8, H = 32;
+    for (KvType type : kKvTypes)
+        for (size_t window : {size_t{0}, size_t{70}})
+            for (size_t count : sizes<size_t>({1, 2, 5}, {3})) {
+                std::vector<int64_t> starts = {0}, lengths;
+                for (size_t b = 0; b < count; ++b) {
+                    const size_t T = b == 1 ? 0 : 1 + random.below(b % 2 ? 2 : 70);  // the second has nothing to do
+                    starts.push_back(starts.back() + static_cast<int64_t>(T));
+                    lengths.push_back(static_cast<int64_t>(T + random.below(b % 2 ? 1200 : 90)));
+                }
+                const auto T = static_cast<size_t>(starts.back());
+                constexpr size_t width = 21;
+                std::vector<int32_t> table(count * width, -1);
+                int32_t pages = 0;
+                for (size_t i = 0; i < width; ++i)  // dealt out in turn
+                    for (size_t b = 0; b < count; ++b)
+                        if (static_cast<int64_t>(i * kPage) < lengths[b]) table[b * width + i] = pages++;
+                KvStore pool(type, K, static_cast<size_t>(pages) * kPage, H);
+                std::vector<Buffer<float>> k, v;
+                for (size_t b = 0; b < count; ++b) {
+                    k.push_back(normals(random, static_cast<size_t>(lengths[b]) * K * H));
+                    v.push_back(normals(random, static_cast<size_t>(lengths[b]) * K * H));
+                }
+                const Buffer<float> q = normals(random, T * N * H), sinks = normals(random, N);
+                on_each_set(text("batch of %zu in %s, window %zu", count, name_of(type), window), [&](const Kernels&) {
+                    Buffer<float> new_k(T * K * H), new_v(T * K * H);
+                    for (size_t b = 0; b < count; ++b) {  // what came before goes in alone, the batch's own together
+                        const int64_t fresh = starts[b + 1] - starts[b], old = lengths[b] - fresh;
+                        const int64_t alone[] = {0, old}, length[] = {old};
+                        const Sequences before{1, alone, length, table.data() + b * width, width};
+                        engine_of(1).kv_write(pool.pages(), before, k[b].data(), K * H, v[b].data(), K * H);
+                        const auto at = static_cast<size_t>(starts[b]) * K * H;
+                        std::copy(k[b].data() + old * K * H, k[b].data() + lengths[b] * K * H, new_k.data() + at);
+                        std::copy(v[b].data() + old * K * H, v[b].data() + lengths[b] * K * H, new_v.data() + at);
+                    }
+                    const Sequences together{count, starts.data(), lengths.data(), table.data(), width};
+                    engine_of(3).kv_write(pool.pages(), together, new_k.data(), K * H, new_v.data(), K * H);
+                    const Buffer<float> out = on_any_threads(T * N * H, [&](Engine& engine, float* to) {
+                        engine.attention(pool.pages(), together, {q.data(), N, N * H, sinks.data(), 0.2f, window, to});
+                    });
+                    for (size_t b = 0; b < count; ++b) {
+                        const auto length = static_cast<size_t>(lengths[b]);
+                        const auto fresh = static_cast<size_t>(starts[b + 1] - starts[b]);
+                        KvStore own(type, K, length, H);
+                        engine_of(1).kv_write(own.pages(), own.sequence(length, length), k[b].data(), K * H,
+                                              v[b].data(), K * H);
+                        Buffer<float> alone(fresh * N * H);
+                        const size_t at = static_cast<size_t>(starts[b]) * N * H;
+                        engine_of(1).attention(own.pages(), own.sequence(length, fresh),
+                                               {q.data() + at, N, N * H, sinks.data(), 0.2f, window, alone.data()});
+                        expect_same_bits(out.data() + at, alone.data(), alone.size(), "a sequence among others");
+                    }
+                    std::vector<int32_t> wrong = table;
+                    for (int32_t bad : {-1, pages}) {
+                        wrong[0] = bad;
+                        const Sequences lost{1, starts.data(), lengths.data(), wrong.data(), width};
+                        bool refused = false;
+                        try {
+                            engine_of(2).attention(
+                                pool.pages(), lost,
+                                {q.data(), N, N * H, sinks.data(), 0.2f, 0, Buffer<float>(T * N * H).data()});
+                        } catch (const std::out_of_range&) {
+                            refused = true;
+                        }
+                        expect(refused, "a page that does not exist is refused");
+                    }
+                });
+            }
+    report("batches of sequences");
 }
 
 // One piece as the op hands it out, with rows that see nothing, a part and all of it.
@@ -258,7 +346,7 @@ void check_attend() {
             const size_t H = 64, rows = 9;
             KvStore store(type, 2, last, H);
             const Buffer<float> k = normals(random, last * 2 * H), v = normals(random, last * 2 * H);
-            engine_of(1).kv_write(store.view(), k.data(), 2 * H, v.data(), 2 * H, last, 0);
+            engine_of(1).kv_write(store.pages(), store.sequence(last, last), k.data(), 2 * H, v.data(), 2 * H);
             const Buffer<float> q = normals(random, rows * H, 0.3);
             Buffer<int64_t> limits(rows * 2);
             for (size_t r = 0; r < rows; ++r) {  // the last row sees all, the second last nothing of this piece
@@ -268,9 +356,9 @@ void check_attend() {
             on_each_set(text("attend %s over %zu keys", name_of(type), last), [&](const Kernels& kernels) {
                 Buffer<float> out(rows * padded_head(H)), peak(rows), sum(rows), scratch(attention_scratch(rows, H));
                 AttentionPiece piece{
-                    q.data(),    limits.data(), rows,          1, 0, static_cast<int64_t>(last), out.data(),
-                    peak.data(), sum.data(),    scratch.data()};
-                kernels.attend(piece, store.view());
+                    q.data(),   limits.data(), store.table.data(), rows,          1, 0, static_cast<int64_t>(last),
+                    out.data(), peak.data(),   sum.data(),         scratch.data()};
+                kernels.attend(piece, store.pages());
                 for (size_t r = 0; r < rows; ++r) {
                     double expected_peak = -kInf, expected_sum = 0;
                     std::vector<double> scores(last, -kInf), values(H, 0);
@@ -314,9 +402,9 @@ void check_nan_in_attention() {
                                       out(length * N * H);
                         constexpr size_t position = 70;
                         (in_key ? k[position * H + at] : q[(position * N + 1) * H + at]) = kNan;
-                        engine_of(2).kv_write(store.view(), k.data(), H, v.data(), H, length, 0);
-                        engine_of(2).attention(
-                            store.view(), {q.data(), length, N, N * H, length, sinks.data(), 0.2f, 10, out.data()});
+                        engine_of(2).kv_write(store.pages(), store.sequence(length, length), k.data(), H, v.data(), H);
+                        engine_of(2).attention(store.pages(), store.sequence(length, length),
+                                               {q.data(), N, N * H, sinks.data(), 0.2f, 10, out.data()});
                         for (size_t i = 0; i < out.size(); ++i) {
                             const size_t t = i / (N * H), n = i / H % N;
                             const bool sees = in_key ? t >= position && t < position + 10 : t == position && n == 1;

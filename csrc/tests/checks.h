@@ -39,6 +39,7 @@ void check_nan();
 void check_kv_write(KvType type);
 void check_attend();
 void check_attention(KvType type);
+void check_batches();
 void check_nan_in_attention();
 
 void check_pool();

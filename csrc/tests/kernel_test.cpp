@@ -37,6 +37,7 @@ int main(int count, char** arguments) {
     check_elementwise();
     check_argmax();
     check_attend();
+    check_batches();
     check_speed_probes();
     check_rms_norm();
     check_rope();

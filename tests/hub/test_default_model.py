@@ -48,7 +48,7 @@ def ours(unquantised: Unquantised) -> Transformer:
 def _greedy(model: Transformer, tokens: torch.Tensor) -> list[int]:
     cache, new = model.new_cache(), list[int]()
     for _ in range(NEW_TOKENS):
-        new.append(int(model.unembed(model.forward(tokens, cache)[-1:]).argmax()))
+        new.append(int(model.unembed(model.run(tokens, cache)[-1:]).argmax()))
         tokens = torch.tensor(new[-1:])
     return new
 
@@ -60,7 +60,7 @@ def test_equals_llama_before_quantisation(llama: Any, ours: Transformer, unquant
         whole = llama.generate(
             tokens[None], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2
         )[0]
-        logits = ours.unembed(ours.forward(whole, ours.new_cache()))
+        logits = ours.unembed(ours.run(whole, ours.new_cache()))
         torch.testing.assert_close(logits, llama(whole[None]).logits[0], atol=1e-3, rtol=0)
         new = whole[len(tokens) :].tolist()
         assert unquantised.tokenizer.decode(_greedy(ours, tokens)) == unquantised.tokenizer.decode(new), prompt

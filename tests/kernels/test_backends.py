@@ -12,11 +12,11 @@ import torch
 import freehold
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import backends, ops, reference
-from freehold.kernels.kv import new_buffer
 from freehold.kernels.ops import Routing
 from freehold.log import info_once, warn_once
 from freehold.weights.mxfp4 import pack as pack_mxfp4
 from freehold.weights.packed import pack
+from tests.paged import store
 
 built = pytest.mark.skipif(
     importlib.util.find_spec("freehold._native") is None, reason="the native kernels are not built"
@@ -187,9 +187,9 @@ def test_no_gradient_is_lost_on_the_way_through_the_cache(needs: str, monkeypatc
     monkeypatch.delenv("FREEHOLD_KERNELS", raising=False)
     tensors = {"q": torch.randn(3, 2, 8), "k": torch.randn(3, 1, 8), "v": torch.randn(3, 1, 8), "sinks": torch.randn(2)}
     tensors[needs].requires_grad_()
-    buffer = new_buffer("f32", 1, 8, 8, torch.device("cpu"))
-    ops.kv_write(buffer, tensors["k"], tensors["v"], 0)
-    out = ops.attention(tensors["q"], buffer, 3, tensors["sinks"], scale=0.3)
+    kept = store("f32", 1, 3, 8)
+    ops.kv_write(kept.pages, kept.last(3, 3), tensors["k"], tensors["v"])
+    out = ops.attention(tensors["q"], kept.pages, kept.last(3, 3), tensors["sinks"], scale=0.3)
     torch.autograd.backward(out.sum())
     gradient = tensors[needs].grad
     assert gradient is not None

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import reference
-from freehold.kernels.kv import KV_TYPES, KvBuffer, KvType, new_buffer
+from freehold.kernels.kv import KV_TYPES, KvPages, KvType
 from freehold.weights import mxfp4
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import FORMS, Form, PackedMatrix, pack, unpack
-from tests.checkpoints import CPU
+from tests.paged import Store, store
 
 native = pytest.importorskip("freehold.kernels.native", reason="the native kernels are not built", exc_type=ImportError)
 _native = pytest.importorskip("freehold._native")
@@ -126,8 +125,8 @@ def moved(packed: PackedMatrix, view: Callable[[Tensor], Tensor]) -> PackedMatri
     return PackedMatrix(packed.form, packed.shape, view(packed.data), scales, packed.paired)
 
 
-def moved_buffer(buffer: KvBuffer, view: Callable[[Tensor], Tensor]) -> KvBuffer:
-    return KvBuffer(buffer.type, *(view(tensor) for tensor in buffer.tensors()))
+def moved_store(kept: Store, view: Callable[[Tensor], Tensor]) -> Store:
+    return Store(KvPages(kept.pages.type, *(view(tensor) for tensor in kept.pages.tensors())), kept.table_BP)
 
 
 # --- packed matrices, and what they stand for -------------------------------------------------------------------
@@ -497,19 +496,18 @@ def attention_case(T: int, S: int, N: int, K: int, H: int) -> AttentionCase:
     return AttentionCase(draw(T, N, H, seed=1), draw(S, K, H, seed=2), draw(S, K, H, seed=3), draw(N, seed=4))
 
 
-def filled(module: Any, type: KvType, case: AttentionCase, spare: int = 7) -> KvBuffer:
-    """A buffer with these keys and values; NaN in the rows behind, where the type has one."""
+def filled(module: Any, type: KvType, case: AttentionCase) -> Store:
+    """These keys and values; NaN in the rows behind, where the type has one."""
     S, K, H = case.k.shape
-    buffer = new_buffer(type, K, S + spare, H, CPU)
-    for tensor in buffer.tensors():
-        tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 99)
-    module.kv_write(buffer, case.k, case.v, 0, None, None)
-    return buffer
+    kept = store(type, K, S, H)
+    module.kv_write(kept.pages, kept.last(S, S), case.k, case.v, None, None)
+    return kept
 
 
-def attend(module: Any, case: AttentionCase, buffer: KvBuffer, window: int | None) -> Tensor:
-    S, _, H = case.k.shape
-    out: Tensor = module.attention(case.q, buffer, S, case.sinks, None, None, scale=H**-0.5, window=window)
+def attend(module: Any, case: AttentionCase, kept: Store, window: int | None) -> Tensor:
+    (S, _, H), T = case.k.shape, len(case.q)
+    sequences = kept.last(T, S)
+    out: Tensor = module.attention(case.q, kept.pages, sequences, case.sinks, None, None, scale=H**-0.5, window=window)
     return out
 
 
@@ -522,11 +520,11 @@ def types(H: int) -> list[KvType]:
 
 def check_attention(case: AttentionCase, windows: tuple[int | None, ...]) -> None:
     for type in types(case.k.shape[2]):
-        buffer = filled(native, type, case)
+        kept = filled(native, type, case)
         for window in windows:
-            expected = attend(reference, case, buffer, window)
+            expected = attend(reference, case, kept, window)
             for name in each_set():
-                ours = attend(native, case, buffer, window)
+                ours = attend(native, case, kept, window)
                 assert error(ours, expected) < TOLERANCE["f32"], (len(case.k), type, window, name)
 
 
@@ -555,11 +553,11 @@ def test_attention_over_many_keys(threads: int) -> None:
 @pytest.mark.usefixtures("instruction_set")
 def test_sinks_drain_and_scores_do_not_overflow() -> None:
     case = attention_case(5, 40, 4, 2, 32)
-    buffer = filled(native, "f32", case)
+    kept = filled(native, "f32", case)
     for sink, size in ((1e4, 1.0), (-1e4, 1.0), (0.0, 1e3)):
         case = case._replace(sinks=torch.full((4,), sink), q=case.q * size)
-        ours = attend(native, case, buffer, None)
-        torch.testing.assert_close(ours, attend(reference, case, buffer, None), atol=1e-5, rtol=1e-5)
+        ours = attend(native, case, kept, None)
+        torch.testing.assert_close(ours, attend(reference, case, kept, None), atol=1e-5, rtol=1e-5)
         assert (sink == 1e4) == bool(ours.abs().max() < 1e-30)
 
 
@@ -583,19 +581,19 @@ def test_kv_write(heads: tuple[int, int]) -> None:
         sizes = 10 ** torch.empty(T, 1, 1).uniform_(-5, 4, generator=torch.Generator().manual_seed(3))
         k, v = draw(T, *heads, seed=1) * sizes, draw(T, *heads, seed=2)
         for type in KV_TYPES:
-            ours, expected = (new_buffer(type, heads[0], T + 11, heads[1], CPU) for _ in range(2))
-            for one, other in zip(ours.tensors(), expected.tensors(), strict=True):
+            ours, expected = (store(type, heads[0], T + 70, heads[1]) for _ in range(2))
+            for one, other in zip(ours.pages.tensors(), expected.pages.tensors(), strict=True):
                 other.copy_(one.fill_(5))
-            native.kv_write(ours, k, v, 4, None, None)
-            reference.kv_write(expected, k, v, 4, None, None)
-            for one, other in zip(ours.tensors(), expected.tensors(), strict=True):
+            native.kv_write(ours.pages, ours.last(T, 50 + T), k, v, None, None)
+            reference.kv_write(expected.pages, expected.last(T, 50 + T), k, v, None, None)
+            for one, other in zip(ours.rows(), expected.rows(), strict=True):
                 if one.dtype == torch.int8:  # halves may go either way
                     assert int((one.int() - other.int()).abs().max()) <= 1
                     assert (one != other).float().mean() < 0.01
                 else:
                     assert torch.equal(one, other)
-                assert (one[:, :4] == 5).all()
-                assert (one[:, 4 + T :] == 5).all()
+                assert (one[:, :50] == 5).all()
+                assert (one[:, 50 + T :] == 5).all()
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -606,11 +604,11 @@ def test_kv_write_of_special_values() -> None:
     k[3, 0, 7] = torch.inf
     k[4, 0, 9] = torch.nan
     for type in KV_TYPES:
-        buffer, expected = new_buffer(type, 1, 5, 32, CPU), new_buffer(type, 1, 5, 32, CPU)
-        native.kv_write(buffer, k, k, 0, None, None)
-        reference.kv_write(expected, k, k, 0, None, None)
+        ours, expected = store(type, 1, 5, 32), store(type, 1, 5, 32)
+        native.kv_write(ours.pages, ours.last(5, 5), k, k, None, None)
+        reference.kv_write(expected.pages, expected.last(5, 5), k, k, None, None)
         rows = slice(0, 3 if type == "q8" else 5)
-        for one, other in zip(buffer.tensors(), expected.tensors(), strict=True):
+        for one, other in zip(ours.rows(), expected.rows(), strict=True):
             torch.testing.assert_close(one[:, rows], other[:, rows], rtol=0, atol=0, equal_nan=True)
 
 
@@ -624,21 +622,20 @@ def test_heads_turned_along_the_way(heads: tuple[int, int, int]) -> None:
         cos, sin = draw(S, H // 2, seed=5), draw(S, H // 2, seed=6)
         turned_case = case._replace(q=native.rope(case.q, cos[S - T :], sin[S - T :]), k=native.rope(case.k, cos, sin))
         for type in types(H):
-            expected = filled(native, type, turned_case, spare=0)
+            expected = filled(native, type, turned_case)
             for see in (shifted, strided, at_the_edge):
-                buffer = new_buffer(type, heads[1], S, H, CPU)
-                native.kv_write(buffer, case.k, case.v, 0, see(cos), see(sin))
-                for one, other in zip(buffer.tensors(), expected.tensors(), strict=True):
-                    assert torch.equal(one, other)
+                kept = store(type, heads[1], S, H)
+                native.kv_write(kept.pages, kept.last(S, S), case.k, case.v, see(cos), see(sin))
+                for one, other in zip(kept.rows(), expected.rows(), strict=True):
+                    assert torch.equal(one[:, :S], other[:, :S])
                 turn = see(cos[S - T :]), see(sin[S - T :])
-                ours = native.attention(case.q, buffer, S, case.sinks, *turn, scale=H**-0.5, window=50)
-                assert torch.equal(ours, attend(native, turned_case, buffer, 50))
-            also = reference.attention(
-                case.q, buffer, S, case.sinks, cos[S - T :], sin[S - T :], scale=H**-0.5, window=50
-            )
+                asked = case.q, kept.pages, kept.last(T, S), case.sinks
+                ours = native.attention(*asked, *turn, scale=H**-0.5, window=50)
+                assert torch.equal(ours, attend(native, turned_case, kept, 50))
+            also = reference.attention(*asked, cos[S - T :], sin[S - T :], scale=H**-0.5, window=50)
             assert error(ours, also) < TOLERANCE["f32"]
-            reference.kv_write(buffer, case.k, case.v, 0, cos, sin)
-            also = attend(native, turned_case, buffer, 50)
+            reference.kv_write(kept.pages, kept.last(S, S), case.k, case.v, cos, sin)
+            also = attend(native, turned_case, kept, 50)
             assert error(ours, also) < (TOLERANCE["f32"] if type == "f32" else 1e-3)  # halves may go either way
 
 
@@ -651,11 +648,11 @@ def test_attention_of_awkward_memory(view: str) -> None:
         awkward = AttentionCase(*(see(tensor) for tensor in case))
         for type in types(heads[2]):
             plain = filled(native, type, case)
-            buffer = moved_buffer(new_buffer(type, heads[1], 70, heads[2], CPU), WHOLE_VIEWS.get(view, shifted))
-            native.kv_write(buffer, awkward.k, awkward.v, 0, None, None)
-            for one, other in zip(buffer.tensors(), plain.tensors(), strict=True):
-                assert torch.equal(one, other[:, :70])
-            assert torch.equal(attend(native, awkward, buffer, 16), attend(native, case, plain, 16))
+            moved = moved_store(store(type, heads[1], 70, heads[2]), WHOLE_VIEWS.get(view, shifted))
+            native.kv_write(moved.pages, moved.last(70, 70), awkward.k, awkward.v, None, None)
+            for one, other in zip(moved.rows(), plain.rows(), strict=True):
+                assert torch.equal(one[:, :70], other[:, :70])
+            assert torch.equal(attend(native, awkward, moved, 16), attend(native, case, plain, 16))
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -821,19 +818,19 @@ def test_attention_does_not_depend_on_threads_or_how_it_is_fed(heads: tuple[int,
     for T, S in ((33, 33), (20, 600), (70, 1700)):  # the last in four pieces, for few threads and for many
         case = attention_case(T, S, *heads)
         for type in types(H):
-            buffer = filled(native, type, case)
+            kept = filled(native, type, case)
             for window in (None, 16, 600):
                 results = []
                 for threads in THREADS:
                     native.set_threads(threads)
-                    results.append(attend(native, case, buffer, window))
+                    results.append(attend(native, case, kept, window))
                 assert all(torch.equal(result, results[0]) for result in results), (T, S, type, window)
-            fed, out = new_buffer(type, K, S, H, CPU), []
-            native.kv_write(fed, case.k[: S - T], case.v[: S - T], 0, None, None)
+            fed, out = store(type, K, S, H), []
+            native.kv_write(fed.pages, fed.last(S - T, S - T), case.k[: S - T], case.v[: S - T], None, None)
             for t in range(T):
                 at = S - T + t
                 row = slice(at, at + 1)
-                native.kv_write(fed, case.k[row], case.v[row], at, None, None)
+                native.kv_write(fed.pages, fed.last(1, at + 1), case.k[row], case.v[row], None, None)
                 query = case._replace(q=case.q[t : t + 1], k=case.k[: at + 1])
                 out.append(attend(native, query, fed, 600))
             assert torch.equal(torch.cat(out), results[0]), (T, S, type)
@@ -862,9 +859,14 @@ def test_instruction_sets_agree(form: Form) -> None:
     for name in SETS:
         assert _native.use_instruction_set(name)
         assert native.instruction_set() == name
-        buffer = filled(native, "q8", attention)
+        kept = filled(native, "q8", attention)
         results.append(
-            (native.linear(*case), run(native, mixture)[certain], attend(native, attention, buffer, 100), buffer.keys)
+            (
+                native.linear(*case),
+                run(native, mixture)[certain],
+                attend(native, attention, kept, 100),
+                kept.rows()[0],
+            )
         )
     for result in results[1:]:
         for ours, expected in zip(result[:3], results[0][:3], strict=True):
@@ -877,8 +879,8 @@ def test_two_python_threads_at_once() -> None:
     mixtures = [moe_case(("mxfp4", "mxfp4"), T) for T in (1, 40)]
     linears, moes = [native.linear(*case) for case in cases], [run(native, mixture) for mixture in mixtures]
     attention = attention_case(9, 700, 6, 2, 32)
-    buffer = filled(native, "bf16", attention)
-    mixed = attend(native, attention, buffer, None)
+    kept = filled(native, "bf16", attention)
+    mixed = attend(native, attention, kept, None)
 
     def work(seed: int) -> bool:
         good = True
@@ -886,7 +888,7 @@ def test_two_python_threads_at_once() -> None:
             case, mixture = i % len(cases), i % len(mixtures)
             good &= torch.equal(native.linear(*cases[case]), linears[case])
             good &= torch.equal(run(native, mixtures[mixture]), moes[mixture])
-            good &= torch.equal(attend(native, attention, buffer, None), mixed)
+            good &= torch.equal(attend(native, attention, kept, None), mixed)
             if i % 10 == 0:
                 native.set_threads(1 + i % 3)
         return good
@@ -1006,11 +1008,11 @@ def test_tensors_made_without_autograd() -> None:
 
 
 def test_handles_belong_to_their_tensors() -> None:
-    """A copy of a buffer with other tensors does not write into the first one's."""
+    """A copy of pages with other tensors does not write into the first one's."""
     case = attention_case(5, 20, 2, 1, 32)
     first = filled(native, "f32", case)
-    second = replace(first, keys=first.keys.clone(), values=first.values.clone(), native_view=None)
-    before = first.keys.clone()
-    native.kv_write(second, -case.k, case.v, 0, None, None)
-    assert torch.equal(first.keys.nan_to_num(), before.nan_to_num())
-    assert torch.equal(second.keys[0, :20], -case.k[:, 0])
+    second = moved_store(first, Tensor.clone)
+    before = first.pages.keys.clone()
+    native.kv_write(second.pages, second.last(20, 20), -case.k, case.v, None, None)
+    assert torch.equal(first.pages.keys.nan_to_num(), before.nan_to_num())
+    assert torch.equal(second.rows()[0][0, :20], -case.k[:, 0])

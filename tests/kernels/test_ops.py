@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from freehold.errors import UsageError
 from freehold.kernels import ops
-from freehold.kernels.kv import KvBuffer, KvType, kv_bytes_per_token, new_buffer
+from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
 from freehold.kernels.ops import Norm, Rotation, Routing
 from freehold.weights.mxfp4 import pack
 from freehold.weights.packed import PackedMatrix
@@ -28,11 +29,15 @@ MOE: dict[str, Any] = {
 }
 
 
-def buffer(K: int = 2, capacity: int = 5, H: int = 8, type: KvType = "f32") -> KvBuffer:
-    empty = new_buffer(type, K, capacity, H, torch.device("cpu"))
+def pages(K: int = 2, H: int = 8, type: KvType = "f32") -> KvPages:
+    empty = new_pages(type, 3, K, H, torch.device("cpu"))
     for tensor in empty.tensors():
         tensor.zero_()
     return empty
+
+
+def sequences(*counts: int) -> PagedSequences:
+    return PagedSequences(counts, [5] * len(counts), torch.arange(len(counts), dtype=torch.int32).unsqueeze(1))
 
 
 def paired(R: int, C: int) -> PackedMatrix:
@@ -42,12 +47,17 @@ def paired(R: int, C: int) -> PackedMatrix:
 LINEAR: dict[str, Any] = {"x_TD": z(3, 4), "weight_OD": z(2, 4)}
 ATTENTION: dict[str, Any] = {
     "q_TNH": z(3, 4, 8),
-    "buffer": buffer(),
-    "length": 5,
+    "kv": pages(),
+    "sequences": sequences(2, 1),
     "sinks_N": z(4),
     "scale": 1.0,
 }
-KV_WRITE: dict[str, Any] = {"buffer": buffer(), "k_TKH": z(3, 2, 8), "v_TKH": z(3, 2, 8), "start": 2}
+KV_WRITE: dict[str, Any] = {
+    "kv": pages(),
+    "sequences": sequences(2, 1),
+    "k_TKH": z(3, 2, 8),
+    "v_TKH": z(3, 2, 8),
+}
 PACKED_MOE: dict[str, Any] = MOE | {"gate_up": paired(64, 64), "down": pack_rows(pack(z(4, 64, 32)), "mxfp4")}
 
 
@@ -141,26 +151,25 @@ PACKED_MOE: dict[str, Any] = MOE | {"gate_up": paired(64, 64), "down": pack_rows
         (ops.attention, ATTENTION | {"q_TNH": z(3, 32)}, "[attention] expected q with 3 dimensions, got (3, 32)"),
         (
             ops.attention,
-            ATTENTION | {"buffer": buffer(H=4)},
-            "[attention] expected buffer (2, 5, 8), got (2, 5, 4)",
+            ATTENTION | {"kv": pages(H=4)},
+            "[attention] expected pages (3, 2, 64, 8), got (3, 2, 64, 4)",
         ),
         (ops.attention, ATTENTION | {"sinks_N": z(2)}, "[attention] expected sinks (4,), got (2,)"),
         (ops.attention, ATTENTION | {"sinks_N": z(4).bfloat16()}, "[attention] expected one type and device"),
         (ops.attention, ATTENTION | {"window": 0}, "[attention] expected a window of at least 1 key, got 0"),
         (
             ops.attention,
-            ATTENTION | {"length": 2},
-            "[attention] expected T <= length <= capacity and N a multiple of K, got T 3, length 2, capacity 5, N 4",
+            ATTENTION | {"sequences": sequences(1, 1)},
+            "[attention] expected 2 tokens, as the sequences have, got 3",
         ),
-        (ops.attention, ATTENTION | {"length": 6}, "got T 3, length 6, capacity 5, N 4, K 2"),
-        (ops.attention, ATTENTION | {"buffer": buffer(K=3)}, "got T 3, length 5, capacity 5, N 4, K 3"),
+        (ops.attention, ATTENTION | {"kv": pages(K=3)}, "expected N a multiple of K, got N 4, K 3"),
         (ops.kv_write, KV_WRITE | {"k_TKH": z(3, 16)}, "[kv_write] expected k with 3 dimensions, got (3, 16)"),
         (ops.kv_write, KV_WRITE | {"v_TKH": z(2, 2, 8)}, "[kv_write] expected v (3, 2, 8), got (2, 2, 8)"),
         (ops.kv_write, KV_WRITE | {"v_TKH": z(3, 2, 8).bfloat16()}, "[kv_write] expected one type and device"),
         (
             ops.kv_write,
-            KV_WRITE | {"buffer": buffer(K=1)},
-            "[kv_write] expected buffer (2, 5, 8), got (1, 5, 8)",
+            KV_WRITE | {"kv": pages(K=1)},
+            "[kv_write] expected pages (3, 2, 64, 8), got (3, 1, 64, 8)",
         ),
         (
             ops.kv_write,
@@ -172,8 +181,11 @@ PACKED_MOE: dict[str, Any] = MOE | {"gate_up": paired(64, 64), "down": pack_rows
             ATTENTION | {"rotation": Rotation(z(3, 4), z(3, 4).double())},
             "[attention] expected sin in float32, got torch.float64",
         ),
-        (ops.kv_write, KV_WRITE | {"start": 3}, "[kv_write] 3 positions from 3 on do not fit a buffer of 5"),
-        (ops.kv_write, KV_WRITE | {"start": -1}, "[kv_write] 3 positions from -1 on do not fit a buffer of 5"),
+        (
+            ops.kv_write,
+            KV_WRITE | {"sequences": sequences(4)},
+            "[kv_write] expected 4 tokens, as the sequences have, got 3",
+        ),
         (ops.route, {"logits_TE": z(3), "num_active": 1}, "[route] expected logits with 2 dimensions, got (3,)"),
         (ops.route, {"logits_TE": z(3, 4), "num_active": 5}, "[route] expected 1 to 4 active experts, got 5"),
         (ops.route, {"logits_TE": z(3, 4), "num_active": 0}, "[route] expected 1 to 4 active experts, got 0"),
@@ -229,7 +241,7 @@ def test_right_arguments_pass() -> None:
     assert ops.attention(**ATTENTION).shape == (3, 4, 8)
     assert ops.attention(**ATTENTION, rotation=Rotation(z(3, 4), z(3, 4))).shape == (3, 4, 8)
     ops.kv_write(**KV_WRITE)
-    ops.kv_write(**KV_WRITE | {"k_TKH": z(0, 2, 8), "v_TKH": z(0, 2, 8), "start": 5})
+    ops.kv_write(**KV_WRITE | {"k_TKH": z(0, 2, 8), "v_TKH": z(0, 2, 8), "sequences": sequences(0)})
     assert ops.moe(**MOE).shape == (3, 64)
     assert ops.moe(**MOE | {"gate_up": pack(z(4, 64, 64)), "down": pack(z(4, 64, 32))}).shape == (3, 64)
     assert ops.moe(**PACKED_MOE, norm=Norm(z(64), 1e-5), residual_TD=z(3, 64)).shape == (3, 64)
@@ -243,16 +255,37 @@ def test_no_tokens_are_fine(op: Callable[..., Any]) -> None:
             assert op(**some | {"x_TD": z(0, 64), "routing": empty}).shape == (0, 64)
     assert ops.rms_norm(z(0, 4), z(4), eps=1e-5).shape == (0, 4)
     assert ops.linear(z(0, 4), z(2, 4)).shape == (0, 2)
-    assert ops.attention(**ATTENTION | {"q_TNH": z(0, 4, 8)}).shape == (0, 4, 8)
+    assert ops.attention(**ATTENTION | {"q_TNH": z(0, 4, 8), "sequences": sequences()}).shape == (0, 4, 8)
 
 
-def test_types_of_buffers() -> None:
+@pytest.mark.parametrize(
+    ("counts", "lengths", "table", "said"),
+    [
+        ([1, 2], [1], torch.zeros(1, 1, dtype=torch.int32), "as many lengths as counts"),
+        ([3], [2], torch.zeros(1, 1, dtype=torch.int32), "none smaller"),
+        ([-1], [2], torch.zeros(1, 1, dtype=torch.int32), "none smaller"),
+        ([1], [2], torch.zeros(1, 1), "expected an int32 table of 1 rows, got torch.float32"),
+        ([1], [2], torch.zeros(2, 1, dtype=torch.int32), "expected an int32 table of 1 rows"),
+        ([1], [65], torch.zeros(1, 1, dtype=torch.int32), "65 positions do not fit a table of 1 pages"),
+    ],
+)
+def test_sequences_that_make_no_sense(counts: list[int], lengths: list[int], table: Tensor, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        PagedSequences(counts, lengths, table)
+
+
+def test_positions_of_a_batch() -> None:
+    assert sequences(2, 0, 1).positions() == [3, 4, 4]
+    assert [num_pages(n) for n in (0, 1, PAGE, PAGE + 1)] == [0, 1, 1, 2]
+
+
+def test_types_of_pages() -> None:
     for type, size in (("f32", 4 * 64), ("bf16", 2 * 64), ("q8", 64 + 2 * 2)):
-        made = new_buffer(type, 3, 10, 64, torch.device("cpu"))  # type: ignore[arg-type]
-        assert made.capacity == 10
-        assert made.num_bytes == 2 * 3 * 10 * size
-        assert made.num_bytes == 10 * kv_bytes_per_token(type, 3, 64)  # type: ignore[arg-type]
+        made = new_pages(type, 10, 3, 64, torch.device("cpu"))  # type: ignore[arg-type]
+        assert len(made) == 10
+        assert made.num_bytes == 2 * 3 * 10 * PAGE * size
+        assert made.num_bytes == 10 * PAGE * kv_bytes_per_token(type, 3, 64)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="must be one of f32, bf16, q8, got 'int4'"):
-        new_buffer("int4", 1, 1, 32, torch.device("cpu"))  # type: ignore[arg-type]
+        new_pages("int4", 1, 1, 32, torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="q8 KV cache needs heads of a multiple of 32, this model's have 48; use bf16"):
-        new_buffer("q8", 1, 1, 48, torch.device("cpu"))
+        new_pages("q8", 1, 1, 48, torch.device("cpu"))

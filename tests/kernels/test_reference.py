@@ -4,6 +4,7 @@ Called through `ops`, with the native kernels turned off; tests/kernels/test_nat
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.kernels import backends, ops, reference
-from freehold.kernels.kv import KvBuffer, KvType, new_buffer
+from freehold.kernels.kv import KvType, PagedSequences, new_pages
 from freehold.kernels.ops import Norm, Rotation, Routing
 from freehold.weights.mxfp4 import pack, unpack
 from tests.checkpoints import CPU
+from tests.paged import Store, store
 
 pytestmark = pytest.mark.usefixtures("reference_ops")
 
@@ -23,18 +25,20 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def kept(k_SKH: Tensor, v_SKH: Tensor, type: KvType = "f32") -> KvBuffer:
-    """A buffer with these rows, and more that nobody may look at."""
+def kept(k_SKH: Tensor, v_SKH: Tensor, type: KvType = "f32") -> Store:
+    """These rows, and more that nobody may look at."""
     S, K, H = k_SKH.shape
-    buffer = new_buffer(type, K, S + 3, H, CPU)
-    for tensor in buffer.tensors():
-        tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 99)
-    ops.kv_write(buffer, k_SKH, v_SKH, 0)
-    return buffer
+    kept = store(type, K, S, H)
+    ops.kv_write(kept.pages, kept.last(S, S), k_SKH, v_SKH)
+    return kept
+
+
+def attend(q: Tensor, kept: Store, length: int, sinks: Tensor, **options: Any) -> Tensor:
+    return ops.attention(q, kept.pages, kept.last(len(q), length), sinks, **options)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *, scale: float, window: int | None = None) -> Tensor:
-    return ops.attention(q, kept(k, v), len(k), sinks, scale=scale, window=window)
+    return attend(q, kept(k, v), len(k), sinks, scale=scale, window=window)
 
 
 # --- attention --------------------------------------------------------------------------------------------------
@@ -114,35 +118,69 @@ def test_heads_turned_along_the_way() -> None:
     q, k, v, sinks = draw(3, 4, 8), draw(9, 2, 8, seed=1), draw(9, 2, 8, seed=2), draw(4, seed=3)
     cos, sin = draw(9, 4, seed=4), draw(9, 4, seed=5)
     expected = attention(ops.rope(q, cos[6:], sin[6:]), ops.rope(k, cos, sin), v, sinks, scale=0.3)
-    buffer = new_buffer("f32", 2, 9, 8, CPU)
-    ops.kv_write(buffer, k, v, 0, rotation=Rotation(cos, sin))
-    ours = ops.attention(q, buffer, 9, sinks, scale=0.3, rotation=Rotation(cos[6:], sin[6:]))
+    turned = store("f32", 2, 9, 8)
+    ops.kv_write(turned.pages, turned.last(9, 9), k, v, rotation=Rotation(cos, sin))
+    ours = attend(q, turned, 9, sinks, scale=0.3, rotation=Rotation(cos[6:], sin[6:]))
     torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("type", ["bf16", "q8"])
 def test_attention_over_smaller_types(type: KvType) -> None:
     q, k, v, sinks = draw(3, 4, 32), draw(9, 2, 32, seed=1), draw(9, 2, 32, seed=2), draw(4, seed=3)
-    ours = ops.attention(q, kept(k, v, type), 9, sinks, scale=0.3)
+    ours = attend(q, kept(k, v, type), 9, sinks, scale=0.3)
     torch.testing.assert_close(ours, attention(q, k, v, sinks, scale=0.3), atol=0.04, rtol=0)
 
 
-def test_what_a_buffer_holds() -> None:
+def test_what_pages_hold() -> None:
     k, v = draw(5, 2, 64) * 10, draw(5, 2, 64, seed=1)
-    buffer = new_buffer("q8", 2, 9, 64, CPU)
-    ops.kv_write(buffer, k, v, 3)
-    assert buffer.key_scales is not None
+    small = store("q8", 2, 70, 64)
+    ops.kv_write(small.pages, small.last(5, 67), k, v)  # the first two end a page
+    keys, _, key_scales, _ = small.rows()
     for head in range(2):
         for position in range(5):
             for block in range(2):
-                step = float(buffer.key_scales[head, 3 + position, block])
+                step = float(key_scales[head, 62 + position, block])
                 numbers = k[position, head, 32 * block : 32 * block + 32]
                 assert step == pytest.approx(float(numbers.abs().max()) / 127, rel=2**-11)
-                held = buffer.keys[head, 3 + position, 32 * block : 32 * block + 32].float() * step
+                held = keys[head, 62 + position, 32 * block : 32 * block + 32].float() * step
                 assert (held - numbers).abs().max() <= 0.57 * step  # the step is rounded as well
-    rounded = new_buffer("bf16", 2, 9, 64, CPU)
-    ops.kv_write(rounded, k, v, 3)
-    assert torch.equal(rounded.values[:, 3:8], v.bfloat16().transpose(0, 1))
+    rounded = store("bf16", 2, 70, 64)
+    ops.kv_write(rounded.pages, rounded.last(5, 67), k, v)
+    assert torch.equal(rounded.rows()[1][:, 62:67], v.bfloat16().transpose(0, 1))
+
+
+def test_sequences_of_a_batch_know_nothing_of_each_other() -> None:
+    counts, lengths, table = (
+        (3, 0, 1, 2),
+        (70, 5, 1, 130),
+        torch.tensor([[4, 0, -1], [6, -1, -1], [1, -1, -1], [5, 2, 3]]),
+    )
+    pages = new_pages("f32", 7, 2, 8, CPU)
+    together = PagedSequences(counts, lengths, table.int())
+    k, v = ([draw(n, 2, 8, seed=seed + n) for n in lengths] for seed in (1, 2))
+    for b, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        before = PagedSequences([length - count], [length - count], table[b : b + 1].int())
+        ops.kv_write(pages, before, k[b][: length - count], v[b][: length - count])
+    fresh = [torch.cat([x[b][lengths[b] - n :] for b, n in enumerate(counts)]) for x in (k, v)]
+    ops.kv_write(pages, together, *fresh)
+    q, sinks = draw(6, 4, 8), draw(4, seed=3)
+    for window in (None, 1, 66):
+        ours = ops.attention(q, pages, together, sinks, scale=0.3, window=window)
+        alone = [
+            attention(q[at : at + n], k[b], v[b], sinks, scale=0.3, window=window)
+            for b, at, n in ((0, 0, 3), (2, 3, 1), (3, 4, 2))
+        ]
+        torch.testing.assert_close(ours, torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", [-1, 3])
+def test_pages_that_do_not_exist(name: int) -> None:
+    pages, table = new_pages("f32", 3, 1, 8, CPU), torch.tensor([[0, name]], dtype=torch.int32)
+    ops.kv_write(pages, PagedSequences([64], [64], table), draw(64, 1, 8), draw(64, 1, 8))
+    with pytest.raises(IndexError, match="number of pages"):
+        ops.kv_write(pages, PagedSequences([1], [65], table), draw(1, 1, 8), draw(1, 1, 8))
+    with pytest.raises(IndexError, match="number of pages"):
+        ops.attention(draw(1, 1, 8), pages, PagedSequences([1], [65], table), draw(1), scale=1.0)
 
 
 # --- the small ops ----------------------------------------------------------------------------------------------

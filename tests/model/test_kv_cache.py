@@ -8,84 +8,64 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.kernels import backends, ops
-from freehold.kernels.kv import ALIGNMENT, KvBuffer, KvType, new_buffer
-from freehold.model.kv_cache import KVCache, LayerCache, kv_cache_bytes
+from freehold.kernels.kv import PAGE, KvType, num_pages
+from freehold.model.batch import Batch
+from freehold.model.kv_cache import KVCache, kv_cache_bytes
 from tests.checkpoints import CPU, small_config
+from tests.paged import store
 
-KV_HEADS, HEAD_DIM = 1, 32
-
-
-def layer(type: KvType, window: int | None, max_length: int = 100_000) -> LayerCache:
-    return LayerCache(type, KV_HEADS, HEAD_DIM, window=window, max_length=max_length, device=CPU)
+KV_HEADS, HEAD_DIM = 2, 16
 
 
 def draw(length: int, heads: int, seed: int) -> Tensor:
     return torch.randn(length, heads, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def whole(type: KvType, k: Tensor, v: Tensor) -> KvBuffer:
-    """A buffer with everything that ever came."""
-    buffer = new_buffer(type, KV_HEADS, len(k), HEAD_DIM, CPU)
-    ops.kv_write(buffer, k, v, 0)
-    return buffer
+def write(batch: Batch, k: Tensor, v: Tensor) -> None:
+    for layer in batch.layers:
+        ops.kv_write(layer.pages, layer.sequences, k, v)
 
 
-def attention(q: Tensor, buffer: KvBuffer, length: int, window: int | None) -> Tensor:
-    return ops.attention(q, buffer, length, torch.zeros(q.shape[1]), scale=HEAD_DIM**-0.5, window=window)
+CHUNKS = st.lists(st.integers(1, 40) | st.sampled_from([63, 64, 65, 511, 512, 513, 600, 1500]), min_size=1, max_size=12)
+WINDOWS = st.none() | st.integers(1, 70) | st.sampled_from([127, 128, 129, 511, 512, 513, 700, 1100, 3000])
 
 
-CHUNKS = st.lists(
-    st.integers(1, 40) | st.sampled_from([511, 512, 513, 600, 1023, 1024, 1025, 1500]), min_size=1, max_size=12
-)
-WINDOWS = st.none() | st.integers(1, 40) | st.sampled_from([127, 128, 511, 512, 513, 700, 1024, 1100, 3000])
-
-
-@settings(max_examples=60, deadline=None)
-@given(type=st.sampled_from(["f32", "bf16", "q8"]), window=WINDOWS, chunks=CHUNKS)
-def test_attention_over_it_is_attention_over_everything(type: KvType, window: int | None, chunks: list[int]) -> None:
+def check_attention(type: KvType, window: int | None, chunks: list[int], *, exact: bool) -> None:
+    """Over the cache it is, after every chunk, attention over everything that ever came."""
     total = sum(chunks)
     k, v = draw(total, KV_HEADS, 1), draw(total, KV_HEADS, 2)
-    everything, cache, at = whole(type, k, v), layer(type, window), 0
+    whole, at, sinks = store(type, KV_HEADS, total, HEAD_DIM), 0, torch.zeros(4)
+    ops.kv_write(whole.pages, whole.last(total, total), k, v)
+    config = small_config(windows=(window, None), max_context=100_000)
+    cache = KVCache(config, type=type, device=CPU)
     for chunk in chunks:
-        cache.append(k[at : at + chunk], v[at : at + chunk])
+        batch = cache.extend(chunk)
+        write(batch, k[at : at + chunk], v[at : at + chunk])
         at += chunk
-        assert cache.first + cache.length == at
-        assert cache.first % ALIGNMENT == 0
-        q = draw(min(chunk, 40), 2, at)  # of long chunks the last queries
-        ours, expected = attention(q, cache.buffer, cache.length, window), attention(q, everything, at, window)
-        if backends.native() is not None:
-            assert torch.equal(ours, expected)
-        else:
-            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+        assert cache.length == at
+        assert batch.positions_T.tolist() == list(range(at - chunk, at))
+        q = draw(chunk, 4, at)
+        for layer, seen in zip(batch.layers, (window, None), strict=True):
+            options = {"scale": HEAD_DIM**-0.5, "window": seen}
+            ours = ops.attention(q, layer.pages, layer.sequences, sinks, **options)
+            expected = ops.attention(q, whole.pages, whole.last(chunk, at), sinks, **options)
+            if exact:
+                assert torch.equal(ours, expected)
+            else:
+                torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(type=st.sampled_from(["f32", "bf16"]), window=WINDOWS, chunks=CHUNKS)
+def test_attention_over_it_is_attention_over_everything(type: KvType, window: int | None, chunks: list[int]) -> None:
+    check_attention(type, window, chunks, exact=backends.native() is not None)
 
 
 @pytest.mark.usefixtures("reference_ops")
-@pytest.mark.parametrize("type", ["f32", "bf16", "q8"])
+@pytest.mark.parametrize("type", ["f32", "bf16"])
 @pytest.mark.parametrize("window", [None, 1, 100, 1100])
 def test_with_reference_ops_too(type: KvType, window: int | None) -> None:
-    k, v = draw(3000, KV_HEADS, 1), draw(3000, KV_HEADS, 2)
-    everything, cache, at = whole(type, k, v), layer(type, window), 0
-    for chunk in (1, 700, 512, 1200, 500, 1, 30):
-        cache.append(k[at : at + chunk], v[at : at + chunk])
-        at += chunk
-        q = draw(min(chunk, 40), 2, at)
-        ours = attention(q, cache.buffer, cache.length, window)
-        torch.testing.assert_close(ours, attention(q, everything, at, window), atol=1e-6, rtol=1e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(type=st.sampled_from(["f32", "bf16", "q8"]), window=WINDOWS, chunks=CHUNKS)
-def test_rows_are_the_positions_they_say(type: KvType, window: int | None, chunks: list[int]) -> None:
-    """Every key from the window of the first query on, and no fewer."""
-    total = sum(chunks)
-    k, v = draw(total, KV_HEADS, 1), draw(total, KV_HEADS, 2)
-    everything, cache, at = whole(type, k, v), layer(type, window), 0
-    for chunk in chunks:
-        cache.append(k[at : at + chunk], v[at : at + chunk])
-        assert cache.first <= (0 if window is None else max(0, at - window + 1))
-        at += chunk
-        for held, all_of_it in zip(cache.buffer.tensors(), everything.tensors(), strict=True):
-            assert torch.equal(held[:, : cache.length], all_of_it[:, cache.first : at])
+    check_attention(type, window, [1, 700, 512, 1, 64, 30], exact=False)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -93,32 +73,30 @@ def test_rows_are_the_positions_they_say(type: KvType, window: int | None, chunk
 
 def filled(config: ModelConfig, count: int, step: int = 50, max_length: int | None = None) -> KVCache:
     cache = KVCache(config, type="bf16", device=CPU, max_length=max_length)
-    shape = (config.num_kv_heads, config.head_dim)
     for start in range(0, count, step):
-        for one in cache.layers:
-            one.append(*torch.zeros(2, min(step, count - start), *shape, dtype=torch.bfloat16))
+        cache.extend(min(step, count - start))
     return cache
 
 
-PER_POSITION = 2 * 2 * 16 * 2  # of a layer of small_config: keys and values, heads, head size, bytes
+PER_PAGE = PAGE * 2 * KV_HEADS * HEAD_DIM * 2  # of a layer of small_config: positions, keys and values, bytes
 
 
 def test_memory_of_windows_is_bounded_and_of_full_layers_follows_the_length() -> None:
     windowed = small_config(windows=(8, 8), max_context=100_000)
-    assert filled(windowed, 20_000, step=500).num_bytes == 2 * 1024 * PER_POSITION
-    mixed = small_config(windows=(8, None), max_context=100_000)
+    assert filled(windowed, 20_000, step=500).num_bytes <= 2 * 9 * PER_PAGE
+    assert filled(windowed, 20_000, step=1).num_bytes <= 2 * 2 * PER_PAGE
+    full = small_config(windows=(None,), num_layers=1, max_context=100_000)
     for length in (50, 1024, 1025, 3000, 20_000):
-        full = filled(mixed, length, step=500).num_bytes - 1024 * PER_POSITION
-        assert length * PER_POSITION <= full <= max(length + 1024, length * 3 // 2) * PER_POSITION
+        pages = filled(full, length, step=500).num_bytes / PER_PAGE
+        assert num_pages(length) <= pages <= max(num_pages(length) + 16, num_pages(length) * 3 // 2)
 
 
-def test_capacity_never_exceeds_the_context() -> None:
+def test_pages_never_exceed_the_context() -> None:
     config = small_config(windows=(None, None), max_context=1300)
-    assert all(one.buffer.capacity == 1024 for one in filled(config, 10).layers)
-    assert all(one.buffer.capacity == 1300 for one in filled(config, 1100).layers)
-    small = small_config(windows=(None, None), max_context=40)
-    assert all(one.buffer.capacity == 40 for one in filled(small, 40).layers)
-    assert all(one.buffer.capacity == 1100 for one in filled(config, 1100, max_length=1100).layers)
+    assert filled(config, 10).num_bytes == 2 * 16 * PER_PAGE
+    assert filled(config, 1100).num_bytes == 2 * num_pages(1300) * PER_PAGE
+    assert filled(small_config(windows=(None, None), max_context=40), 40).num_bytes == 2 * PER_PAGE
+    assert filled(config, 1100, max_length=1100).num_bytes == 2 * num_pages(1100) * PER_PAGE
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,20 +112,19 @@ def test_it_never_takes_more_than_was_planned(type: KvType, window: int | None, 
     planned = kv_cache_bytes(config, type=type, context=context, chunk=512)
     cache = KVCache(config, type=type, device=CPU, max_length=context)
     for chunk in chunks:
-        for one in cache.layers:
-            one.append(*torch.zeros(2, chunk, config.num_kv_heads, config.head_dim))
+        cache.extend(chunk)
         assert cache.num_bytes <= planned
     if not spare and (window is None or window >= context):
         assert cache.num_bytes == planned
 
 
 def test_short_contexts_do_not_fill_the_window() -> None:
-    one, two = (kv_cache_bytes(small_config(), type="bf16", context=n, chunk=512) for n in (1, 2))
-    assert two == 2 * one == 2 * 2 * PER_POSITION
+    for context in (1, PAGE):
+        assert kv_cache_bytes(small_config(), type="bf16", context=context, chunk=512) == 2 * PER_PAGE
+    assert kv_cache_bytes(small_config(), type="bf16", context=PAGE + 1, chunk=512) == 4 * PER_PAGE
 
 
 def test_types_are_what_was_asked_for() -> None:
     cache = KVCache(small_config(), type="bf16", device=CPU)
     assert cache.length == 0
-    assert {one.buffer.keys.dtype for one in cache.layers} == {torch.bfloat16}
-    assert [one.window for one in cache.layers] == [8, None]
+    assert {layer.pages.keys.dtype for layer in cache.extend(3).layers} == {torch.bfloat16}

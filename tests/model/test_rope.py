@@ -60,10 +60,10 @@ def test_gpt_oss_blends_between_the_published_pairs() -> None:
     assert config.concentration == pytest.approx(1.3466, abs=1e-4)
 
 
-def test_tables_start_where_they_are_told() -> None:
+def test_tables_of_any_positions() -> None:
     frequencies = torch.tensor([1.0, 0.01])
-    cos, sin = rope.tables(frequencies, 1.5, 1000, 3)
-    for row, position in enumerate((1000, 1001, 1002)):
+    cos, sin = rope.tables(frequencies, 1.5, torch.tensor([1000, 7, 1002]))
+    for row, position in enumerate((1000, 7, 1002)):
         for pair, frequency in enumerate((1.0, 0.01)):
             assert float(cos[row, pair]) == pytest.approx(1.5 * math.cos(position * frequency), abs=1e-4)
             assert float(sin[row, pair]) == pytest.approx(1.5 * math.sin(position * frequency), abs=1e-4)

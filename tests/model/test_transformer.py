@@ -166,8 +166,8 @@ def test_caches_do_not_know_each_other() -> None:
         a, b = model.new_cache(), model.new_cache()
         out = []
         for i in range(20):
-            out.append(model.unembed(model.forward(first[i : i + 1], a)))
-            model.forward(second[i : i + 1], b)
+            out.append(model.unembed(model.run(first[i : i + 1], a)))
+            model.run(second[i : i + 1], b)
     torch.testing.assert_close(torch.cat(out), alone, atol=TOLERANCE, rtol=0)
 
 
@@ -345,7 +345,7 @@ def test_gradients_reach_every_parameter() -> None:
         assert isinstance(tensor, torch.Tensor)
         tensor.requires_grad_()
     model = Transformer(config, table, dtype=torch.float32, device=CPU)
-    out = model.unembed(model.forward(tokens_of(config, 12), model.new_cache()))
+    out = model.unembed(model.run(tokens_of(config, 12), model.new_cache()))
     torch.autograd.backward(torch.nn.functional.cross_entropy(out, tokens_of(config, 12, seed=1)))
     for name, tensor in table.items():
         assert isinstance(tensor, torch.Tensor)

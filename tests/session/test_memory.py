@@ -53,8 +53,8 @@ def available(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 def test_weights_of_gpt_oss_20b_are_its_checkpoint() -> None:
     plan = plan_of(BIG, REFERENCE, 4096)
     assert round((plan.dense + plan.experts) / 2**30, 1) == 12.8
-    # 12 full layers of 4,096 and 12 windowed ones of at most 128 + 512 + 512 positions, each 2 · 8 heads · 64 · 2 bytes
-    assert plan.kv_cache == 12 * (4096 + 1152) * 2 * 8 * 64 * 2
+    # 12 full layers of 4,096 and 12 windowed ones of at most 11 pages of 64, each 2 · 8 heads · 64 · 2 bytes
+    assert plan.kv_cache == 12 * (4096 + 11 * 64) * 2 * 8 * 64 * 2
     assert plan.needed == plan.dense + plan.experts + plan.kv_cache + plan.scratch
     assert plan.total == plan.needed + plan.program
     assert plan.program == pytest.approx(machine.process_status()["VmRSS"], rel=0.1)
@@ -127,7 +127,7 @@ def test_remedies_help(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("policy", [NATIVE, REFERENCE])
-@pytest.mark.parametrize("wanted", [2048, 2049, 10_000, 131_071])
+@pytest.mark.parametrize("wanted", [2048, 2049, 10_000, 131_000])
 def test_the_default_context_is_what_fits(policy: Policy, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Plans have steps, in which more tokens cost nothing: what comes out is the end of such a step.
     free = plan_of(BIG, policy, wanted).needed

@@ -12,7 +12,7 @@ from freehold.config import NAMED_CONFIGS, ExpertFormat, Layout, ModelConfig, Ro
 from freehold.errors import BackendError, CheckpointError, FreeholdError, OutOfMemoryError, UsageError
 from freehold.formats.conversation import Conversation
 from freehold.kernels import backends
-from freehold.kernels.kv import new_buffer
+from freehold.kernels.kv import new_pages
 from freehold.session.model import Model
 from freehold.weights.packed import PackedMatrix
 from freehold.weights.synth import write_random_checkpoint
@@ -185,10 +185,10 @@ def test_dense_is_the_form_of_plain_experts_too(tmp_path: Path) -> None:
 def test_kv_dtype_is_the_cache_s_type(tiny_folder: Path, kv_dtype: str) -> None:
     model = freehold.load(tiny_folder, device="cpu", kv_dtype=kv_dtype)
     assert model.policy.kv == kv_dtype
-    buffers = [layer.buffer for layer in model._transformer.new_cache().layers]
-    expected = new_buffer(kv_dtype, 1, 1, 32, CPU)
-    assert {buffer.type for buffer in buffers} == {kv_dtype}
-    assert {buffer.keys.dtype for buffer in buffers} == {expected.keys.dtype}
+    pages = [layer.pages for layer in model._transformer.new_cache().extend(1).layers]
+    expected = new_pages(kv_dtype, 1, 1, 32, CPU)
+    assert {one.type for one in pages} == {kv_dtype}
+    assert {one.keys.dtype for one in pages} == {expected.keys.dtype}
     assert len(list(model.generate(PROMPT, max_tokens=5, temperature=0))) == 5
 
 

@@ -240,7 +240,7 @@ def _perplexity(config: ModelConfig, table: WeightTable, token_ids: list[int]) -
     model = Transformer(config, table, dtype=torch.float32, device=torch.device("cpu"))
     tokens_T = torch.tensor(token_ids)
     with torch.inference_mode():
-        logits_TV = model.unembed(model.forward(tokens_T[:-1], model.new_cache()))
+        logits_TV = model.unembed(model.run(tokens_T[:-1], model.new_cache()))
         return float(F.cross_entropy(logits_TV, tokens_T[1:]).exp())
 
 

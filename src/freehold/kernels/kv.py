@@ -1,9 +1,11 @@
-"""One layer's keys and values in memory, in the type they are kept in.
+"""Keys and values in memory: pages of one layer, and which sequences' positions lie in which.
 
-The layout is (K, capacity, H), one head after the other, so that attention reads each head as one stretch. In q8 every
-32 numbers of a head share a float16 scale. Which positions the rows hold is the owner's business (model.kv_cache).
+A page holds PAGE positions of one sequence, (K, PAGE, H): one head after the other, so that attention reads each as one
+stretch. In q8 every 32 numbers of a head share a float16 scale. Who owns which page is the business of others
+(model.kv_cache, the engine); ops go where a table sends them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -15,26 +17,27 @@ from freehold.errors import UsageError
 KvType = Literal["f32", "bf16", "q8"]
 KV_TYPES: tuple[KvType, ...] = get_args(KvType)
 KV_BLOCK = 32
-ALIGNMENT = 512
-"""Attention sums up runs of so many positions; a buffer starts at a multiple, so that no result depends on where."""
+PAGE = 64
+"""Positions of a page."""
+SPLIT = 512
+"""Attention sums up runs of so many positions of a sequence, and then their sums."""
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8}
 
 
 @dataclass(slots=True, eq=False)
-class KvBuffer:
-    """Keys and values (K, capacity, H), with scales (K, capacity, H / 32) in q8. Ops write it and read it."""
+class KvPages:
+    """Keys and values (P, K, PAGE, H) of one layer, with scales (P, K, PAGE, H / 32) in q8."""
 
     type: KvType
     keys: Tensor
     values: Tensor
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
-    native_view: object | None = field(default=None, repr=False)  # made by the native kernels on first use
+    native_handle: object | None = field(default=None, repr=False)  # made by the native kernels on first use
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[1]
+    def __len__(self) -> int:
+        return len(self.keys)
 
     @property
     def num_bytes(self) -> int:
@@ -42,6 +45,47 @@ class KvBuffer:
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]
+
+
+class PagedSequences:
+    """Whose tokens a batch holds, and where their positions are kept.
+
+    Sequence b has the batch's tokens starts[b] … starts[b + 1] − 1, which are the last of its lengths[b] positions.
+    Position p of it is row p % PAGE of page table_BP[b, p // PAGE]. Pages that no token writes or sees may be named
+    anything. The same object serves every layer whose pages are named alike.
+    """
+
+    __slots__ = ("lengths", "lengths_B", "native_handle", "starts", "starts_B1", "table_BP")
+
+    def __init__(self, counts: Sequence[int], lengths: Sequence[int], table_BP: Tensor) -> None:
+        """`counts` are the tokens of each sequence, `table_BP` is int32. Raises UsageError for what does not fit."""
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        if len(counts) != len(lengths) or any(not 0 <= n <= m for n, m in zip(counts, lengths, strict=False)):
+            raise UsageError(f"expected as many lengths as counts, and none smaller, got {counts} and {lengths}")
+        if table_BP.dtype != torch.int32 or table_BP.dim() != 2 or len(table_BP) != len(lengths):
+            raise UsageError(f"expected an int32 table of {len(lengths)} rows, got {table_BP.dtype} {table_BP.shape}")
+        if max(lengths, default=0) > table_BP.shape[1] * PAGE:
+            raise UsageError(f"{max(lengths)} positions do not fit a table of {table_BP.shape[1]} pages")
+        self.starts, self.lengths = tuple(starts), tuple(lengths)
+        self.table_BP = table_BP.contiguous()
+        self.starts_B1, self.lengths_B = torch.tensor(starts), torch.tensor(lengths, dtype=torch.int64)
+        self.native_handle: object | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.starts[-1]
+
+    def positions(self) -> list[int]:
+        """Of every token in its sequence."""
+        pairs = zip(self.starts, self.starts[1:], self.lengths, strict=False)
+        return [p for start, stop, length in pairs for p in range(length - (stop - start), length)]
+
+
+def num_pages(positions: int) -> int:
+    """That so many positions of a sequence take."""
+    return -(-positions // PAGE)
 
 
 def kv_type(name: str, head_dim: int) -> KvType:
@@ -55,16 +99,16 @@ def kv_type(name: str, head_dim: int) -> KvType:
     return name
 
 
-def new_buffer(type: KvType, num_heads: int, capacity: int, head_dim: int, device: torch.device) -> KvBuffer:
-    """An empty buffer. Raises UsageError where the type cannot hold heads of this size."""
+def new_pages(type: KvType, count: int, num_heads: int, head_dim: int, device: torch.device) -> KvPages:
+    """So many empty pages. Raises UsageError where the type cannot hold heads of this size."""
     type = kv_type(type, head_dim)
-    shape = (num_heads, capacity, head_dim)
+    shape = (count, num_heads, PAGE, head_dim)
     keys, values = (torch.empty(shape, dtype=_DTYPES[type], device=device) for _ in range(2))
     if type != "q8":
-        return KvBuffer(type, keys, values)
-    scales = (*shape[:2], head_dim // KV_BLOCK)
+        return KvPages(type, keys, values)
+    scales = (*shape[:3], head_dim // KV_BLOCK)
     key_scales, value_scales = (torch.empty(scales, dtype=torch.float16, device=device) for _ in range(2))
-    return KvBuffer(type, keys, values, key_scales, value_scales)
+    return KvPages(type, keys, values, key_scales, value_scales)
 
 
 def kv_bytes_per_token(type: KvType, num_heads: int, head_dim: int) -> int:

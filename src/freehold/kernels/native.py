@@ -9,7 +9,7 @@ from torch import Tensor
 
 from freehold import _native, machine
 from freehold.errors import BackendError, UsageError
-from freehold.kernels.kv import KV_TYPES, KvBuffer
+from freehold.kernels.kv import KV_TYPES, KvPages, PagedSequences
 from freehold.weights.packed import PackedMatrix
 
 _engine: "_native.Engine | None" = None
@@ -98,18 +98,22 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
 
 def kv_write(
-    buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int, cos_TH: Tensor | None, sin_TH: Tensor | None
+    kv: KvPages,
+    sequences: PagedSequences,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cos_TH: Tensor | None,
+    sin_TH: Tensor | None,
 ) -> None:
-    k_TKH, v_TKH, T = _heads(k_TKH), _heads(v_TKH), k_TKH.shape[0]
+    k_TKH, v_TKH = _heads(k_TKH), _heads(v_TKH)
     cos_TH, sin_TH = _contiguous(cos_TH), _contiguous(sin_TH)
     _start().kv_write(
-        _view(buffer),
+        _pages(kv),
+        _sequences(sequences),
         k_TKH.data_ptr(),
         k_TKH.stride(0),
         v_TKH.data_ptr(),
         v_TKH.stride(0),
-        T,
-        start,
         _address(cos_TH),
         _address(sin_TH),
     )
@@ -117,8 +121,8 @@ def kv_write(
 
 def attention(
     q_TNH: Tensor,
-    buffer: KvBuffer,
-    length: int,
+    kv: KvPages,
+    sequences: PagedSequences,
     sinks_N: Tensor,
     cos_TH: Tensor | None,
     sin_TH: Tensor | None,
@@ -130,12 +134,11 @@ def attention(
     sinks_N, cos_TH, sin_TH = sinks_N.contiguous(), _contiguous(cos_TH), _contiguous(sin_TH)
     out_TNH = torch.empty((T, N, H), dtype=torch.float32)
     _start().attention(
-        _view(buffer),
+        _pages(kv),
+        _sequences(sequences),
         q_TNH.data_ptr(),
-        T,
         N,
         q_TNH.stride(0),
-        length,
         sinks_N.data_ptr(),
         scale,
         window or 0,
@@ -240,22 +243,24 @@ def _matrix(packed: PackedMatrix) -> object:
     return packed.native_handle
 
 
-def _view(buffer: KvBuffer) -> object:
-    if buffer.native_view is None:
-        K, capacity, H = buffer.keys.shape
-        key_scales = 0 if buffer.key_scales is None else buffer.key_scales.data_ptr()
-        value_scales = 0 if buffer.value_scales is None else buffer.value_scales.data_ptr()
-        buffer.native_view = _native.KvView(
-            KV_TYPES.index(buffer.type),
-            buffer.keys.data_ptr(),
-            buffer.values.data_ptr(),
-            key_scales,
-            value_scales,
-            capacity,
-            K,
-            H,
+def _pages(kv: KvPages) -> object:
+    if kv.native_handle is None:
+        P, K, _, H = kv.keys.shape
+        key_scales = 0 if kv.key_scales is None else kv.key_scales.data_ptr()
+        value_scales = 0 if kv.value_scales is None else kv.value_scales.data_ptr()
+        kv.native_handle = _native.KvPages(
+            KV_TYPES.index(kv.type), kv.keys.data_ptr(), kv.values.data_ptr(), key_scales, value_scales, P, K, H
         )
-    return buffer.native_view
+    return kv.native_handle
+
+
+def _sequences(sequences: PagedSequences) -> object:
+    if sequences.native_handle is None:
+        starts_B1, lengths_B, table_BP = sequences.starts_B1, sequences.lengths_B, sequences.table_BP
+        sequences.native_handle = _native.Sequences(
+            len(lengths_B), starts_B1.data_ptr(), lengths_B.data_ptr(), table_BP.data_ptr(), table_BP.shape[1]
+        )
+    return sequences.native_handle
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freehold.errors import UsageError
 from freehold.kernels import backends
-from freehold.kernels.kv import KvBuffer
+from freehold.kernels.kv import PAGE, KvPages, PagedSequences
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PackedMatrix
 
@@ -92,56 +92,57 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return out
 
 
-def kv_write(buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int, *, rotation: Rotation | None = None) -> None:
-    """Put T positions into rows start … start + T − 1 of a buffer, in the buffer's type; keys are rotated first."""
+def kv_write(
+    kv: KvPages, sequences: PagedSequences, k_TKH: Tensor, v_TKH: Tensor, *, rotation: Rotation | None = None
+) -> None:
+    """Put every token's key and value where its position belongs, in the pages' type; keys are rotated first.
+
+    Raises IndexError where a page does not exist.
+    """
     _check_rank("kv_write", "k", k_TKH, 3)
     T, K, H = k_TKH.shape
     _check_shape("kv_write", "v", v_TKH, (T, K, H))
-    _check_shape("kv_write", "buffer", buffer.keys, (K, buffer.capacity, H))
+    _check_shape("kv_write", "pages", kv.keys, (len(kv), K, PAGE, H))
     _check_alike("kv_write", k_TKH, v_TKH)
-    if not 0 <= start <= buffer.capacity - T:
-        raise UsageError(f"[kv_write] {T} positions from {start} on do not fit a buffer of {buffer.capacity}")
+    _check_count("kv_write", k_TKH, sequences)
     if rotation is not None:
         _check_rotation("kv_write", k_TKH, rotation)
     turn = rotation or _NO_ROTATION
-    module = backends.for_op("kv_write", k_TKH, v_TKH, buffer.keys, buffer.values)
-    module.kv_write(buffer, k_TKH, v_TKH, start, *turn)
+    backends.for_op("kv_write", k_TKH, v_TKH, kv.keys, kv.values).kv_write(kv, sequences, k_TKH, v_TKH, *turn)
 
 
 def attention(
     q_TNH: Tensor,
-    buffer: KvBuffer,
-    length: int,
+    kv: KvPages,
+    sequences: PagedSequences,
     sinks_N: Tensor,
     *,
     scale: float,
     window: int | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention of one sequence; queries are rotated first; returns (T, N, H).
+    """Causal grouped-query attention of each sequence over its own pages; queries are rotated first; returns (T, N, H).
 
-    The first `length` rows of the buffer are consecutive positions, and the last T of them belong to the queries. Each
-    head's sink logit takes part in its softmax and is then dropped. `window` is the number of keys that a query sees,
-    itself counted; None shows it all. Keys in front of the window may be absent.
+    The tokens' own keys are written already. Each head's sink logit takes part in its softmax and is then dropped.
+    `window` is the number of keys that a query sees, itself counted; None shows it all. A token's result depends on its
+    sequence alone. Raises IndexError where a page that is in sight does not exist.
     """
     _check_rank("attention", "q", q_TNH, 3)
-    T, N, H = q_TNH.shape
-    K = buffer.keys.shape[0]
-    _check_shape("attention", "buffer", buffer.keys, (K, buffer.capacity, H))
+    _, N, H = q_TNH.shape
+    K = kv.keys.shape[1]
+    _check_shape("attention", "pages", kv.keys, (len(kv), K, PAGE, H))
     _check_shape("attention", "sinks", sinks_N, (N,))
     _check_alike("attention", q_TNH, sinks_N)
-    if not T <= length <= buffer.capacity or N % K:
-        raise UsageError(
-            f"[attention] expected T <= length <= capacity and N a multiple of K, got T {T}, length {length}, capacity "
-            f"{buffer.capacity}, N {N}, K {K}"
-        )
+    _check_count("attention", q_TNH, sequences)
+    if N % K:
+        raise UsageError(f"[attention] expected N a multiple of K, got N {N}, K {K}")
     if window is not None and window < 1:
         raise UsageError(f"[attention] expected a window of at least 1 key, got {window}")
     if rotation is not None:
         _check_rotation("attention", q_TNH, rotation)
     turn = rotation or _NO_ROTATION
-    module = backends.for_op("attention", q_TNH, sinks_N, buffer.keys, buffer.values)
-    out: Tensor = module.attention(q_TNH, buffer, length, sinks_N, *turn, scale=scale, window=window)
+    module = backends.for_op("attention", q_TNH, sinks_N, kv.keys, kv.values)
+    out: Tensor = module.attention(q_TNH, kv, sequences, sinks_N, *turn, scale=scale, window=window)
     return out
 
 
@@ -267,6 +268,11 @@ def _check_alike(op: str, a: Tensor, b: Tensor) -> None:
         raise UsageError(
             f"[{op}] expected one type and device, got {a.dtype} on {a.device} and {b.dtype} on {b.device}"
         )
+
+
+def _check_count(op: str, x: Tensor, sequences: PagedSequences) -> None:
+    if len(x) != sequences.num_tokens:
+        raise UsageError(f"[{op}] expected {sequences.num_tokens} tokens, as the sequences have, got {len(x)}")
 
 
 def _check_rotation(op: str, x_TNH: Tensor, rotation: Rotation) -> None:

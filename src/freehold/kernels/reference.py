@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.kernels.kv import KV_BLOCK, KvBuffer
+from freehold.kernels.kv import KV_BLOCK, PAGE, KvPages, PagedSequences, num_pages
 from freehold.weights import mxfp4, packed
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PackedMatrix
@@ -44,27 +44,35 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 
 
 def kv_write(
-    buffer: KvBuffer, k_TKH: Tensor, v_TKH: Tensor, start: int, cos_TH: Tensor | None, sin_TH: Tensor | None
+    kv: KvPages,
+    sequences: PagedSequences,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cos_TH: Tensor | None,
+    sin_TH: Tensor | None,
 ) -> None:
     k_TKH = _rotated(k_TKH, cos_TH, sin_TH)
-    rows = slice(start, start + len(k_TKH))
-    pairs = ((buffer.keys, buffer.key_scales, k_TKH), (buffer.values, buffer.value_scales, v_TKH))
-    for target, scales, source_TKH in pairs:
-        source = source_TKH.transpose(0, 1)
+    device = kv.keys.device
+    owner = torch.repeat_interleave(torch.diff(sequences.starts_B1)).to(device)
+    position = torch.tensor(sequences.positions(), dtype=torch.int64, device=device)
+    page = sequences.table_BP.to(device)[owner, position // PAGE].long()
+    _check_pages("kv_write", kv, page)
+    row = position % PAGE
+    for target, scales, source_TKH in ((kv.keys, kv.key_scales, k_TKH), (kv.values, kv.value_scales, v_TKH)):
         if scales is None:
-            target[:, rows] = source.to(target.dtype)
+            target[page, :, row] = source_TKH.to(target.dtype)
             continue
-        blocks = source.float().unflatten(-1, (-1, KV_BLOCK))
+        blocks = source_TKH.float().unflatten(-1, (-1, KV_BLOCK))
         steps = (blocks.abs().amax(dim=-1) / 127).half()
         divisors = steps.float().masked_fill(steps == 0, torch.inf).unsqueeze(-1)
-        target[:, rows] = (blocks / divisors).round().clamp(-127, 127).to(torch.int8).flatten(-2)
-        scales[:, rows] = steps
+        target[page, :, row] = (blocks / divisors).round().clamp(-127, 127).to(torch.int8).flatten(-2)
+        scales[page, :, row] = steps
 
 
 def attention(
     q_TNH: Tensor,
-    buffer: KvBuffer,
-    length: int,
+    kv: KvPages,
+    sequences: PagedSequences,
     sinks_N: Tensor,
     cos_TH: Tensor | None,
     sin_TH: Tensor | None,
@@ -73,28 +81,31 @@ def attention(
     window: int | None,
 ) -> Tensor:
     q_TNH = _rotated(q_TNH, cos_TH, sin_TH)
-    T, N, H = q_TNH.shape
-    K = buffer.keys.shape[0]
+    N, K = q_TNH.shape[1], kv.keys.shape[1]
     out = []
-    for start in range(0, T, _QUERIES_AT_ONCE):
-        stop = min(start + _QUERIES_AT_ONCE, T)
-        first_row = length - T + start  # the last T keys belong to the T queries
-        first_key = 0 if window is None else max(0, first_row - window + 1)
-        last_key = length - T + stop
-        keys = _kept(buffer.keys, buffer.key_scales, first_key, last_key, q_TNH.dtype)  # (K, S', H)
-        values = _kept(buffer.values, buffer.value_scales, first_key, last_key, q_TNH.dtype)
-        queries = q_TNH[start:stop].unflatten(1, (K, N // K)).permute(1, 2, 0, 3)  # (K, N/K, T', H)
-        scores = torch.matmul(queries, keys.unsqueeze(1).transpose(-1, -2)).float() * scale
-        key_at = torch.arange(first_key, last_key, device=q_TNH.device)
-        query_at = torch.arange(first_row, last_key, device=q_TNH.device).unsqueeze(-1)
-        hidden = key_at > query_at
-        if window is not None:
-            hidden |= key_at <= query_at - window
-        scores = scores.masked_fill(hidden, -torch.inf)
-        sinks = sinks_N.float().view(K, N // K, 1, 1).expand(-1, -1, stop - start, 1)
-        weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
-        mixed = torch.matmul(weights.to(values.dtype), values.unsqueeze(1))
-        out.append(mixed.permute(2, 0, 1, 3).reshape(-1, N, H))
+    for b, length in enumerate(sequences.lengths):
+        first_token, stop_token = sequences.starts[b : b + 2]
+        for start in range(first_token, stop_token, _QUERIES_AT_ONCE):
+            stop = min(start + _QUERIES_AT_ONCE, stop_token)
+            first_row, last_key = length - stop_token + start, length - stop_token + stop
+            first_key = 0 if window is None else max(0, first_row - window + 1)
+            pages = sequences.table_BP[b, first_key // PAGE : num_pages(last_key)].to(kv.keys.device).long()
+            _check_pages("attention", kv, pages)
+            visible = slice(first_key % PAGE, first_key % PAGE + last_key - first_key)
+            keys = _kept(kv.keys, kv.key_scales, pages, q_TNH.dtype)[:, visible]  # (K, S', H)
+            values = _kept(kv.values, kv.value_scales, pages, q_TNH.dtype)[:, visible]
+            queries = q_TNH[start:stop].unflatten(1, (K, N // K)).permute(1, 2, 0, 3)  # (K, N/K, T', H)
+            scores = torch.matmul(queries, keys.unsqueeze(1).transpose(-1, -2)).float() * scale
+            key_at = torch.arange(first_key, last_key, device=q_TNH.device)
+            query_at = torch.arange(first_row, last_key, device=q_TNH.device).unsqueeze(-1)
+            hidden = key_at > query_at
+            if window is not None:
+                hidden |= key_at <= query_at - window
+            scores = scores.masked_fill(hidden, -torch.inf)
+            sinks = sinks_N.float().view(K, N // K, 1, 1).expand(-1, -1, stop - start, 1)
+            weights = torch.softmax(torch.cat((scores, sinks), dim=-1), dim=-1)[..., :-1]
+            mixed = torch.matmul(weights.to(values.dtype), values.unsqueeze(1))
+            out.append(mixed.permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(out) if out else torch.empty_like(q_TNH)
 
 
@@ -174,9 +185,16 @@ def _rotated(x_TNH: Tensor, cos_TH: Tensor | None, sin_TH: Tensor | None) -> Ten
     return x_TNH if cos_TH is None or sin_TH is None else rope(x_TNH, cos_TH, sin_TH)
 
 
-def _kept(stored: Tensor, scales: Tensor | None, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    rows = stored[:, first:last]
+def _kept(stored: Tensor, scales: Tensor | None, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole pages in a row, (K, positions, ·)."""
+    rows = stored[pages].transpose(0, 1).flatten(1, 2)
     if scales is None:
         return rows.to(dtype)
-    blocks = torch.unflatten(rows.float(), -1, (-1, KV_BLOCK)) * scales[:, first:last].float().unsqueeze(-1)
+    steps = scales[pages].transpose(0, 1).flatten(1, 2)
+    blocks = torch.unflatten(rows.float(), -1, (-1, KV_BLOCK)) * steps.float().unsqueeze(-1)
     return blocks.flatten(-2).to(dtype)
+
+
+def _check_pages(op: str, kv: KvPages, pages: Tensor) -> None:
+    if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < len(kv):
+        raise IndexError(f"[{op}] a page's number is not below the number of pages")

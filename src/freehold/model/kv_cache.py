@@ -1,99 +1,99 @@
-"""Keys and values of one sequence. Full layers keep every position; windowed layers keep what is in sight."""
+"""Keys and values of one sequence, in pages of its own. Full layers keep every position, windowed
+ones what is in sight.
+
+The plain cache: for one conversation, and what the engine's shared pages are tested against.
+"""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from freehold.config import ModelConfig
-from freehold.kernels import ops
-from freehold.kernels.kv import ALIGNMENT, KvType, kv_bytes_per_token, new_buffer
-from freehold.kernels.ops import Rotation
+from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
+from freehold.model.batch import Batch, LayerKv
 
-_STEP = 1024  # positions: the least that a buffer starts with or grows by
+_LEAST_PAGES = 16  # that a growing cache adds at once
 
 
 class KVCache:
-    """Holds the positions 0 … length − 1 of one sequence. The forward pass writes it; nobody shares it."""
+    """Holds the positions 0 … length − 1 of one sequence. `extend` makes room, the forward pass fills it."""
 
     def __init__(
         self, config: ModelConfig, *, type: KvType, device: torch.device, max_length: int | None = None
     ) -> None:
         """`max_length` is how many positions will come at most, if that is less than the model's context."""
         self.length = 0
-        self.layers = [
-            LayerCache(
-                type,
-                config.num_kv_heads,
-                config.head_dim,
-                window=window,
-                max_length=max_length or config.max_context,
-                device=device,
-            )
-            for window in config.windows
-        ]
+        self._device = device
+        self._most_pages = num_pages(max_length or config.max_context)
+        self._tables = {window: _Table(window) for window in config.windows}
+        self._windows = config.windows
+        self._pages = [new_pages(type, 0, config.num_kv_heads, config.head_dim, device) for _ in config.windows]
 
     @property
     def num_bytes(self) -> int:
-        return sum(layer.buffer.num_bytes for layer in self.layers)
+        return sum(pages.num_bytes for pages in self._pages)
 
-
-class LayerCache:
-    """One layer's buffer, and which positions its rows hold: `first` … `first + length − 1`.
-
-    Buffers grow as they fill. A windowed layer's drops what is out of sight when it is full; the first position it
-    holds stays a multiple of ALIGNMENT.
-    """
-
-    def __init__(
-        self,
-        type: KvType,
-        num_heads: int,
-        head_dim: int,
-        *,
-        window: int | None,
-        max_length: int,
-        device: torch.device,
-    ) -> None:
-        self.window = window
-        self.first = 0
-        self.length = 0
-        self._max_length = max_length
-        self.buffer = new_buffer(type, num_heads, min(_STEP, max_length), head_dim, device)
-
-    def append(self, k_TKH: Tensor, v_TKH: Tensor, rotation: Rotation | None = None) -> None:
-        """Write the next T positions, the keys rotated."""
-        count = len(k_TKH)
-        if self.length + count > self.buffer.capacity:
-            self._make_room(count)
-        ops.kv_write(self.buffer, k_TKH, v_TKH, self.length, rotation=rotation)
+    def extend(self, count: int) -> Batch:
+        """The batch that a forward pass of the next `count` tokens takes. It counts them as there."""
+        start = self.length
         self.length += count
+        for table in self._tables.values():
+            table.move_to(start, self.length)
+        for i, window in enumerate(self._windows):
+            self._pages[i] = self._grown(self._pages[i], window)
+        sequences = {
+            window: PagedSequences([count], [self.length], table.named(self._device))
+            for window, table in self._tables.items()
+        }
+        positions_T = torch.arange(start, self.length, device=self._device)
+        pairs = zip(self._pages, self._windows, strict=True)
+        return Batch(positions_T, [LayerKv(pages, sequences[window]) for pages, window in pairs])
 
-    def _make_room(self, count: int) -> None:
-        dropped = 0
-        if self.window is not None:
-            dropped = max(0, self.length - self.window + 1) // ALIGNMENT * ALIGNMENT
-        kept = self.length - dropped
-        capacity = self.buffer.capacity
-        if kept + count > capacity:
-            room = min(capacity + max(capacity // 2, _STEP), self._max_length)
-            if self.window is not None:
-                room = min(room, self.window + ALIGNMENT + count)  # more is never kept
-            capacity = max(kept + count, room)
-        old = self.buffer
-        heads, _, head_dim = old.keys.shape
-        self.buffer = new_buffer(old.type, heads, capacity, head_dim, old.keys.device)
-        for source, target in zip(old.tensors(), self.buffer.tensors(), strict=True):
-            target[:, :kept] = source[:, dropped : self.length]
-        self.first += dropped
-        self.length = kept
+    def _grown(self, old: KvPages, window: int | None) -> KvPages:
+        needed = self._tables[window].num_pages
+        if needed <= len(old):
+            return old
+        if window is None:
+            needed = max(needed, min(len(old) + max(len(old) // 2, _LEAST_PAGES), self._most_pages))
+        _, heads, _, head_dim = old.keys.shape
+        new = new_pages(old.type, needed, heads, head_dim, old.keys.device)
+        for source, target in zip(old.tensors(), new.tensors(), strict=True):
+            target[: len(old)] = source
+        return new
+
+
+class _Table:
+    """Which page holds which positions of a sequence, the same in all layers of one window."""
+
+    def __init__(self, window: int | None) -> None:
+        self._window = window
+        self._names: list[int] = []  # of the pages of positions 0 … 63, 64 … 127, …; those out of sight are passed on
+        self._first = 0  # the first one in sight
+        self._free: list[int] = []
+        self.num_pages = 0  # with names below this
+
+    def move_to(self, start: int, length: int) -> None:
+        """Name pages for positions up to `length`; queries at `start` and later will look."""
+        if self._window is not None:
+            first = max(0, start - self._window + 1) // PAGE
+            self._free += self._names[self._first : first]
+            self._first = max(self._first, first)
+        while len(self._names) < num_pages(length):
+            if not self._free:
+                self._free.append(self.num_pages)
+                self.num_pages += 1
+            self._names.append(self._free.pop())
+
+    def named(self, device: torch.device) -> torch.Tensor:
+        return torch.tensor([self._names], dtype=torch.int32, device=device)
 
 
 def kv_cache_bytes(config: ModelConfig, *, type: KvType, context: int, chunk: int) -> int:
     """What the cache of one sequence of `context` tokens takes at most, fed in chunks of so many tokens."""
-    per_token = kv_bytes_per_token(type, config.num_kv_heads, config.head_dim)
-    return per_token * sum(_rows_needed(config.windows, context, chunk))
+    per_page = kv_bytes_per_token(type, config.num_kv_heads, config.head_dim) * PAGE
+    return per_page * sum(_pages_needed(config.windows, context, chunk))
 
 
-def _rows_needed(windows: Sequence[int | None], context: int, chunk: int) -> list[int]:
-    return [context if w is None else min(context, max(_STEP, w + ALIGNMENT + chunk)) for w in windows]
+def _pages_needed(windows: Sequence[int | None], context: int, chunk: int) -> list[int]:
+    # A window and a chunk may begin in the middle of a page and end in the middle of another.
+    return [num_pages(context) if w is None else min(num_pages(context), num_pages(w - 1 + chunk) + 1) for w in windows]

@@ -31,8 +31,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     return (extrapolated / rope.factor) * slowness + extrapolated * (1 - slowness)
 
 
-def tables(frequencies: Tensor, concentration: float, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, H/2) float32, of positions start … start + count − 1."""
-    positions = torch.arange(start, start + count, dtype=torch.float32, device=frequencies.device)
-    angles = torch.outer(positions, frequencies)
+def tables(frequencies: Tensor, concentration: float, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of these positions, each (T, H/2) float32."""
+    angles = torch.outer(positions_T.to(torch.float32), frequencies)
     return angles.cos() * concentration, angles.sin() * concentration

@@ -19,7 +19,8 @@ from freehold.kernels.kv import KvType
 from freehold.kernels.ops import Norm, Rotation, Weight
 from freehold.log import Progress, no_progress
 from freehold.model import rope
-from freehold.model.kv_cache import KVCache, LayerCache
+from freehold.model.batch import Batch, LayerKv
+from freehold.model.kv_cache import KVCache
 from freehold.weights.packed import PackedMatrix
 
 
@@ -150,31 +151,32 @@ class Transformer:
             return self.embedding_VD.rows(tokens_T)
         return F.embedding(tokens_T, self.embedding_VD).to(self.dtype)
 
-    def forward(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
-        """Run T more tokens of the cache's sequence; returns their hidden states (T, D) before the final norm."""
+    def forward(self, tokens_T: Tensor, batch: Batch) -> Tensor:
+        """Run a batch's tokens; returns their hidden states (T, D) before the final norm."""
         x_TD = self.embed(tokens_T)
-        rotation = Rotation(
-            *rope.tables(self._frequencies, self.config.rope.concentration, cache.length, len(tokens_T))
-        )
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_TD = self._attention(x_TD, layer.attention, rotation, layer_cache)
+        rotation = Rotation(*rope.tables(self._frequencies, self.config.rope.concentration, batch.positions_T))
+        for layer, kv in zip(self.layers, batch.layers, strict=True):
+            x_TD = self._attention(x_TD, layer.attention, rotation, kv)
             x_TD = self._experts(x_TD, layer.experts)
-        cache.length += len(tokens_T)
         return x_TD
+
+    def run(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
+        """`forward` for the next T tokens of the cache's sequence."""
+        return self.forward(tokens_T, cache.extend(len(tokens_T)))
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """Logits (T, V) in float32."""
         return ops.linear(hidden_TD, self.unembedding_VD, norm=self.final_norm).float()
 
-    def _attention(self, x_TD: Tensor, weights: Attention, rotation: Rotation, cache: LayerCache) -> Tensor:
+    def _attention(self, x_TD: Tensor, weights: Attention, rotation: Rotation, kv: LayerKv) -> Tensor:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads_TNH = weights.qkv(x_TD, norm=weights.norm).view(-1, N + 2 * K, H)
         q_TNH, k_TKH, v_TKH = torch.split_with_sizes(heads_TNH, (N, K, K), 1)
-        cache.append(k_TKH, v_TKH, rotation)
+        ops.kv_write(kv.pages, kv.sequences, k_TKH, v_TKH, rotation=rotation)
         mixed_TNH = ops.attention(
             q_TNH,
-            cache.buffer,
-            cache.length,
+            kv.pages,
+            kv.sequences,
             weights.sinks_N,
             scale=H**-0.5,
             window=weights.window,

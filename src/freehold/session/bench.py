@@ -18,7 +18,7 @@ from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.disk import new_file
 from freehold.errors import BackendError, UsageError
-from freehold.kernels import backends
+from freehold.kernels import backends, ops
 from freehold.kernels.kv import kv_bytes_per_token
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
@@ -334,12 +334,11 @@ def _bytes(weight: Weight) -> int:
 def _filled_cache(transformer: Transformer, depth: int) -> KVCache:
     cache, config = transformer.new_cache(), transformer.config
     generator = torch.Generator().manual_seed(depth)
-    for layer in cache.layers:
-        for start in range(0, depth, PREFILL_CHUNK):
-            shape = (min(PREFILL_CHUNK, depth - start), config.num_kv_heads, config.head_dim)
+    for start in range(0, depth, PREFILL_CHUNK):
+        shape = (min(PREFILL_CHUNK, depth - start), config.num_kv_heads, config.head_dim)
+        for layer in cache.extend(shape[0]).layers:
             keys, values = (torch.randn(shape, generator=generator).to(transformer.dtype) for _ in range(2))
-            layer.append(keys, values)
-    cache.length = depth
+            ops.kv_write(layer.pages, layer.sequences, keys, values)
     return cache
 
 
@@ -348,7 +347,7 @@ def _timed_prefill(transformer: Transformer, tokens: int, depth: int) -> float:
     prompt = _random_tokens(transformer, tokens)
     start = time.perf_counter()
     for piece in torch.split(prompt, PREFILL_CHUNK):
-        hidden_TD = transformer.forward(piece, cache)
+        hidden_TD = transformer.run(piece, cache)
     transformer.unembed(hidden_TD[-1:])
     return time.perf_counter() - start
 
@@ -358,7 +357,7 @@ def _timed_decode(transformer: Transformer, tokens: int, depth: int) -> float:
     prompt = _random_tokens(transformer, tokens + _WARM_UP)
 
     def step(i: int) -> None:
-        transformer.unembed(transformer.forward(prompt[i : i + 1], cache))
+        transformer.unembed(transformer.run(prompt[i : i + 1], cache))
 
     for i in range(_WARM_UP):
         step(i)

@@ -10,7 +10,7 @@ import torch
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.errors import OutOfMemoryError, UsageError
-from freehold.kernels.kv import ALIGNMENT
+from freehold.kernels.kv import SPLIT
 from freehold.model.kv_cache import kv_cache_bytes
 from freehold.session.policy import Policy
 from freehold.weights.pack_file import packed_table_bytes
@@ -140,7 +140,7 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     at_experts = 1.25 if experts is ExpertFormat.MXFP4 else at_dense
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
     rows = 64 * (H + 18)
-    partials = 4 * policy.threads * (math.ceil(context / ALIGNMENT) + 4) * 64 * rows // 16
+    partials = 4 * policy.threads * (math.ceil(context / SPLIT) + 4) * 64 * rows // 16
     return activations + converted + partials + 3 * 4 * config.vocab_size + _SLACK
 
 

@@ -121,7 +121,7 @@ class Model:
         tokens_T = self._checked(token_ids)
         with _out_of_memory():
             cache = self._transformer.new_cache(len(tokens_T))
-            return self._transformer.unembed(self._transformer.forward(tokens_T, cache))
+            return self._transformer.unembed(self._transformer.run(tokens_T, cache))
 
     def generate(
         self,
@@ -257,7 +257,7 @@ class Model:
     def _next_logits(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
         with _out_of_memory():
             for chunk in torch.split(tokens_T, PREFILL_CHUNK):
-                hidden_TD = self._transformer.forward(chunk, cache)
+                hidden_TD = self._transformer.run(chunk, cache)
             return self._transformer.unembed(hidden_TD[-1:])[0].cpu()
 
 

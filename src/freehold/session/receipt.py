@@ -103,8 +103,8 @@ def _compared(
     for start, stop in zip([0, *stops], stops, strict=False):
         piece, following = tokens_T[start:stop], tokens_T[start + 1 : stop + 1].unsqueeze(-1)
         with backends.reference_only():
-            expected_TV = F.log_softmax(reference.unembed(reference.forward(piece, caches[0])), dim=-1)
-        got_TV = F.log_softmax(native.unembed(native.forward(piece, caches[1])), dim=-1)
+            expected_TV = F.log_softmax(reference.unembed(reference.run(piece, caches[0])), dim=-1)
+        got_TV = F.log_softmax(native.unembed(native.run(piece, caches[1])), dim=-1)
         kl_T = (expected_TV.exp() * (expected_TV - got_TV)).sum(-1).double()
         same_T = (expected_TV.argmax(-1) == got_TV.argmax(-1)).double()
         losses = [-values_TV.gather(-1, following).double().sum() for values_TV in (expected_TV, got_TV)]
