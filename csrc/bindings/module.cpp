@@ -49,6 +49,9 @@ NB_MODULE(_native, module) {
     nb::set_leak_warnings(false);
     module.doc() = "Native CPU kernels of Freehold; called through freehold.kernels, never directly.";
 
+    module.attr("page") = kPage;
+    module.attr("split") = kSplit;
+
     module.def("instruction_sets", &instruction_sets, "Those that can run here, the best last.");
     module.def("instruction_set", [] { return std::string(kernels().name); });
     module.def("use_instruction_set", [](const std::string& name) { return use_kernels(name.c_str()); });

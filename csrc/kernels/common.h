@@ -35,7 +35,7 @@ inline float exp1(float x) {
 // each block asks for what comes a little later, first into the large cache, then into the small one, whose few buffers
 // for what is under way would not cover the whole latency.
 constexpr size_t kFetchFar = 4096, kFetchNear = 1024;
-constexpr size_t kFetchTokens = 4;
+constexpr size_t kFetchTokens = 4;  // with more, the hardware's own prefetching is enough (AVX2 always asks)
 
 template <size_t Bytes>
 inline void fetch(const uint8_t* data) {
@@ -219,7 +219,7 @@ struct Ahead {
     static constexpr size_t blocks = 8;
     const uint8_t *next, *end;
     size_t step;
-    // K as in the product; with `bytes` 0 nothing is asked for.
+    // K as in the product. Without `bytes` the same line is asked for again and again, which costs no memory traffic.
     Ahead(const void* from, size_t bytes, size_t K)
         : next(static_cast<const uint8_t*>(from)), end(next + bytes), step((bytes + blocks * K - 1) / (blocks * K)) {}
     void pass(size_t K) {
@@ -265,8 +265,6 @@ inline void multiply(const float* a, size_t a_stride, const float* b, size_t b_s
             micro<1, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate, ahead);
     }
 }
-
-inline void transpose16(const F16* rows, float* out, size_t stride);
 
 // 32 bfloat16 of each of 16 rows, as 32 rows of 16 floats: pairs of them travel as one.
 inline void transpose_bf16(const uint16_t* rows, size_t row_stride, float* out, size_t stride) {

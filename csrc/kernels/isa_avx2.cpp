@@ -1,10 +1,10 @@
 // AVX2 with FMA and F16C. F16 is two registers.
 //
 // Int8 dot products: maddubs multiplies unsigned by signed bytes and adds pairs into 16 bits. MXFP4 weights become
-// 2w + 12 in 0 … 24; the tile's offsets, two of 16 bits for each token and block, take the bias off. Without it all the
-// products of a block fit in 16 bits (16 · 12 · 127 < 2^15), so that sums that overflow on the way are right in the
-// end. q8 products need 32 bits. For few tokens the activation's sign goes to the weight, and maddubs multiplies by its
-// magnitude; for many both sides are widened to 16 bits, and madd adds pairs.
+// 2w + 12 in 0 … 24. A sum begins with the tile's offset, which takes the bias of all its 16 products off beforehand:
+// so it never leaves 16 bits, 16 · 12 · 127 < 2^15. q8 products need 32 bits. For few tokens the activation's sign goes
+// to the weight, and maddubs multiplies by its magnitude; for many both sides are widened to 16 bits, and madd adds
+// pairs.
 #include <immintrin.h>
 #include <math.h>
 
@@ -198,7 +198,7 @@ struct Mxfp4 {
                 w[2 * j + 1][half] = high(pair);
             }
     }
-    // Of a half's four inputs times a token's, 16 bits each; they may overflow on the way, but not in the end.
+    // The products of four inputs of a half's rows and a token, 16 bits each.
     static void add_to(__m256i& sum, __m256i w, __m256i x) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)); }
     static __m256i total(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 

@@ -665,8 +665,9 @@ double Engine::dot_rate(size_t rounds) {
     const Kernels& k = kernels();
     std::vector<double> done(threads() * 8, 0);
     const auto start = std::chrono::steady_clock::now();
-    pool_.split(threads() * 8, 1,
-                [&](size_t, size_t, unsigned thread) { done[thread * 8] += k.spin_dots(rounds / 8); });
+    pool_.split(threads() * 8, 1, [&](size_t first, size_t last, unsigned thread) {
+        for (size_t i = first; i < last; ++i) done[thread * 8] += k.spin_dots(rounds / 8);
+    });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     double total = 0;
     for (double one : done) total += one;

@@ -18,8 +18,9 @@ inline constexpr size_t kUnitPanels = 4;  // panels of paired gate and up rows t
 enum class Form : int { mxfp4 = 0, q8 = 1, bf16 = 2, f32 = 3 };
 enum class KvType : int { f32 = 0, bf16 = 1, q8 = 2 };
 
-// A packed matrix of R rows and C columns; the caller owns the memory. Panels follow each other without a gap, and so
-// do the matrices of a stack.
+// A packed matrix of R rows and C columns; the caller owns the memory. q8 numbers are -127 … 127: for -128, which
+// packing never makes, results are undefined. Panels follow each other without a gap, and so do the matrices of a
+// stack.
 struct Matrix {
     Form form;
     const uint8_t* data;

@@ -20,6 +20,7 @@ void check_pool() {
                     std::vector<int> visits(count, 0);
                     pool.split(count, chunk, [&](size_t first, size_t last, unsigned thread) {
                         if (thread >= threads || first >= last || last > count) fail("a piece out of range");
+                        if (chunk && first % chunk) fail("a piece that begins elsewhere");
                         for (size_t i = first; i < last; ++i) ++visits[i];
                     });
                     expect(std::all_of(visits.begin(), visits.end(), [](int n) { return n == 1; }), "each piece once");

@@ -1,8 +1,13 @@
 """What this machine is: processor, cores, memory. Read from the system when asked, never at import."""
 
+import ctypes
 import os
 import platform
 from pathlib import Path
+
+from freehold.errors import UsageError
+
+MOST_THREADS = 1024
 
 _VECTOR_FLAGS = (
     "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
@@ -55,6 +60,20 @@ def process_status() -> dict[str, int]:
         if value.endswith(" kB"):
             fields[name] = int(value.split()[0]) * 1024
     return fields
+
+
+def return_freed_memory() -> None:
+    """Give the system back what malloc keeps of freed memory: threads that are gone leave tens of megabytes each."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def check_threads(count: object) -> int:
+    """A number of threads for the kernels. Raises UsageError for what is none."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
+        raise UsageError(f"threads must be between 1 and {MOST_THREADS}, got {count!r}")
+    return count
 
 
 def _cpuinfo_field(name: str) -> str | None:

@@ -296,6 +296,15 @@ def test_doctor(default_folder: Path) -> None:
         assert words in text
 
 
+def test_doctor_names_trouble(default_folder: Path) -> None:
+    environment = dict(os.environ, FREEHOLD_CPU="sse9")
+    done = subprocess.run([*FREEHOLD, "doctor", "--json"], capture_output=True, text=True, env=environment, check=True)
+    facts = json.loads(done.stdout)
+    assert facts["instruction_set"] == "none"
+    assert "'sse9'" in facts["kernels_trouble"]
+    assert set(facts["ops"].values()) == {"reference"}
+
+
 def test_doctor_before_the_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FREEHOLD_CACHE", str(tmp_path))
     assert json.loads(_invoke("doctor", "--json").stdout)["works_offline"] is False

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 import freehold
+import freehold.session.bench
 from freehold.cli.main import app
 from freehold.config import NAMED_CONFIGS
-from freehold.errors import BackendError, UsageError
+from freehold.errors import BackendError, DiskError, FreeholdError, UsageError
 from freehold.kernels import backends
 from freehold.session.receipt import text
+from freehold.weights.layouts import open_checkpoint
+from freehold.weights.synth import write_random_checkpoint
 
 pytestmark = pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
 
@@ -48,18 +52,16 @@ def test_bench_of_random_weights() -> None:
     assert facts["load_seconds"] > 0
 
 
-def test_bench_counts_what_a_token_costs() -> None:
+def test_bench_counts_what_a_token_costs(tmp_path: Path) -> None:
+    """Every weight that a token meets, counted from the tensors of such a checkpoint."""
     config = NAMED_CONFIGS["tiny"]
-    D, N, K, H, F = (
-        config.hidden_size,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.expert_width,
-    )
-    attention = D * (N + 2 * K) * H + N * H * D + D * config.num_experts
-    experts = config.num_active_experts * 3 * D * F
-    assert bench("--prompt", 4)["macs_per_token"] == config.num_layers * (attention + experts)
+    write_random_checkpoint(tmp_path / "tiny", config)
+    share = config.num_active_experts / config.num_experts
+    macs = 0.0
+    for name, tensor in open_checkpoint(tmp_path / "tiny").table().items():
+        if name.startswith("layers.") and len(tensor.shape) > 1 and not name.endswith(".bias"):
+            macs += math.prod(tensor.shape) * (share if len(tensor.shape) == 3 else 1)
+    assert bench("--prompt", 4)["macs_per_token"] == macs
 
 
 def test_bench_of_a_model_as_text(default_folder: Path) -> None:
@@ -69,23 +71,32 @@ def test_bench_of_a_model_as_text(default_folder: Path) -> None:
 
 
 def test_bench_draws_a_chart(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     bench("--prompt", 4, "--png", tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        (["--prompt", "0"], "prompt must be 1 or more, got 0"),
-        (["--depth", "-1"], "depth must be 0 or more, got -1"),
-        (["--rounds", "0"], "rounds must be 1 or more, got 0"),
-        (["--depth", "900000000"], "choose smaller ones"),
+        (["--prompt", "0"], UsageError, "prompt must be 1 or more, got 0"),
+        (["--depth", "-1"], UsageError, "depth must be 0 or more, got -1"),
+        (["--rounds", "0"], UsageError, "rounds must be 1 or more, got 0"),
+        (["--depth", "900000000"], UsageError, "context must be between 1 and"),
+        (["--png", "/nowhere/chart.png"], DiskError, "no folder /nowhere"),
     ],
 )
-def test_bench_refuses_what_it_cannot_measure(arguments: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_bench_refuses_before_it_makes_a_model(
+    arguments: list[str], error: type[FreeholdError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(freehold.session.bench, "random_packed_table", None)
+    with pytest.raises(error, match=message):
         invoke("bench", "--synthetic", "tiny", *arguments)
+
+
+def test_bench_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BackendError, match=r"pip install 'freehold\[bench\]'"):
+        invoke("bench", "--synthetic", "tiny", "--png", tmp_path / "chart.png")
 
 
 def test_bench_needs_native_kernels_for_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import reference
-from freehold.kernels.kv import KV_TYPES, KvPages, KvType
+from freehold.kernels.kv import KV_TYPES, PAGE, SPLIT, KvPages, KvType
 from freehold.weights import mxfp4
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import FORMS, Form, PackedMatrix, pack, unpack
@@ -296,8 +296,9 @@ def test_the_largest_sums_do_not_overflow(form: Form) -> None:
         signs = torch.stack((torch.ones(128), -torch.ones(128), (-1.0) ** torch.arange(128)))
         weight = pack(signs.repeat(11, 1), "q8")
     x = torch.stack((torch.ones(128), -torch.ones(128), (-1.0) ** torch.arange(128), -((-1.0) ** torch.arange(128))))
-    case = LinearCase(x, weight, None, None, 0.0, None)
-    assert error(native.linear(*case), x.double() @ values(weight).T) < EXACT
+    for tokens in (x, x[:1], x[:3], x.repeat(9, 1)):  # instruction sets may treat few tokens and many differently
+        case = LinearCase(tokens, weight, None, None, 0.0, None)
+        assert error(native.linear(*case), tokens.double() @ values(weight).T) < EXACT
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -1000,11 +1001,36 @@ def test_a_forked_child_makes_its_own_threads() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+NO_ROOM = """
+import resource, sys
+from freehold import machine
+from freehold.errors import BackendError
+from freehold.kernels import native
+native.threads()
+limit = machine.process_status()["VmSize"] + (256 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    native.set_threads(1000)
+except BackendError as error:
+    print(error)
+"""
+
+
+def test_threads_that_the_system_does_not_give() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_ROOM], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("1000 threads cannot be started"), done.stderr
+    assert done.stdout.endswith("use fewer (--threads)\n")
+
+
 @torch.inference_mode()
 def test_tensors_made_without_autograd() -> None:
     x, weight = draw(3, 64), draw(64, seed=1)
     assert x.is_inference()
     assert error(native.rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS)) < TOLERANCE["f32"]
+
+
+def test_pages_are_what_the_kernels_think_they_are() -> None:
+    assert (_native.page, _native.split) == (PAGE, SPLIT)
 
 
 def test_handles_belong_to_their_tensors() -> None:

@@ -43,18 +43,19 @@ def command(
     """
     from freehold.session import bench
 
-    prompts, depths = prompt or [512], depth or [0]
     if synthetic is not None and model is not None:
         raise UsageError(f"name either a model ({model}) or --synthetic {synthetic}, not both")
     if synthetic is not None and synthetic not in NAMED_CONFIGS:
         raise UsageError(f"--synthetic must be one of {', '.join(NAMED_CONFIGS)}, got {synthetic!r}")
-    context = max(depths) + max(*prompts, generate + 2)
+    work = bench.Workload(prompts=prompt or [512], depths=depth or [0], generate=generate, rounds=rounds)
+    if png is not None:
+        bench.check_chart(png)
     with terminal.progress_bars() as progress:
         if synthetic is not None:
             loaded = bench.synthetic(
                 synthetic,
                 NAMED_CONFIGS[synthetic],
-                context=context,
+                context=work.context,
                 dense=dense,
                 kv_dtype=kv_dtype,
                 threads=threads,
@@ -63,23 +64,21 @@ def command(
         else:
             loaded = bench.load_for_bench(
                 model or "default",
-                context=context,
+                context=work.context,
                 device="cpu",
                 dense=dense,
                 kv_dtype=kv_dtype,
                 threads=threads,
                 progress=progress,
             )
-        result = bench.measure(
-            loaded, prompts=prompts, depths=depths, generate=generate, rounds=rounds, progress=progress
-        )
-    if png is not None:
-        bench.write_chart(result, png)
+        result = bench.measure(loaded, work, progress=progress)
     if as_json:
         facts = {"prefill_tok_s": result.prefill_tok_s, "decode_tok_s": result.decode_tok_s}
         terminal.write(json.dumps(facts | dataclasses.asdict(result), indent=2) + "\n")
     else:
         _print(result)
+    if png is not None:
+        bench.write_chart(result, png)
 
 
 def _print(result: "Bench") -> None:

@@ -37,7 +37,7 @@ def command(
     freehold convert default /tmp/bf16 --experts bf16
     freehold convert default /tmp/model.gguf
     """
-    to_gguf = destination.suffix == ".gguf"
+    to_gguf = destination.suffix.lower() == ".gguf"
     if to_gguf and layout is not None:
         raise UsageError("--layout is for folders, and a .gguf file has a layout of its own; leave it out")
     if not to_gguf and dense is not None:

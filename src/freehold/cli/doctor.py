@@ -40,11 +40,14 @@ def _facts() -> dict[str, Any]:
 
     from freehold.hub import default_model
     from freehold.kernels import backends
+    from freehold.session.policy import instruction_set
 
+    native: list[str] = []
+    instructions, trouble = "none", None
     try:
-        native, trouble = backends.native_ops(backends.native()), None
+        instructions, native = instruction_set(), backends.native_ops(backends.native())
     except BackendError as error:
-        native, trouble = [], str(error)
+        trouble = str(error)
     has_model, has_wheel = default_model.folder().is_dir(), default_model.wheel_path().is_file()
     return {
         "freehold": __version__,
@@ -60,6 +63,7 @@ def _facts() -> dict[str, Any]:
         "memory_bytes": {"total": machine.total_memory(), "available": machine.available_memory()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "ops": {op: "native" if op in native else "reference" for op in backends.OPS},
+        "instruction_set": instructions,
         "kernels_trouble": trouble,
         "cache": str(paths.cache_dir()),
         "hugging_face_cache": HF_HUB_CACHE,
@@ -105,7 +109,7 @@ def _text(facts: dict[str, Any]) -> str:
         ("vectors", ", ".join(cpu["vector_features"]) or "none known"),
         ("memory", f"{terminal.gib(memory['available'])} available of {terminal.gib(memory['total'])}"),
         ("GPUs", ", ".join(facts["gpus"]) or "none that torch can use"),
-        ("native ops", by_backend["native"]),
+        ("native ops", f"{by_backend['native']} (instructions: {facts['instruction_set']})"),
         ("other ops", f"{by_backend['reference']} (reference, in torch)"),
         *([("trouble", facts["kernels_trouble"])] if facts["kernels_trouble"] else []),
         ("cache", facts["cache"]),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freehold import _native, machine
-from freehold.errors import BackendError, UsageError
+from freehold.errors import BackendError
 from freehold.kernels.kv import KV_TYPES, KvPages, PagedSequences
 from freehold.weights.packed import PackedMatrix
 
@@ -32,11 +32,9 @@ def threads() -> int:
 def set_threads(count: int) -> None:
     """Use so many threads from now on; the default is one for each physical core."""
     global _engine, _threads
-    if not 1 <= count <= _MAX_THREADS:
-        raise UsageError(f"threads must be between 1 and {_MAX_THREADS}, got {count}")
-    _threads = count
+    _threads = machine.check_threads(count)
     if _engine is not None and _engine.threads != count:
-        _engine = _native.Engine(count)
+        _engine = _new_engine(count)
 
 
 def scratch_bytes() -> int:
@@ -209,15 +207,19 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p
     return token
 
 
-_MAX_THREADS = 1024
-
-
 def _start() -> "_native.Engine":
     global _engine
     if _engine is None:
         _choose_instruction_set()
-        _engine = _native.Engine(_threads or machine.physical_cores())
+        _engine = _new_engine(_threads or machine.physical_cores())
     return _engine
+
+
+def _new_engine(threads: int) -> "_native.Engine":
+    try:
+        return _native.Engine(threads)
+    except RuntimeError as error:
+        raise BackendError(f"{threads} threads cannot be started: {error}; use fewer (--threads)") from None
 
 
 def _choose_instruction_set() -> None:

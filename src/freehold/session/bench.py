@@ -5,6 +5,7 @@ decode, and int8 multiply-adds a second on registers alone, which limit prefill.
 values: what they are does not change the time, and computing them would take minutes.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.disk import new_file
-from freehold.errors import BackendError, UsageError
+from freehold.errors import BackendError, DiskError, UsageError
 from freehold.kernels import backends, ops
 from freehold.kernels.kv import kv_bytes_per_token
 from freehold.kernels.ops import Weight
@@ -33,6 +34,31 @@ from freehold.weights.synth import RANDOM_EMBEDDINGS, random_packed_table
 _BANDWIDTH_BYTES = 1 << 30  # more than caches hold
 _BANDWIDTH_ROUNDS = 5
 _WARM_UP = 2  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is measured, in tokens. Raises UsageError for values below 1 (depths below 0)."""
+
+    prompts: Sequence[int]
+    depths: Sequence[int]
+    generate: int
+    rounds: int
+
+    def __post_init__(self) -> None:
+        for name, values, least in (
+            ("prompt", self.prompts, 1),
+            ("depth", self.depths, 0),
+            ("generate", [self.generate], 1),
+            ("rounds", [self.rounds], 1),
+        ):
+            if not values or min(values) < least:
+                raise UsageError(f"{name} must be {least} or more, got {', '.join(map(str, values)) or 'nothing'}")
+
+    @property
+    def context(self) -> int:
+        """What a model must have room for."""
+        return max(self.depths) + max(*self.prompts, self.generate + _WARM_UP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +155,7 @@ def synthetic(
     policy = decide(config, device="cpu", dense=dense, kv_dtype=kv_dtype, threads=threads)
     if policy.dense is None:
         raise BackendError("random weights are made for the native CPU kernels, and they do not run here")
-    plan = fitting_plan(config, ExpertFormat.MXFP4, policy, context=min(context, config.max_context))
+    plan = fitting_plan(config, ExpertFormat.MXFP4, policy, context=context)
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     start = time.perf_counter()
     use_threads(policy.threads)
@@ -146,31 +172,10 @@ def synthetic(
 
 
 @torch.inference_mode()
-def measure(
-    loaded: Loaded,
-    *,
-    prompts: Sequence[int],
-    depths: Sequence[int],
-    generate: int,
-    rounds: int,
-    progress: Progress = no_progress,
-) -> Bench:
-    """Medians of `rounds` for every prompt length and depth. Raises UsageError for values below 1 (depths below 0)."""
-    for name, values, least in (
-        ("prompt", prompts, 1),
-        ("depth", depths, 0),
-        ("generate", [generate], 1),
-        ("rounds", [rounds], 1),
-    ):
-        if not values or min(values) < least:
-            raise UsageError(f"{name} must be {least} or more, got {', '.join(map(str, values)) or 'nothing'}")
+def measure(loaded: Loaded, work: Workload, *, progress: Progress = no_progress) -> Bench:
+    """Medians over the rounds for every prompt length and depth, on a model loaded with at least `work.context`."""
     transformer = loaded.transformer
-    longest = max(depths) + max(*prompts, generate + _WARM_UP)
-    if longest > transformer.config.max_context:
-        raise UsageError(
-            f"a depth of {max(depths)} and what comes after it make {longest} tokens, and this model's context is "
-            f"{transformer.config.max_context}; choose smaller ones"
-        )
+    prompts, depths, generate, rounds = work.prompts, work.depths, work.generate, work.rounds
     macs = macs_per_token(transformer.config)
     bounds = _Bounds(loaded)
     prefill_runs = {(tokens, depth): _Runs() for depth in depths for tokens in prompts}
@@ -372,14 +377,19 @@ def _random_tokens(transformer: Transformer, count: int) -> Tensor:
     return torch.randint(min(transformer.config.vocab_size, RANDOM_EMBEDDINGS), (count,), generator=generator)
 
 
+def check_chart(path: Path) -> None:
+    """Before minutes of measuring: raises BackendError where matplotlib is missing, DiskError where there is no such
+    folder."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BackendError("a chart needs matplotlib, which is not installed; run pip install 'freehold[bench]'")
+    if not path.parent.is_dir():
+        raise DiskError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+
+
 def write_chart(bench: Bench, path: Path) -> None:
-    """Bars of prefill and decode beside their bounds, as a PNG. Raises BackendError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BackendError(
-            "a chart needs matplotlib, which is not installed; run pip install 'freehold[bench]'"
-        ) from None
+    """Bars of prefill and decode beside their bounds, as a PNG."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     labels = [f"{row.tokens} at {row.depth}" for row in bench.prefill]

@@ -21,7 +21,7 @@ PREFILL_CHUNK = 512
 _LEAST_CONTEXT = 2048  # tokens: a default that fits no more than this is no default worth having
 _SCORES_AT_ONCE = 256  # query rows of one attention block in the reference ops
 _MAPPED_AT_ONCE = 1 << 16  # of a mapped file, around each place that is read
-_SLACK = 48 << 20  # what torch reads of itself when it first runs, and what malloc does not give back
+_SLACK = 64 << 20  # what torch reads of itself when it first runs, and what malloc does not give back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,8 @@ def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, c
         scratch = _native_scratch(config, experts, policy, context)
     else:
         width = policy.dtype.itemsize
-        dense = (config.num_parameters - config.num_expert_weights) * width
+        # Beside weights that take another type, what they were made from stays mapped.
+        dense = (config.num_parameters - config.num_expert_weights) * (width if width == 2 else width + 2)
         expert_bytes = round(config.num_expert_weights * (4.25 if experts is ExpertFormat.MXFP4 else 16) / 8)
         scratch = _reference_scratch(config, width, context)
     kv_cache = kv_cache_bytes(config, type=policy.kv, context=context, chunk=PREFILL_CHUNK)
@@ -125,6 +126,8 @@ def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
         remedies.append("smaller dense weights (--dense q8)")
     if policy.dense is None and policy.dtype == torch.float32:
         remedies.append("bfloat16 (--dtype bfloat16)")
+    if policy.native and policy.threads > machine.physical_cores():
+        remedies.append(f"fewer threads (--threads {machine.physical_cores()})")
     remedies.append("a smaller model, or more memory: close other programs")
     return "use " + ", ".join(remedies[:-1]) + (", or " if len(remedies) > 1 else "") + remedies[-1]
 
@@ -139,9 +142,20 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     at_dense = 2.25 if policy.dense == "q8" else 4
     at_experts = 1.25 if experts is ExpertFormat.MXFP4 else at_dense
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
-    rows = 64 * (H + 18)
-    partials = 4 * policy.threads * (math.ceil(context / SPLIT) + 4) * 64 * rows // 16
-    return activations + converted + partials + 3 * 4 * config.vocab_size + _SLACK
+    return activations + converted + _attention_scratch(config, policy, context) + 3 * 4 * config.vocab_size + _SLACK
+
+
+def _attention_scratch(config: ModelConfig, policy: Policy, context: int) -> int:
+    """As csrc/kernels/ops.cpp takes it: every thread works on rows of one kv head; where there are few such pieces of
+    work they are split by keys, and each split has a result of its own."""
+    T, H, K = min(PREFILL_CHUNK, context), config.head_dim, config.num_kv_heads
+    group = config.num_heads // K
+    queries = min(max(64 // group, 1), T)
+    rows, padded = queries * group, -(-H // 16) * 16
+    partial = 4 * rows * (padded + 2)
+    per_thread = 4 * rows * H + 16 * rows + 4 * 64 * (2 * padded + rows + 8) + partial
+    split_items = min(4 * policy.threads - 1, math.ceil(T / queries) * K)
+    return policy.threads * per_thread + max(policy.threads, split_items * (math.ceil(context / SPLIT) + 1)) * partial
 
 
 def _reference_scratch(config: ModelConfig, width: int, context: int) -> int:
@@ -149,7 +163,7 @@ def _reference_scratch(config: ModelConfig, width: int, context: int) -> int:
     chunk = min(PREFILL_CHUNK, context)
     scores = 3 * N * min(_SCORES_AT_ONCE, chunk) * context * 4
     one_expert = 2 * F * D * (width + 2)  # expanded values, and the byte indices they are looked up by
-    return scores + one_expert + chunk * (6 * D + 4 * F) * 4 + V * 8
+    return scores + one_expert + chunk * (6 * D + 4 * F) * 4 + V * 8 + _SLACK
 
 
 def gib(num_bytes: float) -> str:

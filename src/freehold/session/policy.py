@@ -70,7 +70,7 @@ def decide(
     chosen = _device(device)
     native = chosen.type == "cpu" and backends.native() is not None
     asked = _dtype(dtype)
-    threads = _threads(threads)
+    threads = machine.physical_cores() if threads is None else machine.check_threads(threads)
     if native and asked == torch.bfloat16:
         raise UsageError(
             "the native kernels compute in float32; for bfloat16 weights use dense bf16 (--dense bf16), for reference "
@@ -104,14 +104,6 @@ def use_threads(count: int) -> None:
     module = backends.native()
     if module is not None:
         module.set_threads(count)
-
-
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        return machine.physical_cores()
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise UsageError(f"threads must be between 1 and 1024, got {threads!r}")
-    return threads
 
 
 def _device(device: str | torch.device | None) -> torch.device:

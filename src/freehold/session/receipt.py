@@ -7,18 +7,20 @@ public domain; Millennium Fulcrum Edition 2.9, line breaks removed), in `data/al
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freehold.config import ExpertFormat
 from freehold.errors import BackendError, CheckpointError, UsageError
 from freehold.hub.folder import open_folder
 from freehold.kernels import backends
-from freehold.log import Progress, no_progress
+from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.transformer import Transformer
+from freehold.session.memory import fitting_plan, free_memory, gib
 from freehold.session.model import Model
 
 LENGTHS = (256, 4096)
@@ -48,7 +50,8 @@ def write_receipts(
 ) -> list[Receipt]:
     """Compare a model loaded with native kernels with the reference ops. Lengths beyond the model's context are cut.
 
-    Raises BackendError where the model does not run on native kernels, CheckpointError where it has no tokeniser.
+    Raises BackendError where the model does not run on native kernels, CheckpointError where it has no tokeniser,
+    OutOfMemoryError where the reference does not fit beside it.
     """
     if not model.policy.native:
         raise BackendError("a receipt compares the native CPU kernels with the reference, and they do not run here")
@@ -61,6 +64,13 @@ def write_receipts(
     token_ids = token_ids[: longest + 1]  # the last one is only predicted
     ends = sorted({min(length, longest) for length in lengths})
     checkpoint = open_folder(model.path).checkpoint
+    as_reference = replace(model.policy, dtype=torch.float32, kv="f32", dense=None)
+    plan = fitting_plan(checkpoint.config, ExpertFormat(model.experts), as_reference, context=longest)
+    logger.log(
+        NOTICE, "memory of the reference beside it: %s of %s free", plan.describe(), gib(free_memory(as_reference))
+    )
+    if longest < max(lengths):
+        logger.log(NOTICE, "the text or the context ends at %d tokens: longer lengths are cut to that", longest)
     reference = Transformer(
         checkpoint.config, checkpoint.table(), dtype=torch.float32, device=torch.device("cpu"), kv_type="f32"
     )

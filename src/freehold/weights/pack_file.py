@@ -324,7 +324,7 @@ def _entry(part: _Part, data: Tensor, scales: Tensor | None = None) -> Tensor | 
 
 # --- packing ----------------------------------------------------------------------------------------------------
 
-_RESIDENT_BYTES = 1 << 28  # of the checkpoint, before its files are let go of
+_RESIDENT_BYTES = 1 << 26  # of the checkpoint, before its files are let go of
 _VALUES_READ_AT_ONCE = 1 << 23
 _VALUES_PACKED_AT_ONCE = 1 << 19  # the working copies of a piece stay in the processor's cache
 _MOST_THREADS = 4  # more would wait for the hash and the disk, and hold more memory
@@ -481,6 +481,7 @@ def _ensure(plan: _Plan, *, verify: bool, progress: Progress) -> _Found:
             return _Found(mapped, is_new=False)
         _discard(plan)
         _write(plan, progress)
+        machine.return_freed_memory()
         mapped = _open(plan, verify, progress)
     if mapped is None:
         raise DiskError(f"{plan.path} does not read back as it was written; check the disk")
