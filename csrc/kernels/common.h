@@ -228,9 +228,12 @@ struct Ahead {
     }
 };
 
+inline F16 widened(const float* p) { return load(p); }
+inline F16 widened(const uint16_t* p) { return load_bf16(p); }
+
 // c (R, 16 C columns of a row of `stride`) = a (R rows of K values, a_stride apart) * b (K rows, b_stride apart)
-template <size_t R, size_t C>
-inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c, size_t stride,
+template <size_t R, size_t C, class Value>
+inline void micro(const float* a, size_t a_stride, const Value* b, size_t b_stride, size_t K, float* c, size_t stride,
                   bool accumulate, Ahead& ahead) {
     F16 sums[R][C];
     for (size_t r = 0; r < R; ++r)
@@ -238,7 +241,7 @@ inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stri
     for (size_t k = 0; k < K; ++k) {
         __builtin_prefetch(ahead.next + k * ahead.step);
         F16 columns[C];
-        for (size_t n = 0; n < C; ++n) columns[n] = load(b + k * b_stride + n * 16);
+        for (size_t n = 0; n < C; ++n) columns[n] = widened(b + k * b_stride + n * 16);
         for (size_t r = 0; r < R; ++r) {
             const F16 value = set1(a[r * a_stride + k]);
             for (size_t n = 0; n < C; ++n) sums[r][n] = fma(value, columns[n], sums[r][n]);
@@ -250,7 +253,8 @@ inline void micro(const float* a, size_t a_stride, const float* b, size_t b_stri
 }
 
 // Each sum runs over k in order, whichever way rows and columns are taken.
-inline void multiply(const float* a, size_t a_stride, const float* b, size_t b_stride, size_t K, float* c,
+template <class Value>
+inline void multiply(const float* a, size_t a_stride, const Value* b, size_t b_stride, size_t K, float* c,
                      size_t stride, size_t rows, size_t columns, bool accumulate, Ahead& ahead) {
     size_t r = 0;
     for (; r + kRows <= rows; r += kRows)
@@ -318,6 +322,8 @@ void attend(const AttentionPiece& piece, const KvPages& kv) {
     float* keys = piece.scratch;          // (H, 64): transposed, so that scores of 16 keys are one vector
     float* values = keys + padded * N;    // (64, padded H)
     float* scores = values + N * padded;  // (rows, 64)
+    // For few rows it is not worth while to widen values first.
+    const bool read_in_place = kv.type == KvType::bf16 && rows <= 2 * kRows && padded == H;
     for (size_t r = 0; r < rows; ++r) piece.peak[r] = -INFINITY, piece.sum[r] = 0.0f;
     std::memset(piece.out, 0, rows * padded * sizeof(float));
 
@@ -330,7 +336,8 @@ void attend(const AttentionPiece& piece, const KvPages& kv) {
                 load_keys<KvType::f32>(kv, at, count, keys), load_values<KvType::f32>(kv, at, count, values);
                 break;
             case KvType::bf16:
-                load_keys<KvType::bf16>(kv, at, count, keys), load_values<KvType::bf16>(kv, at, count, values);
+                load_keys<KvType::bf16>(kv, at, count, keys);
+                if (!read_in_place) load_values<KvType::bf16>(kv, at, count, values);
                 break;
             case KvType::q8:
                 load_keys<KvType::q8>(kv, at, count, keys), load_values<KvType::q8>(kv, at, count, values);
@@ -377,7 +384,12 @@ void attend(const AttentionPiece& piece, const KvPages& kv) {
             }
             piece.sum[r] += sum(total);
         }
-        multiply(scores, N, values, padded, count, piece.out, padded, rows, padded, true, next_values);
+        if (read_in_place) {
+            const uint16_t* stored = static_cast<const uint16_t*>(kv.values) + at;
+            multiply(scores, N, stored, H, count, piece.out, padded, rows, padded, true, next_values);
+        } else {
+            multiply(scores, N, values, padded, count, piece.out, padded, rows, padded, true, next_values);
+        }
     }
 }
 
