@@ -282,7 +282,7 @@ def test_predicted_bytes_are_the_bytes(tmp_path: Path, experts: ExpertFormat, ti
 
 
 def test_dense_weights_are_never_mxfp4(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="packed as q8, bf16, f32, not as 'mxfp4'"):
+    with pytest.raises(UsageError, match="dense must be one of q8, bf16, f32, got 'mxfp4'"):
         load_packed(checkpoint, "mxfp4")
     with pytest.raises(UsageError):
         packed_table_bytes(checkpoint.config, ExpertFormat.MXFP4, "mxfp4")

@@ -5,7 +5,6 @@ quantised weights, sums and everything else are float32. Otherwise the reference
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -14,7 +13,7 @@ from freehold.config import ModelConfig
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import backends
 from freehold.kernels.kv import KvType, kv_type
-from freehold.weights.pack_file import DEFAULT_DENSE, DENSE_FORMS
+from freehold.weights.pack_file import DEFAULT_DENSE, dense_form
 from freehold.weights.packed import Form
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,15 +79,13 @@ def decide(
         raise UsageError(
             f"dense {dense!r}: only the native CPU kernels pack weights, and they do not run here; use dtype"
         )
-    if native and dense not in (None, *DENSE_FORMS):
-        raise UsageError(f"dense must be one of {', '.join(DENSE_FORMS)}, got {dense!r}")
     type = torch.float32 if native else asked or _automatic_dtype(config, chosen)
     kv = kv_type(kv_dtype or ("bf16" if native else _SHORT[type]), config.head_dim)
     return Policy(
         device=chosen,
         dtype=type,
         kv=kv,
-        dense=cast(Form, dense or DEFAULT_DENSE) if native else None,
+        dense=dense_form(dense or DEFAULT_DENSE) if native else None,
         threads=threads,
     )
 

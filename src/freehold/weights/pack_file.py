@@ -140,7 +140,7 @@ def dense_form(name: str) -> Form:
     for form in DENSE_FORMS:
         if form == name:
             return form
-    raise UsageError(f"dense weights are packed as {', '.join(DENSE_FORMS)}, not as {name!r}")
+    raise UsageError(f"dense must be one of {', '.join(DENSE_FORMS)}, got {name!r}")
 
 
 def packed_table_bytes(config: ModelConfig, experts: ExpertFormat, dense: Form) -> PackedBytes:
