@@ -1,5 +1,6 @@
-"""Keys and values of one sequence, in pages of its own. Full layers keep every position, windowed
-ones what is in sight.
+"""Keys and values of one sequence, in pages of its own.
+
+Full layers keep every position, windowed ones what is in sight.
 
 The plain cache: for one conversation, and what the engine's shared pages are tested against.
 """
@@ -25,7 +26,7 @@ class KVCache:
         self.length = 0
         self._device = device
         self._most_pages = num_pages(max_length or config.max_context)
-        self._tables = {window: _Table(window) for window in config.windows}
+        self._tables = {window: _Table(window, device) for window in config.windows}
         self._windows = config.windows
         self._pages = [new_pages(type, 0, config.num_kv_heads, config.head_dim, device) for _ in config.windows]
 
@@ -42,8 +43,7 @@ class KVCache:
         for i, window in enumerate(self._windows):
             self._pages[i] = self._grown(self._pages[i], window)
         sequences = {
-            window: PagedSequences([count], [self.length], table.named(self._device))
-            for window, table in self._tables.items()
+            window: PagedSequences([count], [self.length], table.names_BP) for window, table in self._tables.items()
         }
         positions_T = torch.arange(start, self.length, device=self._device)
         pairs = zip(self._pages, self._windows, strict=True)
@@ -65,12 +65,14 @@ class KVCache:
 class _Table:
     """Which page holds which positions of a sequence, the same in all layers of one window."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, device: torch.device) -> None:
         self._window = window
+        self._device = device
         self._names: list[int] = []  # of the pages of positions 0 … 63, 64 … 127, …; those out of sight are passed on
         self._first = 0  # the first one in sight
         self._free: list[int] = []
         self.num_pages = 0  # with names below this
+        self.names_BP = self._as_tensor()  # made anew when a page comes, not for every token
 
     def move_to(self, start: int, length: int) -> None:
         """Name pages for positions up to `length`; queries at `start` and later will look."""
@@ -78,14 +80,17 @@ class _Table:
             first = max(0, start - self._window + 1) // PAGE
             self._free += self._names[self._first : first]
             self._first = max(self._first, first)
+        if len(self._names) == num_pages(length):
+            return
         while len(self._names) < num_pages(length):
             if not self._free:
                 self._free.append(self.num_pages)
                 self.num_pages += 1
             self._names.append(self._free.pop())
+        self.names_BP = self._as_tensor()
 
-    def named(self, device: torch.device) -> torch.Tensor:
-        return torch.tensor([self._names], dtype=torch.int32, device=device)
+    def _as_tensor(self) -> torch.Tensor:
+        return torch.tensor([self._names], dtype=torch.int32, device=self._device)
 
 
 def kv_cache_bytes(config: ModelConfig, *, type: KvType, context: int, chunk: int) -> int:
