@@ -9,6 +9,8 @@
     ├── DiskError              a file or folder cannot be written
     │   └── DiskSpaceError     the disk is full, or would be
     ├── OutOfMemoryError       memory ran out while a model was loaded or run
+    ├── RequestError           one request failed while it ran; others go on
+    ├── ClosedError            the engine takes no more requests
     └── BackendError           an asked-for backend cannot run here
 
 Each message is one sentence or two: what was wrong, naming the value, and what to do about it. The command line
@@ -50,6 +52,14 @@ class DiskError(FreeholdError):
 
 class OutOfMemoryError(FreeholdError):
     """Memory ran out while a model was loaded or run."""
+
+
+class RequestError(FreeholdError):
+    """One request failed while it ran; others go on."""
+
+
+class ClosedError(FreeholdError):
+    """The engine takes no more requests."""
 
 
 class DiskSpaceError(DiskError):

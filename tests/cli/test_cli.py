@@ -211,8 +211,8 @@ def test_inspect(tiny: Path) -> None:
     memory = facts["memory"]
     parts = sum(memory[f"{part}_bytes"] for part in ("dense", "experts", "kv_cache", "scratch"))
     assert memory["total_bytes"] == parts
-    # layers, positions in pages of 64, 2 × 2 heads of 16 in bfloat16
-    assert memory["kv_cache_bytes"] == 4 * 128 * 2 * 2 * 16 * 2
+    # layers, pages of 64 positions and one more for each of 32 sequences, 2 × 2 heads of 16 in bfloat16
+    assert memory["kv_cache_bytes"] == 4 * (2 + 32) * 64 * 2 * 2 * 16 * 2
     assert facts["runs"]["device"] == "cpu"
     router = {"name": "model.layers.3.mlp.router.weight", "dtype": "BF16", "shape": [8, 64], "bytes": 1024}
     assert router in facts["tensors"]

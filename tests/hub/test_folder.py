@@ -12,6 +12,7 @@ from freehold.errors import CheckpointError
 from freehold.formats.templates import CHATML
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.folder import GenerationDefaults, open_folder
+from freehold.sampling import Sampling
 from freehold.weights.synth import write_random_checkpoint
 
 
@@ -47,10 +48,10 @@ def test_a_bare_folder(folder: Path) -> None:
             },
             GenerationDefaults(stop_ids=frozenset({200002, 199999, 200012})),
         ),
-        ({"do_sample": False, "temperature": 0.6}, GenerationDefaults(temperature=0.0)),
+        ({"do_sample": False, "temperature": 0.6}, GenerationDefaults(sampling=Sampling(temperature=0.0))),
         (
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
-            GenerationDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.05),
+            GenerationDefaults(sampling=Sampling(temperature=0.6, top_p=0.9, top_k=20, min_p=0.05)),
         ),
         ({"max_new_tokens": 9}, GenerationDefaults(max_tokens=9)),
         ({"temperature": None, "eos_token_id": None}, GenerationDefaults()),

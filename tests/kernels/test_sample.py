@@ -1,6 +1,7 @@
 """Sampling draws what it may, as often as it should, and nothing else: by the native kernel and by the reference."""
 
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     backends.native.cache_clear()
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def uniform(seed: int = 0) -> float:
+    return random.Random(seed).random()
 
 
 def allowed(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -70,25 +71,23 @@ def test_only_what_the_filters_leave_is_drawn(
 ) -> None:
     values = torch.tensor(logits)
     filters: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    token = ops.sample(values, generator=generator(seed), **filters)
+    token = ops.sample(values, uniform=uniform(seed), **filters)
     assert token in allowed(logits, max(temperature, 1e-6), top_k, top_p, min_p)
-    assert token == ops.sample(values, generator=generator(seed), **filters)
+    assert token == ops.sample(values, uniform=uniform(seed), **filters)
     assert values.tolist() == logits, "the caller's logits are left alone"
 
 
 @settings(max_examples=100, deadline=None)
 @given(logits=some_logits(), top_k=st.integers(0, 5), top_p=st.floats(0.01, 1), min_p=st.floats(0, 1))
 def test_temperature_zero_is_the_largest_logit(logits: list[float], top_k: int, top_p: float, min_p: float) -> None:
-    token = ops.sample(
-        torch.tensor(logits), generator=generator(), temperature=0, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    token = ops.sample(torch.tensor(logits), uniform=uniform(), temperature=0, top_k=top_k, top_p=top_p, min_p=min_p)
     assert logits[token] == max(logits)
 
 
 def draws(logits: Tensor, count: int, **filters: Any) -> list[int]:
-    """How often each token came up in `count` draws from one generator."""
-    source = generator(1)
-    tokens = [ops.sample(logits, generator=source, **filters) for _ in range(count)]
+    """How often each token came up in `count` draws from one source."""
+    source = random.Random(1)
+    tokens = [ops.sample(logits, uniform=source.random(), **filters) for _ in range(count)]
     return torch.bincount(torch.tensor(tokens), minlength=len(logits)).tolist()
 
 
@@ -128,13 +127,13 @@ def test_rare_tokens_are_not_lost() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_types_of_logits(dtype: torch.dtype) -> None:
     logits = torch.tensor([0.0, 50.0, 0.0], dtype=dtype)
-    assert ops.sample(logits, generator=generator()) == 1
+    assert ops.sample(logits, uniform=uniform()) == 1
 
 
 def test_a_single_candidate_of_many() -> None:
     logits = torch.full((1000,), -math.inf)
     logits[777] = -1e4
-    assert ops.sample(logits, generator=generator()) == 777
+    assert ops.sample(logits, uniform=uniform()) == 777
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_a_single_candidate_of_many() -> None:
 def test_parameters_out_of_range(name: str, value: float) -> None:
     given: dict[str, Any] = {name: value}
     with pytest.raises(UsageError, match=f"{name} must be .*, got {value}"):
-        ops.sample(torch.zeros(4), generator=generator(), **given)
+        ops.sample(torch.zeros(4), uniform=uniform(), **given)
 
 
 @pytest.mark.parametrize(
@@ -171,4 +170,4 @@ def test_parameters_out_of_range(name: str, value: float) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_cannot_be_drawn_from(logits: Tensor, temperature: float) -> None:
     with pytest.raises(UsageError, match=r"\[sample\] expected"):
-        ops.sample(logits, generator=generator(), temperature=temperature)
+        ops.sample(logits, uniform=uniform(), temperature=temperature)

@@ -15,12 +15,11 @@ import torch
 import freehold
 from freehold import machine
 from freehold.config import NAMED_CONFIGS, ExpertFormat, ModelConfig, RopeConfig, alternating_windows
+from freehold.engine.options import EngineOptions
 from freehold.errors import OutOfMemoryError, UsageError
 from freehold.kernels import backends
 from freehold.log import NOTICE
-from freehold.model.kv_cache import KVCache, kv_cache_bytes
-from freehold.model.transformer import Transformer
-from freehold.session.memory import PREFILL_CHUNK, MemoryPlan, fitting_plan, plan_memory
+from freehold.session.memory import MemoryPlan, fitting_plan, plan_memory
 from freehold.session.policy import Policy, decide
 from freehold.weights.layouts import open_checkpoint
 from freehold.weights.pack_file import ensure_packed
@@ -40,7 +39,7 @@ REFERENCE = Policy(device=CPU, dtype=torch.bfloat16, kv="bf16", dense=None, thre
 
 
 def plan_of(config: ModelConfig, policy: Policy, context: int, experts: ExpertFormat = MXFP4) -> MemoryPlan:
-    return plan_memory(config, experts, policy, context=context)
+    return plan_memory(config, experts, policy, EngineOptions(context=context))
 
 
 def available(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
@@ -53,8 +52,12 @@ def available(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 def test_weights_of_gpt_oss_20b_are_its_checkpoint() -> None:
     plan = plan_of(BIG, REFERENCE, 4096)
     assert round((plan.dense + plan.experts) / 2**30, 1) == 12.8
-    # 12 full layers of 4,096 and 12 windowed ones of at most 11 pages of 64, each 2 · 8 heads · 64 · 2 bytes
-    assert plan.kv_cache == 12 * (4096 + 11 * 64) * 2 * 8 * 64 * 2
+    # 12 full layers of 4,096 positions and a page for each of 32 sequences; 12 windowed ones could do with more than
+    # that for all that is in sight, and so have as many. Each position takes 2 · 8 heads · 64 · 2 bytes.
+    assert plan.kv_cache == 24 * (4096 + 32 * 64) * 2 * 8 * 64 * 2
+    # In a long context windows need next to nothing: 3 pages for each sequence and for each of 64 cached prefixes, and
+    # 11 for one that reads 512 tokens of its prompt.
+    assert plan_of(BIG, REFERENCE, 131_072).kv_cache == 12 * (131_072 + 32 * 64 + (96 * 3 + 11) * 64) * 2 * 8 * 64 * 2
     assert plan.needed == plan.dense + plan.experts + plan.kv_cache + plan.scratch
     assert plan.total == plan.needed + plan.program
     assert plan.program == pytest.approx(machine.process_status()["VmRSS"], rel=0.1)
@@ -80,7 +83,8 @@ def test_plans_grow_with_the_context() -> None:
 
 
 def test_what_it_says() -> None:
-    plan = MemoryPlan(context=8192, dense=90 * MIB, experts=7 * MIB, kv_cache=2 << 30, scratch=MIB, program=5)
+    options = EngineOptions(context=8192)
+    plan = MemoryPlan(options=options, dense=90 * MIB, experts=7 * MIB, kv_cache=2 << 30, scratch=MIB, program=5)
     assert plan.describe() == "97 MiB weights + 2.00 GiB KV cache for 8192 tokens + 1 MiB scratch = 2.10 GiB"
 
 
@@ -218,24 +222,15 @@ def test_load_takes_the_context_that_fits(
 
 
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "q8"])
-def test_the_cache_is_as_large_as_planned(folder: Path, kv_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches: list[KVCache] = []
-    new_cache = Transformer.new_cache
-
-    def remembered(self: Transformer, max_length: int | None = None) -> KVCache:
-        caches.append(new_cache(self, max_length))
-        return caches[-1]
-
-    monkeypatch.setattr(Transformer, "new_cache", remembered)
-    for context in (30, 1500, 2600):
-        model = freehold.load(folder, device="cpu", kv_dtype=kv_dtype, context=context)
-        assert model.plan.kv_cache == kv_cache_bytes(
-            model.config, type=model.policy.kv, context=context, chunk=PREFILL_CHUNK
+def test_the_cache_is_as_large_as_planned(folder: Path, kv_dtype: str) -> None:
+    for context, kv_tokens, max_num_seqs in ((30, None, 1), (1500, None, 32), (1500, 9000, 7)):
+        model = freehold.load(
+            folder, device="cpu", kv_dtype=kv_dtype, context=context, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs
         )
+        assert model.plan.kv_cache == model.engine.stats().kv_bytes
+        assert model.plan.options.tokens == kv_tokens or context
         list(model.generate([i % 500 for i in range(context - 5)], temperature=0))
-        assert caches[-1].length == context - 1
-        # Windowed layers get by with less than they may take.
-        assert 0.8 * model.plan.kv_cache < caches[-1].num_bytes <= model.plan.kv_cache
+        model.engine.check_integrity()
 
 
 TAKES = """

@@ -48,10 +48,11 @@ def command(
 
 
 def _facts(checkpoint: "Checkpoint", policy: "Policy", context: int) -> dict[str, Any]:
+    from freehold.engine.options import EngineOptions
     from freehold.session.memory import free_memory, plan_memory
 
     config = checkpoint.config
-    plan = plan_memory(config, checkpoint.experts, policy, context=context)
+    plan = plan_memory(config, checkpoint.experts, policy, EngineOptions(context=context))
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout.value,

@@ -5,7 +5,7 @@ tokens that end a reply, and makes a reader for each reply, which streams the te
 messages that belong in the history. Tools are described to no model yet.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -60,6 +60,9 @@ class ChatFormat(Protocol):
     def render(self, conversation: Conversation) -> list[int]:
         """The prompt for the assistant's next reply."""
 
+    def message_ends(self, prompt: Sequence[int]) -> list[int]:
+        """Lengths of a rendered prompt's beginnings that end with a message: a later prompt may begin like that."""
+
     def reply_reader(self) -> ReplyReader:
         """A reader for the reply to a rendered prompt."""
 
@@ -94,6 +97,10 @@ def choose(
     return TemplateFormat(tokenizer, ChatTemplate(template, variables=variables), stop_ids=stops)
 
 
+def _after(prompt: Sequence[int], ends: Set[int]) -> list[int]:
+    return [length for length, token in enumerate(prompt, start=1) if token in ends]
+
+
 # --- Harmony ------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +119,7 @@ class HarmonyFormat:
         known = HarmonyVocabulary.of(tokenizer)
         # <|end|> closes a message, not the reply: the answer comes after the analysis.
         self.stop_ids = (more_stop_ids - {known.end}) | {known.return_, known.call}
+        self._end_ids = {known.end, known.return_, known.call}
 
     def render(self, conversation: Conversation) -> list[int]:
         """Chat messages of role "system" become developer instructions, assistant messages final ones."""
@@ -119,6 +127,9 @@ class HarmonyFormat:
         if not any(isinstance(part, SystemContent) for message in messages for part in message.parts):
             messages.insert(0, Message(role="system", parts=(self._system,)))
         return render_prompt(Conversation(messages=tuple(messages)), self._tokenizer)
+
+    def message_ends(self, prompt: Sequence[int]) -> list[int]:
+        return _after(prompt, self._end_ids)
 
     def reply_reader(self) -> ReplyReader:
         return _HarmonyReader(self._tokenizer)
@@ -210,6 +221,9 @@ class TemplateFormat:
         """Drops what only Harmony has: its system message, and reasoning."""
         kept = tuple(message for message in conversation.messages if not _is_harmony_only(message))
         return self._template.render(Conversation(messages=kept), self._tokenizer)
+
+    def message_ends(self, prompt: Sequence[int]) -> list[int]:
+        return _after(prompt, self.stop_ids)
 
     def reply_reader(self) -> ReplyReader:
         return _PlainReader(self._tokenizer)

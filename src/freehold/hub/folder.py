@@ -10,11 +10,11 @@ from freehold.formats import o200k
 from freehold.formats.harmony.vocabulary import CALL, RETURN
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub import default_model
-from freehold.kernels.ops import check_sampling
+from freehold.sampling import DEFAULT_SAMPLING, Sampling
 from freehold.weights.files import read_json
 from freehold.weights.layouts import Checkpoint, open_checkpoint
 
-_SAMPLING_TYPES = {"temperature": int | float, "top_p": int | float, "top_k": int, "min_p": int | float}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -31,10 +31,7 @@ class GenerationDefaults:
     """
 
     stop_ids: frozenset[int] = frozenset()
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    sampling: Sampling = DEFAULT_SAMPLING
     max_tokens: int | None = None
 
 
@@ -117,12 +114,9 @@ def _token_names(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 def _generation_defaults(path: Path, tokenizer: Tokenizer | None, eos_token: str | None) -> GenerationDefaults:
     source = path / "generation_config.json"
     raw = _optional_json(source)
-    given = {name: raw[name] for name in _SAMPLING_TYPES if raw.get(name) is not None}
+    given = {name: raw[name] for name in _SAMPLING if raw.get(name) is not None}
     if not raw.get("do_sample", True):
         given["temperature"] = 0.0
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, _SAMPLING_TYPES[name]):
-            raise CheckpointError(f"{source}: {name} cannot be {value!r}; download the file again")
     stops = _stop_ids(raw, source) or _stop_ids(_optional_json(path / "config.json"), path / "config.json")
     if not stops and tokenizer is not None:
         names = [eos_token] if eos_token else [RETURN, CALL, "<|endoftext|>"]
@@ -130,14 +124,11 @@ def _generation_defaults(path: Path, tokenizer: Tokenizer | None, eos_token: str
     longest = raw.get("max_new_tokens")
     if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
         raise CheckpointError(f"{source}: max_new_tokens cannot be {longest!r}; download the file again")
-    defaults = GenerationDefaults(stop_ids=stops, max_tokens=longest, **given)
     try:
-        check_sampling(
-            temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p, min_p=defaults.min_p
-        )
+        sampling = Sampling(**given)
     except UsageError as error:
         raise CheckpointError(f"{source}: {error}; download the file again") from None
-    return defaults
+    return GenerationDefaults(stop_ids=stops, sampling=sampling, max_tokens=longest)
 
 
 def _stop_ids(raw: Mapping[str, Any], source: Path) -> frozenset[int]:

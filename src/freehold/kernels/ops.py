@@ -18,6 +18,7 @@ from torch import Tensor
 from freehold.errors import UsageError
 from freehold.kernels import backends
 from freehold.kernels.kv import PAGE, KvPages, PagedSequences
+from freehold.sampling import check_filters
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PackedMatrix
 
@@ -217,7 +218,7 @@ def moe(
 def sample(
     logits_V: Tensor,
     *,
-    generator: torch.Generator,
+    uniform: float,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -225,32 +226,22 @@ def sample(
 ) -> int:
     """Draw one token id. Filters apply in the order temperature, top-k, top-p, min-p, each on what the last left.
 
-    Temperature 0 takes the largest logit; top_k 0 keeps all. A logit of -inf masks its token: it is never drawn.
+    `uniform`, in [0, 1), is the draw: the token is taken at which the cumulated probability, in order of ids, passes
+    it. Temperature 0 takes the largest logit; top_k 0 keeps all. A logit of -inf masks its token: it is never drawn.
     Raises UsageError for values out of range, NaN logits, or when every token is masked.
     """
     _check_rank("sample", "logits", logits_V, 1)
     if not len(logits_V):
         raise UsageError("[sample] expected at least one token, got (0,)")
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check_filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if not 0 <= uniform < 1:
+        raise UsageError(f"[sample] expected uniform in [0, 1), got {uniform}")
     largest = float(logits_V.max())
     if not math.isfinite(largest):
         raise UsageError(f"[sample] expected at least one token with a finite logit, the largest is {largest}")
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64)) if temperature else 0.0
     module = backends.for_op("sample", logits_V)
     token: int = module.sample(logits_V, temperature, top_k, top_p, min_p, uniform)
     return token
-
-
-def check_sampling(*, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raise UsageError, naming the value, unless all four are in range."""
-    if not 0 <= temperature < math.inf:
-        raise UsageError(f"temperature must be 0 or more, got {temperature}")
-    if top_k < 0:
-        raise UsageError(f"top_k must be 0 (all tokens) or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if not 0 <= min_p <= 1:
-        raise UsageError(f"min_p must be between 0 and 1, got {min_p}")
 
 
 def _check_rank(op: str, name: str, tensor: Weight, rank: int) -> None:

@@ -5,12 +5,10 @@ Full layers keep every position, windowed ones what is in sight.
 The plain cache: for one conversation, and what the engine's shared pages are tested against.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from freehold.config import ModelConfig
-from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
+from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences, new_pages, num_pages
 from freehold.model.batch import Batch, LayerKv
 
 _LEAST_PAGES = 16  # that a growing cache adds at once
@@ -91,14 +89,3 @@ class _Table:
 
     def _as_tensor(self) -> torch.Tensor:
         return torch.tensor([self._names], dtype=torch.int32, device=self._device)
-
-
-def kv_cache_bytes(config: ModelConfig, *, type: KvType, context: int, chunk: int) -> int:
-    """What the cache of one sequence of `context` tokens takes at most, fed in chunks of so many tokens."""
-    per_page = kv_bytes_per_token(type, config.num_kv_heads, config.head_dim) * PAGE
-    return per_page * sum(_pages_needed(config.windows, context, chunk))
-
-
-def _pages_needed(windows: Sequence[int | None], context: int, chunk: int) -> list[int]:
-    # A window and a chunk may begin in the middle of a page and end in the middle of another.
-    return [num_pages(context) if w is None else min(num_pages(context), num_pages(w - 1 + chunk) + 1) for w in windows]

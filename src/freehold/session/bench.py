@@ -18,6 +18,7 @@ from torch import Tensor
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.disk import new_file
+from freehold.engine.options import PREFILL_CHUNK
 from freehold.errors import BackendError, DiskError, UsageError
 from freehold.kernels import backends, ops
 from freehold.kernels.kv import kv_bytes_per_token
@@ -25,7 +26,7 @@ from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.kv_cache import KVCache
 from freehold.model.transformer import Transformer
-from freehold.session.memory import PREFILL_CHUNK, fitting_plan, free_memory, gib
+from freehold.session.memory import fitting_plan, free_memory, gib
 from freehold.session.model import load
 from freehold.session.policy import Policy, decide, use_threads
 from freehold.weights.packed import PackedMatrix
@@ -155,7 +156,7 @@ def synthetic(
     policy = decide(config, device="cpu", dense=dense, kv_dtype=kv_dtype, threads=threads)
     if policy.dense is None:
         raise BackendError("random weights are made for the native CPU kernels, and they do not run here")
-    plan = fitting_plan(config, ExpertFormat.MXFP4, policy, context=context)
+    plan = fitting_plan(config, ExpertFormat.MXFP4, policy, context=context, max_num_seqs=1)
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     start = time.perf_counter()
     use_threads(policy.threads)

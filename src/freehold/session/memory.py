@@ -9,14 +9,12 @@ import torch
 
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
+from freehold.engine.kv_store import kv_store_bytes, page_counts
+from freehold.engine.options import MAX_NUM_SEQS, EngineOptions
 from freehold.errors import OutOfMemoryError, UsageError
 from freehold.kernels.kv import SPLIT
-from freehold.model.kv_cache import kv_cache_bytes
 from freehold.session.policy import Policy
 from freehold.weights.pack_file import packed_table_bytes
-
-PREFILL_CHUNK = 512
-"""Tokens of a prompt that run through the model at once; bounds scratch memory."""
 
 _LEAST_CONTEXT = 2048  # tokens: a default that fits no more than this is no default worth having
 _SCORES_AT_ONCE = 256  # query rows of one attention block in the reference ops
@@ -26,14 +24,19 @@ _SLACK = 64 << 20  # what torch reads of itself when it first runs, and what mal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes for one sequence of `context` tokens. `program` is what the process has resident before the model comes."""
+    """Bytes for an engine with these options. `program` is what the process has resident before the model comes."""
 
-    context: int
+    options: EngineOptions
     dense: int
     experts: int
     kv_cache: int
     scratch: int
     program: int
+
+    @property
+    def context(self) -> int:
+        """The most tokens of one sequence."""
+        return self.options.context
 
     @property
     def needed(self) -> int:
@@ -47,31 +50,36 @@ class MemoryPlan:
 
     def describe(self) -> str:
         return (
-            f"{gib(self.dense + self.experts)} weights + {gib(self.kv_cache)} KV cache for {self.context} tokens + "
-            f"{gib(self.scratch)} scratch = {gib(self.needed)}"
+            f"{gib(self.dense + self.experts)} weights + {gib(self.kv_cache)} KV cache for "
+            f"{self.options.tokens} tokens + {gib(self.scratch)} scratch = {gib(self.needed)}"
         )
 
 
-def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, context: int) -> MemoryPlan:
-    """What one sequence of `context` tokens needs. Peak resident memory stays below; an untied embedding counts with
-    the rows that a context can touch."""
+def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions) -> MemoryPlan:
+    """What an engine needs, and a plain cache of one such sequence too. Peak resident memory stays below; an untied
+    embedding counts with the rows that the cache's tokens can touch."""
     if policy.native:
         assert policy.dense is not None
         weights = packed_table_bytes(config, experts, policy.dense)
         row = config.hidden_size * 2
-        touched = min(weights.embedding, context * (row + _MAPPED_AT_ONCE))
+        touched = min(weights.embedding, options.tokens * (row + _MAPPED_AT_ONCE))
         dense, expert_bytes = weights.dense + touched, weights.experts
-        scratch = _native_scratch(config, experts, policy, context)
+        scratch = _native_scratch(config, experts, policy, options)
     else:
         width = policy.dtype.itemsize
         # Beside weights that take another type, what they were made from stays mapped.
         dense = (config.num_parameters - config.num_expert_weights) * (width if width == 2 else width + 2)
         expert_bytes = round(config.num_expert_weights * (4.25 if experts is ExpertFormat.MXFP4 else 16) / 8)
-        scratch = _reference_scratch(config, width, context)
-    kv_cache = kv_cache_bytes(config, type=policy.kv, context=context, chunk=PREFILL_CHUNK)
+        scratch = _reference_scratch(config, width, options)
+    pages = page_counts(config, tokens=options.tokens, max_num_seqs=options.max_num_seqs, chunk=options.chunk)
     program = machine.process_status().get("VmRSS", 0)
     return MemoryPlan(
-        context=context, dense=dense, experts=expert_bytes, kv_cache=kv_cache, scratch=scratch, program=program
+        options=options,
+        dense=dense,
+        experts=expert_bytes,
+        kv_cache=kv_store_bytes(config, pages, policy.kv),
+        scratch=scratch,
+        program=program,
     )
 
 
@@ -82,17 +90,26 @@ def check_context(config: ModelConfig, context: int | None) -> None:
         raise UsageError(f"context must be between 1 and {longest} for this model, got {context!r}")
 
 
-def fitting_plan(config: ModelConfig, experts: ExpertFormat, policy: Policy, *, context: int | None) -> MemoryPlan:
+def fitting_plan(
+    config: ModelConfig,
+    experts: ExpertFormat,
+    policy: Policy,
+    *,
+    context: int | None,
+    kv_tokens: int | None = None,
+    max_num_seqs: int = MAX_NUM_SEQS,
+) -> MemoryPlan:
     """The plan for `context` tokens, or for as much of the model's own context as fits where that is None.
 
     Raises OutOfMemoryError, with the numbers and a remedy, where memory is short; UsageError for an impossible context.
     """
-    longest = config.max_context
+    longest = config.max_context if kv_tokens is None else max(1, min(config.max_context, kv_tokens))
     check_context(config, context)
     free = free_memory(policy)
 
     def plan_of(tokens: int) -> MemoryPlan:
-        return plan_memory(config, experts, policy, context=tokens)
+        options = EngineOptions(context=tokens, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
+        return plan_memory(config, experts, policy, options)
 
     plan = plan_of(context or longest)
     if plan.needed <= free:
@@ -132,9 +149,9 @@ def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
     return "use " + ", ".join(remedies[:-1]) + (", or " if len(remedies) > 1 else "") + remedies[-1]
 
 
-def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, context: int) -> int:
-    """Activations of one chunk, the kernels' own form of them, and partial results of attention."""
-    T = min(PREFILL_CHUNK, context)
+def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions) -> int:
+    """Activations of one step, the kernels' own form of them, partial results of attention, and logits."""
+    T = _step_tokens(options)
     D, F, H, A = config.hidden_size, config.expert_width, config.head_dim, config.num_active_experts
     N, K = config.num_heads, config.num_kv_heads
     activations = 4 * T * (7 * D + 2 * (N + 2 * K) * H + 2 * N * H)
@@ -142,28 +159,36 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     at_dense = 2.25 if policy.dense == "q8" else 4
     at_experts = 1.25 if experts is ExpertFormat.MXFP4 else at_dense
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
-    return activations + converted + _attention_scratch(config, policy, context) + 3 * 4 * config.vocab_size + _SLACK
+    logits = 4 * config.vocab_size * (min(options.max_num_seqs, T) + 2)
+    return activations + converted + _attention_scratch(config, policy, options) + logits + _SLACK
 
 
-def _attention_scratch(config: ModelConfig, policy: Policy, context: int) -> int:
+def _step_tokens(options: EngineOptions) -> int:
+    """The most that run at once: a chunk of prompts beside one token of each other sequence."""
+    return min(options.chunk, options.tokens) + options.max_num_seqs - 1
+
+
+def _attention_scratch(config: ModelConfig, policy: Policy, options: EngineOptions) -> int:
     """As csrc/kernels/ops.cpp takes it: every thread works on rows of one kv head; where there are few such pieces of
     work they are split by keys, and each split has a result of its own."""
-    T, H, K = min(PREFILL_CHUNK, context), config.head_dim, config.num_kv_heads
+    T, H, K = _step_tokens(options), config.head_dim, config.num_kv_heads
     group = config.num_heads // K
     queries = min(max(64 // group, 1), T)
     rows, padded = queries * group, -(-H // 16) * 16
     partial = 4 * rows * (padded + 2)
     per_thread = 4 * rows * H + 16 * rows + 4 * 64 * (2 * padded + rows + 8) + partial
     split_items = min(4 * policy.threads - 1, math.ceil(T / queries) * K)
-    return policy.threads * per_thread + max(policy.threads, split_items * (math.ceil(context / SPLIT) + 1)) * partial
+    num_partials = max(policy.threads, split_items * (math.ceil(options.context / SPLIT) + 1))
+    return policy.threads * per_thread + num_partials * partial
 
 
-def _reference_scratch(config: ModelConfig, width: int, context: int) -> int:
+def _reference_scratch(config: ModelConfig, width: int, options: EngineOptions) -> int:
     D, F, N, V = config.hidden_size, config.expert_width, config.num_heads, config.vocab_size
-    chunk = min(PREFILL_CHUNK, context)
-    scores = 3 * N * min(_SCORES_AT_ONCE, chunk) * context * 4
+    chunk = _step_tokens(options)
+    scores = 3 * N * min(_SCORES_AT_ONCE, chunk) * options.context * 4
     one_expert = 2 * F * D * (width + 2)  # expanded values, and the byte indices they are looked up by
-    return scores + one_expert + chunk * (6 * D + 4 * F) * 4 + V * 8 + _SLACK
+    logits = 4 * V * (options.max_num_seqs + 2)
+    return scores + one_expert + chunk * (6 * D + 4 * F) * 4 + logits + _SLACK
 
 
 def gib(num_bytes: float) -> str:

@@ -1,23 +1,27 @@
 """A loaded model, for people: token ids in and logits or tokens out, or messages in and a reply out.
 
-One conversation at a time, on the calling thread. What it was loaded from is checked in full before the first tensor
-is used; a model is ready, or it is an error.
+Requests run on the calling thread, through the engine. What it was loaded from is checked in full before the first
+tensor is used; a model is ready, or it is an error.
 """
 
 import datetime
 import operator
 import os
-import re
-import secrets
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from freehold.config import ModelConfig
+from freehold.engine.core import OUT_OF_MEMORY, Engine, is_out_of_memory
+from freehold.engine.loop import LocalEngine
+from freehold.engine.options import MAX_NUM_SEQS
+from freehold.engine.request import Request
 from freehold.errors import CheckpointError, OutOfMemoryError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyDelta, ReplyReader
@@ -25,12 +29,11 @@ from freehold.formats.conversation import Conversation, Effort, Message, SystemC
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import GenerationDefaults, ModelFolder, open_folder
-from freehold.kernels import ops
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
-from freehold.model.kv_cache import KVCache
 from freehold.model.transformer import Transformer
-from freehold.session.memory import PREFILL_CHUNK, MemoryPlan, fitting_plan, free_memory, gib
+from freehold.sampling import SamplingOptions
+from freehold.session.memory import MemoryPlan, fitting_plan, free_memory, gib
 from freehold.session.policy import Policy, decide, use_threads
 from freehold.weights.pack_file import load_packed
 
@@ -43,6 +46,8 @@ def load(
     dense: str | None = None,
     kv_dtype: str | None = None,
     context: int | None = None,
+    kv_tokens: int | None = None,
+    max_num_seqs: int = MAX_NUM_SEQS,
     threads: int | None = None,
     progress: Progress = no_progress,
 ) -> "Model":
@@ -53,7 +58,8 @@ def load(
     The first load writes a packed copy of the weights to the cache directory, later ones map it. Elsewhere the
     reference ops run in `dtype`, float32 or bfloat16. `kv_dtype` is the KV cache's type: f32, bf16 or q8 (default bf16,
     with reference ops that of `dtype`). `context` is how many tokens a sequence may have; the default is what the model
-    can, or what fits into memory.
+    can, or what fits into memory. `kv_tokens` is how many the KV cache holds for all that run at once and for prefixes
+    that are kept, by default as many as `context`; `max_num_seqs` is how many sequences run at once.
 
     Raises a FreeholdError that names the file or value and the remedy; OutOfMemoryError before anything is allocated
     where the plan exceeds what is free.
@@ -62,7 +68,9 @@ def load(
     checkpoint = folder.checkpoint
     config = checkpoint.config
     policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
-    plan = fitting_plan(config, checkpoint.experts, policy, context=context)
+    plan = fitting_plan(
+        config, checkpoint.experts, policy, context=context, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs
+    )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
     table: Mapping[str, Weight]
@@ -118,50 +126,77 @@ class Model:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits (T, V), float32, of each next token after each of the T given ones."""
-        tokens_T = self._checked(token_ids)
+        tokens_T = torch.tensor(self._checked(token_ids), device=self._transformer.device)
         with _out_of_memory():
             cache = self._transformer.new_cache(len(tokens_T))
             return self._transformer.unembed(self._transformer.run(tokens_T, cache))
+
+    @cached_property
+    def engine(self) -> LocalEngine:
+        """What runs the requests of this model: many at once, and what they have in common only once."""
+        return LocalEngine(self.new_engine())
+
+    def new_engine(self) -> Engine:
+        """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""
+        return Engine(self._transformer, self.plan.options)
+
+    def request(
+        self,
+        token_ids: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        stop_ids: Iterable[int] | None = None,
+        min_tokens: int = 0,
+        boundaries: Sequence[int] = (),
+        **sampling: Unpack[SamplingOptions],
+    ) -> Request:
+        """A request for `engine`, with `defaults` for what is None, and no more tokens than the context has room for.
+
+        Raises UsageError for values out of range and for a prompt that fills the context or more.
+        """
+        tokens, defaults = self._checked(token_ids), self.defaults
+        asked = {name: value for name, value in sampling.items() if value is not None}
+        room = self.plan.context - len(tokens)
+        if not room:
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens and fills the whole context of {self.plan.context}; shorten it"
+            )
+        limit = defaults.max_tokens if max_tokens is None else max_tokens
+        return Request(
+            prompt=tokens,
+            max_tokens=room if limit is None else min(limit, room) if isinstance(limit, int) else limit,
+            min_tokens=min_tokens,
+            stop_ids=defaults.stop_ids if stop_ids is None else frozenset(stop_ids),
+            boundaries=boundaries,
+            sampling=replace(defaults.sampling, **asked),  # type: ignore[arg-type]
+        )
 
     def generate(
         self,
         token_ids: Sequence[int],
         *,
         max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
         stop_ids: Iterable[int] | None = None,
+        min_tokens: int = 0,
+        boundaries: Sequence[int] = (),
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[int]:
         """Yield new tokens until one of `stop_ids` (which is yielded too), `max_tokens`, or the model's full context.
 
-        What is None comes from `defaults`. Temperature 0 takes the likeliest token; top_k 0 keeps all. The same seed
-        gives the same tokens; without one each call draws its own. Arguments are checked before anything runs.
+        What is None comes from `defaults`. `sampling` are the fields of freehold.sampling.Sampling: temperature 0 takes
+        the likeliest token; the same seed gives the same tokens, and without one each call draws its own. `boundaries`
+        are prefixes of the prompt that later ones may share (engine.request). Arguments are checked before anything
+        runs. Several may run at once, on one thread or many.
         """
-        tokens_T = self._checked(token_ids)
-        defaults = self.defaults
-        sampling = {
-            "temperature": defaults.temperature if temperature is None else temperature,
-            "top_p": defaults.top_p if top_p is None else top_p,
-            "top_k": defaults.top_k if top_k is None else top_k,
-            "min_p": defaults.min_p if min_p is None else min_p,
-        }
-        for name, value in {"max_tokens": max_tokens, "top_k": top_k, "seed": seed}.items():
-            if value is not None and not isinstance(value, int):
-                raise UsageError(f"{name} must be an integer, got {value!r}")
-        ops.check_sampling(**sampling)  # type: ignore[arg-type]
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens must be 1 or more, got {max_tokens}")
-        if seed is not None and not -(2**63) <= seed < 2**63:
-            raise UsageError(f"seed must fit in 64 bits, got {seed}")
-        max_tokens = defaults.max_tokens if max_tokens is None else max_tokens
-        room = self.plan.context - len(tokens_T)
-        limit = room if max_tokens is None else min(max_tokens, room)
-        stops = defaults.stop_ids if stop_ids is None else frozenset(stop_ids)
-        generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-        return self._generate(tokens_T, limit, stops, sampling, generator)
+        request = self.request(
+            token_ids,
+            max_tokens=max_tokens,
+            stop_ids=stop_ids,
+            min_tokens=min_tokens,
+            boundaries=boundaries,
+            **sampling,
+        )
+        return (token for step in self.engine.stream(request) for token in step.tokens)
 
     def chat(
         self,
@@ -191,7 +226,8 @@ class Model:
         if sampling.get("stop_ids") is None:
             sampling["stop_ids"] = chat_format.stop_ids
         prompt = chat_format.render(conversation)
-        return Reply(self.generate(prompt, **sampling), chat_format.reply_reader(), num_prompt_tokens=len(prompt))
+        tokens = self.generate(prompt, boundaries=chat_format.message_ends(prompt), **sampling)
+        return Reply(tokens, chat_format.reply_reader(), num_prompt_tokens=len(prompt))
 
     def chat_format(self, reasoning_effort: Effort | None = None) -> ChatFormat:
         """How this model writes conversations. Raises CheckpointError where its folder does not say."""
@@ -219,7 +255,7 @@ class Model:
             )
         return chosen
 
-    def _checked(self, token_ids: Sequence[int]) -> Tensor:
+    def _checked(self, token_ids: Sequence[int]) -> list[int]:
         if not len(token_ids):
             raise UsageError("the prompt is empty; give at least one token")
         if len(token_ids) > self.plan.context:
@@ -235,30 +271,7 @@ class Model:
         for token in tokens:
             if not 0 <= token < self.config.vocab_size:
                 raise UsageError(f"token id {token} is outside this model's vocabulary of {self.config.vocab_size}")
-        return torch.tensor(tokens, device=self._transformer.device)
-
-    def _generate(
-        self,
-        tokens_T: Tensor,
-        limit: int,
-        stops: frozenset[int],
-        sampling: Mapping[str, Any],
-        generator: torch.Generator,
-    ) -> Iterator[int]:
-        cache = self._transformer.new_cache(self.plan.context)
-        for _ in range(limit):
-            token = ops.sample(self._next_logits(tokens_T, cache), generator=generator, **sampling)
-            yield token
-            if token in stops:
-                return
-            tokens_T = torch.tensor([token], device=self._transformer.device)
-
-    @torch.inference_mode()
-    def _next_logits(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
-        with _out_of_memory():
-            for chunk in torch.split(tokens_T, PREFILL_CHUNK):
-                hidden_TD = self._transformer.run(chunk, cache)
-            return self._transformer.unembed(hidden_TD[-1:])[0].cpu()
+        return tokens
 
 
 class Reply:
@@ -287,13 +300,9 @@ class Reply:
 
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
-    """torch reports failed allocations as RuntimeErrors, in words that differ by device."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(
-            "out of memory; shorten the prompt, run in bfloat16, or use a smaller model: `freehold inspect MODEL` says "
-            "how much one needs"
-        ) from None
+        raise OutOfMemoryError(OUT_OF_MEMORY) from None

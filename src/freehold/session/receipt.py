@@ -65,7 +65,7 @@ def write_receipts(
     ends = sorted({min(length, longest) for length in lengths})
     checkpoint = open_folder(model.path).checkpoint
     as_reference = replace(model.policy, dtype=torch.float32, kv="f32", dense=None)
-    plan = fitting_plan(checkpoint.config, ExpertFormat(model.experts), as_reference, context=longest)
+    plan = fitting_plan(checkpoint.config, ExpertFormat(model.experts), as_reference, context=longest, max_num_seqs=1)
     logger.log(
         NOTICE, "memory of the reference beside it: %s of %s free", plan.describe(), gib(free_memory(as_reference))
     )

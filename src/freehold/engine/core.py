@@ -1,0 +1,325 @@
+"""The engine: many requests, one model. `step` is three verbs: schedule, run, commit.
+
+Not for several threads at once; freehold.engine.loop serves those. A request that cannot go on gets its error, and the
+others do not notice.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from freehold.engine import sampler
+from freehold.engine.kv_store import KvStore, group_windows, page_counts
+from freehold.engine.options import EngineOptions
+from freehold.engine.pace import Pace
+from freehold.engine.pages import Pages
+from freehold.engine.prefix import PrefixCache
+from freehold.engine.request import FinishReason, Request, Step, TokenLogprobs
+from freehold.engine.runner import Runner
+from freehold.engine.sampler import Masks
+from freehold.engine.scheduler import Plan, Scheduler
+from freehold.engine.sequence import Sequence as Sample
+from freehold.engine.sequence import new_sequences
+from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, UsageError
+from freehold.kernels.kv import PAGE
+from freehold.log import logger
+from freehold.model.transformer import Transformer
+
+OUT_OF_MEMORY = (
+    "out of memory; shorten the prompt, load with a smaller context or a smaller KV cache, or use a smaller model: "
+    "`freehold inspect MODEL` says how much one needs"
+)
+
+
+class Output(NamedTuple):
+    request_id: int
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Now, and since the engine was made. `pages_in_use` are those of sequences and cached prefixes, per group;
+    `kv_bytes` is what all pages take once they have been written."""
+
+    running: int
+    waiting: int
+    cached_prefixes: int
+    pages_in_use: tuple[int, ...]
+    pages: tuple[int, ...]
+    kv_bytes: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+    busy_seconds: float
+
+
+class Engine:
+    """Runs requests on a transformer, with the KV cache that `options` allow. `clock` gives seconds."""
+
+    def __init__(
+        self, transformer: Transformer, options: EngineOptions, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        config = transformer.config
+        self._counts = page_counts(
+            config, tokens=options.tokens, max_num_seqs=options.max_num_seqs, chunk=options.chunk
+        )
+        self.options = options
+        self.config = config
+        self._clock = clock
+        self._pace = Pace(options.stretch, options.chunk)
+        self._store = KvStore(config, self._counts, type=transformer.kv_type, device=transformer.device)
+        self._runner = Runner(transformer, self._store)
+        self._masks = Masks(config.vocab_size)
+        self._start_anew()
+        self._num_requests = 0
+        self._totals = {"prompt": 0, "cached": 0, "generated": 0, "preemptions": 0, "steps": 0}
+        self._busy_seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def check(self, request: Request) -> None:
+        """Raise UsageError for tokens that the model does not have, and for more of them than fit its context."""
+        vocab, context = self.config.vocab_size, self.options.context
+        for token in request.prompt:
+            if not 0 <= token < vocab:
+                raise UsageError(f"token id {token} is outside this model's vocabulary of {vocab}")
+        for name, ids in (("stop_ids", request.stop_ids), ("logit_bias", request.sampling.logit_bias)):
+            for token in ids:
+                if not 0 <= token < vocab:
+                    raise UsageError(f"{name} has {token}, which is outside this model's vocabulary of {vocab}")
+        if len(request.prompt) + request.max_tokens > context:
+            raise UsageError(
+                f"{len(request.prompt)} tokens of prompt and {request.max_tokens} new ones are more than the context "
+                f"of {context}; shorten the prompt, lower max_tokens, or load with a larger context"
+            )
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns the number that its outputs carry.
+
+        Raises what `check` does, and RequestError where the constraint cannot be made.
+        """
+        self.check(request)
+        request_id = self._num_requests
+        samples = new_sequences(request, request_id, self._clock())
+        if request.constraint is not None:
+            try:
+                for sample in samples:
+                    sample.constraint = request.constraint()
+                    sample.append_forced()
+            except Exception as error:
+                raise RequestError(f"the constraint could not be made: {type(error).__name__}: {error}") from error
+        self._num_requests += 1
+        self._totals["prompt"] += len(request.prompt)
+        self._requests[request_id] = samples
+        self._scheduler.add(samples[0])
+        return request_id
+
+    def abort(self, request_id: int) -> list[Output]:
+        """End a request now and free what it holds. One that has ended already is left alone."""
+        return [self._end(sample, "abort") for sample in list(self._requests.get(request_id, ()))]
+
+    def step(self) -> list[Output]:
+        """Let everyone who can go on do so once. Never raises for a request's sake: its outputs say what went wrong.
+
+        Ctrl-C and the like go to the caller. While the model ran, the next step takes the work up again; at another
+        moment every request has ended, and `is_live` says so.
+        """
+        try:
+            return self._step()
+        except _Interrupted as interrupted:
+            raise interrupted.cause from None
+        except BaseException:
+            self._start_anew()
+            raise
+
+    def is_live(self, request_id: int) -> bool:
+        """Whether a request has not ended."""
+        return request_id in self._requests
+
+    def _step(self) -> list[Output]:
+        start = self._clock()
+        outputs = self._ended_early(start)
+        plan = self._scheduler.schedule()
+        if not plan.works:
+            return outputs
+        for work in plan.works:
+            if work.sequence.started is None:
+                work.sequence.started = start
+                self._totals["cached"] += work.sequence.num_cached
+        self._masks.start([work.sequence for work in plan.works if work.draws])
+        try:
+            logits_SV = self._runner.run(plan)
+        except Exception as error:  # noqa: BLE001 - whoever was part of this step gets it; the others go on
+            return outputs + self._failed(plan, error)
+        except BaseException as interruption:  # noqa: BLE001 - it goes on to the caller
+            for work in plan.works:  # what was half written will be computed again
+                self._scheduler.preempt(work.sequence)
+            raise _Interrupted(interruption) from None
+        outputs += self._commit(plan, logits_SV)
+        seconds = self._clock() - start
+        self._pace.observe(plan.num_decoding, plan.num_prefill, seconds)
+        self._totals["steps"] += 1
+        self._busy_seconds += seconds
+        return outputs
+
+    def stats(self) -> EngineStats:
+        groups = self._pages.groups
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=sum(map(len, self._requests.values())) - len(self._scheduler.running),
+            cached_prefixes=len(self._prefixes),
+            pages_in_use=tuple(group.pool.count - group.pool.num_free for group in groups),
+            pages=tuple(group.pool.count for group in groups),
+            kv_bytes=self._store.num_bytes,
+            requests=self._num_requests,
+            prompt_tokens=self._totals["prompt"],
+            cached_tokens=self._totals["cached"],
+            generated_tokens=self._totals["generated"],
+            preemptions=self._totals["preemptions"],
+            steps=self._totals["steps"],
+            busy_seconds=self._busy_seconds,
+        )
+
+    def clear_prefixes(self) -> None:
+        """Forget every cached prefix."""
+        self._prefixes.clear()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless every page is accounted for, and every sequence is where it belongs."""
+        self._pages.check([*self._scheduler.holdings(), *self._prefixes.holdings()])
+        live = {id(sample) for samples in self._requests.values() for sample in samples}
+        held_back = {id(sibling) for samples in self._requests.values() for s in samples for sibling in s.siblings}
+        queued = [*self._scheduler.running, *self._scheduler.waiting]
+        assert len(queued) == len({id(sample) for sample in queued}), "a sequence is queued twice"
+        assert {id(sample) for sample in queued} | held_back == live, "a live sequence is nowhere, or a dead one queued"
+        assert all(sample.holding is not None for sample in self._scheduler.running), "one runs without pages"
+        assert all(sample.holding is None for sample in self._scheduler.waiting), "one waits and keeps pages"
+
+    def close(self) -> list[Output]:
+        """End everything. The engine is of no use afterwards."""
+        outputs = [output for request_id in list(self._requests) for output in self.abort(request_id)]
+        self._masks.close()
+        return outputs
+
+    def _start_anew(self) -> None:
+        """With every page free and no request."""
+        self._pages = Pages(group_windows(self.config), self._counts, PAGE)
+        self._prefixes = PrefixCache(self._pages)
+        self._scheduler = Scheduler(self._pages, self._prefixes, self._pace, max_num_seqs=self.options.max_num_seqs)
+        self._requests: dict[int, list[Sample]] = {}  # those that have not ended
+        self._store.forget_tables()
+
+    def _ended_early(self, now: float) -> list[Output]:
+        """Those whose time is up, and those who were given all of their tokens."""
+        ended = []
+        for samples in list(self._requests.values()):
+            for sample in list(samples):
+                deadline = sample.request.deadline
+                if sample.finish is not None:
+                    ended.append(self._end(sample, sample.finish))
+                elif deadline is not None and now - sample.submitted >= deadline:
+                    ended.append(self._end(sample, "deadline"))
+        return ended
+
+    def _commit(self, plan: Plan, logits_SV: Tensor) -> list[Output]:
+        outputs, row = [], 0
+        for work in plan.works:
+            draws = work.draws
+            self._scheduler.commit(work)
+            sample = work.sequence
+            if draws:
+                outputs += self._draw(sample, logits_SV[row])
+                row += 1
+        return outputs
+
+    def _draw(self, sample: Sample, logits_V: Tensor) -> list[Output]:
+        try:
+            drawn = sampler.draw(logits_V, sample, self._masks)
+            sampler.append(sample, drawn)
+        except FreeholdError as error:
+            return self._end_all([sample, *sample.siblings], error)
+        for sibling in sample.siblings:
+            self._scheduler.add(sibling)
+        sample.siblings = []
+        if sample.first_token is None:
+            sample.first_token = self._clock()
+        logprobs = None if drawn.logprobs is None else (drawn.logprobs,)
+        if sample.finish is not None:
+            return [self._end(sample, sample.finish, logprobs=logprobs)]
+        return [Output(sample.request_id, Step(index=sample.index, tokens=self._unsent(sample), logprobs=logprobs))]
+
+    def _failed(self, plan: Plan, error: Exception) -> list[Output]:
+        if is_out_of_memory(error):
+            typed: FreeholdError = OutOfMemoryError(OUT_OF_MEMORY)
+        elif isinstance(error, FreeholdError):
+            typed = error
+        else:
+            logger.error("a step of the engine failed", exc_info=error)
+            typed = RequestError(f"the model failed: {type(error).__name__}: {error}")
+        return self._end_all([s for work in plan.works for s in (work.sequence, *work.sequence.siblings)], typed)
+
+    def _end_all(self, samples: Sequence[Sample], error: FreeholdError) -> list[Output]:
+        return [self._end(sample, "error", error=error) for sample in samples]
+
+    def _end(
+        self,
+        sample: Sample,
+        reason: FinishReason,
+        *,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        error: FreeholdError | None = None,
+    ) -> Output:
+        """The sample's last output; nothing of it remains but what the prefix cache keeps."""
+        sample.finish = reason
+        if reason in ("stop", "length"):
+            self._scheduler.finish(sample)
+        else:
+            self._scheduler.remove(sample)
+        samples = self._requests[sample.request_id]
+        samples.remove(sample)
+        for other in samples:
+            if sample in other.siblings:
+                other.siblings.remove(sample)
+        if sample.siblings:  # they waited for its prompt: now the first of them computes it
+            sample.siblings[0].siblings = sample.siblings[1:]
+            self._scheduler.add(sample.siblings[0])
+            sample.siblings = []
+        if not samples:
+            del self._requests[sample.request_id]
+            self._store.forget_tables()
+        self._totals["generated"] += sample.num_generated
+        self._totals["preemptions"] += sample.num_preemptions
+        tokens = self._unsent(sample)
+        stats = sample.stats(self._clock())
+        step = Step(index=sample.index, tokens=tokens, logprobs=logprobs, finish=reason, stats=stats, error=error)
+        return Output(sample.request_id, step)
+
+    @staticmethod
+    def _unsent(sample: Sample) -> tuple[int, ...]:
+        tokens = tuple(sample.tokens[len(sample.request.prompt) + sample.num_sent :])
+        sample.num_sent += len(tokens)
+        return tokens
+
+
+class _Interrupted(BaseException):
+    """The model was stopped, and everything is in order again."""
+
+    def __init__(self, cause: BaseException) -> None:
+        self.cause = cause
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch reports failed allocations as RuntimeErrors, in words that differ by device."""
+    if isinstance(error, RuntimeError):
+        return re.search(r"out of memory|can't allocate memory", str(error)) is not None
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -1,0 +1,315 @@
+"""Who drives the engine. `LocalEngine` does it on the threads that ask, for a person at a terminal and for scripts.
+`AsyncEngine` does it on a thread of its own, for many clients of one event loop.
+"""
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+from freehold.engine.core import Engine, EngineStats, Output
+from freehold.engine.metrics import EngineMetrics
+from freehold.engine.request import Completion, Request, Step
+from freehold.errors import ClosedError, FreeholdError, RequestError
+from freehold.log import logger
+
+
+class LocalEngine:
+    """Steps run on the thread that waits for one; whoever steps takes everyone's tokens along."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._mail: dict[int, deque[Step]] = {}
+
+    def stream(self, request: Request) -> Iterator[Step]:
+        """The request's steps as they come. It begins with the first `next`; closing the iterator ends it.
+
+        Raises UsageError at once for a request that cannot run, and the request's own error where that is how it ends.
+        """
+        self._engine.check(request)
+        return self._stream(request)
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Run them together; returns each one's samples in order. Errors are in the completions, not raised."""
+        for request in requests:
+            self._engine.check(request)
+        with self._lock:
+            ids = {self._engine.submit(request): i for i, request in enumerate(requests)}
+            self._mail |= {request_id: deque() for request_id in ids}
+        completions = [[Completion() for _ in range(request.n)] for request in requests]
+        try:
+            for request_id, i in ids.items():
+                for step in self._steps(request_id, requests[i].n):
+                    completions[i][step.index].add(step)
+        finally:
+            for request_id in ids:
+                self._forget(request_id)
+        return completions
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the engine's books do not balance."""
+        with self._lock:
+            self._engine.check_integrity()
+
+    def clear_prefixes(self) -> None:
+        """Forget every cached prefix."""
+        with self._lock:
+            self._engine.clear_prefixes()
+
+    def close(self) -> None:
+        with self._lock:
+            self._engine.close()
+
+    def _stream(self, request: Request) -> Iterator[Step]:
+        with self._lock:
+            request_id = self._engine.submit(request)
+            self._mail[request_id] = deque()
+        try:
+            for step in self._steps(request_id, request.n):
+                if step.error is not None:
+                    raise step.error
+                yield step
+        finally:
+            self._forget(request_id)
+
+    def _steps(self, request_id: int, num_samples: int) -> Iterator[Step]:
+        mail = self._mail[request_id]
+        while num_samples:
+            if not mail:
+                with self._lock:
+                    if not mail:
+                        if not self._engine.is_live(request_id):
+                            raise RequestError("the request was interrupted; send it again")
+                        self._deliver(self._engine.step())
+                continue
+            step = mail.popleft()
+            num_samples -= step.finish is not None
+            yield step
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        for request_id, step in outputs:
+            if request_id in self._mail:
+                self._mail[request_id].append(step)
+
+    def _forget(self, request_id: int) -> None:
+        with self._lock:
+            self._engine.abort(request_id)
+            self._mail.pop(request_id, None)
+
+
+class AsyncEngine:
+    """Runs the engine on a thread of its own until `drain` or `close`.
+
+    A client that stops reading delays nobody: its steps wait for it, no more of them than it asked for tokens.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._mail: dict[int, _Mailbox] = {}
+        self._closing = False  # no new requests
+        self._stopping = False  # the thread ends
+        self._idle = threading.Event()
+        self._idle.set()
+        self.metrics = EngineMetrics(engine.stats)
+        self._thread = threading.Thread(target=self._run, name="freehold-engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> "AsyncEngine":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.drain(0)
+
+    def submit(self, request: Request) -> "Stream":
+        """The request's steps. To be called, and read, on an event loop; `aclose` or forgetting it ends the request.
+
+        Raises UsageError for a request that cannot run, ClosedError while or after draining. What goes wrong later is
+        raised by the iterator.
+        """
+        if self._closing:
+            raise ClosedError("the engine is closing down and takes no more requests")
+        self._engine.check(request)
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        self._command(lambda: self._begin(request, mailbox))
+        return Stream(mailbox, request.n, self._abort)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take no more requests, let those that run come to their end, or end them after `timeout` seconds."""
+        self._closing = True
+        await asyncio.to_thread(self._wait_until_idle, timeout)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """End every request with reason "abort", and the thread."""
+        self._closing = True
+        self._command(self._stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _wait_until_idle(self, timeout: float | None) -> None:
+        settled = threading.Event()
+        self._command(settled.set)  # what was submitted before has arrived
+        while not settled.wait(0.05):
+            if not self._thread.is_alive():
+                return
+        self._idle.wait(timeout)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    def _abort(self, mailbox: "_Mailbox") -> None:
+        self._command(lambda: self._drop(mailbox))
+
+    # --- on the engine's thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._obey()
+            if self._stopping:
+                break
+            try:
+                self._deliver(self._engine.step())
+            except BaseException as error:  # noqa: BLE001 - a bug: every request hears of it, and the engine goes on
+                logger.critical("the engine failed and starts anew", exc_info=error)
+                self._fail_all(error)
+        self._deliver(self._engine.close())
+        self._idle.set()
+
+    def _obey(self) -> None:
+        """Do what was asked for since the last step; wait for something where there is nothing else to do."""
+        if not self._engine.has_work:
+            self._idle.set()
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                self._engine.check_integrity()
+                command = self._commands.get()
+            self._idle.clear()
+            command()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _begin(self, request: Request, mailbox: "_Mailbox") -> None:
+        if mailbox.closed:
+            return
+        try:
+            mailbox.request_id = self._engine.submit(request)
+            self._mail[mailbox.request_id] = mailbox
+        except FreeholdError as error:
+            _send(mailbox.loop, [(mailbox, Step(index=0, tokens=(), finish="error", error=error))])
+
+    def _drop(self, mailbox: "_Mailbox") -> None:
+        if mailbox.request_id is not None and self._mail.pop(mailbox.request_id, None) is not None:
+            self._count(self._engine.abort(mailbox.request_id))
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        self._count(outputs)
+        letters: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Step]]] = {}
+        for request_id, step in outputs:
+            mailbox = self._mail.get(request_id)
+            if mailbox is not None:
+                letters.setdefault(mailbox.loop, []).append((mailbox, step))
+        for loop, steps in letters.items():
+            if not _send(loop, steps):
+                for mailbox, _ in steps:
+                    self._drop(mailbox)
+        for request_id, _ in outputs:
+            if not self._engine.is_live(request_id):
+                self._mail.pop(request_id, None)
+
+    def _fail_all(self, error: BaseException) -> None:
+        typed = RequestError(f"the engine failed: {type(error).__name__}: {error}")
+        for mailbox in list(self._mail.values()):
+            _send(mailbox.loop, [(mailbox, Step(index=0, tokens=(), finish="error", error=typed))])
+        self._mail.clear()
+
+    def _count(self, outputs: Sequence[Output]) -> None:
+        for _, step in outputs:
+            self.metrics.observe(step)
+
+
+class _Mailbox:
+    """Where one request's steps wait for their reader, on the reader's event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.request_id: int | None = None  # known to the engine's thread
+        self.closed = False
+        self.steps: deque[Step] = deque()
+        self.arrived = asyncio.Event()
+
+    def put(self, step: Step) -> None:
+        if not self.closed:
+            self.steps.append(step)
+            self.arrived.set()
+
+
+class Stream(AsyncIterator[Step]):
+    """The reader's end of a mailbox. When it is closed, cancelled or forgotten, so is the request."""
+
+    def __init__(self, mailbox: _Mailbox, num_samples: int, abort: Callable[[_Mailbox], None]) -> None:
+        self._mailbox = mailbox
+        self._open = num_samples
+        self._abort = abort
+
+    async def __anext__(self) -> Step:
+        mailbox = self._mailbox
+        while not mailbox.steps:
+            if mailbox.closed or not self._open:
+                raise StopAsyncIteration
+            mailbox.arrived.clear()
+            try:
+                await mailbox.arrived.wait()
+            except asyncio.CancelledError:
+                self._close()
+                raise
+        step = mailbox.steps.popleft()
+        if step.finish is not None:
+            self._open -= 1
+        if step.error is not None:
+            self._close()
+            raise step.error
+        return step
+
+    async def aclose(self) -> None:
+        """End the request; nothing more comes."""
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        mailbox = self._mailbox
+        if not mailbox.closed:
+            mailbox.closed = True
+            mailbox.steps.clear()
+            mailbox.arrived.set()
+            if self._open:
+                self._open = 0
+                self._abort(mailbox)
+
+
+def _send(loop: asyncio.AbstractEventLoop, steps: Sequence[tuple[_Mailbox, Step]]) -> bool:
+    """Hand steps over; False where the loop is gone and nobody will read them."""
+
+    def put() -> None:
+        for mailbox, step in steps:
+            mailbox.put(step)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,53 @@
+"""How many tokens of prompts may run beside streams that are being written, so that these hardly notice.
+
+A step that carries prompt tokens along takes longer, and every running stream waits for it. Their budget is what fits
+into a multiple of a plain decode step's time, going by how long steps have taken so far on this machine.
+"""
+
+_WEIGHT = 0.2  # of the newest observation
+_FIRST_GUESS = 32  # prompt tokens, before anything was measured
+_LEAST = 4
+_SAFETY = 0.9
+
+
+class Pace:
+    """`stretch` is how much longer a step with prompt tokens may take than one without."""
+
+    def __init__(self, stretch: float, chunk: int) -> None:
+        self._room = (stretch - 1) * _SAFETY
+        self._chunk = chunk
+        self._decode_seconds: dict[int, float] = {}  # of a step, by the number of streams
+        self._prefill_seconds: float | None = None  # for each prompt token more
+
+    def budget(self, num_decoding: int) -> int:
+        """Prompt tokens for a step in which so many streams are written."""
+        if not num_decoding:
+            return self._chunk
+        alone = self._alone(num_decoding)
+        if not alone or not self._prefill_seconds:
+            return min(_FIRST_GUESS, self._chunk)
+        return max(_LEAST, min(self._chunk, int(alone * self._room / self._prefill_seconds)))
+
+    def observe(self, num_decoding: int, num_prefill: int, seconds: float) -> None:
+        """A step of so many streams and prompt tokens took so long."""
+        if not num_prefill:
+            known = self._decode_seconds.get(num_decoding)
+            self._decode_seconds[num_decoding] = seconds if known is None else _blend(known, seconds)
+            return
+        alone = self._alone(num_decoding) if num_decoding else 0.0
+        if alone is not None:
+            each = max(seconds - alone, seconds * 0.05) / num_prefill
+            known = self._prefill_seconds
+            self._prefill_seconds = each if known is None else _blend(known, each)
+
+    def _alone(self, num_decoding: int) -> float | None:
+        """A step of so many streams and nothing else: as measured, or as with the nearest smaller number, or larger."""
+        known = self._decode_seconds.get(num_decoding)
+        if known is not None or not self._decode_seconds:
+            return known
+        smaller = [n for n in self._decode_seconds if n < num_decoding]
+        return self._decode_seconds[max(smaller)] if smaller else self._decode_seconds[min(self._decode_seconds)]
+
+
+def _blend(old: float, new: float) -> float:
+    return old + _WEIGHT * (new - old)

@@ -1,0 +1,93 @@
+"""What earlier requests computed, kept for prompts that begin the same way.
+
+gpt-oss cannot go on from just anywhere: its windowed layers forget what is out of sight. So what is kept are snapshots
+at lengths where a later prompt is likely to part or to go on: the ends of messages, which the caller names, the end of
+a prompt and of a reply. Snapshots of one conversation share the full layers' pages, and each adds the few of its
+window. The least recently used go first when pages are wanted. Found by a digest of all tokens so far, so that a wrong
+match would need a collision of 128 bits.
+"""
+
+import bisect
+import hashlib
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+
+from freehold.engine.pages import Holding, Pages
+
+
+class PrefixDigest:
+    """The digest of a growing run of tokens."""
+
+    __slots__ = ("_hash", "length")
+
+    def __init__(self, salt: str) -> None:
+        self._hash = hashlib.blake2b(salt.encode(), digest_size=16)
+        self._hash.update(b"\0")
+        self.length = 0
+
+    def of(self, tokens: Sequence[int], length: int) -> bytes:
+        """Of the first `length` tokens, which is no fewer than the last time."""
+        self._hash.update(array("q", tokens[self.length : length]).tobytes())
+        self.length = length
+        return self._hash.digest()
+
+
+class PrefixCache:
+    """Snapshots by the digest of their tokens, least recently used first."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+        self._entries: OrderedDict[bytes, Holding] = OrderedDict()
+        self._counts: Counter[int] = Counter()  # of entries, by length
+        self._lengths: list[int] = []  # in rising order, each once
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._entries
+
+    def holdings(self) -> Iterator[Holding]:
+        return iter(self._entries.values())
+
+    def find(self, tokens: Sequence[int], most: int, salt: str) -> Holding | None:
+        """The longest snapshot, of at most `most` tokens, that these tokens begin with; it counts as used."""
+        digest, best = PrefixDigest(salt), None
+        for length in self._lengths:
+            if length > most:
+                break
+            key = digest.of(tokens, length)
+            if key in self._entries:
+                best = key
+        if best is None:
+            return None
+        self._entries.move_to_end(best)
+        return self._entries[best]
+
+    def put(self, key: bytes, snapshot: Holding) -> None:
+        """Keep a snapshot; the cache releases it some day."""
+        assert key not in self._entries
+        self._entries[key] = snapshot
+        if not self._counts[snapshot.length]:
+            bisect.insort(self._lengths, snapshot.length)
+        self._counts[snapshot.length] += 1
+
+    def touch(self, key: bytes) -> None:
+        self._entries.move_to_end(key)
+
+    def evict(self) -> bool:
+        """Let go of the least recently used one; False where there is none."""
+        if not self._entries:
+            return False
+        _, snapshot = self._entries.popitem(last=False)
+        self._counts[snapshot.length] -= 1
+        if not self._counts[snapshot.length]:
+            del self._counts[snapshot.length]
+            self._lengths.remove(snapshot.length)
+        self._pages.release(snapshot)
+        return True
+
+    def clear(self) -> None:
+        while self.evict():
+            pass

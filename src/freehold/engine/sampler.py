@@ -1,0 +1,130 @@
+"""From logits to tokens, each row as its request asks. Rows do not know of each other: one that cannot be drawn from is
+that request's error alone."""
+
+from collections.abc import Sequence as Rows
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from freehold.engine.request import TokenLogprobs
+from freehold.engine.sequence import Sequence
+from freehold.errors import FreeholdError, RequestError
+from freehold.kernels import ops
+
+_WORD_BITS = 32
+_BITS = 1 << np.arange(_WORD_BITS, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+class Masks:
+    """Rows of allowed tokens, filled by the requests' constraints on a thread of their own while the model runs."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._thread: ThreadPoolExecutor | None = None
+        self._rows: dict[Sequence, Future[npt.NDArray[np.int32]]] = {}
+
+    def start(self, sequences: Rows[Sequence]) -> None:
+        """Begin to fill the rows of those among them that have a constraint."""
+        self._rows = {}
+        for sequence in sequences:
+            if sequence.constraint is not None:
+                if self._thread is None:
+                    self._thread = ThreadPoolExecutor(1, thread_name_prefix="freehold-masks")
+                self._rows[sequence] = self._thread.submit(self._filled, sequence)
+
+    def row(self, sequence: Sequence) -> Tensor | None:
+        """Which tokens are not allowed, (V,) bool, when that is known; None where all are. Raises RequestError."""
+        future = self._rows.pop(sequence, None)
+        if future is None:
+            return None
+        try:
+            words = future.result()
+        except Exception as error:
+            raise RequestError(f"the constraint could not say what may come next: {_reason(error)}") from error
+        forbidden = (words[:, None] & _BITS).ravel()[: self._vocab_size] == 0
+        return torch.from_numpy(forbidden)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+
+    def _filled(self, sequence: Sequence) -> npt.NDArray[np.int32]:
+        row = np.zeros(-(-self._vocab_size // _WORD_BITS), dtype=np.int32)
+        assert sequence.constraint is not None
+        sequence.constraint.fill_mask(row)
+        return row
+
+
+@torch.inference_mode()
+def draw(logits_V: Tensor, sequence: Sequence, masks: Masks) -> Drawn:
+    """The next token. The logits are the model's own, float32 on the CPU, and may be overwritten.
+
+    Raises FreeholdError where nothing can be drawn.
+    """
+    sampling = sequence.request.sampling
+    raw_V = logits_V.clone() if sampling.logprobs is not None else logits_V
+    if sampling.changes_logits:
+        _penalise(logits_V, sequence)
+    forbidden_V = masks.row(sequence)
+    if forbidden_V is not None:
+        logits_V.masked_fill_(forbidden_V, -torch.inf)
+    if sequence.num_generated < sequence.request.min_tokens and sequence.request.stop_ids:
+        logits_V[list(sequence.request.stop_ids)] = -torch.inf
+    if (forbidden_V is not None or sequence.request.min_tokens) and bool((logits_V == -torch.inf).all()):
+        raise RequestError("no token may come next: the constraint or min_tokens leave none")
+    token = ops.sample(
+        logits_V,
+        uniform=sequence.random.random() if sampling.temperature else 0.0,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+    )
+    return Drawn(token, None if sampling.logprobs is None else _logprobs(raw_V, token, sampling.logprobs))
+
+
+def append(sequence: Sequence, drawn: Drawn) -> list[int]:
+    """Give the sequence its token, and those that are then forced. Raises FreeholdError where its constraint fails."""
+    try:
+        sequence.append(drawn.token)
+        return [drawn.token, *sequence.append_forced()]
+    except FreeholdError:
+        raise
+    except Exception as error:
+        raise RequestError(f"the constraint failed on token {drawn.token}: {_reason(error)}") from error
+
+
+def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
+    sampling = sequence.request.sampling
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(list({*sequence.request.prompt, *sequence.counts}))
+        values = logits_V[seen]
+        penalty = sampling.repetition_penalty
+        logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if sequence.counts and (sampling.presence_penalty or sampling.frequency_penalty):
+        generated = torch.tensor(list(sequence.counts))
+        counts = torch.tensor(list(sequence.counts.values()), dtype=torch.float32)
+        logits_V[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.logit_bias:
+        logits_V[torch.tensor(list(sampling.logit_bias))] += torch.tensor(list(sampling.logit_bias.values()))
+
+
+def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
+    logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
+    top, ids = torch.topk(logprobs_V, min(count, len(logprobs_V)))
+    return TokenLogprobs(float(logprobs_V[token]), tuple(zip(ids.tolist(), top.tolist(), strict=True)))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

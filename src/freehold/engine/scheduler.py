@@ -1,0 +1,166 @@
+"""Who computes what in the next step. Pure bookkeeping: no tensors, no clock, no threads.
+
+Streams that are being written come first, one token each. Beside them run as many prompt tokens as `Pace` allows, of
+those already admitted and then of those that wait, in order of priority and arrival; nobody overtakes. A waiting
+request is admitted when there is a place for it and its prompt finds pages, from the prefix cache as far as that goes,
+at the cost of cached prefixes if need be. When one that runs finds no page, the last in order gives all of its pages
+back and will compute them again later; what it has written so far is kept.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from freehold.engine.pace import Pace
+from freehold.engine.pages import Holding, PageCopy, Pages
+from freehold.engine.prefix import PrefixCache
+from freehold.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`count` tokens of a sequence from `start` on. Those that reach its last token draw the next one."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def draws(self) -> bool:
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step's work. The copies come before it."""
+
+    works: list[Work] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    num_decoding: int = 0
+
+    @property
+    def num_prefill(self) -> int:
+        """Tokens beyond those of streams that are being written."""
+        return sum(work.count for work in self.works) - self.num_decoding
+
+
+class Scheduler:
+    def __init__(self, pages: Pages, prefixes: PrefixCache, pace: Pace, *, max_num_seqs: int) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._pages = pages
+        self._prefixes = prefixes
+        self._pace = pace
+        self._max_num_seqs = max_num_seqs
+
+    def add(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget it, wherever it is, and free its pages."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> Plan:
+        """The next step; it has no work where nobody can go on."""
+        plan = Plan()
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        budget = self._pace.budget(len(decoding))
+        for sequence in decoding:
+            if sequence.holding is not None and self._go_on(sequence, 1, plan):
+                plan.num_decoding += 1
+        for sequence in list(self.running):
+            if budget > 0 and sequence.holding is not None and sequence.pending > 1:
+                count = min(sequence.pending, budget)
+                if self._go_on(sequence, count, plan):
+                    budget -= count
+        while budget > 0 and self.waiting and len(self.running) < self._max_num_seqs:
+            count = self._admit(self.waiting[0], budget, plan)
+            if not count:
+                break
+            budget -= count
+        return plan
+
+    def commit(self, work: Work) -> None:
+        """The work is done: its keys and values are written."""
+        sequence, length = work.sequence, work.start + work.count
+        assert sequence.holding is not None
+        while sequence.boundaries and sequence.boundaries[0] <= length:
+            self._keep(sequence, sequence.boundaries.pop(0))
+        self._pages.advance(sequence.holding, length)
+
+    def finish(self, sequence: Sequence) -> None:
+        """It has all its tokens: what was computed is kept for whoever goes on from here, as long as there is room."""
+        if sequence.request.cache and sequence.computed:
+            self._keep(sequence, sequence.computed)
+        self.remove(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages away. It will be computed again, from the nearest cached prefix."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.add(sequence)
+
+    def holdings(self) -> Iterator[Holding]:
+        return (sequence.holding for sequence in self.running if sequence.holding is not None)
+
+    def _admit(self, sequence: Sequence, budget: int, plan: Plan) -> int:
+        """The number of tokens planned; 0 where it has to wait."""
+        sequence.plan_snapshots()
+        cached = self._prefixes.find(sequence.tokens, len(sequence.tokens) - 1, sequence.salt)
+        holding = self._pages.new_holding() if cached is None else self._pages.restore(cached)
+        count = min(len(sequence.tokens) - holding.length, budget)
+        stop = holding.length + count
+        # Later chunks shall find their pages too, or it would soon be pushed out again. Alone it needs no such promise.
+        later = len(sequence.tokens) if self.running else 0
+        while not self._pages.can_extend(holding, stop, later=later):
+            if not self._prefixes.evict():
+                self._pages.release(holding)
+                return 0
+        self.waiting.pop(0)
+        bisect.insort(self.running, sequence, key=lambda s: s.order)
+        sequence.holding = holding
+        if not sequence.num_preemptions:
+            sequence.num_cached = holding.length
+        sequence.boundaries = [length for length in sequence.boundaries if length > holding.length]
+        self._plan(sequence, count, plan)
+        return count
+
+    def _go_on(self, sequence: Sequence, count: int, plan: Plan) -> bool:
+        """Plan more of a running sequence, if need be at the cost of who comes after all others."""
+        planned = {work.sequence.order for work in plan.works}
+        while True:
+            assert sequence.holding is not None
+            if self._pages.can_extend(sequence.holding, sequence.computed + count):
+                self._plan(sequence, count, plan)
+                return True
+            if self._prefixes.evict():
+                continue
+            assert len(self.running) > 1, "one sequence alone does not fit; its request should have been refused"
+            victim = next(other for other in reversed(self.running) if other.order not in planned)
+            if victim is sequence:  # those in front of it go on, and may yet want its pages
+                return False
+            self.preempt(victim)
+
+    def _plan(self, sequence: Sequence, count: int, plan: Plan) -> None:
+        assert sequence.holding is not None
+        start = sequence.computed
+        plan.copies += self._pages.extend(sequence.holding, start + count)
+        plan.works.append(Work(sequence, start, count))
+
+    def _keep(self, sequence: Sequence, length: int) -> None:
+        assert sequence.holding is not None
+        key = sequence.digest.of(sequence.tokens, length)
+        if key in self._prefixes:
+            self._prefixes.touch(key)
+        else:
+            self._prefixes.put(key, self._pages.snapshot(sequence.holding, length))
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.holding is not None:
+            self._pages.release(sequence.holding)
+            sequence.holding = None
