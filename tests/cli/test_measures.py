@@ -52,6 +52,17 @@ def test_bench_of_random_weights() -> None:
     assert facts["load_seconds"] > 0
 
 
+def test_bench_of_several_streams() -> None:
+    rows = bench("--prompt", "16,20", "--concurrency", "1,3", "--concurrency", 5)["streams"]
+    assert [(row["streams"], row["prompt"], row["tokens"]) for row in rows] == [(1, 16, 4), (3, 16, 4), (5, 16, 4)]
+    for row in rows:
+        assert row["generated_tok_s"] > 0
+        assert 0 < row["seconds_per_token"] < row["first_token_seconds"] + 4 * row["seconds_per_token"]
+        # As many streams as there are share the time that they all take.
+        alone = row["first_token_seconds"] + 3 * row["seconds_per_token"]
+        assert row["generated_tok_s"] <= row["streams"] * 4 / alone * 2
+
+
 def test_bench_counts_what_a_token_costs(tmp_path: Path) -> None:
     """Every weight that a token meets, counted from the tensors of such a checkpoint."""
     config = NAMED_CONFIGS["tiny"]
@@ -65,8 +76,18 @@ def test_bench_counts_what_a_token_costs(tmp_path: Path) -> None:
 
 
 def test_bench_of_a_model_as_text(default_folder: Path) -> None:
-    result = invoke("bench", default_folder, "--prompt", 8, "--generate", 2, "--rounds", 1, "--depth", 0, "--depth", 30)
-    for words in ("prefill", "decode", "% of depth 0", "GB/s read", "peak resident memory", str(default_folder)):
+    result = invoke(
+        "bench", default_folder, "--prompt", 8, "--generate", 2, "--rounds", 1, "--depth", "0,30", "--concurrency", 2
+    )
+    for words in (
+        "prefill",
+        "decode",
+        "streams",
+        "% of depth 0",
+        "GB/s read",
+        "peak resident memory",
+        str(default_folder),
+    ):
         assert words in result.stdout
 
 
@@ -80,6 +101,8 @@ def test_bench_draws_a_chart(tmp_path: Path) -> None:
     [
         (["--prompt", "0"], UsageError, "prompt must be 1 or more, got 0"),
         (["--depth", "-1"], UsageError, "depth must be 0 or more, got -1"),
+        (["--prompt", "5,x"], UsageError, "--prompt takes whole numbers, with commas between several, got 5,x"),
+        (["--concurrency", "2,0"], UsageError, "concurrency must be 1 or more, got 2, 0"),
         (["--rounds", "0"], UsageError, "rounds must be 1 or more, got 0"),
         (["--depth", "900000000"], UsageError, "context must be between 1 and"),
         (["--png", "/nowhere/chart.png"], DiskError, "no folder /nowhere"),

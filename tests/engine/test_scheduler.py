@@ -154,7 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         if not hasattr(self, "pages"):
             return
-        self.pages.check([*self.scheduler.holdings(), *self.prefixes.holdings()])
+        self.pages.check([*self.scheduler.holdings(), *(prefix.snapshot for prefix in self.prefixes)])
         queued = Counter(id(sequence) for sequence in (*self.scheduler.running, *self.scheduler.waiting))
         assert set(queued.values()) <= {1}
         assert set(queued) == {id(sequence) for sequence in self.live if not self.held_back(sequence)}

@@ -23,10 +23,16 @@ def command(
     synthetic: Annotated[
         str | None, typer.Option(help="Random weights of this shape instead: gpt-oss-20b, gpt-oss-120b or tiny.")
     ] = None,
-    prompt: Annotated[list[int] | None, typer.Option(help="Prompt length; may be repeated. Default: 512.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt lengths, with commas between several. Default: 512."),
+    ] = None,
     generate: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
     depth: Annotated[
-        list[int] | None, typer.Option(help="Tokens in front of prompt and answer; may be repeated. Default: 0.")
+        list[str] | None, typer.Option(help="Tokens in front of prompt and answer, as above. Default: 0.")
+    ] = None,
+    concurrency: Annotated[
+        list[str] | None, typer.Option(help="Also so many streams at once, with prompts of the first length: 1,8,32.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Every figure is the median of so many.")] = 3,
     dense: Dense = None,
@@ -39,7 +45,8 @@ def command(
 
     \b
     freehold bench
-    freehold bench --synthetic gpt-oss-20b --prompt 256 --prompt 512 --depth 0 --depth 8192
+    freehold bench --synthetic gpt-oss-20b --prompt 256,512 --depth 0,8192
+    freehold bench --prompt 110 --concurrency 1,8,32
     """
     from freehold.session import bench
 
@@ -47,7 +54,13 @@ def command(
         raise UsageError(f"name either a model ({model}) or --synthetic {synthetic}, not both")
     if synthetic is not None and synthetic not in NAMED_CONFIGS:
         raise UsageError(f"--synthetic must be one of {', '.join(NAMED_CONFIGS)}, got {synthetic!r}")
-    work = bench.Workload(prompts=prompt or [512], depths=depth or [0], generate=generate, rounds=rounds)
+    work = bench.Workload(
+        prompts=_numbers("prompt", prompt) or [512],
+        depths=_numbers("depth", depth) or [0],
+        generate=generate,
+        rounds=rounds,
+        concurrency=_numbers("concurrency", concurrency),
+    )
     if png is not None:
         bench.check_chart(png)
     with terminal.progress_bars() as progress:
@@ -55,7 +68,7 @@ def command(
             loaded = bench.synthetic(
                 synthetic,
                 NAMED_CONFIGS[synthetic],
-                context=work.context,
+                work,
                 dense=dense,
                 kv_dtype=kv_dtype,
                 threads=threads,
@@ -64,7 +77,7 @@ def command(
         else:
             loaded = bench.load_for_bench(
                 model or "default",
-                context=work.context,
+                work,
                 device="cpu",
                 dense=dense,
                 kv_dtype=kv_dtype,
@@ -79,6 +92,14 @@ def command(
         _print(result)
     if png is not None:
         bench.write_chart(result, png)
+
+
+def _numbers(name: str, given: list[str] | None) -> list[int]:
+    words = [word for option in given or [] for word in option.split(",")]
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise UsageError(f"--{name} takes whole numbers, with commas between several, got {','.join(words)}") from None
 
 
 def _print(result: "Bench") -> None:
@@ -98,14 +119,29 @@ def _print(result: "Bench") -> None:
         )
     least_depth = min(line.depth for line in result.decode)
     for line in result.decode:
-        of = share(line.share_of_bandwidth, "bandwidth")
+        shares = [share(line.share_of_bandwidth, "bandwidth")]
         if line.depth != least_depth:
-            of += f", {line.share_of_least_depth:.0%} of depth {least_depth}"
+            shares.append(f"{line.share_of_least_depth:.0%} of depth {least_depth}")
+        of = ", ".join(filter(None, shares))
         table.add_row(
             "decode", str(line.tokens), str(line.depth), f"{line.decode_tok_s:.2f}", f"{line.gb_s:.1f} GB/s", of
         )
     terminal.write(f"{result.model}\n{result.policy}\n{result.cpu}\n\n")
     Console(highlight=False).print(table)
+    if result.streams:
+        together = Table(
+            "streams", "prompt", "tokens", "tokens/s", "first token", "per token", box=None, pad_edge=False
+        )
+        for column in together.columns:
+            column.justify = "right"
+        for many in result.streams:
+            each = "" if many.seconds_per_token is None else f"{many.seconds_per_token * 1e3:.0f} ms"
+            together.add_row(
+                str(many.streams), str(many.prompt), str(many.tokens), f"{many.generated_tok_s:.1f}",
+                f"{many.first_token_seconds:.2f} s", each,
+            )  # fmt: skip
+        terminal.write("\n")
+        Console(highlight=False).print(together)
     bounds = ""
     if result.read_bandwidth and result.peak_macs:
         bandwidth, peak = result.read_bandwidth / 1e9, result.peak_macs / 1e9

@@ -17,6 +17,7 @@ from freehold.cli.options import (
     MaxTokens,
     MinP,
     ModelOption,
+    PrefixCacheDir,
     Seed,
     Temperature,
     Threads,
@@ -58,6 +59,7 @@ def command(
     kv_dtype: KvDtype = None,
     context: Context = None,
     threads: Threads = None,
+    prefix_cache_dir: PrefixCacheDir = None,
 ) -> None:
     """Ask a question, or hold a conversation.
 
@@ -82,6 +84,7 @@ def command(
             kv_dtype=kv_dtype,
             context=context,
             threads=threads,
+            prefix_cache_dir=prefix_cache_dir,
             progress=progress,
         )
     sampling = {

@@ -15,13 +15,14 @@ from freehold.cli.options import (
     MaxTokens,
     MinP,
     ModelOption,
+    PrefixCacheDir,
     Seed,
     Temperature,
     Threads,
     TopK,
     TopP,
 )
-from freehold.errors import CheckpointError, UsageError
+from freehold.errors import UsageError
 
 
 def command(
@@ -33,12 +34,14 @@ def command(
     top_k: TopK = None,
     min_p: MinP = None,
     seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     dense: Dense = None,
     kv_dtype: KvDtype = None,
     context: Context = None,
     threads: Threads = None,
+    prefix_cache_dir: PrefixCacheDir = None,
 ) -> None:
     """Continue a text: raw completion, no chat format.
 
@@ -50,7 +53,6 @@ def command(
         if sys.stdin.isatty():
             raise UsageError("there is no text to continue; give it as an argument or through a pipe")
         prompt = terminal.read_stdin()
-    from freehold.formats.tokenizer import Detokenizer
     from freehold.session.model import load
 
     with terminal.progress_bars() as progress:
@@ -62,13 +64,12 @@ def command(
             kv_dtype=kv_dtype,
             context=context,
             threads=threads,
+            prefix_cache_dir=prefix_cache_dir,
             progress=progress,
         )
-    if loaded.tokenizer is None:
-        raise CheckpointError(f"{model} has no tokenizer.json, so it cannot read text; add the one it was trained with")
-    detokenizer = Detokenizer(loaded.tokenizer)
-    tokens = loaded.generate(
-        loaded.tokenizer.encode(prompt),
+    pieces = loaded.stream_text(
+        prompt,
+        stop=stop or (),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -77,9 +78,9 @@ def command(
         seed=seed,
     )
     try:
-        for token in tokens:
-            terminal.write(detokenizer.feed(token))
-        terminal.write(detokenizer.flush() + "\n")
+        for piece in pieces:
+            terminal.write(piece)
+        terminal.write("\n")
     except KeyboardInterrupt:
         terminal.write("\n")
         sys.exit(130)

@@ -51,4 +51,10 @@ Context = Annotated[
     int | None,
     typer.Option(help="Tokens a conversation may have. Default: the model's context, or what fits into memory."),
 ]
+PrefixCacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder in which the beginnings of prompts are kept, computed, for the next time: system prompts, tools."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels. Default: one for each physical core.")]

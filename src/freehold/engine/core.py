@@ -6,7 +6,7 @@ others do not notice.
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,14 +17,15 @@ from freehold.engine import sampler
 from freehold.engine.kv_store import KvStore, group_windows, page_counts
 from freehold.engine.options import EngineOptions
 from freehold.engine.pace import Pace
-from freehold.engine.pages import Pages
-from freehold.engine.prefix import PrefixCache
+from freehold.engine.pages import Holding, Pages
+from freehold.engine.prefix import Prefix, PrefixCache, PrefixDigest
+from freehold.engine.prefix_files import PrefixFiles
 from freehold.engine.request import FinishReason, Request, Step, TokenLogprobs
 from freehold.engine.runner import Runner
 from freehold.engine.sampler import Masks
 from freehold.engine.scheduler import Plan, Scheduler
 from freehold.engine.sequence import Sequence as Sample
-from freehold.engine.sequence import new_sequences
+from freehold.engine.sequence import new_sequences, shared_salt
 from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, UsageError
 from freehold.kernels.kv import PAGE
 from freehold.log import logger
@@ -62,10 +63,18 @@ class EngineStats:
 
 
 class Engine:
-    """Runs requests on a transformer, with the KV cache that `options` allow. `clock` gives seconds."""
+    """Runs requests on a transformer, with the KV cache that `options` allow.
+
+    `prefix_files` keeps what many requests begin with on disk. `clock` gives seconds.
+    """
 
     def __init__(
-        self, transformer: Transformer, options: EngineOptions, *, clock: Callable[[], float] = time.monotonic
+        self,
+        transformer: Transformer,
+        options: EngineOptions,
+        *,
+        prefix_files: PrefixFiles | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = transformer.config
         self._counts = page_counts(
@@ -78,6 +87,7 @@ class Engine:
         self._store = KvStore(config, self._counts, type=transformer.kv_type, device=transformer.device)
         self._runner = Runner(transformer, self._store)
         self._masks = Masks(config.vocab_size)
+        self._files = prefix_files
         self._start_anew()
         self._num_requests = 0
         self._totals = {"prompt": 0, "cached": 0, "generated": 0, "preemptions": 0, "steps": 0}
@@ -121,6 +131,8 @@ class Engine:
         self._num_requests += 1
         self._totals["prompt"] += len(request.prompt)
         self._requests[request_id] = samples
+        if self._files is not None and request.cache:
+            self._fetch_prefix(self._files, samples[0])
         self._scheduler.add(samples[0])
         return request_id
 
@@ -190,13 +202,44 @@ class Engine:
             busy_seconds=self._busy_seconds,
         )
 
+    def adopt(self, tokens: Sequence[int], contents: Mapping[str, Tensor], *, cache_salt: str = "") -> bool:
+        """Take keys and values that were computed elsewhere as those of a prompt's beginning.
+
+        `contents` is as KvStore.read gives it for pages of so many positions. False where there is no room for them.
+        """
+        salt = shared_salt(cache_salt)
+        return self._adopt(PrefixDigest(salt).of(tokens, len(tokens)), len(tokens), contents)
+
+    def contents_like(self, length: int) -> dict[str, Tensor]:
+        """What `adopt` takes for so many tokens, to be filled: now as the pages happen to be. Empty without room."""
+        holding = self._place(length)
+        if holding is None:
+            return {}
+        contents = self._store.read(holding)
+        self._pages.release(holding)
+        return contents
+
+    def tend(self) -> bool:
+        """For idle moments: look after the books, keep a prefix on disk. Whether there is more of that to do."""
+        self.check_integrity()
+        if self._files is None:
+            return False
+        wanted = [p for p in self._prefixes if (p.is_root or p.uses > 1) and not p.is_kept]
+        if not wanted:
+            return False
+        prefix = wanted[-1]
+        prefix.is_kept = True
+        if prefix.key not in self._files:
+            self._files.write(prefix.key, prefix.length, self._store.read(prefix.snapshot))
+        return len(wanted) > 1
+
     def clear_prefixes(self) -> None:
         """Forget every cached prefix."""
         self._prefixes.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is accounted for, and every sequence is where it belongs."""
-        self._pages.check([*self._scheduler.holdings(), *self._prefixes.holdings()])
+        self._pages.check([*self._scheduler.holdings(), *(prefix.snapshot for prefix in self._prefixes)])
         live = {id(sample) for samples in self._requests.values() for sample in samples}
         held_back = {id(sibling) for samples in self._requests.values() for s in samples for sibling in s.siblings}
         queued = [*self._scheduler.running, *self._scheduler.waiting]
@@ -206,8 +249,10 @@ class Engine:
         assert all(sample.holding is None for sample in self._scheduler.waiting), "one waits and keeps pages"
 
     def close(self) -> list[Output]:
-        """End everything. The engine is of no use afterwards."""
+        """End everything, keep on disk what is to be kept. The engine is of no use afterwards."""
         outputs = [output for request_id in list(self._requests) for output in self.abort(request_id)]
+        while self.tend():
+            pass
         self._masks.close()
         return outputs
 
@@ -218,6 +263,36 @@ class Engine:
         self._scheduler = Scheduler(self._pages, self._prefixes, self._pace, max_num_seqs=self.options.max_num_seqs)
         self._requests: dict[int, list[Sample]] = {}  # those that have not ended
         self._store.forget_tables()
+
+    def _fetch_prefix(self, files: PrefixFiles, sample: Sample) -> None:
+        """Take from the disk what it has and memory has not."""
+        most = len(sample.tokens) - 1
+        cached = self._prefixes.find(sample.tokens, most, sample.salt)
+        least = 1 if cached is None else cached.length + 1
+        key = files.find(sample.tokens, most, sample.salt, least=least)
+        if key is None:
+            return
+        length, contents = files.length(key), files.read(key)
+        if contents is not None:
+            self._adopt(key, length, contents)
+
+    def _adopt(self, key: bytes, length: int, contents: Mapping[str, Tensor]) -> bool:
+        if key in self._prefixes:
+            return True
+        holding = self._place(length)
+        if holding is None:
+            return False
+        if not self._store.write(holding, contents):
+            self._pages.release(holding)
+            return False
+        self._prefixes.put(Prefix(key, holding, is_kept=self._files is not None and key in self._files))
+        return True
+
+    def _place(self, length: int) -> Holding | None:
+        while (holding := self._pages.place(length)) is None:
+            if not self._prefixes.evict():
+                return None
+        return holding
 
     def _ended_early(self, now: float) -> list[Output]:
         """Those whose time is up, and those who were given all of their tokens."""

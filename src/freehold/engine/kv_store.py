@@ -1,6 +1,6 @@
 """The pages themselves, and the batch that a forward pass takes. Knows which tensors, not whose tokens or why."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,32 @@ class KvStore:
                 if group == copy.group:
                     for tensor in layer.tensors():
                         tensor[copy.target] = tensor[copy.source]
+
+    def read(self, holding: Holding) -> dict[str, Tensor]:
+        """What a holding's pages contain, by layer: copies, (pages, …)."""
+        return {name: tensor[pages] for name, tensor, pages in self._parts(holding)}
+
+    def write(self, holding: Holding, contents: Mapping[str, Tensor]) -> bool:
+        """Fill a holding's pages with what `read` gave; False, and nothing is written, where that does not fit them."""
+        parts = self._parts(holding)
+        fits = all(
+            name in contents
+            and contents[name].dtype == tensor.dtype
+            and contents[name].shape == (len(pages), *tensor.shape[1:])
+            for name, tensor, pages in parts
+        )
+        if fits and len(parts) == len(contents):
+            for name, tensor, pages in parts:
+                tensor[pages] = contents[name].to(tensor.device)
+            return True
+        return False
+
+    def _parts(self, holding: Holding) -> list[tuple[str, Tensor, list[int]]]:
+        parts = []
+        for i, (group, layer) in enumerate(zip(self._group_of_layer, self._layers, strict=True)):
+            pages = holding.tables[group][holding.firsts[group] :]
+            parts += [(f"{i}.{part}", tensor, pages) for part, tensor in enumerate(layer.tensors())]
+        return parts
 
     def batch(self, works: Sequence[Work]) -> Batch:
         """What the forward pass of these tokens, one sequence after the other, runs on."""

@@ -100,6 +100,8 @@ class LocalEngine:
         with self._lock:
             self._engine.abort(request_id)
             self._mail.pop(request_id, None)
+            while not self._engine.has_work and self._engine.tend():
+                pass
 
 
 class AsyncEngine:
@@ -188,11 +190,9 @@ class AsyncEngine:
         """Do what was asked for since the last step; wait for something where there is nothing else to do."""
         if not self._engine.has_work:
             self._idle.set()
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                self._engine.check_integrity()
-                command = self._commands.get()
+            while self._commands.empty() and self._engine.tend():
+                pass
+            command = self._commands.get()
             self._idle.clear()
             command()
         while not self._commands.empty():

@@ -175,6 +175,17 @@ class Pages:
         self._share(copy)
         return copy
 
+    def place(self, length: int) -> Holding | None:
+        """Pages for a snapshot of `length` positions that comes from elsewhere; None where too few are free."""
+        firsts = [group.first_in_sight(length, self.page_size) for group in self.groups]
+        counts = [max(0, self._num_pages(length) - first) for first in firsts]
+        if any(group.pool.num_free < count for group, count in zip(self.groups, counts, strict=True)):
+            return None
+        holding = Holding(length, [[HOLE] * first for first in firsts], firsts)
+        for group, table, count in zip(self.groups, holding.tables, counts, strict=True):
+            table += [group.pool.take(None) for _ in range(count)]
+        return holding
+
     def release(self, holding: Holding) -> None:
         for group, table, first in zip(self.groups, holding.tables, holding.firsts, strict=True):
             for page in table[first:]:

@@ -12,6 +12,7 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from freehold.engine.pages import Holding, Pages
 
@@ -33,12 +34,31 @@ class PrefixDigest:
         return self._hash.digest()
 
 
+@dataclass(slots=True, eq=False)
+class Prefix:
+    """A snapshot that is kept, under the digest of its tokens.
+
+    `is_root` if it ends the first message that a caller named: what many conversations begin with. `uses` counts those
+    who went on from it. `is_kept` once it has been written to disk, or could not be.
+    """
+
+    key: bytes
+    snapshot: Holding
+    is_root: bool = False
+    uses: int = 0
+    is_kept: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.snapshot.length
+
+
 class PrefixCache:
-    """Snapshots by the digest of their tokens, least recently used first."""
+    """Prefixes by their keys, least recently used first."""
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
-        self._entries: OrderedDict[bytes, Holding] = OrderedDict()
+        self._entries: OrderedDict[bytes, Prefix] = OrderedDict()
         self._counts: Counter[int] = Counter()  # of entries, by length
         self._lengths: list[int] = []  # in rising order, each once
 
@@ -48,11 +68,11 @@ class PrefixCache:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._entries
 
-    def holdings(self) -> Iterator[Holding]:
+    def __iter__(self) -> Iterator[Prefix]:
         return iter(self._entries.values())
 
-    def find(self, tokens: Sequence[int], most: int, salt: str) -> Holding | None:
-        """The longest snapshot, of at most `most` tokens, that these tokens begin with; it counts as used."""
+    def find(self, tokens: Sequence[int], most: int, salt: str) -> Prefix | None:
+        """The longest one, of at most `most` tokens, that these tokens begin with. It becomes the last to go."""
         digest, best = PrefixDigest(salt), None
         for length in self._lengths:
             if length > most:
@@ -65,13 +85,13 @@ class PrefixCache:
         self._entries.move_to_end(best)
         return self._entries[best]
 
-    def put(self, key: bytes, snapshot: Holding) -> None:
-        """Keep a snapshot; the cache releases it some day."""
-        assert key not in self._entries
-        self._entries[key] = snapshot
-        if not self._counts[snapshot.length]:
-            bisect.insort(self._lengths, snapshot.length)
-        self._counts[snapshot.length] += 1
+    def put(self, prefix: Prefix) -> None:
+        """Keep a prefix; its snapshot is released some day."""
+        assert prefix.key not in self._entries
+        self._entries[prefix.key] = prefix
+        if not self._counts[prefix.length]:
+            bisect.insort(self._lengths, prefix.length)
+        self._counts[prefix.length] += 1
 
     def touch(self, key: bytes) -> None:
         self._entries.move_to_end(key)
@@ -80,12 +100,12 @@ class PrefixCache:
         """Let go of the least recently used one; False where there is none."""
         if not self._entries:
             return False
-        _, snapshot = self._entries.popitem(last=False)
-        self._counts[snapshot.length] -= 1
-        if not self._counts[snapshot.length]:
-            del self._counts[snapshot.length]
-            self._lengths.remove(snapshot.length)
-        self._pages.release(snapshot)
+        _, prefix = self._entries.popitem(last=False)
+        self._counts[prefix.length] -= 1
+        if not self._counts[prefix.length]:
+            del self._counts[prefix.length]
+            self._lengths.remove(prefix.length)
+        self._pages.release(prefix.snapshot)
         return True
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from freehold.engine.pace import Pace
 from freehold.engine.pages import Holding, PageCopy, Pages
-from freehold.engine.prefix import PrefixCache
+from freehold.engine.prefix import Prefix, PrefixCache
 from freehold.engine.sequence import Sequence
 
 
@@ -112,7 +112,7 @@ class Scheduler:
         """The number of tokens planned; 0 where it has to wait."""
         sequence.plan_snapshots()
         cached = self._prefixes.find(sequence.tokens, len(sequence.tokens) - 1, sequence.salt)
-        holding = self._pages.new_holding() if cached is None else self._pages.restore(cached)
+        holding = self._pages.new_holding() if cached is None else self._pages.restore(cached.snapshot)
         count = min(len(sequence.tokens) - holding.length, budget)
         stop = holding.length + count
         # Later chunks shall find their pages too, or it would soon be pushed out again. Alone it needs no such promise.
@@ -126,6 +126,8 @@ class Scheduler:
         sequence.holding = holding
         if not sequence.num_preemptions:
             sequence.num_cached = holding.length
+        if cached is not None:
+            cached.uses += 1
         sequence.boundaries = [length for length in sequence.boundaries if length > holding.length]
         self._plan(sequence, count, plan)
         return count
@@ -158,7 +160,9 @@ class Scheduler:
         if key in self._prefixes:
             self._prefixes.touch(key)
         else:
-            self._prefixes.put(key, self._pages.snapshot(sequence.holding, length))
+            snapshot = self._pages.snapshot(sequence.holding, length)
+            is_root = length == min(sequence.request.boundaries, default=None)
+            self._prefixes.put(Prefix(key, snapshot, is_root=is_root))
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.holding is not None:

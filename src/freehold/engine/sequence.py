@@ -101,12 +101,17 @@ class Sequence:
         )
 
 
+def shared_salt(cache_salt: str) -> str:
+    """Of the prefixes that all requests with this salt share."""
+    return f"shared {cache_salt}"
+
+
 def new_sequences(request: Request, request_id: int, now: float) -> list[Sequence]:
     """The request's samples. Those after the first wait for its prompt as its siblings."""
     seed = request.sampling.seed
     if seed is None:
         seed = secrets.randbits(63)
-    salt = f"shared {request.cache_salt}" if request.cache else f"request {request_id}"
+    salt = shared_salt(request.cache_salt) if request.cache else f"request {request_id}"
     sequences = [
         Sequence(
             request_id=request_id,

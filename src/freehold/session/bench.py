@@ -1,8 +1,7 @@
 """How fast a model runs here: prefill and decode at several lengths and depths, held against what the machine can do.
 
 The two bounds are measured in between: bytes a second that all threads together read from memory, which limits
-decode, and int8 multiply-adds a second on registers alone, which limit prefill. Depth is filled with random keys and
-values: what they are does not change the time, and computing them would take minutes.
+decode, and int8 multiply-adds a second on registers alone, which limit prefill. Everything runs through the engine.
 """
 
 import importlib.util
@@ -18,23 +17,22 @@ from torch import Tensor
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.disk import new_file
-from freehold.engine.options import PREFILL_CHUNK
+from freehold.engine.options import EngineOptions
 from freehold.errors import BackendError, DiskError, UsageError
-from freehold.kernels import backends, ops
+from freehold.kernels import backends
 from freehold.kernels.kv import kv_bytes_per_token
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
-from freehold.model.kv_cache import KVCache
 from freehold.model.transformer import Transformer
 from freehold.session.memory import fitting_plan, free_memory, gib
 from freehold.session.model import load
 from freehold.session.policy import Policy, decide, use_threads
+from freehold.session.runs import WARM_UP, TimedRuns, Together
 from freehold.weights.packed import PackedMatrix
 from freehold.weights.synth import RANDOM_EMBEDDINGS, random_packed_table
 
 _BANDWIDTH_BYTES = 1 << 30  # more than caches hold
 _BANDWIDTH_ROUNDS = 5
-_WARM_UP = 2  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +43,7 @@ class Workload:
     depths: Sequence[int]
     generate: int
     rounds: int
+    concurrency: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name, values, least in (
@@ -52,6 +51,7 @@ class Workload:
             ("depth", self.depths, 0),
             ("generate", [self.generate], 1),
             ("rounds", [self.rounds], 1),
+            ("concurrency", self.concurrency or [1], 1),
         ):
             if not values or min(values) < least:
                 raise UsageError(f"{name} must be {least} or more, got {', '.join(map(str, values)) or 'nothing'}")
@@ -59,7 +59,17 @@ class Workload:
     @property
     def context(self) -> int:
         """What a model must have room for."""
-        return max(self.depths) + max(*self.prompts, self.generate + _WARM_UP)
+        return max(self.depths) + max(self.prompts) + self.generate + WARM_UP
+
+    @property
+    def max_num_seqs(self) -> int:
+        """How many streams it has at once."""
+        return max(self.concurrency, default=1)
+
+    @property
+    def kv_tokens(self) -> int:
+        """What the KV cache must have room for: all streams."""
+        return max(self.context, self.max_num_seqs * (max(self.prompts) + self.generate))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,19 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """So many at once, each with a prompt of its own of `prompt` tokens and `tokens` generated. `generated_tok_s` is of
+    all together, their prompts' time included; the rest are medians over the streams."""
+
+    streams: int
+    prompt: int
+    tokens: int
+    generated_tok_s: float
+    first_token_seconds: float
+    seconds_per_token: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     model: str
     policy: str
@@ -101,6 +124,7 @@ class Bench:
     peak_rss_bytes: int
     prefill: list[Prefill]
     decode: list[Decode]
+    streams: list[Streams]
 
     @property
     def prefill_tok_s(self) -> float:
@@ -121,19 +145,28 @@ class Loaded:
     transformer: Transformer
     experts: ExpertFormat
     policy: Policy
+    options: EngineOptions
     planned_bytes: int
     load_seconds: float
 
 
-def load_for_bench(model: str, *, context: int, progress: Progress = no_progress, **options: object) -> Loaded:
-    """A model as `freehold.load` gives it; `options` are load's."""
+def load_for_bench(model: str, work: Workload, *, progress: Progress = no_progress, **options: object) -> Loaded:
+    """A model as `freehold.load` gives it, with room for this work; `options` are load's."""
     start = time.perf_counter()
-    loaded = load(model, context=context, progress=progress, **options)  # type: ignore[arg-type]
+    loaded = load(
+        model,
+        context=work.context,
+        kv_tokens=work.kv_tokens,
+        max_num_seqs=work.max_num_seqs,
+        progress=progress,
+        **options,  # type: ignore[arg-type]
+    )
     return Loaded(
         name=str(loaded.path),
         transformer=loaded.transformer,
         experts=ExpertFormat(loaded.experts),
         policy=loaded.policy,
+        options=loaded.plan.options,
         planned_bytes=loaded.plan.total,
         load_seconds=time.perf_counter() - start,
     )
@@ -142,8 +175,8 @@ def load_for_bench(model: str, *, context: int, progress: Progress = no_progress
 def synthetic(
     name: str,
     config: ModelConfig,
+    work: Workload,
     *,
-    context: int,
     dense: str | None = None,
     kv_dtype: str | None = None,
     threads: int | None = None,
@@ -156,7 +189,14 @@ def synthetic(
     policy = decide(config, device="cpu", dense=dense, kv_dtype=kv_dtype, threads=threads)
     if policy.dense is None:
         raise BackendError("random weights are made for the native CPU kernels, and they do not run here")
-    plan = fitting_plan(config, ExpertFormat.MXFP4, policy, context=context, max_num_seqs=1)
+    plan = fitting_plan(
+        config,
+        ExpertFormat.MXFP4,
+        policy,
+        context=work.context,
+        kv_tokens=work.kv_tokens,
+        max_num_seqs=work.max_num_seqs,
+    )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     start = time.perf_counter()
     use_threads(policy.threads)
@@ -167,28 +207,33 @@ def synthetic(
         transformer=transformer,
         experts=ExpertFormat.MXFP4,
         policy=policy,
+        options=plan.options,
         planned_bytes=plan.total,
         load_seconds=time.perf_counter() - start,
     )
 
 
-@torch.inference_mode()
 def measure(loaded: Loaded, work: Workload, *, progress: Progress = no_progress) -> Bench:
-    """Medians over the rounds for every prompt length and depth, on a model loaded with at least `work.context`."""
-    transformer = loaded.transformer
+    """Medians over the rounds for every prompt length, depth and number of streams, on a model loaded for this work."""
     prompts, depths, generate, rounds = work.prompts, work.depths, work.generate, work.rounds
-    macs = macs_per_token(transformer.config)
+    config = loaded.transformer.config
+    macs = macs_per_token(config)
     bounds = _Bounds(loaded)
+    timed = TimedRuns(loaded.transformer, loaded.options, num_tokens=min(config.vocab_size, RANDOM_EMBEDDINGS))
     prefill_runs = {(tokens, depth): _Runs() for depth in depths for tokens in prompts}
     decode_runs = {depth: _Runs() for depth in depths}
-    steps, done = rounds * (len(prefill_runs) + len(decode_runs)), 0
+    streams: dict[int, list[Together]] = {count: [] for count in work.concurrency}
+    steps, done = rounds * (len(prefill_runs) + len(decode_runs) + len(streams)), 0
     for _ in range(rounds):  # all of them in each round: a machine that slows down for a while slows down everything
         for (tokens, depth), runs in prefill_runs.items():
-            runs.add(tokens * macs, _timed_prefill(transformer, tokens, depth), bounds.macs())
+            runs.add(tokens * macs, timed.prefill(tokens, depth), bounds.macs())
             progress("measuring", done := done + 1, steps)
         for depth, runs in decode_runs.items():
             read = generate * bytes_per_token(loaded, depth)
-            runs.add(read, _timed_decode(transformer, generate, depth), bounds.bandwidth())
+            runs.add(read, timed.decode(generate, depth), bounds.bandwidth())
+            progress("measuring", done := done + 1, steps)
+        for count, rounds_of_it in streams.items():
+            rounds_of_it.append(timed.together(count, prompts[0], generate))
             progress("measuring", done := done + 1, steps)
     peak_rss = machine.process_status().get("VmHWM", 0)  # before the machine's own figures take memory
     bounds.complete()
@@ -225,6 +270,21 @@ def measure(loaded: Loaded, work: Workload, *, progress: Progress = no_progress)
             )
             for depth, runs in decode_runs.items()
         ],
+        streams=[_streams(runs, prompts[0], generate) for runs in streams.values()],
+    )
+
+
+def _streams(runs: Sequence[Together], prompt: int, tokens: int) -> Streams:
+    count = len(runs[0].stats)
+    every = [stats for run in runs for stats in run.stats]
+    between = [stats.seconds_per_token for stats in every if stats.seconds_per_token is not None]
+    return Streams(
+        streams=count,
+        prompt=prompt,
+        tokens=tokens,
+        generated_tok_s=count * tokens / statistics.median(run.seconds for run in runs),
+        first_token_seconds=statistics.median(stats.first_token_seconds or 0.0 for stats in every),
+        seconds_per_token=statistics.median(between) if between else None,
     )
 
 
@@ -335,47 +395,6 @@ def bytes_per_token(loaded: Loaded, depth: int) -> int:
 
 def _bytes(weight: Weight) -> int:
     return weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
-
-
-def _filled_cache(transformer: Transformer, depth: int) -> KVCache:
-    cache, config = transformer.new_cache(), transformer.config
-    generator = torch.Generator().manual_seed(depth)
-    for start in range(0, depth, PREFILL_CHUNK):
-        shape = (min(PREFILL_CHUNK, depth - start), config.num_kv_heads, config.head_dim)
-        for layer in cache.extend(shape[0]).layers:
-            keys, values = (torch.randn(shape, generator=generator).to(transformer.dtype) for _ in range(2))
-            ops.kv_write(layer.pages, layer.sequences, keys, values)
-    return cache
-
-
-def _timed_prefill(transformer: Transformer, tokens: int, depth: int) -> float:
-    cache = _filled_cache(transformer, depth)
-    prompt = _random_tokens(transformer, tokens)
-    start = time.perf_counter()
-    for piece in torch.split(prompt, PREFILL_CHUNK):
-        hidden_TD = transformer.run(piece, cache)
-    transformer.unembed(hidden_TD[-1:])
-    return time.perf_counter() - start
-
-
-def _timed_decode(transformer: Transformer, tokens: int, depth: int) -> float:
-    cache = _filled_cache(transformer, depth)
-    prompt = _random_tokens(transformer, tokens + _WARM_UP)
-
-    def step(i: int) -> None:
-        transformer.unembed(transformer.run(prompt[i : i + 1], cache))
-
-    for i in range(_WARM_UP):
-        step(i)
-    start = time.perf_counter()
-    for i in range(_WARM_UP, tokens + _WARM_UP):
-        step(i)
-    return time.perf_counter() - start
-
-
-def _random_tokens(transformer: Transformer, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randint(min(transformer.config.vocab_size, RANDOM_EMBEDDINGS), (count,), generator=generator)
 
 
 def check_chart(path: Path) -> None:

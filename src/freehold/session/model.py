@@ -17,16 +17,19 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from freehold import __version__
 from freehold.config import ModelConfig
 from freehold.engine.core import OUT_OF_MEMORY, Engine, is_out_of_memory
 from freehold.engine.loop import LocalEngine
 from freehold.engine.options import MAX_NUM_SEQS
+from freehold.engine.prefix_files import PrefixFiles
 from freehold.engine.request import Request
 from freehold.errors import CheckpointError, OutOfMemoryError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyDelta, ReplyReader
 from freehold.formats.conversation import Conversation, Effort, Message, SystemContent
-from freehold.formats.tokenizer import Tokenizer
+from freehold.formats.stops import StopStrings
+from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import GenerationDefaults, ModelFolder, open_folder
 from freehold.kernels.ops import Weight
@@ -34,7 +37,7 @@ from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.transformer import Transformer
 from freehold.sampling import SamplingOptions
 from freehold.session.memory import MemoryPlan, fitting_plan, free_memory, gib
-from freehold.session.policy import Policy, decide, use_threads
+from freehold.session.policy import Policy, decide, instruction_set, use_threads
 from freehold.weights.pack_file import load_packed
 
 
@@ -49,6 +52,7 @@ def load(
     kv_tokens: int | None = None,
     max_num_seqs: int = MAX_NUM_SEQS,
     threads: int | None = None,
+    prefix_cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress = no_progress,
 ) -> "Model":
     """Load a model: a folder in either published layout, `default`, or a name in a cache (see hub.find).
@@ -59,7 +63,8 @@ def load(
     reference ops run in `dtype`, float32 or bfloat16. `kv_dtype` is the KV cache's type: f32, bf16 or q8 (default bf16,
     with reference ops that of `dtype`). `context` is how many tokens a sequence may have; the default is what the model
     can, or what fits into memory. `kv_tokens` is how many the KV cache holds for all that run at once and for prefixes
-    that are kept, by default as many as `context`; `max_num_seqs` is how many sequences run at once.
+    that are kept, by default as many as `context`; `max_num_seqs` is how many sequences run at once. In
+    `prefix_cache_dir` the engine keeps what many prompts begin with, so that the next process need not compute it.
 
     Raises a FreeholdError that names the file or value and the remedy; OutOfMemoryError before anything is allocated
     where the plan exceeds what is free.
@@ -68,6 +73,7 @@ def load(
     checkpoint = folder.checkpoint
     config = checkpoint.config
     policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
+    prefix_files = None if prefix_cache_dir is None else _prefix_files(Path(prefix_cache_dir), folder, policy)
     plan = fitting_plan(
         config, checkpoint.experts, policy, context=context, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs
     )
@@ -83,14 +89,28 @@ def load(
         transformer = Transformer(
             config, table, dtype=policy.dtype, device=policy.device, kv_type=policy.kv, progress=progress
         )
-    return Model(transformer, folder, policy, plan)
+    return Model(transformer, folder, policy, plan, prefix_files)
+
+
+def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> PrefixFiles:
+    """For these weights, run in this way: keys and values computed otherwise are other numbers."""
+    how = (policy.device.type, policy.dtype, policy.dense, policy.kv, policy.native and instruction_set())
+    return PrefixFiles(directory, f"{__version__} {folder.checkpoint.files.fingerprint()} {how}")
 
 
 class Model:
     """See `load`. `tokenizer` is None for a folder without one; only token ids work then."""
 
-    def __init__(self, transformer: Transformer, folder: ModelFolder, policy: Policy, plan: MemoryPlan) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        folder: ModelFolder,
+        policy: Policy,
+        plan: MemoryPlan,
+        prefix_files: PrefixFiles | None = None,
+    ) -> None:
         self._transformer = transformer
+        self._prefix_files = prefix_files
         self._folder = folder
         self.policy = policy
         self.plan = plan
@@ -138,7 +158,7 @@ class Model:
 
     def new_engine(self) -> Engine:
         """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""
-        return Engine(self._transformer, self.plan.options)
+        return Engine(self._transformer, self.plan.options, prefix_files=self._prefix_files)
 
     def request(
         self,
@@ -197,6 +217,19 @@ class Model:
             **sampling,
         )
         return (token for step in self.engine.stream(request) for token in step.tokens)
+
+    def stream_text(self, prompt: str, *, stop: Sequence[str] = (), **options: Any) -> Iterator[str]:
+        """Continue a text, with no conversation around it; ends before the first of the `stop` strings.
+
+        `options` are what `generate` takes. Raises CheckpointError where the model has no tokeniser.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.path} has no tokenizer.json, so it cannot read text; add the one it was trained with"
+            )
+        stops = StopStrings(stop)
+        tokens = self.generate(self.tokenizer.encode(prompt), **options)
+        return _text(tokens, Detokenizer(self.tokenizer), stops)
 
     def chat(
         self,
@@ -272,6 +305,15 @@ class Model:
             if not 0 <= token < self.config.vocab_size:
                 raise UsageError(f"token id {token} is outside this model's vocabulary of {self.config.vocab_size}")
         return tokens
+
+
+def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -> Iterator[str]:
+    for token in tokens:
+        yield stops.feed(detokenizer.feed(token))
+        if stops.stopped:
+            return
+    yield stops.feed(detokenizer.flush())
+    yield stops.flush()
 
 
 class Reply:

@@ -1,0 +1,144 @@
+"""What the engine costs and saves, against the bare model loop and against itself without its memory.
+
+    python bench/engine.py [--model default] [--rounds 5] [--threads 2]
+
+- cost: tokens of one stream through the engine, beside the same tokens by the simple loop.
+- turns: time to the first token of a second turn after a long history, beside a cold prefill of the same prompt; once
+  as the history grew, and once with the reasoning dropped from its end, which moves everything behind it.
+- stall: time between the tokens of a running stream while a long prompt comes in, beside that stream alone.
+
+Each round measures both sides in turn; a ratio is the median of the rounds' ratios.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import freehold
+from freehold.engine.core import Engine
+from freehold.engine.loop import LocalEngine
+from freehold.engine.request import Request
+from freehold.model import simple
+from freehold.sampling import Sampling
+from freehold.session.model import Model
+from freehold.session.receipt import text
+
+_GREEDY = Sampling(temperature=0.0)
+_TOKENS = 96  # of a stream whose cost is measured
+_HISTORY = 2000
+_REASONING = 120
+_ANSWER = 40
+_QUESTION = 20
+_LONG_PROMPT = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args()
+    model = freehold.load(given.model, device="cpu", threads=given.threads)
+    assert model.tokenizer is not None
+    words = model.tokenizer.encode(text())
+    print(f"{model.path.name}: {model.policy.describe(model.experts)}")
+    for name, measure in (("cost", _cost), ("turns", _turns), ("stall", _stall)):
+        for line in measure(model, words, given.rounds):
+            print(f"{name:6} {line}", flush=True)
+
+
+def _cost(model: Model, words: Sequence[int], rounds: int) -> list[str]:
+    engine = LocalEngine(model.new_engine())
+    request = Request(prompt=words[:16], max_tokens=_TOKENS, sampling=_GREEDY, cache=False)
+
+    def bare() -> float:
+        loop = simple.generate(model.transformer, words[:16], max_tokens=_TOKENS, sampling=_GREEDY)
+        return _seconds_after_the_first(lambda: next(loop, None))
+
+    def whole() -> float:
+        steps = engine.stream(request)
+        return _seconds_after_the_first(lambda: next(steps, None))
+
+    pairs = [(bare(), whole()) for _ in range(rounds + 1)][1:]
+    ratio = statistics.median(b / a for a, b in pairs)
+    alone, through = (statistics.median(side) / (_TOKENS - 1) * 1e3 for side in zip(*pairs, strict=True))
+    return [f"{alone:.2f} ms a token by the simple loop, {through:.2f} ms by the engine: {ratio - 1:+.1%}"]
+
+
+def _seconds_after_the_first(take: Callable[[], object]) -> float:
+    take()
+    start = time.perf_counter()
+    while take() is not None:
+        pass
+    return time.perf_counter() - start
+
+
+def _turns(model: Model, words: Sequence[int], rounds: int) -> list[str]:
+    history, rest = list(words[:_HISTORY]), list(words[_HISTORY:])
+    reasoning, answer = rest[:_REASONING], rest[_REASONING : _REASONING + _ANSWER]
+    question = rest[_REASONING + _ANSWER :][:_QUESTION]
+    grown = history + reasoning + answer
+    lines = []
+    for what, second in (("as it grew", grown + question), ("reasoning dropped", history + answer + question)):
+        cold, warm = [], []
+        for _ in range(rounds):
+            cold.append(_first_token(model.new_engine(), Request(prompt=second, max_tokens=1, sampling=_GREEDY)))
+            engine = model.new_engine()
+            # What a chat leaves behind: the prompt, and the reply that the model wrote after it.
+            _first_token(engine, Request(prompt=history, max_tokens=1, sampling=_GREEDY, boundaries=[len(history)]))
+            _first_token(engine, Request(prompt=grown, max_tokens=1, sampling=_GREEDY, boundaries=[len(grown)]))
+            warm.append(_first_token(engine, Request(prompt=second, max_tokens=1, sampling=_GREEDY)))
+        ratio = statistics.median(c / w for c, w in zip(cold, warm, strict=True))
+        lines.append(
+            f"{what}: {statistics.median(cold):.2f} s cold for {len(second)} tokens, {statistics.median(warm):.3f} s "
+            f"after the first turn: 1/{ratio:.1f}"
+        )
+    return lines
+
+
+
+def _first_token(engine: Engine, request: Request) -> float:
+    start = time.perf_counter()
+    engine.submit(request)
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def _stall(model: Model, words: Sequence[int], rounds: int) -> list[str]:
+    ratios, slowest, arrivals = [], [], []
+    prompt = list(words[:_LONG_PROMPT])
+    most = model.plan.context - 64
+    for _ in range(rounds):
+        engine = model.new_engine()
+        stream = engine.submit(Request(prompt=words[-64:], max_tokens=most, sampling=_GREEDY))
+        alone = _gaps(engine, stream, until=40)
+        start = time.perf_counter()
+        other = engine.submit(Request(prompt=prompt, max_tokens=1, sampling=_GREEDY))
+        beside = _gaps(engine, stream, until_over=other)
+        arrivals.append(time.perf_counter() - start)
+        engine.close()
+        usual = statistics.median(alone[8:])
+        ratios.append(statistics.median(beside) / usual)
+        slowest.append(sorted(beside)[int(len(beside) * 0.95)] / usual)
+    return [
+        f"{_LONG_PROMPT} tokens come in during {statistics.median(arrivals):.1f} s: time between a running stream's "
+        f"tokens {statistics.median(ratios):.2f} times what it was (95th percentile {statistics.median(slowest):.2f})"
+    ]
+
+
+def _gaps(engine: Engine, stream: int, *, until: int = 0, until_over: int | None = None) -> list[float]:
+    """Seconds between the tokens of a stream: so many, or until another request has ended."""
+    gaps: list[float] = []
+    last = time.perf_counter()
+    while engine.is_live(until_over) if until_over is not None else len(gaps) < until:
+        if any(output.request_id == stream for output in engine.step()):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+    return gaps
+
+
+if __name__ == "__main__":
+    main()

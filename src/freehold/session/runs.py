@@ -1,0 +1,101 @@
+"""Timed runs of random prompts through the engine, alone or together.
+
+Depth is a cached prefix of random keys and values: what they are does not change the time, and computing them would
+take minutes.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from freehold.engine.core import Engine
+from freehold.engine.options import EngineOptions
+from freehold.engine.request import Request, RequestStats
+from freehold.model.transformer import Transformer
+from freehold.sampling import Sampling
+
+WARM_UP = 2
+"""Tokens that are generated before decoding is timed."""
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+class Together(NamedTuple):
+    """Several requests at once: seconds from the first submission to the last token, and how each of them fared."""
+
+    seconds: float
+    stats: list[RequestStats]
+
+
+class TimedRuns:
+    """`num_tokens` is how many of the vocabulary's tokens prompts are made of."""
+
+    def __init__(self, transformer: Transformer, options: EngineOptions, *, num_tokens: int) -> None:
+        self._engine = Engine(transformer, options)
+        self._num_tokens = num_tokens
+        self._generator = torch.Generator().manual_seed(0)
+        self._prefixes: dict[int, list[int]] = {}
+
+    def prefill(self, tokens: int, depth: int) -> float:
+        """Seconds from submission to the first token."""
+        _, (stats,) = self._run([self._prompt(tokens, depth)], 1)
+        assert stats.first_token_seconds is not None
+        return stats.first_token_seconds
+
+    def decode(self, tokens: int, depth: int) -> float:
+        """Seconds for so many tokens, after the first few."""
+        start = 0.0
+        self._engine.submit(self._request(self._prompt(1, depth), tokens + WARM_UP))
+        done = 0
+        while self._engine.has_work:
+            done += sum(len(output.step.tokens) for output in self._engine.step())
+            if done == WARM_UP:
+                start = time.perf_counter()
+        return time.perf_counter() - start
+
+    def together(self, streams: int, prompt: int, tokens: int) -> Together:
+        """So many streams with prompts of their own, submitted at once; nothing of them is cached."""
+        return self._run([self._random(prompt) for _ in range(streams)], tokens, cache=False)
+
+    def _run(self, prompts: Sequence[list[int]], max_tokens: int, *, cache: bool = True) -> Together:
+        start = time.perf_counter()
+        for prompt in prompts:
+            self._engine.submit(self._request(prompt, max_tokens, cache=cache))
+        stats: list[RequestStats] = []
+        while self._engine.has_work:
+            for _, step in self._engine.step():
+                if step.error is not None:
+                    raise step.error
+                if step.stats is not None:
+                    stats.append(step.stats)
+        return Together(time.perf_counter() - start, stats)
+
+    def _request(self, prompt: list[int], max_tokens: int, *, cache: bool = True) -> Request:
+        return Request(prompt=prompt, max_tokens=max_tokens, sampling=_GREEDY, cache=cache)
+
+    def _prompt(self, tokens: int, depth: int) -> list[int]:
+        """Random tokens after a cached prefix of `depth` others."""
+        self._engine.clear_prefixes()
+        if depth == 0:
+            return self._random(tokens)
+        prefix = self._random(depth)
+        contents = self._engine.contents_like(depth)
+        for tensor in contents.values():
+            self._fill(tensor)
+        self._engine.adopt(prefix, contents)
+        return prefix + self._random(tokens)
+
+    def _fill(self, tensor: Tensor) -> None:
+        if tensor.dtype == torch.int8:
+            tensor.random_(-127, 128, generator=self._generator)
+        elif tensor.dtype == torch.float16:  # the steps of int8 numbers
+            tensor.fill_(1 / 127)
+        else:
+            tensor.copy_(torch.randn(tensor.shape, generator=self._generator))
+
+    def _random(self, count: int) -> list[int]:
+        tokens: list[int] = torch.randint(self._num_tokens, (count,), generator=self._generator).tolist()
+        return tokens

@@ -1,0 +1,155 @@
+"""Prefixes on disk: what they save, and that nothing that happens to them changes a token."""
+
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from freehold.engine.core import Engine
+from freehold.engine.options import EngineOptions
+from freehold.engine.prefix_files import PrefixFiles
+from freehold.engine.request import Request
+from freehold.errors import DiskError
+from freehold.kernels import backends
+from freehold.model.transformer import Transformer
+from freehold.sampling import Sampling
+from tests.engine.conftest import CONTEXT
+from tests.engine.test_engine import expected, run
+
+pytestmark = pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
+
+SYSTEM = [7, 8, 9] * 40
+
+
+def engine_of(
+    transformer: Transformer, folder: Path, *, identity: str = "this model", max_bytes: int = 1 << 30
+) -> Engine:
+    files = PrefixFiles(folder, identity, max_bytes=max_bytes)
+    return Engine(transformer, EngineOptions(context=CONTEXT, chunk=64), prefix_files=files)
+
+
+def ask(engine: Engine, question: Sequence[int], transformer: Transformer, *, salt: str = "") -> int:
+    """The same tokens as ever; returns how many of the prompt's were cached."""
+    prompt = [*SYSTEM, *question]
+    request = Request(
+        prompt=prompt, max_tokens=8, sampling=Sampling(temperature=0), boundaries=[len(SYSTEM)], cache_salt=salt
+    )
+    ((completion,),) = run(engine, request)
+    assert completion.tokens == expected(transformer, prompt, 8)
+    assert completion.stats is not None
+    return completion.stats.num_cached_tokens
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_system_prompt_survives_a_restart(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    assert ask(engine, [1, 2], transformer) == 0
+    engine.close()
+    (path,) = files_in(tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    again = engine_of(transformer, tmp_path)
+    assert ask(again, [3, 4, 5], transformer) == len(SYSTEM)
+    assert ask(again, [6, 7], transformer) == len(SYSTEM)
+    again.check_integrity()
+    again.close()
+    assert files_in(tmp_path) == [path]
+
+
+def test_it_is_written_when_idle_and_not_only_at_the_end(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    ask(engine, [1, 2], transformer)
+    while engine.tend():
+        pass
+    assert len(files_in(tmp_path)) == 1
+
+
+def test_what_several_went_on_from_is_kept_too(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    shared = [1] * 70
+    for last in (2, 3, 4):
+        request = Request(prompt=SYSTEM + shared + [last], max_tokens=1, boundaries=[len(SYSTEM), len(SYSTEM + shared)])
+        run(engine, request)
+    engine.close()
+    assert len(files_in(tmp_path)) == 2
+    again = engine_of(transformer, tmp_path)
+    assert ask(again, [*shared, 9], transformer) == len(SYSTEM + shared)
+
+
+def test_other_models_and_salts_share_nothing(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    ask(engine, [1, 2], transformer, salt="mine")
+    engine.close()
+    assert ask(engine_of(transformer, tmp_path, identity="another"), [1, 2], transformer, salt="mine") == 0
+    assert ask(engine_of(transformer, tmp_path), [1, 2], transformer, salt="yours") == 0
+    assert ask(engine_of(transformer, tmp_path), [1, 2], transformer, salt="mine") == len(SYSTEM)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "foreign"])
+def test_damaged_files_are_removed_and_computed_again(transformer: Transformer, tmp_path: Path, damage: str) -> None:
+    engine = engine_of(transformer, tmp_path)
+    ask(engine, [1, 2], transformer)
+    engine.close()
+    (path,) = files_in(tmp_path)
+    again = engine_of(transformer, tmp_path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-9]), "empty": b"", "foreign": b"{}" * 99}[damage])
+    assert ask(again, [1, 2], transformer) == 0
+    assert files_in(tmp_path) == []
+    again.close()
+    assert files_in(tmp_path) == [path]
+    assert ask(engine_of(transformer, tmp_path), [1, 2], transformer) == len(SYSTEM)
+
+
+def test_the_least_recently_used_make_room(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    ask(engine, [1, 2], transformer)
+    engine.close()
+    size = files_in(tmp_path)[0].stat().st_size
+    for salt in "abcd":
+        one = engine_of(transformer, tmp_path, max_bytes=2 * size + size // 2)
+        ask(one, [1, 2], transformer, salt=salt)
+        one.close()
+    assert len(files_in(tmp_path)) == 2
+    cached = [ask(engine_of(transformer, tmp_path), [1, 2], transformer, salt=salt) for salt in "abcd"]
+    assert cached == [0, 0, len(SYSTEM), len(SYSTEM)]
+
+
+def test_a_full_disk_costs_nothing_but_time(
+    transformer: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full:
+        free = 10
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Full)
+    engine = engine_of(transformer, tmp_path)
+    ask(engine, [1, 2], transformer)
+    engine.close()
+    assert files_in(tmp_path) == []
+    assert "a prefix is not kept on disk" in caplog.text
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="cannot be used for cached prefixes"):
+        PrefixFiles(tmp_path / "file", "this model")
+
+
+def test_pages_that_do_not_fit_are_not_taken(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    contents = engine.contents_like(100)
+    assert not engine.adopt(range(100), contents | {"extra": contents["0.0"]})
+    assert not engine.adopt(range(100), {name: tensor[:1] for name, tensor in contents.items()})
+    assert not engine.adopt(range(100), {name: tensor.double() for name, tensor in contents.items()})
+    assert engine.adopt(range(100), contents)
+    assert engine.adopt(range(100), contents)  # and once is enough
+    assert engine.stats().cached_prefixes == 1
+    engine.check_integrity()
