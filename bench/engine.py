@@ -5,6 +5,8 @@
 - cost: tokens of one stream through the engine, beside the same tokens by the simple loop.
 - turns: time to the first token of a second turn after a long history, beside a cold prefill of the same prompt; once
   as the history grew, and once with the reasoning dropped from its end, which moves everything behind it.
+- guess: tokens a second with guesses from the text so far, beside the same without, where the answer quotes its
+  prompt, edits it, or tells something new.
 - stall: time between the tokens of a running stream while a long prompt comes in, beside that stream alone.
 
 Each round measures both sides in turn; a ratio is the median of the rounds' ratios.
@@ -12,13 +14,16 @@ Each round measures both sides in turn; a ratio is the median of the rounds' rat
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import freehold
 from freehold.engine.core import Engine
 from freehold.engine.loop import LocalEngine
 from freehold.engine.request import Request
+from freehold.formats.conversation import Conversation
 from freehold.model import simple
 from freehold.sampling import Sampling
 from freehold.session.model import Model
@@ -31,6 +36,29 @@ _REASONING = 120
 _ANSWER = 40
 _QUESTION = 20
 _LONG_PROMPT = 4096
+_PASSAGE = (
+    "The lighthouse keeper counted nine ships on the horizon, each with red sails and a brass bell. By evening the fog "
+    "had swallowed all but two, and the keeper lit the lamp an hour early, just as his father had taught him."
+)
+_CODE = """def average(numbers):
+    total = 0
+    for number in numbers:
+        total = total + number
+    return total / len(numbers)
+
+
+def largest(numbers):
+    best = numbers[0]
+    for number in numbers:
+        if number > best:
+            best = number
+    return best
+"""
+_QUESTIONS = {
+    "quoting": f"Repeat the following text word for word.\n\n{_PASSAGE}",
+    "editing": f"Rename `numbers` to `values` in this Python code and show all of it.\n\n{_CODE}",
+    "a story": "Tell me a story about a fox and a well.",
+}
 
 
 def main() -> None:
@@ -42,14 +70,15 @@ def main() -> None:
     model = freehold.load(given.model, device="cpu", threads=given.threads)
     assert model.tokenizer is not None
     words = model.tokenizer.encode(text())
-    print(f"{model.path.name}: {model.policy.describe(model.experts)}")
-    for name, measure in (("cost", _cost), ("turns", _turns), ("stall", _stall)):
+    sys.stdout.write(f"{model.path.name}: {model.policy.describe(model.experts)}\n")
+    for name, measure in (("cost", _cost), ("turns", _turns), ("guess", _guess), ("stall", _stall)):
         for line in measure(model, words, given.rounds):
-            print(f"{name:6} {line}", flush=True)
+            sys.stdout.write(f"{name:6} {line}\n")
+            sys.stdout.flush()
 
 
 def _cost(model: Model, words: Sequence[int], rounds: int) -> list[str]:
-    engine = LocalEngine(model.new_engine())
+    engine = LocalEngine(_new_engine(model, lookup=False))
     request = Request(prompt=words[:16], max_tokens=_TOKENS, sampling=_GREEDY, cache=False)
 
     def bare() -> float:
@@ -97,6 +126,9 @@ def _turns(model: Model, words: Sequence[int], rounds: int) -> list[str]:
     return lines
 
 
+def _new_engine(model: Model, *, lookup: bool) -> Engine:
+    return Engine(model.transformer, replace(model.plan.options, lookup=lookup))
+
 
 def _first_token(engine: Engine, request: Request) -> float:
     start = time.perf_counter()
@@ -106,12 +138,36 @@ def _first_token(engine: Engine, request: Request) -> float:
     return time.perf_counter() - start
 
 
+def _guess(model: Model, words: Sequence[int], rounds: int) -> list[str]:
+    lines = []
+    chat_format = model.chat_format()
+    for what, question in _QUESTIONS.items():
+        prompt = chat_format.render(Conversation.from_openai([{"role": "user", "content": question}]))
+        request = Request(prompt=prompt, max_tokens=160, sampling=_GREEDY, stop_ids=chat_format.stop_ids, cache=False)
+        pairs, engine = [], model.new_engine()
+        for _ in range(rounds + 1):
+            pair = []
+            for lookup in (False, True):
+                engine = _new_engine(model, lookup=lookup)
+                ((completion,),) = LocalEngine(engine).generate_batch([request])
+                assert completion.stats is not None
+                pair.append(completion.stats.seconds_per_token or 0.0)
+            pairs.append(pair)
+        gain = statistics.median(without / guessing for without, guessing in pairs[1:])
+        stats = engine.stats()
+        lines.append(
+            f"{what}: {gain:.2f} times as fast over {stats.generated_tokens} tokens; {stats.right_guesses} of "
+            f"{stats.guessed_tokens} guesses right"
+        )
+    return lines
+
+
 def _stall(model: Model, words: Sequence[int], rounds: int) -> list[str]:
     ratios, slowest, arrivals = [], [], []
     prompt = list(words[:_LONG_PROMPT])
     most = model.plan.context - 64
     for _ in range(rounds):
-        engine = model.new_engine()
+        engine = _new_engine(model, lookup=False)
         stream = engine.submit(Request(prompt=words[-64:], max_tokens=most, sampling=_GREEDY))
         alone = _gaps(engine, stream, until=40)
         start = time.perf_counter()

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from freehold.engine.lookup import Lookup
 from freehold.engine.pace import Pace
 from freehold.engine.pages import HOLE, PageCopy, Pages
 from freehold.engine.prefix import PrefixCache
@@ -41,9 +42,9 @@ class Memory:
 
     def run(self, work: Work) -> None:
         """Write the work's positions, then see what its queries see."""
-        holding, tokens = work.sequence.holding, work.sequence.tokens
+        holding, tokens = work.sequence.holding, [*work.sequence.tokens[: work.start], *work.tokens]
         assert holding is not None
-        stop = work.start + work.count
+        stop = len(tokens)
         for rows, table in zip(self._rows, holding.tables, strict=True):
             for position in range(work.start, stop):
                 rows[table[position // PAGE], position % PAGE] = tuple(tokens[: position + 1])
@@ -53,6 +54,11 @@ class Memory:
                 for position in range(first, query + 1):
                     assert table[position // PAGE] != HOLE
                     assert rows[table[position // PAGE], position % PAGE] == tuple(tokens[: position + 1])
+
+
+class GuessingPace(Pace):
+    def worth_guessing(self, num_decoding: int, rate: float) -> int:
+        return 3
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -66,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         least = Pages(windows, [0] * len(windows), PAGE).most_needed(CONTEXT, CHUNK)
         self.pages = Pages(windows, [count + spare for count in least], PAGE)
         self.prefixes = PrefixCache(self.pages)
-        self.pace = Pace(stretch, CHUNK)
+        self.pace = GuessingPace(stretch, CHUNK)
         self.scheduler = Scheduler(self.pages, self.prefixes, self.pace, max_num_seqs=slots)
         self.slots = slots
         self.memory = Memory(self.pages)
@@ -81,8 +87,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 3]),
         priority=st.sampled_from([0, 0, 0, -1, 5]),
         cache=st.booleans(),
+        guessing=st.booleans(),
     )
-    def arrive(self, data: Any, fresh: list[int], max_tokens: int, n: int, priority: int, cache: bool) -> None:
+    def arrive(
+        self, data: Any, fresh: list[int], max_tokens: int, n: int, priority: int, cache: bool, guessing: bool
+    ) -> None:
         """A new prompt, or one that goes on from somewhere in an earlier text."""
         text = data.draw(st.sampled_from(self.texts))
         kept = text[: data.draw(st.integers(0, len(text)))]
@@ -92,6 +101,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt=prompt, max_tokens=max_tokens, n=n, priority=priority, cache=cache, boundaries=boundaries
         )
         samples = new_sequences(request, self.count, now=0.0)
+        for sample in samples:
+            sample.lookup = Lookup() if guessing else None
         self.count += 1
         self.live += samples
         self.scheduler.add(samples[0])
@@ -107,10 +118,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         for work in plan.works:
             self.memory.run(work)
         for work in plan.works:
-            draws, sequence = work.draws, work.sequence
-            self.scheduler.commit(work)
+            draws, sequence, right = work.draws, work.sequence, 0
+            for guess in [*work.guesses, None] if draws else []:
+                token = data.draw(st.integers(0, 2) if guess is None else st.sampled_from([guess, guess, 2]))
+                sequence.append(token)
+                if token != guess or sequence.finish is not None:
+                    break
+                right += 1
+            self.scheduler.commit(work, right_guesses=right)
             if draws:
-                sequence.append(data.draw(st.integers(0, 2)))
                 for sibling in sequence.siblings:
                     self.scheduler.add(sibling)
                 sequence.siblings = []
@@ -123,7 +139,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check(self, plan: Plan) -> None:
         sequences = [work.sequence for work in plan.works]
         assert len({id(sequence) for sequence in sequences}) == len(sequences) <= self.slots
-        assert plan.num_prefill <= CHUNK
+        assert sum(work.count for work in plan.works) - plan.num_decoding <= CHUNK
+        assert all(work.draws and work.sequence.lookup for work in plan.works if work.guesses)
         assert all(work.start == work.sequence.computed and work.count >= 1 for work in plan.works)
         assert all(work.start + work.count <= len(work.sequence.tokens) for work in plan.works)
 

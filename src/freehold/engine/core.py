@@ -6,6 +6,7 @@ others do not notice.
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from freehold.engine import sampler
 from freehold.engine.kv_store import KvStore, group_windows, page_counts
+from freehold.engine.lookup import Lookup
 from freehold.engine.options import EngineOptions
 from freehold.engine.pace import Pace
 from freehold.engine.pages import Holding, Pages
@@ -23,7 +25,7 @@ from freehold.engine.prefix_files import PrefixFiles
 from freehold.engine.request import FinishReason, Request, Step, TokenLogprobs
 from freehold.engine.runner import Runner
 from freehold.engine.sampler import Masks
-from freehold.engine.scheduler import Plan, Scheduler
+from freehold.engine.scheduler import Plan, Scheduler, Work
 from freehold.engine.sequence import Sequence as Sample
 from freehold.engine.sequence import new_sequences, shared_salt
 from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, UsageError
@@ -57,6 +59,8 @@ class EngineStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    guessed_tokens: int
+    right_guesses: int
     preemptions: int
     steps: int
     busy_seconds: float
@@ -90,7 +94,7 @@ class Engine:
         self._files = prefix_files
         self._start_anew()
         self._num_requests = 0
-        self._totals = {"prompt": 0, "cached": 0, "generated": 0, "preemptions": 0, "steps": 0}
+        self._totals: Counter[str] = Counter()
         self._busy_seconds = 0.0
 
     @property
@@ -121,6 +125,8 @@ class Engine:
         self.check(request)
         request_id = self._num_requests
         samples = new_sequences(request, request_id, self._clock())
+        for sample in samples:
+            sample.lookup = Lookup() if self.options.lookup and request.constraint is None else None
         if request.constraint is not None:
             try:
                 for sample in samples:
@@ -197,6 +203,8 @@ class Engine:
             prompt_tokens=self._totals["prompt"],
             cached_tokens=self._totals["cached"],
             generated_tokens=self._totals["generated"],
+            guessed_tokens=self._totals["guessed"],
+            right_guesses=self._totals["guessed right"],
             preemptions=self._totals["preemptions"],
             steps=self._totals["steps"],
             busy_seconds=self._busy_seconds,
@@ -309,26 +317,38 @@ class Engine:
     def _commit(self, plan: Plan, logits_SV: Tensor) -> list[Output]:
         outputs, row = [], 0
         for work in plan.works:
-            draws = work.draws
-            self._scheduler.commit(work)
-            sample = work.sequence
-            if draws:
-                outputs += self._draw(sample, logits_SV[row])
-                row += 1
+            rows, row = row, row + work.num_rows
+            if work.num_rows:
+                outputs += self._draw(work, logits_SV[rows:row])
+            else:
+                self._scheduler.commit(work)
         return outputs
 
-    def _draw(self, sample: Sample, logits_V: Tensor) -> list[Output]:
+    def _draw(self, work: Work, logits_RV: Tensor) -> list[Output]:
+        sample, taken = work.sequence, []
+        right_guesses, failure = 0, None
         try:
-            drawn = sampler.draw(logits_V, sample, self._masks)
-            sampler.append(sample, drawn)
+            for guess, logits_V in zip([*work.guesses, None], logits_RV, strict=True):
+                taken.append(sampler.draw(logits_V, sample, self._masks))
+                sampler.append(sample, taken[-1])
+                if taken[-1].token != guess or sample.finish is not None:
+                    break
+                right_guesses += 1
         except FreeholdError as error:
-            return self._end_all([sample, *sample.siblings], error)
+            failure = error
+        self._scheduler.commit(work, right_guesses=right_guesses)
+        if sample.lookup is not None and work.guesses:
+            sample.lookup.judge(len(work.guesses), right_guesses)
+            self._totals["guessed"] += len(work.guesses)
+            self._totals["guessed right"] += right_guesses
+        if failure is not None:
+            return self._end_all([sample, *sample.siblings], failure)
         for sibling in sample.siblings:
             self._scheduler.add(sibling)
         sample.siblings = []
         if sample.first_token is None:
             sample.first_token = self._clock()
-        logprobs = None if drawn.logprobs is None else (drawn.logprobs,)
+        logprobs = tuple(drawn.logprobs for drawn in taken if drawn.logprobs is not None) or None
         if sample.finish is not None:
             return [self._end(sample, sample.finish, logprobs=logprobs)]
         return [Output(sample.request_id, Step(index=sample.index, tokens=self._unsent(sample), logprobs=logprobs))]

@@ -75,7 +75,8 @@ class KvStore:
         if made_from != self._made_from:  # from one decode step to the next, tables rarely change
             self._tables = [self._table(tables) for tables in zip(*(h.tables for h in holdings), strict=True)]
             self._made_from = made_from
-        counts, lengths = [work.count for work in works], [work.start + work.count for work in works]
+        counts = [work.count + len(work.guesses) for work in works]
+        lengths = [work.start + count for work, count in zip(works, counts, strict=True)]
         sequences = [PagedSequences(counts, lengths, table_BP) for table_BP in self._tables]
         positions_T = torch.tensor(sequences[0].positions(), device=self._device)
         pairs = zip(self._layers, self._group_of_layer, strict=True)

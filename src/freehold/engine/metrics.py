@@ -74,6 +74,8 @@ class _Now(Collector):
             ("prompt_tokens", "Tokens of their prompts.", stats.prompt_tokens),
             ("cached_tokens", "Of these, tokens that were not computed again.", stats.cached_tokens),
             ("generated_tokens", "Tokens generated, by sequences that have ended.", stats.generated_tokens),
+            ("guessed_tokens", "Tokens guessed at, and read along.", stats.guessed_tokens),
+            ("right_guesses", "Of these, tokens that were drawn.", stats.right_guesses),
             ("preemptions", "Sequences pushed out for want of pages, by those that have ended.", stats.preemptions),
             ("steps", "Forward passes.", stats.steps),
             ("busy_seconds", "Time spent in them.", stats.busy_seconds),

@@ -16,6 +16,7 @@ class EngineOptions:
     `context` is the most tokens of one sequence, prompt and answer together. `kv_tokens` is how many the KV cache holds
     in all, those of cached prefixes included; None is as many as `context`. `max_num_seqs` is how many sequences run
     together. A step that carries prompt tokens along takes at most about `stretch` times as long for those who write.
+    `lookup` lets it guess at tokens (engine.lookup) where that saves time.
     """
 
     context: int
@@ -23,6 +24,7 @@ class EngineOptions:
     max_num_seqs: int = MAX_NUM_SEQS
     chunk: int = PREFILL_CHUNK
     stretch: float = 2.0
+    lookup: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("context", self.context), ("max_num_seqs", self.max_num_seqs), ("chunk", self.chunk)):

@@ -1,4 +1,4 @@
-"""How many tokens of prompts may run beside streams that are being written, so that these hardly notice.
+"""How many more tokens a step may carry: of prompts, so that streams hardly notice, and guesses that may save steps.
 
 A step that carries prompt tokens along takes longer, and every running stream waits for it. Their budget is what fits
 into a multiple of a plain decode step's time, going by how long steps have taken so far on this machine.
@@ -8,6 +8,8 @@ _WEIGHT = 0.2  # of the newest observation
 _FIRST_GUESS = 32  # prompt tokens, before anything was measured
 _LEAST = 4
 _SAFETY = 0.9
+_MOST_GUESSED = 16
+_LEAST_GAIN = 1.1
 
 
 class Pace:
@@ -27,6 +29,23 @@ class Pace:
         if not alone or not self._prefill_seconds:
             return min(_FIRST_GUESS, self._chunk)
         return max(_LEAST, min(self._chunk, int(alone * self._room / self._prefill_seconds)))
+
+    def worth_guessing(self, num_decoding: int, rate: float) -> int:
+        """How many guessed tokens are worth reading along for one of so many streams, each right with this probability.
+
+        0 where the time that they take is more than what they save.
+        """
+        alone = self._alone(num_decoding)
+        if not alone or not self._prefill_seconds:
+            return 0
+        best, longest, expected, chance = _LEAST_GAIN, 0, 1.0, 1.0
+        for count in range(1, _MOST_GUESSED + 1):
+            chance *= rate
+            expected += chance
+            gain = expected / (1 + count * self._prefill_seconds * num_decoding / alone)
+            if gain > best:
+                best, longest = gain, count
+        return longest
 
     def observe(self, num_decoding: int, num_prefill: int, seconds: float) -> None:
         """A step of so many streams and prompt tokens took so long."""

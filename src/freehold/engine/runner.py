@@ -15,14 +15,13 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
-        """Logits (S, V) in float32 on the CPU, one row for each work of the plan that draws, in its order."""
+        """Logits (S, V) in float32 on the CPU, the rows of each work of the plan in their order."""
         self._store.copy(plan.copies)
         tokens: list[int] = []
         rows: list[int] = []
         for work in plan.works:
-            tokens += work.sequence.tokens[work.start : work.start + work.count]
-            if work.draws:
-                rows.append(len(tokens) - 1)
+            tokens += work.tokens
+            rows += range(len(tokens) - work.num_rows, len(tokens))
         device = self._transformer.device
         hidden_TD = self._transformer.forward(torch.tensor(tokens, device=device), self._store.batch(plan.works))
         if not rows:

@@ -9,6 +9,7 @@ back and will compute them again later; what it has written so far is kept.
 
 import bisect
 from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from freehold.engine.pace import Pace
@@ -19,15 +20,29 @@ from freehold.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`count` tokens of a sequence from `start` on. Those that reach its last token draw the next one."""
+    """`count` tokens of a sequence from `start` on, and then guesses at what follows them.
+
+    What reaches the sequence's last token draws the next one, and one more after each guess that turns out right.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    guesses: tuple[int, ...] = ()
 
     @property
     def draws(self) -> bool:
         return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Everything that the model reads."""
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.guesses]
+
+    @property
+    def num_rows(self) -> int:
+        """Logits that are wanted: after each of its last tokens."""
+        return 1 + len(self.guesses) if self.draws else 0
 
 
 @dataclass(slots=True)
@@ -41,7 +56,7 @@ class Plan:
     @property
     def num_prefill(self) -> int:
         """Tokens beyond those of streams that are being written."""
-        return sum(work.count for work in self.works) - self.num_decoding
+        return sum(work.count + len(work.guesses) for work in self.works) - self.num_decoding
 
 
 class Scheduler:
@@ -70,7 +85,7 @@ class Scheduler:
         decoding = [sequence for sequence in self.running if sequence.pending == 1]
         budget = self._pace.budget(len(decoding))
         for sequence in decoding:
-            if sequence.holding is not None and self._go_on(sequence, 1, plan):
+            if sequence.holding is not None and self._go_on(sequence, 1, plan, self._guesses(sequence, len(decoding))):
                 plan.num_decoding += 1
         for sequence in list(self.running):
             if budget > 0 and sequence.holding is not None and sequence.pending > 1:
@@ -84,9 +99,9 @@ class Scheduler:
             budget -= count
         return plan
 
-    def commit(self, work: Work) -> None:
-        """The work is done: its keys and values are written."""
-        sequence, length = work.sequence, work.start + work.count
+    def commit(self, work: Work, *, right_guesses: int = 0) -> None:
+        """The work is done: its keys and values are written, and those of so many guesses are good."""
+        sequence, length = work.sequence, work.start + work.count + right_guesses
         assert sequence.holding is not None
         while sequence.boundaries and sequence.boundaries[0] <= length:
             self._keep(sequence, sequence.boundaries.pop(0))
@@ -132,11 +147,21 @@ class Scheduler:
         self._plan(sequence, count, plan)
         return count
 
-    def _go_on(self, sequence: Sequence, count: int, plan: Plan) -> bool:
+    def _guesses(self, sequence: Sequence, num_decoding: int) -> list[int]:
+        if sequence.lookup is None:
+            return []
+        left = sequence.request.max_tokens - sequence.num_generated - 1
+        most = min(left, self._pace.worth_guessing(num_decoding, sequence.lookup.rate))
+        return sequence.lookup.guess(sequence.tokens, most)
+
+    def _go_on(self, sequence: Sequence, count: int, plan: Plan, guesses: Tokens[int] = ()) -> bool:
         """Plan more of a running sequence, if need be at the cost of who comes after all others."""
         planned = {work.sequence.order for work in plan.works}
         while True:
             assert sequence.holding is not None
+            if guesses and self._pages.can_extend(sequence.holding, sequence.computed + count + len(guesses)):
+                self._plan(sequence, count, plan, guesses)
+                return True
             if self._pages.can_extend(sequence.holding, sequence.computed + count):
                 self._plan(sequence, count, plan)
                 return True
@@ -148,11 +173,11 @@ class Scheduler:
                 return False
             self.preempt(victim)
 
-    def _plan(self, sequence: Sequence, count: int, plan: Plan) -> None:
+    def _plan(self, sequence: Sequence, count: int, plan: Plan, guesses: Tokens[int] = ()) -> None:
         assert sequence.holding is not None
         start = sequence.computed
-        plan.copies += self._pages.extend(sequence.holding, start + count)
-        plan.works.append(Work(sequence, start, count))
+        plan.copies += self._pages.extend(sequence.holding, start + count + len(guesses))
+        plan.works.append(Work(sequence, start, count, tuple(guesses)))
 
     def _keep(self, sequence: Sequence, length: int) -> None:
         assert sequence.holding is not None

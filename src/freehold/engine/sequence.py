@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
+from freehold.engine.lookup import Lookup
 from freehold.engine.pages import Holding
 from freehold.engine.prefix import PrefixDigest
 from freehold.engine.request import FinishReason, Request, RequestStats, TokenConstraint
@@ -27,6 +28,7 @@ class Sequence:
     digest: PrefixDigest
     boundaries: list[int] = field(default_factory=list)  # lengths that a snapshot is still to be taken at, rising
     constraint: TokenConstraint | None = None
+    lookup: Lookup | None = None  # where guessing is allowed
     siblings: list["Sequence"] = field(default_factory=list)  # wait for this one's prompt
     counts: Counter[int] = field(default_factory=Counter)  # of tokens generated
     num_sent: int = 0  # generated tokens that the caller has

@@ -6,6 +6,7 @@ take minutes.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class TimedRuns:
     """`num_tokens` is how many of the vocabulary's tokens prompts are made of."""
 
     def __init__(self, transformer: Transformer, options: EngineOptions, *, num_tokens: int) -> None:
-        self._engine = Engine(transformer, options)
+        self._engine = Engine(transformer, replace(options, lookup=False))  # each step one token, whatever it is
         self._num_tokens = num_tokens
         self._generator = torch.Generator().manual_seed(0)
         self._prefixes: dict[int, list[int]] = {}
