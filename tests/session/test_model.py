@@ -9,7 +9,7 @@ from torch import Tensor
 
 import freehold
 from freehold.config import NAMED_CONFIGS, ExpertFormat, Layout, ModelConfig, RopeConfig
-from freehold.errors import BackendError, CheckpointError, FreeholdError, OutOfMemoryError, UsageError
+from freehold.errors import BackendError, CheckpointError, DiskError, FreeholdError, OutOfMemoryError, UsageError
 from freehold.formats.conversation import Conversation
 from freehold.kernels import backends
 from freehold.kernels.kv import new_pages
@@ -334,6 +334,67 @@ def test_a_reply_has_its_messages(default: Model) -> None:
     text = "".join(delta.text for delta in reply.deltas)
     assert [message.text for message in reply.messages] == [text]
     assert reply.num_tokens == 8
+
+
+def test_a_next_turn_is_computed_from_where_it_differs(default_folder: Path) -> None:
+    model = freehold.load(default_folder, device="cpu", context=1024)
+    system = {"role": "system", "content": "You are a helpful librarian who knows every book. " * 8}
+    first = {"role": "user", "content": "Who wrote Faust?"}
+    answer = model.chat([system, first], max_tokens=12, temperature=0)
+    before = model.engine.stats()
+    assert before.cached_tokens == 0
+    history = [system, first, {"role": "assistant", "content": answer}, {"role": "user", "content": "And when?"}]
+    second = model.chat(history, max_tokens=12, temperature=0)
+    after = model.engine.stats()
+    prompt = after.prompt_tokens - before.prompt_tokens
+    # All but the reply's last token, what closes its turn, and the new question.
+    assert prompt - after.cached_tokens < 25
+    other = model.chat([system, {"role": "user", "content": "Name a poem."}], max_tokens=4, temperature=0)
+    assert model.engine.stats().cached_tokens > after.cached_tokens + 80  # the system prompt
+
+    afresh = freehold.load(default_folder, device="cpu", context=1024)
+    assert afresh.chat(history, max_tokens=12, temperature=0) == second
+    question = [system, {"role": "user", "content": "Name a poem."}]
+    assert afresh.chat(question, max_tokens=4, temperature=0) == other
+
+
+def test_prefixes_outlive_the_process_where_a_folder_is_given(default_folder: Path, tmp_path: Path) -> None:
+    question = [{"role": "system", "content": "Answer in one word. " * 10}, {"role": "user", "content": "Hi."}]
+    texts, cached = [], []
+    for threads in (1, 2):
+        model = freehold.load(default_folder, device="cpu", context=512, prefix_cache_dir=tmp_path, threads=threads)
+        texts.append(model.chat(question, max_tokens=6, temperature=0))
+        cached.append(model.engine.stats().cached_tokens)
+    assert texts[0] == texts[1]
+    assert cached[0] == 0
+    assert cached[1] > 30
+    with pytest.raises(DiskError, match="cannot be used for cached prefixes"):
+        freehold.load(default_folder, device="cpu", prefix_cache_dir=default_folder / "config.json")
+
+
+def test_text_ends_before_a_stop_string(default: Model) -> None:
+    given: dict[str, Any] = {"max_tokens": 24, "temperature": 0}
+    whole = "".join(default.stream_text("The three primary colours are", **given))
+    stop = whole[10:17]  # wherever tokens begin and end
+    cut = list(default.stream_text("The three primary colours are", stop=["no such text", stop], **given))
+    assert "".join(cut) == whole[: whole.index(stop)]
+    assert not default.engine.stats().running
+    with pytest.raises(UsageError, match="must not be empty"):
+        default.stream_text("The", stop=[""])
+
+
+def test_everything_that_sampling_knows(tiny: Model) -> None:
+    assert list(tiny.generate(PROMPT, max_tokens=3, logit_bias={77: 1000.0}, temperature=1.0)) == [77] * 3
+    first = next(tiny.generate(PROMPT, max_tokens=9, temperature=0))
+    ended = list(tiny.generate(PROMPT, max_tokens=9, temperature=0, stop_ids=[first]))
+    assert ended == [first]
+    later = list(tiny.generate(PROMPT, max_tokens=9, min_tokens=4, temperature=0, stop_ids=[first]))
+    assert len(later) >= 4
+    assert first not in later[:4]
+    with pytest.raises(UsageError, match="frequency_penalty"):
+        tiny.generate(PROMPT, frequency_penalty=float("nan"))
+    with pytest.raises(TypeError, match="temprature"):
+        tiny.generate(PROMPT, temprature=1.0)  # type: ignore[call-arg]
 
 
 def test_users_cannot_close_their_turn(default: Model) -> None:
