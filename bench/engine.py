@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 import freehold
 from freehold.engine.core import Engine
 from freehold.engine.loop import LocalEngine
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     model = freehold.load(given.model, device="cpu", threads=given.threads)
+    torch.set_num_threads(1)  # as the engine does it for itself; the simple loop gets the same
     assert model.tokenizer is not None
     words = model.tokenizer.encode(text())
     sys.stdout.write(f"{model.path.name}: {model.policy.describe(model.experts)}\n")

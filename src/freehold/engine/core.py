@@ -7,7 +7,8 @@ others do not notice.
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, Usage
 from freehold.kernels.kv import PAGE
 from freehold.log import logger
 from freehold.model.transformer import Transformer
+from freehold.weights.packed import PackedMatrix
 
 OUT_OF_MEMORY = (
     "out of memory; shorten the prompt, load with a smaller context or a smaller KV cache, or use a smaller model: "
@@ -87,6 +89,7 @@ class Engine:
         self.options = options
         self.config = config
         self._clock = clock
+        self._is_packed = isinstance(transformer.unembedding_VD, PackedMatrix)
         self._pace = Pace(options.stretch, options.chunk)
         self._store = KvStore(config, self._counts, type=transformer.kv_type, device=transformer.device)
         self._runner = Runner(transformer, self._store)
@@ -153,7 +156,8 @@ class Engine:
         moment every request has ended, and `is_live` says so.
         """
         try:
-            return self._step()
+            with self._torch_threads():
+                return self._step()
         except _Interrupted as interrupted:
             raise interrupted.cause from None
         except BaseException:
@@ -163,6 +167,16 @@ class Engine:
     def is_live(self, request_id: int) -> bool:
         """Whether a request has not ended."""
         return request_id in self._requests
+
+    @contextmanager
+    def _torch_threads(self) -> Iterator[None]:
+        """Torch's own threads and the native kernels' get in each other's way: a small op takes milliseconds then."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if self._is_packed else before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _step(self) -> list[Output]:
         start = self._clock()

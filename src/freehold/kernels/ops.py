@@ -236,10 +236,10 @@ def sample(
     check_filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if not 0 <= uniform < 1:
         raise UsageError(f"[sample] expected uniform in [0, 1), got {uniform}")
-    largest = float(logits_V.max())
+    module = backends.for_op("sample", logits_V)
+    largest = module.largest(logits_V)
     if not math.isfinite(largest):
         raise UsageError(f"[sample] expected at least one token with a finite logit, the largest is {largest}")
-    module = backends.for_op("sample", logits_V)
     token: int = module.sample(logits_V, temperature, top_k, top_p, min_p, uniform)
     return token
 

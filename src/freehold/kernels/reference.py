@@ -145,6 +145,10 @@ def moe(
     return out
 
 
+def largest(logits_V: Tensor) -> float:
+    return float(logits_V.max())
+
+
 def sample(logits_V: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
