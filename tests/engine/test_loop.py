@@ -1,6 +1,7 @@
 """Who drives the engine: threads at a terminal, and an event loop with clients of every kind."""
 
 import asyncio
+import contextlib
 import gc
 import random
 import signal
@@ -242,6 +243,11 @@ def test_an_engine_that_breaks_tells_everyone_and_goes_on(
             with pytest.raises(RequestError, match="the engine failed: ZeroDivisionError: a bug in the books"):
                 await tokens_of(running.submit(greedy([1])))
         monkeypatch.undo()
+        for where in ("freehold.engine.core.Engine.submit", "freehold.engine.core.Engine.check_integrity"):
+            monkeypatch.setattr(where, broken)
+            with contextlib.suppress(RequestError):
+                await tokens_of(running.submit(greedy([1])))
+            monkeypatch.undo()
         assert len(await tokens_of(running.submit(greedy([1])))) == 12
 
     on_loop(engine, scenario)

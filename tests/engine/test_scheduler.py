@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from freehold.engine.lookup import Lookup
-from freehold.engine.pace import Pace
+from freehold.engine.pace import MOST_GUESSED, Pace
 from freehold.engine.pages import HOLE, PageCopy, Pages
 from freehold.engine.prefix import PrefixCache
 from freehold.engine.request import Request
@@ -140,6 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sequences = [work.sequence for work in plan.works]
         assert len({id(sequence) for sequence in sequences}) == len(sequences) <= self.slots
         assert sum(work.count for work in plan.works) - plan.num_decoding <= CHUNK
+        assert sum(len(work.guesses) for work in plan.works) <= MOST_GUESSED
         assert all(work.draws and work.sequence.lookup for work in plan.works if work.guesses)
         assert all(work.start == work.sequence.computed and work.count >= 1 for work in plan.works)
         assert all(work.start + work.count <= len(work.sequence.tokens) for work in plan.works)

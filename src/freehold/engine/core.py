@@ -95,7 +95,7 @@ class Engine:
         self._runner = Runner(transformer, self._store)
         self._masks = Masks(config.vocab_size)
         self._files = prefix_files
-        self._start_anew()
+        self.reset()
         self._num_requests = 0
         self._totals: Counter[str] = Counter()
         self._busy_seconds = 0.0
@@ -161,7 +161,7 @@ class Engine:
         except _Interrupted as interrupted:
             raise interrupted.cause from None
         except BaseException:
-            self._start_anew()
+            self.reset()
             raise
 
     def is_live(self, request_id: int) -> bool:
@@ -278,8 +278,8 @@ class Engine:
         self._masks.close()
         return outputs
 
-    def _start_anew(self) -> None:
-        """With every page free and no request."""
+    def reset(self) -> None:
+        """Forget every request, without a word to anybody, and every prefix: what is left when the books are wrong."""
         self._pages = Pages(group_windows(self.config), self._counts, PAGE)
         self._prefixes = PrefixCache(self._pages)
         self._scheduler = Scheduler(self._pages, self._prefixes, self._pace, max_num_seqs=self.options.max_num_seqs)

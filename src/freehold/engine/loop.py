@@ -175,11 +175,10 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._obey()
-            if self._stopping:
-                break
             try:
-                self._deliver(self._engine.step())
+                self._obey()
+                if not self._stopping:
+                    self._deliver(self._engine.step())
             except BaseException as error:  # noqa: BLE001 - a bug: every request hears of it, and the engine goes on
                 logger.critical("the engine failed and starts anew", exc_info=error)
                 self._fail_all(error)
@@ -205,7 +204,10 @@ class AsyncEngine:
             mailbox.request_id = self._engine.submit(request)
             self._mail[mailbox.request_id] = mailbox
         except FreeholdError as error:
-            _send(mailbox.loop, [(mailbox, Step(index=0, tokens=(), finish="error", error=error))])
+            _send_error(mailbox, error)
+        except BaseException as error:
+            _send_error(mailbox, RequestError(f"the engine failed: {type(error).__name__}: {error}"))
+            raise
 
     def _drop(self, mailbox: "_Mailbox") -> None:
         if mailbox.request_id is not None and self._mail.pop(mailbox.request_id, None) is not None:
@@ -231,9 +233,10 @@ class AsyncEngine:
 
     def _fail_all(self, error: BaseException) -> None:
         typed = RequestError(f"the engine failed: {type(error).__name__}: {error}")
-        for mailbox in list(self._mail.values()):
-            _send(mailbox.loop, [(mailbox, Step(index=0, tokens=(), finish="error", error=typed))])
+        for mailbox in self._mail.values():
+            _send_error(mailbox, typed)
         self._mail.clear()
+        self._engine.reset()
 
     def _count(self, outputs: Sequence[Output]) -> None:
         for _, step in outputs:
@@ -299,6 +302,10 @@ class Stream(AsyncIterator[Step]):
             if self._open:
                 self._open = 0
                 self._abort(mailbox)
+
+
+def _send_error(mailbox: _Mailbox, error: FreeholdError) -> None:
+    _send(mailbox.loop, [(mailbox, Step(index=0, tokens=(), finish="error", error=error))])
 
 
 def _send(loop: asyncio.AbstractEventLoop, steps: Sequence[tuple[_Mailbox, Step]]) -> bool:

@@ -4,11 +4,13 @@ A step that carries prompt tokens along takes longer, and every running stream w
 into a multiple of a plain decode step's time, going by how long steps have taken so far on this machine.
 """
 
+MOST_GUESSED = 16
+"""Guessed tokens of a step, of all streams together."""
+
 _WEIGHT = 0.2  # of the newest observation
 _FIRST_GUESS = 32  # prompt tokens, before anything was measured
 _LEAST = 4
 _SAFETY = 0.9
-_MOST_GUESSED = 16
 _LEAST_GAIN = 1.1
 
 
@@ -39,7 +41,7 @@ class Pace:
         if not alone or not self._prefill_seconds:
             return 0
         best, longest, expected, chance = _LEAST_GAIN, 0, 1.0, 1.0
-        for count in range(1, _MOST_GUESSED + 1):
+        for count in range(1, MOST_GUESSED + 1):
             chance *= rate
             expected += chance
             gain = expected / (1 + count * self._prefill_seconds * num_decoding / alone)

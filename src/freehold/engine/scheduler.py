@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-from freehold.engine.pace import Pace
+from freehold.engine.pace import MOST_GUESSED, Pace
 from freehold.engine.pages import Holding, PageCopy, Pages
 from freehold.engine.prefix import Prefix, PrefixCache
 from freehold.engine.sequence import Sequence
@@ -83,10 +83,14 @@ class Scheduler:
         """The next step; it has no work where nobody can go on."""
         plan = Plan()
         decoding = [sequence for sequence in self.running if sequence.pending == 1]
-        budget = self._pace.budget(len(decoding))
+        budget, guesses_left = self._pace.budget(len(decoding)), MOST_GUESSED
         for sequence in decoding:
-            if sequence.holding is not None and self._go_on(sequence, 1, plan, self._guesses(sequence, len(decoding))):
+            if sequence.holding is None:  # pushed out by another one just now
+                continue
+            guesses = self._guesses(sequence, len(decoding), guesses_left)
+            if self._go_on(sequence, 1, plan, guesses):
                 plan.num_decoding += 1
+                guesses_left -= len(plan.works[-1].guesses)
         for sequence in list(self.running):
             if budget > 0 and sequence.holding is not None and sequence.pending > 1:
                 count = min(sequence.pending, budget)
@@ -147,11 +151,11 @@ class Scheduler:
         self._plan(sequence, count, plan)
         return count
 
-    def _guesses(self, sequence: Sequence, num_decoding: int) -> list[int]:
+    def _guesses(self, sequence: Sequence, num_decoding: int, left: int) -> list[int]:
         if sequence.lookup is None:
             return []
-        left = sequence.request.max_tokens - sequence.num_generated - 1
-        most = min(left, self._pace.worth_guessing(num_decoding, sequence.lookup.rate))
+        wanted = sequence.request.max_tokens - sequence.num_generated - 1
+        most = min(left, wanted, self._pace.worth_guessing(num_decoding, sequence.lookup.rate))
         return sequence.lookup.guess(sequence.tokens, most)
 
     def _go_on(self, sequence: Sequence, count: int, plan: Plan, guesses: Tokens[int] = ()) -> bool:

@@ -11,6 +11,7 @@ from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.engine.kv_store import kv_store_bytes, page_counts
 from freehold.engine.options import MAX_NUM_SEQS, EngineOptions
+from freehold.engine.pace import MOST_GUESSED
 from freehold.errors import OutOfMemoryError, UsageError
 from freehold.kernels.kv import SPLIT
 from freehold.session.policy import Policy
@@ -159,13 +160,13 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     at_dense = 2.25 if policy.dense == "q8" else 4
     at_experts = 1.25 if experts is ExpertFormat.MXFP4 else at_dense
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
-    logits = 4 * config.vocab_size * (min(options.max_num_seqs, T) + 2)
+    logits = 4 * config.vocab_size * (options.max_num_seqs + MOST_GUESSED + 2)
     return activations + converted + _attention_scratch(config, policy, options) + logits + _SLACK
 
 
 def _step_tokens(options: EngineOptions) -> int:
-    """The most that run at once: a chunk of prompts beside one token of each other sequence."""
-    return min(options.chunk, options.tokens) + options.max_num_seqs - 1
+    """The most that run at once: a chunk of prompts beside one token of each other sequence, and guesses."""
+    return min(options.chunk, options.tokens) + options.max_num_seqs - 1 + MOST_GUESSED
 
 
 def _attention_scratch(config: ModelConfig, policy: Policy, options: EngineOptions) -> int:
@@ -187,7 +188,7 @@ def _reference_scratch(config: ModelConfig, width: int, options: EngineOptions) 
     chunk = _step_tokens(options)
     scores = 3 * N * min(_SCORES_AT_ONCE, chunk) * options.context * 4
     one_expert = 2 * F * D * (width + 2)  # expanded values, and the byte indices they are looked up by
-    logits = 4 * V * (options.max_num_seqs + 2)
+    logits = 4 * V * (options.max_num_seqs + MOST_GUESSED + 2)
     return scores + one_expert + chunk * (6 * D + 4 * F) * 4 + logits + _SLACK
 
 
