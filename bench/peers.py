@@ -21,24 +21,30 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from contest import (
+    GIB,
+    ContestError,
+    Worker,
+    busy_seconds,
+    cpu_name,
+    machine_bytes,
+    machine_line,
+    markdown,
+    natural,
+    positive,
+    spread,
+)
 
 _WORKER = Path(__file__).with_name("peer_worker.py")
 _DEFAULT_PEERS = {"llama.cpp": "llama_cpp", "ik_llama.cpp": "ik_llama_cpp"}
 _RESIDENT_SHARE = 0.7  # of the memory: beyond it, one contestant's pages push out another's
-_GRACE_SECONDS = 10
-_GIB = 2**30
-
-
-class PeersError(Exception):
-    """The comparison cannot be made; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,45 +86,14 @@ class Sample:
     disk_reads: int
 
 
-class Usage(NamedTuple):
-    """Of one process since it began."""
-
-    cpu_seconds: float
-    disk_reads: int
-
-
-class Worker:
-    """A running contestant. Its stderr goes to a file, which is shown only if it fails."""
+class PeerWorker(Worker):
+    """A running contestant."""
 
     def __init__(self, contestant: Contestant, *, threads: int, context: int) -> None:
         self.contestant = contestant
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process runs
         command = [contestant.python, str(_WORKER), contestant.engine, str(contestant.model)]
         command += [f"--threads={threads}", f"--context={context}", *(f"--set={item}" for item in contestant.settings)]
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            )
-        except OSError as error:
-            self._log.close()
-            raise PeersError(f"{contestant.name}: {contestant.python} cannot be started: {error.strerror}") from None
-        try:
-            self.ready = self._reply()
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and the missing reply says so
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        return self._reply()
+        super().__init__(contestant.name, command, threads=threads)
 
     def warm_up(self, measures: Sequence[Measure]) -> list[float]:
         """Runs enough for every page that the measures need to be in memory; returns logits after a fixed prompt."""
@@ -126,35 +101,6 @@ class Worker:
         logits: list[float] = self.ask({"do": "check", "tokens": min(prompts, default=64)})["logits"]
         self.ask({"do": "decode", "tokens": 2, "depth": 0})
         return logits
-
-    def usage(self) -> Usage:
-        # After the name, which may hold spaces, state is field 3; 12 is major faults, 14 and 15 are ticks (proc(5)).
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return Usage((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(fields[9]))
-
-    def close(self) -> None:
-        """Ends the process, also in the middle of loading, and waits until its memory is free."""
-        assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if line:
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-        status = self._process.wait()
-        self._log.seek(0)
-        last_words = self._log.read().decode(errors="replace").splitlines()[-15:]
-        raise PeersError("\n  ".join([f"{self.contestant.name} ended with status {status}:", *last_words]))
 
 
 class Comparison:
@@ -179,11 +125,11 @@ class Comparison:
 
     def run_resident(self, rounds: int) -> None:
         """Everyone stays loaded; each measure goes round before the next one."""
-        needed, total = sum(c.model_bytes for c in self.contestants), _machine_bytes()
+        needed, total = sum(c.model_bytes for c in self.contestants), machine_bytes()
         if needed > _RESIDENT_SHARE * total:
-            raise PeersError(
-                f"the contestants' models take {needed / _GIB:.1f} GiB together, and this machine has "
-                f"{total / _GIB:.1f} GiB: they would push each other out of memory; use --one-at-a-time"
+            raise ContestError(
+                f"the contestants' models take {needed / GIB:.1f} GiB together, and this machine has "
+                f"{total / GIB:.1f} GiB: they would push each other out of memory; use --one-at-a-time"
             )
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(self._started(contestant)) for contestant in self.contestants]
@@ -215,14 +161,14 @@ class Comparison:
         return statistics.correlation(first, self.reports[contestant]["logits"])
 
     @contextlib.contextmanager
-    def _started(self, contestant: Contestant) -> Iterator[Worker]:
+    def _started(self, contestant: Contestant) -> Iterator[PeerWorker]:
         self._say(f"{contestant.name}: loading {contestant.model}")
-        worker = Worker(contestant, threads=self.threads, context=self._context)
+        worker = PeerWorker(contestant, threads=self.threads, context=self._context)
         try:
             self.load_seconds[contestant.name].append(worker.ready["load_seconds"])
             first = self.reports.setdefault(self.contestants[0].name, worker.ready)
             if worker.ready["vocabulary"] != first["vocabulary"]:
-                raise PeersError(
+                raise ContestError(
                     f"not the same model: {contestant.model} has a vocabulary of {worker.ready['vocabulary']}, "
                     f"{self.contestants[0].model} has {first['vocabulary']}"
                 )
@@ -231,12 +177,12 @@ class Comparison:
         finally:
             worker.close()
 
-    def _measure(self, round_: int, worker: Worker, measure: Measure, *, idle: Sequence[Worker]) -> None:
+    def _measure(self, round_: int, worker: PeerWorker, measure: Measure, *, idle: Sequence[PeerWorker]) -> None:
         name = worker.contestant.name
-        start, busy, own, resting = time.perf_counter(), _busy_seconds(), worker.usage(), _cpu_seconds(idle)
+        start, busy, own, resting = time.perf_counter(), busy_seconds(), worker.usage(), _cpu_seconds(idle)
         reply = worker.ask(asdict(measure))
         elapsed, own_after = time.perf_counter() - start, worker.usage()
-        busy, resting = _busy_seconds() - busy, _cpu_seconds(idle) - resting
+        busy, resting = busy_seconds() - busy, _cpu_seconds(idle) - resting
         sample = Sample(
             round=round_,
             contestant=name,
@@ -254,22 +200,21 @@ class Comparison:
 def table(comparison: Comparison) -> str:
     """Markdown, to be pasted into docs/performance.md."""
     names = [contestant.name for contestant in comparison.contestants]
-    rows = [["tokens/s: median (lowest to highest)", *names], ["---"] * (1 + len(names))]
+    rows = [["tokens/s: median (lowest to highest)", *names]]
     labels = [measure.label for measure in comparison.measures]
-    rows += [[label, *(_spread(comparison.of(name, label)) for name in names)] for label in labels]
+    rows += [[label, *(spread(comparison.of(name, label)) for name in names)] for label in labels]
     rows += [[f"{label}: {names[0]} ÷ it", *(f"{comparison.ratio(n, label):.2f}" for n in names)] for label in labels]
     rows.append([f"logits: correlation with {names[0]}", *(f"{comparison.likeness(name):.4f}" for name in names)])
-    rows.append(["load, seconds", *(_spread(comparison.load_seconds[name]) for name in names)])
+    rows.append(["load, seconds", *(spread(comparison.load_seconds[name]) for name in names)])
     reports = [comparison.reports[name] for name in names]
     for label, key in {"peak memory, GiB": "peak_rss_bytes", "of it not from files": "private_bytes"}.items():
-        rows.append([label, *(f"{report[key] / _GIB:.2f}" for report in reports)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+        rows.append([label, *(f"{report[key] / GIB:.2f}" for report in reports)])
     others, idle, reads = ([getattr(s, key) for s in comparison.samples] for key in ("others", "idle", "disk_reads"))
-    lines += [
+    lines = [
+        *markdown(rows),
         "",
         *(f"{name}: {r['engine']} {r['version']} ({r['details']})" for name, r in zip(names, reports, strict=True)),
-        f"{_cpu_name()}, {os.cpu_count()} cores, {_machine_bytes() / _GIB:.1f} GiB; {comparison.threads} threads each",
+        machine_line(comparison.threads),
         f"other processes kept {statistics.median(others):.2f} cores busy in the median, {max(others):.2f} at worst; "
         f"idle contestants {max(idle):.2f} at worst; {max(reads)} pages came from the disk while one was timed",
     ]
@@ -280,7 +225,7 @@ def as_json(comparison: Comparison) -> str:
     names = [contestant.name for contestant in comparison.contestants]
     return json.dumps(
         {
-            "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": _machine_bytes()},
+            "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": machine_bytes()},
             "threads": comparison.threads,
             "contestants": [
                 {
@@ -311,7 +256,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def contestants_of(arguments: argparse.Namespace) -> list[Contestant]:
-    """Freehold first, then every peer with every GGUF file. Raises PeersError where an argument names nothing."""
+    """Freehold first, then every peer with every GGUF file. Raises ContestError where an argument names nothing."""
     found = {name: name for name, module in _DEFAULT_PEERS.items() if importlib.util.find_spec(module)}
     peers = [_peer(text) for text in arguments.peer] or [(name, sys.executable, ()) for name in found]
     if arguments.model and not any(_engine(name) == "freehold" for name, _, _ in peers):
@@ -321,16 +266,16 @@ def contestants_of(arguments: argparse.Namespace) -> list[Contestant]:
         engine = _engine(name)
         models = [arguments.model] if engine == "freehold" else arguments.gguf
         if None in models or not models:
-            raise PeersError(f"{name} has no model; give {'--model' if engine == 'freehold' else '--gguf'}")
+            raise ContestError(f"{name} has no model; give {'--model' if engine == 'freehold' else '--gguf'}")
         for model in models:
             if not model.exists():
-                raise PeersError(f"{model} does not exist")
+                raise ContestError(f"{model} does not exist")
             label = f"{name} {model.stem}" if len(models) > 1 else name
             contestants.append(Contestant(name=label, engine=engine, python=python, model=model, settings=settings))
     if len({contestant.name for contestant in contestants}) < len(contestants):
-        raise PeersError("two contestants have the same name; choose names in --peer NAME=PYTHON")
+        raise ContestError("two contestants have the same name; choose names in --peer NAME=PYTHON")
     if not contestants:
-        raise PeersError("nobody to measure: give --model, or --gguf and a --peer")
+        raise ContestError("nobody to measure: give --model, or --gguf and a --peer")
     return contestants
 
 
@@ -339,7 +284,7 @@ def _peer(text: str) -> tuple[str, str, tuple[str, ...]]:
     python, *settings = rest.split(",")
     wrong = [item for item in settings if "=" not in item]
     if not name or wrong:
-        raise PeersError(f"--peer is NAME=PYTHON[,FIELD=VALUE…], got {text!r}")
+        raise ContestError(f"--peer is NAME=PYTHON[,FIELD=VALUE…], got {text!r}")
     return name, python or sys.executable, tuple(settings)
 
 
@@ -349,42 +294,8 @@ def _engine(name: str) -> str:
     return "ik_llama_cpp" if name.startswith("ik") else "llama_cpp"
 
 
-def _spread(values: Sequence[float]) -> str:
-    low, middle, high = (f"{value:.3g}" for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
-
-
-def _cpu_seconds(workers: Sequence[Worker]) -> float:
+def _cpu_seconds(workers: Sequence[PeerWorker]) -> float:
     return sum(worker.usage().cpu_seconds for worker in workers)
-
-
-def _busy_seconds() -> float:
-    """Of all cores together, since boot: everything but idle and waiting for the disk."""
-    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-
-
-def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
 
 
 def main() -> None:
@@ -399,11 +310,11 @@ def main() -> None:
         help="NAME begins with ik for ik_llama.cpp, with freehold for another Freehold, else it is llama.cpp; FIELDs "
         "are those of its parameter structs, or arguments of freehold.load; default: what this interpreter can import",
     )
-    parser.add_argument("--prompt", type=_positive, nargs="*", default=[256, 512], help="prompt lengths")
-    parser.add_argument("--generate", type=_positive, default=32, help="tokens of a decode")
-    parser.add_argument("--depth", type=_natural, nargs="*", default=[0], help="tokens in the cache before a decode")
-    parser.add_argument("--rounds", type=_positive, default=3)
-    parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--prompt", type=positive, nargs="*", default=[256, 512], help="prompt lengths")
+    parser.add_argument("--generate", type=positive, default=32, help="tokens of a decode")
+    parser.add_argument("--depth", type=natural, nargs="*", default=[0], help="tokens in the cache before a decode")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--one-at-a-time", action="store_true", help="for models that do not fit in memory together")
     parser.add_argument("--json", action="store_true", help="everything, as JSON, instead of the table")
     arguments = parser.parse_args()
@@ -416,11 +327,11 @@ def main() -> None:
     measures += [Measure(do="decode", tokens=arguments.generate, depth=depth) for depth in arguments.depth]
     try:
         if not measures:
-            raise PeersError("nothing to measure: give --prompt or --depth a length")
+            raise ContestError("nothing to measure: give --prompt or --depth a length")
         comparison = Comparison(contestants_of(arguments), measures, threads=arguments.threads, say=say)
         run = comparison.run_one_at_a_time if arguments.one_at_a_time else comparison.run_resident
         run(arguments.rounds)
-    except PeersError as error:
+    except ContestError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     if arguments.rounds < 3:
         say("fewer than 3 rounds: this shows that things work, and no more")
