@@ -54,8 +54,8 @@ async def serve(generate: Generate, prompts: Sequence[list[int]], *, streams: in
 
 
 @contextlib.asynccontextmanager
-async def freehold_requests(model: Any, *, streams: int) -> AsyncIterator[Generate]:
-    """An engine for so many requests at once. All that is known of engines here is in this function."""
+async def freehold_requests(model: Any) -> AsyncIterator[Generate]:
+    """The model's engine. All that is known of engines here is in this function."""
     loop = importlib.import_module("freehold.engine.loop")
     request = importlib.import_module("freehold.engine.request")
 
@@ -64,19 +64,18 @@ async def freehold_requests(model: Any, *, streams: int) -> AsyncIterator[Genera
             prompt=prompt,
             sampling=request.Sampling(temperature=0.0),
             max_tokens=new_tokens,
-            min_tokens=new_tokens,
-            stop_ids=frozenset(),
+            cache=False,
         )
         async for step in engine.submit(asked):
             if step.tokens:
                 yield list(step.tokens)
 
-    async with loop.AsyncEngine(model, max_requests=streams) as engine:
+    async with loop.AsyncEngine(model.new_engine()) as engine:
         yield generate
 
 
 async def answer_all(model: Any, *, streams: int, say: Callable[[dict[str, Any]], None]) -> None:
-    async with freehold_requests(model, streams=streams) as generate:
+    async with freehold_requests(model) as generate:
         say(
             {
                 "version": importlib.import_module("freehold").__version__,
@@ -109,7 +108,14 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"{Path(__file__).name}: {error}")
     try:
-        model = freehold.load(arguments.model, device="cpu", threads=arguments.threads, context=arguments.context)
+        model = freehold.load(
+            arguments.model,
+            device="cpu",
+            threads=arguments.threads,
+            context=arguments.context,
+            kv_tokens=arguments.streams * arguments.context,
+            max_num_seqs=arguments.streams,
+        )
         if model.tokenizer is None:
             raise errors.UsageError(f"{arguments.model} has no tokenizer, which makes the prompts")
         asyncio.run(answer_all(model, streams=arguments.streams, say=say))
