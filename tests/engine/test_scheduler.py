@@ -332,3 +332,13 @@ def test_pace_keeps_to_the_stretch() -> None:
     assert 0.010 + pace.budget(3) * 0.001 <= 0.020
     assert pace.budget(3) >= 8
     assert Pace(1.0, 512).budget(1) >= 1  # prompts must get in some day
+
+
+def test_where_more_wait_than_write_they_get_more_of_the_time() -> None:
+    pace = Pace(2.0, 512)
+    pace.observe(2, 0, 0.010)
+    pace.observe(2, 10, 0.020)
+    one, as_many, three_times, very_many = (pace.budget(2, waiting) for waiting in (1, 2, 6, 200))
+    assert one == as_many == 9
+    assert 26 <= three_times <= 27
+    assert 70 <= very_many <= 72

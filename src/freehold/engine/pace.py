@@ -1,7 +1,8 @@
 """How many more tokens a step may carry: of prompts, so that streams hardly notice, and guesses that may save steps.
 
 A step that carries prompt tokens along takes longer, and every running stream waits for it. Their budget is what fits
-into a multiple of a plain decode step's time, going by how long steps have taken so far on this machine.
+into a multiple of a plain decode step's time, going by how long steps have taken so far on this machine. Where more
+requests wait for their first token than are being written, they get the larger share of the time.
 """
 
 MOST_GUESSED = 16
@@ -11,6 +12,7 @@ _WEIGHT = 0.2  # of the newest observation
 _FIRST_GUESS = 32  # prompt tokens, before anything was measured
 _LEAST = 4
 _SAFETY = 0.9
+_MOST_ROOM = 8.0
 _LEAST_GAIN = 1.1
 
 
@@ -18,19 +20,20 @@ class Pace:
     """`stretch` is how much longer a step with prompt tokens may take than one without."""
 
     def __init__(self, stretch: float, chunk: int) -> None:
-        self._room = (stretch - 1) * _SAFETY
+        self._room = stretch - 1
         self._chunk = chunk
         self._decode_seconds: dict[int, float] = {}  # of a step, by the number of streams
         self._prefill_seconds: float | None = None  # for each prompt token more
 
-    def budget(self, num_decoding: int) -> int:
-        """Prompt tokens for a step in which so many streams are written."""
+    def budget(self, num_decoding: int, num_reading: int = 1) -> int:
+        """Prompt tokens for a step in which so many streams are written, and so many requests wait to be read."""
         if not num_decoding:
             return self._chunk
         alone = self._alone(num_decoding)
         if not alone or not self._prefill_seconds:
             return min(_FIRST_GUESS, self._chunk)
-        return max(_LEAST, min(self._chunk, int(alone * self._room / self._prefill_seconds)))
+        room = _SAFETY * max(self._room, min(num_reading / num_decoding, _MOST_ROOM))
+        return max(_LEAST, min(self._chunk, int(alone * room / self._prefill_seconds)))
 
     def worth_guessing(self, num_decoding: int, rate: float) -> int:
         """How many guessed tokens are worth reading along for one of so many streams, each right with this probability.

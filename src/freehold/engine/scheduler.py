@@ -83,7 +83,8 @@ class Scheduler:
         """The next step; it has no work where nobody can go on."""
         plan = Plan()
         decoding = [sequence for sequence in self.running if sequence.pending == 1]
-        budget, guesses_left = self._pace.budget(len(decoding)), MOST_GUESSED
+        num_reading = len(self.running) - len(decoding) + len(self.waiting)
+        budget, guesses_left = self._pace.budget(len(decoding), num_reading), MOST_GUESSED
         for sequence in decoding:
             if sequence.holding is None:  # pushed out by another one just now
                 continue
