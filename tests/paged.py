@@ -19,8 +19,11 @@ class Store:
         return PagedSequences([count], [length], self.table_BP)
 
     def rows(self) -> list[Tensor]:
-        """Each of the pages' tensors in order of positions, (K, positions, ·)."""
-        return [tensor[self.table_BP[0].long()].transpose(0, 1).flatten(1, 2) for tensor in self.pages.tensors()]
+        """Keys, values, and in q8 the scales of both, in order of positions: (K, positions, ·)."""
+        keys, values = self.pages.by_position()
+        kept = (keys.numbers.flatten(3), values.numbers.flatten(3), keys.scales, values.scales)
+        names = self.table_BP[0].long()
+        return [tensor[names].transpose(0, 1).flatten(1, 2) for tensor in kept if tensor is not None]
 
 
 def store(type: KvType, num_heads: int, positions: int, head_dim: int) -> Store:

@@ -5,7 +5,8 @@
 // or the upper ones), load_i8, zero, set1, fma (a*b + c), mul, add, sub, div, abs, min and max (the second where one is
 // NaN), sum (of lanes, in a fixed order), largest (of lanes), no_nan (in any lane), round (to nearest even), exp2i (2^n
 // for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
-// in [-127, 127]), place (a block of such values as activations of a tile), to_f16, from_f16, transpose16 and kRows.
+// in [-127, 127]), place (a block of such values as activations of a tile), to_f16, from_f16, kRows and kManyRows (the
+// rows that a product takes at once, where it has few and where it has many).
 //
 // Nothing here may call an inline function or template from outside: the linker keeps one copy of those for the whole
 // program, and it could be the one compiled for an instruction set that the processor lacks.
@@ -171,224 +172,241 @@ inline uint16_t bf16_of(float value) {
     return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-void kv_store(const float* x, const KvPages& kv, bool is_value, size_t at) {
+void kv_store(const float* x, const KvPages& kv, bool is_value, size_t at, size_t row) {
     const size_t H = kv.H;
     void* target = is_value ? kv.values : kv.keys;
+    const size_t first = is_value ? row * H : row, step = is_value ? 1 : kPage;  // of its numbers, but for pairs
     switch (kv.type) {
-        case KvType::f32:
-            std::memcpy(static_cast<float*>(target) + at, x, H * sizeof(float));
+        case KvType::f32: {
+            float* page = static_cast<float*>(target) + at;
+            for (size_t h = 0; h < H; ++h) page[first + h * step] = x[h];
             return;
-        case KvType::bf16:
-            for (size_t i = 0; i < H; ++i) static_cast<uint16_t*>(target)[at + i] = bf16_of(x[i]);
+        }
+        case KvType::bf16: {
+            uint16_t* page = static_cast<uint16_t*>(target) + at;
+            if (is_value) {
+                for (size_t h = 0; h < H; ++h) page[first + h] = bf16_of(x[h]);
+            } else {
+                uint16_t* pair = page + 2 * row;
+                for (size_t h = 0; h < H; h += 2, pair += 2 * kPage)
+                    pair[0] = bf16_of(x[h]), pair[1] = bf16_of(x[h + 1]);
+            }
             return;
+        }
         case KvType::q8: {
+            int8_t* page = static_cast<int8_t*>(target) + at;
             uint16_t* scales = (is_value ? kv.value_scales : kv.key_scales) + at / kBlock;
             for (size_t b = 0; b < H / kBlock; ++b) {
                 const F16 low = load(x + b * kBlock), high = load(x + b * kBlock + 16);
                 const float peak = peak_of(low, high);
-                scales[b] = to_f16(peak / 127.0f);
-                const float step = from_f16(scales[b]);
-                const F16 factor = set1(step > 0 ? 1.0f / step : 0.0f);
+                const uint16_t scale = to_f16(peak / 127.0f);
+                const float size = from_f16(scale);
+                const F16 factor = set1(size > 0 ? 1.0f / size : 0.0f);
                 const F16 most = set1(127.0f), least = set1(-127.0f);
-                int8_t* values = static_cast<int8_t*>(target) + at + b * kBlock;
-                store_i8(values, max(min(round(mul(low, factor)), most), least));
-                store_i8(values + 16, max(min(round(mul(high, factor)), most), least));
+                int8_t numbers[kBlock];
+                store_i8(numbers, max(min(round(mul(low, factor)), most), least));
+                store_i8(numbers + 16, max(min(round(mul(high, factor)), most), least));
+                scales[is_value ? row * (H / kBlock) + b : row + b * kPage] = scale;
+                for (size_t i = 0; i < kBlock; ++i) page[first + (b * kBlock + i) * step] = numbers[i];
             }
         }
     }
 }
 
-// 16 floats of one stored head, from element i on (i + 16 <= H).
-template <KvType type>
-inline F16 kv_load(const void* from, const uint16_t* scales, size_t at) {
-    if constexpr (type == KvType::f32) return load(static_cast<const float*>(from) + at);
-    if constexpr (type == KvType::bf16) return load_bf16(static_cast<const uint16_t*>(from) + at);
-    return mul(load_i8(static_cast<const int8_t*>(from) + at), set1(from_f16(scales[at / kBlock])));
-}
-template <KvType type>
-inline float kv_load1(const void* from, size_t at) {  // never q8: its H is a multiple of 32
-    if constexpr (type == KvType::f32) return static_cast<const float*>(from)[at];
-    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(from)[at]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Memory that is needed next: the first few blocks of a product ask for it in passing, `step` bytes with every k.
+// Memory that is needed next: products ask for it in passing, a line with every four k.
 struct Ahead {
-    static constexpr size_t blocks = 8;
     const uint8_t *next, *end;
-    size_t step;
-    // K as in the product. Without `bytes` the same line is asked for again and again, which costs no memory traffic.
-    Ahead(const void* from, size_t bytes, size_t K)
-        : next(static_cast<const uint8_t*>(from)), end(next + bytes), step((bytes + blocks * K - 1) / (blocks * K)) {}
-    void pass(size_t K) {
-        next += step * K;
+    size_t step;  // 0 where nothing is left: the same line again costs no memory traffic
+    Ahead(const void* from, size_t bytes)
+        : next(static_cast<const uint8_t*>(from)), end(next + bytes), step(bytes ? 64 : 0) {}
+    void stop_at_end() {
         if (next >= end) step = 0;
     }
 };
 
-inline F16 widened(const float* p) { return load(p); }
-inline F16 widened(const uint16_t* p) { return load_bf16(p); }
+// The right side of a product as it lies in memory: `at` widens 16 columns of rows k … k + rows - 1.
+struct Floats {
+    static constexpr size_t rows = 1;
+    const float* data;
+    size_t stride;
+    void at(size_t k, size_t column, F16* out) const { out[0] = load(data + k * stride + column); }
+};
+struct Bf16Rows {
+    static constexpr size_t rows = 1;
+    const uint16_t* data;
+    size_t stride;
+    void at(size_t k, size_t column, F16* out) const { out[0] = load_bf16(data + k * stride + column); }
+};
+struct Bf16Pairs {  // (K / 2, columns, 2): one load brings two rows, and nothing is shuffled
+    static constexpr size_t rows = 2;
+    const uint16_t* data;
+    size_t columns;
+    void at(size_t k, size_t column, F16* out) const {
+        const F16 pairs = load(reinterpret_cast<const float*>(data + k * columns + 2 * column));
+        out[0] = bf16_low(pairs), out[1] = bf16_high(pairs);
+    }
+};
 
-// c (R, 16 C columns of a row of `stride`) = a (R rows of K values, a_stride apart) * b (K rows, b_stride apart)
-template <size_t R, size_t C, class Value>
-inline void micro(const float* a, size_t a_stride, const Value* b, size_t b_stride, size_t K, float* c, size_t stride,
+// c (R, 16 C columns of a row of `stride`) = a (R rows of K values, a_stride apart) * b (K rows, from `column` on)
+template <size_t R, size_t C, class Right>
+inline void micro(const float* a, size_t a_stride, const Right& b, size_t column, size_t K, float* c, size_t stride,
                   bool accumulate, Ahead& ahead) {
     F16 sums[R][C];
     for (size_t r = 0; r < R; ++r)
         for (size_t n = 0; n < C; ++n) sums[r][n] = accumulate ? load(c + r * stride + n * 16) : zero();
-    for (size_t k = 0; k < K; ++k) {
-        __builtin_prefetch(ahead.next + k * ahead.step);
-        F16 columns[C];
-        for (size_t n = 0; n < C; ++n) columns[n] = widened(b + k * b_stride + n * 16);
-        for (size_t r = 0; r < R; ++r) {
-            const F16 value = set1(a[r * a_stride + k]);
-            for (size_t n = 0; n < C; ++n) sums[r][n] = fma(value, columns[n], sums[r][n]);
-        }
+    // Inlined by force, or GCC might keep the sums in memory.
+    const auto add = [&](size_t k) __attribute__((always_inline)) {
+        F16 columns[C][Right::rows];
+        for (size_t n = 0; n < C; ++n) b.at(k, column + n * 16, columns[n]);
+        for (size_t i = 0; i < Right::rows; ++i)
+            for (size_t r = 0; r < R; ++r) {
+                const F16 value = set1(a[r * a_stride + k + i]);
+                for (size_t n = 0; n < C; ++n) sums[r][n] = fma(value, columns[n][i], sums[r][n]);
+            }
+    };
+    size_t k = 0;
+    for (; k + 4 <= K; k += 4, ahead.next += ahead.step) {
+        __builtin_prefetch(ahead.next);
+        for (size_t i = 0; i < 4; i += Right::rows) add(k + i);
     }
+    for (; k < K; k += Right::rows) add(k);
     for (size_t r = 0; r < R; ++r)
         for (size_t n = 0; n < C; ++n) store(c + r * stride + n * 16, sums[r][n]);
-    ahead.pass(K);
+    ahead.stop_at_end();
 }
 
-// Each sum runs over k in order, whichever way rows and columns are taken.
-template <class Value>
-inline void multiply(const float* a, size_t a_stride, const Value* b, size_t b_stride, size_t K, float* c,
-                     size_t stride, size_t rows, size_t columns, bool accumulate, Ahead& ahead) {
+// R rows at once. Each sum runs over k in order, whichever way rows and columns are taken.
+template <size_t R, class Right>
+inline void multiply(const float* a, size_t a_stride, const Right& b, size_t K, float* c, size_t stride, size_t rows,
+                     size_t columns, bool accumulate, Ahead& ahead) {
     size_t r = 0;
-    for (; r + kRows <= rows; r += kRows)
+    for (; r + R <= rows; r += R)
         for (size_t n = 0; n < columns; n += 16)
-            micro<kRows, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate,
-                            ahead);
+            micro<R, 1>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
     for (; r < rows; ++r) {  // one row: several columns at once keep the multipliers busy
         size_t n = 0;
         for (; n + 64 <= columns; n += 64)
-            micro<1, 4>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate, ahead);
+            micro<1, 4>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
         for (; n < columns; n += 16)
-            micro<1, 1>(a + r * a_stride, a_stride, b + n, b_stride, K, c + r * stride + n, stride, accumulate, ahead);
+            micro<1, 1>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
     }
 }
 
-// 32 bfloat16 of each of 16 rows, as 32 rows of 16 floats: pairs of them travel as one.
-inline void transpose_bf16(const uint16_t* rows, size_t row_stride, float* out, size_t stride) {
-    F16 pairs[16];
-    for (size_t r = 0; r < 16; ++r) pairs[r] = load(reinterpret_cast<const float*>(rows + r * row_stride));
-    alignas(64) float columns[16 * 16];
-    transpose16(pairs, columns, 16);
-    for (size_t c = 0; c < 16; ++c) {
-        const F16 pair = load(columns + 16 * c);
-        store(out + 2 * c * stride, bf16_low(pair));
-        store(out + (2 * c + 1) * stride, bf16_high(pair));
+// The keys of a page's head, from element `at` on, as floats: (H, kPage)
+void widen_keys(const KvPages& kv, size_t at, float* keys) {
+    if (kv.type == KvType::bf16) {
+        const Bf16Pairs pairs{static_cast<const uint16_t*>(kv.keys) + at, kPage};
+        for (size_t h = 0; h < kv.H; h += 2)
+            for (size_t j = 0; j < kPage; j += 16) {
+                F16 two[2];
+                pairs.at(h, j, two);
+                store(keys + h * kPage + j, two[0]), store(keys + (h + 1) * kPage + j, two[1]);
+            }
+        return;
+    }
+    const int8_t* numbers = static_cast<const int8_t*>(kv.keys) + at;
+    const uint16_t* halves = kv.key_scales + at / kBlock;
+    for (size_t b = 0; b < kv.H; b += kBlock, halves += kPage) {
+        float scales[kPage];
+        for (size_t j = 0; j < kPage; ++j) scales[j] = from_f16(halves[j]);
+        for (size_t i = b * kPage; i < (b + kBlock) * kPage; i += 16)
+            store(keys + i, mul(load_i8(numbers + i), load(scales + i % kPage)));
     }
 }
 
-// `count` <= 64 stored keys of a head from element `at` on: (H, 64), with zeros for those that are missing.
-template <KvType type>
-inline void load_keys(const KvPages& kv, size_t at, size_t count, float* keys) {
-    constexpr size_t N = kKeysAtOnce;
-    const size_t H = kv.H;
-    for (size_t j = 0; j < N; j += 16) {
-        size_t i = 0;
-        if (type == KvType::bf16 && j + 16 <= count)
-            for (; i + 32 <= H; i += 32)
-                transpose_bf16(static_cast<const uint16_t*>(kv.keys) + at + j * H + i, H, keys + i * N + j, N);
-        for (; i + 16 <= H; i += 16) {
-            F16 square[16];
-            for (size_t k = 0; k < 16; ++k)
-                square[k] = j + k < count ? kv_load<type>(kv.keys, kv.key_scales, at + (j + k) * H + i) : zero();
-            transpose16(square, keys + i * N + j, N);
-        }
-        for (; i < H; ++i)
-            for (size_t k = j; k < j + 16; ++k)
-                keys[i * N + k] = k < count ? kv_load1<type>(kv.keys, at + k * H + i) : 0.0f;
-    }
-}
-
-// `count` stored values of a head from element `at` on: (count, padded H)
-template <KvType type>
-inline void load_values(const KvPages& kv, size_t at, size_t count, float* values) {
+// `count` values of a page's head, from element `at` on, as floats: (count, padded H)
+void widen_values(const KvPages& kv, size_t at, size_t count, float* values) {
     const size_t H = kv.H, padded = padded_head(H);
     for (size_t j = 0; j < count; ++j, at += H, values += padded) {
         size_t i = 0;
-        for (; i + 16 <= H; i += 16) store(values + i, kv_load<type>(kv.values, kv.value_scales, at + i));
-        for (; i < padded; ++i) values[i] = i < H ? kv_load1<type>(kv.values, at + i) : 0.0f;
+        if (kv.type == KvType::f32) {
+            std::memcpy(values, static_cast<const float*>(kv.values) + at, H * sizeof(float));
+            i = H;
+        } else if (kv.type == KvType::q8) {
+            const int8_t* numbers = static_cast<const int8_t*>(kv.values) + at;
+            const uint16_t* scales = kv.value_scales + at / kBlock;
+            for (; i < H; i += 16) store(values + i, mul(load_i8(numbers + i), set1(from_f16(scales[i / kBlock]))));
+        } else {
+            const uint16_t* numbers = static_cast<const uint16_t*>(kv.values) + at;
+            for (; i + 16 <= H; i += 16) store(values + i, load_bf16(numbers + i));
+            for (; i < H; ++i) {
+                const uint32_t bits = uint32_t{numbers[i]} << 16;
+                std::memcpy(values + i, &bits, sizeof bits);
+            }
+        }
+        for (; i < padded; ++i) values[i] = 0.0f;
     }
 }
 
+// Scores become weights, exp(score - peak), but 0 outside [low, high) of `count` (a multiple of 16).
+inline void weigh(float* row, size_t count, int64_t low, int64_t high, float* peak, float* sum_of_all) {
+    const auto end = static_cast<int64_t>(count);
+    low = lesser(greater(low, int64_t{0}), end), high = greater(lesser(high, end), low);
+    for (int64_t j = 0; j < low; ++j) row[j] = -INFINITY;
+    for (int64_t j = high; j < end; ++j) row[j] = -INFINITY;
+    F16 most = set1(-INFINITY);
+    for (size_t j = 0; j < count; j += 16) most = max(load(row + j), most);
+    *peak = largest(most);
+    const F16 shift = set1(low < high ? *peak : 0.0f);  // with nothing in sight all weights are 0
+    F16 total = zero();
+    for (size_t j = 0; j < count; j += 16) {
+        const F16 shifted = sub(load(row + j), shift);
+        // exp clamps: what is masked must be zero, and so is what lies far below
+        const F16 weight = keep_above(exp(shifted), shifted, -87.0f);
+        total = add(total, weight);
+        store(row + j, weight);
+    }
+    *sum_of_all = sum(total);
+}
+
+// All scores come first and then all weights, so that no result has to be scaled down when a larger score turns up.
 void attend(const AttentionPiece& piece, const KvPages& kv) {
-    constexpr size_t N = kKeysAtOnce;
+    constexpr size_t S = kSplit;
     const size_t H = kv.H, padded = padded_head(H), rows = piece.rows;
-    float* keys = piece.scratch;          // (H, 64): transposed, so that scores of 16 keys are one vector
-    float* values = keys + padded * N;    // (64, padded H)
-    float* scores = values + N * padded;  // (rows, 64)
-    // For few rows it is not worth while to widen values first.
-    const bool read_in_place = kv.type == KvType::bf16 && rows <= 2 * kRows && padded == H;
-    for (size_t r = 0; r < rows; ++r) piece.peak[r] = -INFINITY, piece.sum[r] = 0.0f;
-    std::memset(piece.out, 0, rows * padded * sizeof(float));
+    const auto count = static_cast<size_t>(piece.last_key - piece.first_key), pages = ceil_div(count, kPage);
+    const int32_t* table = piece.pages + static_cast<size_t>(piece.first_key) / kPage;
+    float* widened = piece.scratch;             // keys (H, kPage) or values (kPage, padded H) of a page
+    float* weights = widened + kPage * padded;  // (rows, S): scores at first
+    // For few rows it is not worth while to widen bfloat16 first.
+    const bool few = kv.type == KvType::bf16 && rows <= 2 * kRows;
+    const size_t size = kv.type == KvType::f32 ? 4 : kv.type == KvType::bf16 ? 2 : 1, bytes = kPage * H * size;
+    auto place = [&](size_t page) { return kv.at(static_cast<size_t>(table[page]), piece.head); };
+    auto address = [&](const void* data, size_t page) {
+        return static_cast<const uint8_t*>(data) + place(page) * size;
+    };
 
-    for (int64_t start = piece.first_key; start < piece.last_key; start += kKeysAtOnce) {
-        const size_t count = static_cast<size_t>(lesser(kKeysAtOnce, piece.last_key - start));
-        const size_t block = static_cast<size_t>(start) / N,
-                     at = kv.at(static_cast<size_t>(piece.pages[block]), piece.head);
-        switch (kv.type) {
-            case KvType::f32:
-                load_keys<KvType::f32>(kv, at, count, keys), load_values<KvType::f32>(kv, at, count, values);
-                break;
-            case KvType::bf16:
-                load_keys<KvType::bf16>(kv, at, count, keys);
-                if (!read_in_place) load_values<KvType::bf16>(kv, at, count, values);
-                break;
-            case KvType::q8:
-                load_keys<KvType::q8>(kv, at, count, keys), load_values<KvType::q8>(kv, at, count, values);
-        }
-        const bool last = start + kKeysAtOnce >= piece.last_key;
-        const size_t next = last ? at : kv.at(static_cast<size_t>(piece.pages[block + 1]), piece.head);
-        const size_t size = kv.type == KvType::f32    ? 4
-                            : kv.type == KvType::bf16 ? 2
-                                                      : 1,
-                     ahead = last ? 0 : N * H * size;
-        Ahead next_keys(static_cast<const uint8_t*>(kv.keys) + next * size, ahead, H);
-        Ahead next_values(static_cast<const uint8_t*>(kv.values) + next * size, ahead, N);
-        multiply(piece.q, H, keys, N, H, scores, N, rows, N, false, next_keys);
-
-        for (size_t r = 0; r < rows; ++r) {
-            float* row = scores + r * N;
-            const int64_t low = greater(piece.limits[2 * r] - start, int64_t{0});
-            const int64_t high = lesser(piece.limits[2 * r + 1] - start, static_cast<int64_t>(count));
-            if (low >= high) {  // nothing of this block is in sight of this row: it changes nothing
-                std::memset(row, 0, N * sizeof(float));
-                continue;
-            }
-            for (int64_t j = 0; j < low; ++j) row[j] = -INFINITY;
-            for (int64_t j = high; j < static_cast<int64_t>(N); ++j) row[j] = -INFINITY;
-            F16 s[N / 16];
-            for (size_t j = 0; j < N / 16; ++j) s[j] = load(row + 16 * j);
-            const float peak = greater(piece.peak[r], largest(max(max(s[0], s[1]), max(s[2], s[3]))));
-            if (peak != piece.peak[r]) {
-                const F16 shrink = set1(piece.sum[r] > 0 ? exp1(piece.peak[r] - peak) : 0.0f);
-                float* out = piece.out + r * padded;
-                for (size_t i = 0; i < padded; i += 16) store(out + i, mul(load(out + i), shrink));
-                float lanes[16];
-                store(lanes, shrink);
-                piece.sum[r] *= lanes[0];
-                piece.peak[r] = peak;
-            }
-            F16 total = zero();
-            for (size_t j = 0; j < N / 16; ++j) {
-                const F16 shifted = sub(s[j], set1(peak));
-                // exp clamps: what is masked must be zero, and so is what lies far below
-                s[j] = keep_above(exp(shifted), shifted, -87.0f);
-                total = add(total, s[j]);
-                store(row + 16 * j, s[j]);
-            }
-            piece.sum[r] += sum(total);
-        }
-        if (read_in_place) {
-            const uint16_t* stored = static_cast<const uint16_t*>(kv.values) + at;
-            multiply(scores, N, stored, H, count, piece.out, padded, rows, padded, true, next_values);
+    for (size_t page = 0; page < pages; ++page) {
+        Ahead ahead(page + 1 < pages ? address(kv.keys, page + 1) : address(kv.values, 0), bytes);
+        float* scores = weights + page * kPage;
+        if (few) {
+            const Bf16Pairs keys{reinterpret_cast<const uint16_t*>(address(kv.keys, page)), kPage};
+            multiply<kRows>(piece.q, H, keys, H, scores, S, rows, kPage, false, ahead);
         } else {
-            multiply(scores, N, values, padded, count, piece.out, padded, rows, padded, true, next_values);
+            if (kv.type != KvType::f32) widen_keys(kv, place(page), widened);
+            const Floats keys{kv.type == KvType::f32 ? static_cast<const float*>(kv.keys) + place(page) : widened,
+                              kPage};
+            multiply<kManyRows>(piece.q, H, keys, H, scores, S, rows, kPage, false, ahead);
+        }
+    }
+
+    for (size_t r = 0; r < rows; ++r)
+        weigh(weights + r * S, pages * kPage, piece.limits[2 * r] - piece.first_key,
+              lesser(piece.limits[2 * r + 1], piece.last_key) - piece.first_key, piece.peak + r, piece.sum + r);
+
+    std::memset(piece.out, 0, rows * padded * sizeof(float));
+    const int64_t end = piece.limits[2 * rows - 1];  // until there, the next piece probably goes on
+    for (size_t page = 0; page < pages; ++page) {
+        const bool last = page + 1 == pages;
+        const size_t K = last ? count - page * kPage : kPage;
+        const bool over = last && piece.last_key == end;
+        Ahead ahead(last ? address(kv.keys, over ? page : page + 1) : address(kv.values, page + 1), over ? 0 : bytes);
+        const float* of_page = weights + page * kPage;
+        if (few && padded == H) {
+            const Bf16Rows values{reinterpret_cast<const uint16_t*>(address(kv.values, page)), H};
+            multiply<kRows>(of_page, S, values, K, piece.out, padded, rows, padded, true, ahead);
+        } else {
+            widen_values(kv, place(page), K, widened);
+            multiply<kManyRows>(of_page, S, Floats{widened, padded}, K, piece.out, padded, rows, padded, true, ahead);
         }
     }
 }

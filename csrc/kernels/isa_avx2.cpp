@@ -16,7 +16,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 4;
+constexpr size_t kRows = 4, kManyRows = 6;
 
 struct F16 {
     __m256 a, b;
@@ -125,33 +125,6 @@ inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
 }
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) { return _cvtsh_ss(bits); }
-
-// Eight rows of eight: out[i * stride + j] = rows[j][i].
-inline void transpose8(const __m256* rows, float* out, size_t stride) {
-    __m256 pairs[8], quads[8];
-    for (int i = 0; i < 4; ++i) {
-        pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-        quads[4 * i] = _mm256_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0x44);
-        quads[4 * i + 1] = _mm256_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0xEE);
-        quads[4 * i + 2] = _mm256_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0x44);
-        quads[4 * i + 3] = _mm256_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x20));
-        _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(quads[i], quads[4 + i], 0x31));
-    }
-}
-inline void transpose16(const F16* rows, float* out, size_t stride) {
-    for (size_t half = 0; half < 2; ++half) {
-        __m256 low[8], high[8];
-        for (size_t j = 0; j < 8; ++j) low[j] = rows[8 * half + j].a, high[j] = rows[8 * half + j].b;
-        transpose8(low, out + 8 * half, stride);
-        transpose8(high, out + 8 * stride + 8 * half, stride);
-    }
-}
 
 #include "kernels/common.h"
 

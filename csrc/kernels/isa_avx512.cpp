@@ -12,7 +12,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 8;
+constexpr size_t kRows = 8, kManyRows = 8;
 
 using F16 = __m512;
 
@@ -73,30 +73,6 @@ inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
 }
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) { return _cvtsh_ss(bits); }
-
-inline void transpose16(const F16* rows, float* out, size_t stride) {
-    F16 a[16], b[16];
-    for (int i = 0; i < 8; ++i) {
-        a[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {  // b[4i + c]: column c of each lane, rows 4i … 4i + 3
-        b[4 * i] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
-        b[4 * i + 1] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0xEE);
-        b[4 * i + 2] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
-        b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xEE);
-    }
-    for (int c = 0; c < 4; ++c) {
-        const F16 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88),
-                  odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
-        const F16 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-        const F16 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xDD);
-        store(out + c * stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
-        store(out + (4 + c) * stride, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
-        store(out + (8 + c) * stride, _mm512_shuffle_f32x4(even01, even23, 0xDD));
-        store(out + (12 + c) * stride, _mm512_shuffle_f32x4(odd01, odd23, 0xDD));
-    }
-}
 
 #include "kernels/common.h"
 

@@ -14,7 +14,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 4;
+constexpr size_t kRows = 4, kManyRows = 4;
 
 struct F16 {
     float32x4_t a, b, c, d;
@@ -108,26 +108,6 @@ inline float from_f16(uint16_t bits) {
     __fp16 half;
     std::memcpy(&half, &bits, sizeof half);
     return half;
-}
-
-// Four rows of four: out[i * stride + j] = rows[j][i].
-inline void transpose4(float32x4_t r0, float32x4_t r1, float32x4_t r2, float32x4_t r3, float* out, size_t stride) {
-    const float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1));
-    const float64x2_t odd01 = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
-    const float64x2_t even23 = vreinterpretq_f64_f32(vtrn1q_f32(r2, r3));
-    const float64x2_t odd23 = vreinterpretq_f64_f32(vtrn2q_f32(r2, r3));
-    vst1q_f32(out, vreinterpretq_f32_f64(vtrn1q_f64(even01, even23)));
-    vst1q_f32(out + stride, vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23)));
-    vst1q_f32(out + 2 * stride, vreinterpretq_f32_f64(vtrn2q_f64(even01, even23)));
-    vst1q_f32(out + 3 * stride, vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23)));
-}
-inline void transpose16(const F16* rows, float* out, size_t stride) {
-    for (size_t j = 0; j < 16; j += 4, rows += 4, out += 4) {
-        transpose4(rows[0].a, rows[1].a, rows[2].a, rows[3].a, out, stride);
-        transpose4(rows[0].b, rows[1].b, rows[2].b, rows[3].b, out + 4 * stride, stride);
-        transpose4(rows[0].c, rows[1].c, rows[2].c, rows[3].c, out + 8 * stride, stride);
-        transpose4(rows[0].d, rows[1].d, rows[2].d, rows[3].d, out + 12 * stride, stride);
-    }
 }
 
 #include "kernels/common.h"

@@ -9,7 +9,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 4;
+constexpr size_t kRows = 4, kManyRows = 2;
 
 struct F16 {
     float lane[16];
@@ -108,11 +108,6 @@ inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
 }
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) { return widened_half(bits); }
-inline void transpose16(const F16* rows, float* out, size_t stride) {
-    for (size_t i = 0; i < 16; ++i)
-        for (size_t j = 0; j < 16; ++j) out[i * stride + j] = rows[j].lane[i];
-}
-
 #include "kernels/common.h"
 
 // Twice the value of each E2M1 code.

@@ -9,8 +9,11 @@ namespace freehold {
 
 inline constexpr size_t kPage = 64;  // positions
 
-// Keys and values of one layer, in pages that belong to any sequence: (count, K, kPage, H), and for q8 a float16 scale
-// per 32 of H. The caller owns the memory.
+// Keys and values of one layer, in pages that belong to any sequence; the caller owns the memory. Each lies as the
+// right side of its product does, so that 16 neighbouring results come from one vector:
+//   keys    (count, K, H, kPage), in bf16 (count, K, H / 2, kPage, 2); scales of q8 (count, K, H / 32, kPage), float16
+//   values  (count, K, kPage, H);                                      scales of q8 (count, K, kPage, H / 32), float16
+// freehold/kernels/kv.py is where Python has this layout.
 struct KvPages {
     KvType type;
     void* keys;
@@ -26,7 +29,7 @@ struct KvPages {
 // One piece of attention: queries of one sequence, of one kv head's group, over a run of keys that starts at a multiple
 // of the split length. Rows are (query, head of the group). Partial results are merged by the caller.
 //   q       rows x H, already scaled
-//   limits  rows x 2: first and one past the last visible key, as positions of the sequence
+//   limits  rows x 2: first and one past the last visible key, as positions of the sequence; the last row sees the last
 //   pages   of the sequence
 //   out     rows x padded H, peak and sum (rows): unnormalised result, largest score, sum of exponentials
 struct AttentionPiece {
@@ -41,13 +44,10 @@ struct AttentionPiece {
     float* scratch;  // attention_scratch(rows, H) floats
 };
 
-inline constexpr int64_t kKeysAtOnce = kPage;
 inline constexpr int64_t kSplit = 512;  // keys whose partial result is merged as a whole
 
 [[gnu::always_inline]] constexpr size_t padded_head(size_t H) { return ceil_div(H, kPanel) * kPanel; }
-constexpr size_t attention_scratch(size_t rows, size_t H) {
-    return kKeysAtOnce * (padded_head(H) * 2 + ceil_div(rows, 8) * 8);
-}
+constexpr size_t attention_scratch(size_t rows, size_t H) { return kPage * padded_head(H) + rows * kSplit; }
 
 struct Kernels {
     const char* name;
@@ -72,8 +72,8 @@ struct Kernels {
                    float alpha, float limit);
     // One head: rotate the pairs (i, i + H/2).
     void (*rope)(const float* x, const float* cos, const float* sin, float* out, size_t H);
-    // Store one head of one position, from element `at` on.
-    void (*kv_store)(const float* x, const KvPages& kv, bool is_value, size_t at);
+    // Store one head of one position, row `row` of the page's head that begins at element `at`.
+    void (*kv_store)(const float* x, const KvPages& kv, bool is_value, size_t at, size_t row);
     void (*attend)(const AttentionPiece& piece, const KvPages& kv);
     // exp(x[i] - peak), for merging.
     float (*exp1)(float x);

@@ -195,9 +195,9 @@ void Engine::kv_write(const KvPages& kv, const Sequences& sequences, const float
                     k.rope(key, rotation.cos + t * (H / 2), rotation.sin + t * (H / 2), mine, H);
                     key = mine;
                 }
-                const size_t at = kv.at(page, head) + position % kPage * H;
-                k.kv_store(key, kv, false, at);
-                k.kv_store(values + t * v_stride + head * H, kv, true, at);
+                const size_t at = kv.at(page, head), row = position % kPage;
+                k.kv_store(key, kv, false, at, row);
+                k.kv_store(values + t * v_stride + head * H, kv, true, at, row);
             }
         }
     });
@@ -291,7 +291,7 @@ void Engine::attention(const KvPages& kv, const Sequences& sequences, const Atte
         return piece;
     };
     auto run_split = [&](AttentionPiece& piece, int64_t split, float* result) {
-        const int64_t low = piece.limits[0] / kKeysAtOnce * kKeysAtOnce;
+        const int64_t low = piece.limits[0] / int64_t{kPage} * int64_t{kPage};
         piece.first_key = std::max(split * kSplit, low);
         piece.last_key = std::min((split + 1) * kSplit, piece.limits[2 * piece.rows - 1]);
         piece.out = result;

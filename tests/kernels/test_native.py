@@ -516,7 +516,7 @@ HEADS = [(8, 1, 64), (6, 2, 32), (4, 4, 24), (3, 1, 7), (2, 2, 128)]  # N, K, H
 
 
 def types(H: int) -> list[KvType]:
-    return [type for type in KV_TYPES if type != "q8" or H % 32 == 0]
+    return [type for type in KV_TYPES if H % {"f32": 1, "bf16": 2, "q8": 32}[type] == 0]
 
 
 def check_attention(case: AttentionCase, windows: tuple[int | None, ...]) -> None:

@@ -1,6 +1,8 @@
 """What the ops refuse: each message names the op, the argument and both shapes."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,16 @@ from torch import Tensor
 
 from freehold.errors import UsageError
 from freehold.kernels import ops
-from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
+from freehold.kernels.kv import (
+    KV_TYPES,
+    PAGE,
+    KvPages,
+    KvType,
+    PagedSequences,
+    kv_bytes_per_token,
+    new_pages,
+    num_pages,
+)
 from freehold.kernels.ops import Norm, Rotation, Routing
 from freehold.weights.mxfp4 import pack
 from freehold.weights.packed import PackedMatrix
@@ -289,3 +300,45 @@ def test_types_of_pages() -> None:
         new_pages("int4", 1, 1, 32, torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="q8 KV cache needs heads of a multiple of 32, this model's have 48; use bf16"):
         new_pages("q8", 1, 1, 48, torch.device("cpu"))
+    with pytest.raises(UsageError, match="bf16 KV cache needs heads of an even size, this model's have 7; use f32"):
+        new_pages("bf16", 1, 1, 7, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("type", KV_TYPES)
+def test_keys_lie_by_dimension_and_values_by_position(type: KvType) -> None:
+    made = pages(K=2, H=64, type=type)
+    for tensor in made.tensors():
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 127)
+    together = 2 if type == "bf16" else 1
+    keys, values = made.by_position()
+    for page, head, row, h in ((0, 0, 0, 0), (0, 1, 5, 33), (2, 1, 63, 62)):
+        at = (page, head, row, h // together, h % together)
+        assert keys.numbers[at] == made.keys[page, head, h // together, row, h % together]
+        assert values.numbers[at] == made.values[page, head, row, h]
+        if keys.scales is not None and values.scales is not None:
+            assert made.key_scales is not None
+            assert keys.scales[page, head, row, h // 32] == made.key_scales[page, head, h // 32, row]
+            assert values.scales is made.value_scales
+    keys.numbers.zero_()  # they are views
+    assert not made.keys.any()
+    assert made.values.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs the system's list of mappings")
+def test_many_pages_ask_for_large_ones_of_memory() -> None:
+    many, few = (new_pages("bf16", count, 8, 64, torch.device("cpu")) for count in (80, 8))
+    assert many.values.shape == (80, 8, PAGE, 64)
+    assert many.values.is_contiguous()
+    many.values.fill_(1)  # the mapping lives as long as the tensor
+    for tensor, large in ((many.keys, True), (many.values, True), (few.values, False)):
+        assert ("hg" in flags_of_mapping(tensor.data_ptr())) == large
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []

@@ -24,7 +24,7 @@ from freehold.engine.prefix import PrefixDigest
 from freehold.errors import DiskError
 from freehold.log import warn_once
 
-_VERSION = "1"  # of what lies in the files: whoever changes that, or the pages' layout, counts it up
+_VERSION = "2"  # of what lies in the files: whoever changes that, or the pages' layout, counts it up
 _NAME = re.compile(r"(\d+)-([0-9a-f]{32})\.safetensors")
 _DIGEST_BYTES = 16
 

@@ -1,13 +1,17 @@
 """Keys and values in memory: pages of one layer, and which sequences' positions lie in which.
 
-A page holds PAGE positions of one sequence, (K, PAGE, H): one head after the other, so that attention reads each as one
-stretch. In q8 every 32 numbers of a head share a float16 scale. Who owns which page is the business of others
+A page holds PAGE positions of one sequence, one head after the other, so that attention reads each as one stretch.
+Values lie by position and keys by dimension, as the native kernels multiply by them, so that nothing has to be turned
+round. In q8 every 32 numbers of a head share a float16 scale. Who owns which page is the business of others
 (model.kv_cache, the engine); ops go where a table sends them.
 """
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,12 +26,23 @@ PAGE = 64
 SPLIT = 512
 """Attention sums up runs of so many positions of a sequence, and then their sums."""
 
+_LARGE = 4 << 20  # bytes: with less, most of a large page of memory (2 MiB) might never be used
+
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8}
+_DIMS_TOGETHER = {"f32": 1, "bf16": 2, "q8": 1}  # of a key: two bfloat16 are widened at once
+
+
+class Rows(NamedTuple):
+    """Views of all keys or all values, (P, K, PAGE, H / V, V), and of their scales in q8, (P, K, PAGE, H / 32)."""
+
+    numbers: Tensor
+    scales: Tensor | None
 
 
 @dataclass(slots=True, eq=False)
 class KvPages:
-    """Keys and values (P, K, PAGE, H) of one layer, with scales (P, K, PAGE, H / 32) in q8."""
+    """Keys (P, K, H / V, PAGE, V) and values (P, K, PAGE, H) of one layer, V numbers of a key side by side; in q8 with
+    scales (P, K, H / 32, PAGE) and (P, K, PAGE, H / 32). csrc/kernels/kernels.h has the same layout."""
 
     type: KvType
     keys: Tensor
@@ -37,11 +52,17 @@ class KvPages:
     native_handle: object | None = field(default=None, repr=False)  # made by the native kernels on first use
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.values)
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
+
+    def by_position(self) -> tuple[Rows, Rows]:
+        """Keys and values, for whoever does not care how they lie."""
+        keys, together = self.keys.transpose(2, 3), self.keys.shape[-1]
+        key_scales = None if self.key_scales is None else self.key_scales.transpose(2, 3)
+        return Rows(keys, key_scales), Rows(self.values.unflatten(-1, (-1, together)), self.value_scales)
 
     def tensors(self) -> list[Tensor]:
         return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]
@@ -96,19 +117,35 @@ def kv_type(name: str, head_dim: int) -> KvType:
         raise UsageError(
             f"a q8 KV cache needs heads of a multiple of {KV_BLOCK}, this model's have {head_dim}; use bf16"
         )
+    if head_dim % _DIMS_TOGETHER[name]:
+        raise UsageError(f"a bf16 KV cache needs heads of an even size, this model's have {head_dim}; use f32")
     return name
 
 
 def new_pages(type: KvType, count: int, num_heads: int, head_dim: int, device: torch.device) -> KvPages:
     """So many empty pages. Raises UsageError where the type cannot hold heads of this size."""
     type = kv_type(type, head_dim)
-    shape = (count, num_heads, PAGE, head_dim)
-    keys, values = (torch.empty(shape, dtype=_DTYPES[type], device=device) for _ in range(2))
+    together = _DIMS_TOGETHER[type]
+    keys = _room((count, num_heads, head_dim // together, PAGE, together), _DTYPES[type], device)
+    values = _room((count, num_heads, PAGE, head_dim), _DTYPES[type], device)
     if type != "q8":
         return KvPages(type, keys, values)
-    scales = (*shape[:3], head_dim // KV_BLOCK)
-    key_scales, value_scales = (torch.empty(scales, dtype=torch.float16, device=device) for _ in range(2))
+    blocks = head_dim // KV_BLOCK
+    key_scales = _room((count, num_heads, blocks, PAGE), torch.float16, device)
+    value_scales = _room((count, num_heads, PAGE, blocks), torch.float16, device)
     return KvPages(type, keys, values, key_scales, value_scales)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What torch.empty gives, but in large pages of memory where the system has them and enough is wanted: attention
+    reads all of it for every token, and in small ones spends a part of its time on looking up addresses."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system may know none
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)  # which keeps the mapping alive
 
 
 def kv_bytes_per_token(type: KvType, num_heads: int, head_dim: int) -> int:

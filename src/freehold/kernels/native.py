@@ -252,7 +252,7 @@ def _matrix(packed: PackedMatrix) -> object:
 
 def _pages(kv: KvPages) -> object:
     if kv.native_handle is None:
-        P, K, _, H = kv.keys.shape
+        P, K, _, H = kv.values.shape
         key_scales = 0 if kv.key_scales is None else kv.key_scales.data_ptr()
         value_scales = 0 if kv.value_scales is None else kv.value_scales.data_ptr()
         kv.native_handle = _native.KvPages(

@@ -103,7 +103,7 @@ def kv_write(
     _check_rank("kv_write", "k", k_TKH, 3)
     T, K, H = k_TKH.shape
     _check_shape("kv_write", "v", v_TKH, (T, K, H))
-    _check_shape("kv_write", "pages", kv.keys, (len(kv), K, PAGE, H))
+    _check_shape("kv_write", "pages", kv.values, (len(kv), K, PAGE, H))
     _check_alike("kv_write", k_TKH, v_TKH)
     _check_count("kv_write", k_TKH, sequences)
     if rotation is not None:
@@ -130,8 +130,8 @@ def attention(
     """
     _check_rank("attention", "q", q_TNH, 3)
     _, N, H = q_TNH.shape
-    K = kv.keys.shape[1]
-    _check_shape("attention", "pages", kv.keys, (len(kv), K, PAGE, H))
+    K = kv.values.shape[1]
+    _check_shape("attention", "pages", kv.values, (len(kv), K, PAGE, H))
     _check_shape("attention", "sinks", sinks_N, (N,))
     _check_alike("attention", q_TNH, sinks_N)
     _check_count("attention", q_TNH, sequences)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freehold.kernels.kv import KV_BLOCK, PAGE, KvPages, PagedSequences, num_pages
+from freehold.kernels.kv import KV_BLOCK, PAGE, KvPages, PagedSequences, Rows, num_pages
 from freehold.weights import mxfp4, packed
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PackedMatrix
@@ -52,20 +52,21 @@ def kv_write(
     sin_TH: Tensor | None,
 ) -> None:
     k_TKH = _rotated(k_TKH, cos_TH, sin_TH)
-    device = kv.keys.device
+    device = kv.values.device
     owner = torch.repeat_interleave(torch.diff(sequences.starts_B1)).to(device)
     position = torch.tensor(sequences.positions(), dtype=torch.int64, device=device)
     page = sequences.table_BP.to(device)[owner, position // PAGE].long()
     _check_pages("kv_write", kv, page)
     row = position % PAGE
-    for target, scales, source_TKH in ((kv.keys, kv.key_scales, k_TKH), (kv.values, kv.value_scales, v_TKH)):
+    for (target, scales), source_TKH in zip(kv.by_position(), (k_TKH, v_TKH), strict=True):
         if scales is None:
-            target[page, :, row] = source_TKH.to(target.dtype)
+            target[page, :, row] = source_TKH.to(target.dtype).unflatten(-1, target.shape[3:])
             continue
         blocks = source_TKH.float().unflatten(-1, (-1, KV_BLOCK))
         steps = (blocks.abs().amax(dim=-1) / 127).half()
         divisors = steps.float().masked_fill(steps == 0, torch.inf).unsqueeze(-1)
-        target[page, :, row] = (blocks / divisors).round().clamp(-127, 127).to(torch.int8).flatten(-2)
+        numbers = (blocks / divisors).round().clamp(-127, 127).to(torch.int8)
+        target[page, :, row] = numbers.flatten(-2).unflatten(-1, target.shape[3:])
         scales[page, :, row] = steps
 
 
@@ -81,7 +82,8 @@ def attention(
     window: int | None,
 ) -> Tensor:
     q_TNH = _rotated(q_TNH, cos_TH, sin_TH)
-    N, K = q_TNH.shape[1], kv.keys.shape[1]
+    N, K = q_TNH.shape[1], kv.values.shape[1]
+    all_keys, all_values = kv.by_position()
     out = []
     for b, length in enumerate(sequences.lengths):
         first_token, stop_token = sequences.starts[b : b + 2]
@@ -89,11 +91,11 @@ def attention(
             stop = min(start + _QUERIES_AT_ONCE, stop_token)
             first_row, last_key = length - stop_token + start, length - stop_token + stop
             first_key = 0 if window is None else max(0, first_row - window + 1)
-            pages = sequences.table_BP[b, first_key // PAGE : num_pages(last_key)].to(kv.keys.device).long()
+            pages = sequences.table_BP[b, first_key // PAGE : num_pages(last_key)].to(kv.values.device).long()
             _check_pages("attention", kv, pages)
             visible = slice(first_key % PAGE, first_key % PAGE + last_key - first_key)
-            keys = _kept(kv.keys, kv.key_scales, pages, q_TNH.dtype)[:, visible]  # (K, S', H)
-            values = _kept(kv.values, kv.value_scales, pages, q_TNH.dtype)[:, visible]
+            keys = _kept(all_keys, pages, q_TNH.dtype)[:, visible]  # (K, S', H)
+            values = _kept(all_values, pages, q_TNH.dtype)[:, visible]
             queries = q_TNH[start:stop].unflatten(1, (K, N // K)).permute(1, 2, 0, 3)  # (K, N/K, T', H)
             scores = torch.matmul(queries, keys.unsqueeze(1).transpose(-1, -2)).float() * scale
             key_at = torch.arange(first_key, last_key, device=q_TNH.device)
@@ -189,12 +191,12 @@ def _rotated(x_TNH: Tensor, cos_TH: Tensor | None, sin_TH: Tensor | None) -> Ten
     return x_TNH if cos_TH is None or sin_TH is None else rope(x_TNH, cos_TH, sin_TH)
 
 
-def _kept(stored: Tensor, scales: Tensor | None, pages: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whole pages in a row, (K, positions, ·)."""
-    rows = stored[pages].transpose(0, 1).flatten(1, 2)
-    if scales is None:
+def _kept(stored: Rows, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole pages in a row, (K, positions, H)."""
+    rows = stored.numbers[pages].transpose(0, 1).flatten(1, 2).flatten(2)
+    if stored.scales is None:
         return rows.to(dtype)
-    steps = scales[pages].transpose(0, 1).flatten(1, 2)
+    steps = stored.scales[pages].transpose(0, 1).flatten(1, 2)
     blocks = torch.unflatten(rows.float(), -1, (-1, KV_BLOCK)) * steps.float().unsqueeze(-1)
     return blocks.flatten(-2).to(dtype)
 

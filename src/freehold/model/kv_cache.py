@@ -53,8 +53,8 @@ class KVCache:
             return old
         if window is None:
             needed = max(needed, min(len(old) + max(len(old) // 2, _LEAST_PAGES), self._most_pages))
-        _, heads, _, head_dim = old.keys.shape
-        new = new_pages(old.type, needed, heads, head_dim, old.keys.device)
+        _, heads, _, head_dim = old.values.shape
+        new = new_pages(old.type, needed, heads, head_dim, old.values.device)
         for source, target in zip(old.tensors(), new.tensors(), strict=True):
             target[: len(old)] = source
         return new

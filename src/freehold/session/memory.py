@@ -13,7 +13,7 @@ from freehold.engine.kv_store import kv_store_bytes, page_counts
 from freehold.engine.options import MAX_NUM_SEQS, EngineOptions
 from freehold.engine.pace import MOST_GUESSED
 from freehold.errors import OutOfMemoryError, UsageError
-from freehold.kernels.kv import SPLIT
+from freehold.kernels.kv import PAGE, SPLIT
 from freehold.session.policy import Policy
 from freehold.weights.pack_file import packed_table_bytes
 
@@ -177,7 +177,7 @@ def _attention_scratch(config: ModelConfig, policy: Policy, options: EngineOptio
     queries = min(max(64 // group, 1), T)
     rows, padded = queries * group, -(-H // 16) * 16
     partial = 4 * rows * (padded + 2)
-    per_thread = 4 * rows * H + 16 * rows + 4 * 64 * (2 * padded + rows + 8) + partial
+    per_thread = 4 * rows * H + 16 * rows + 4 * (PAGE * padded + rows * SPLIT) + partial
     split_items = min(4 * policy.threads - 1, math.ceil(T / queries) * K)
     num_partials = max(policy.threads, split_items * (math.ceil(options.context / SPLIT) + 1))
     return policy.threads * per_thread + num_partials * partial
