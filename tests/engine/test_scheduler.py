@@ -334,6 +334,16 @@ def test_pace_keeps_to_the_stretch() -> None:
     assert Pace(1.0, 512).budget(1) >= 1  # prompts must get in some day
 
 
+def test_pace_learns_under_steady_load_too() -> None:
+    pace = Pace(2.0, 512)
+    pace.observe(0, 512, 0.512)
+    for streams in (3, 3, 4, 5, 3, 4):
+        count = pace.budget(streams)
+        pace.observe(streams, count, 0.010 * streams + count * 0.001)
+    assert pace.budget(3) == pytest.approx(27, abs=2)
+    assert pace.budget(5) == pytest.approx(45, abs=3)
+
+
 def test_where_more_wait_than_write_they_get_more_of_the_time() -> None:
     pace = Pace(2.0, 512)
     pace.observe(2, 0, 0.010)

@@ -58,6 +58,10 @@ class Pace:
             known = self._decode_seconds.get(num_decoding)
             self._decode_seconds[num_decoding] = seconds if known is None else _blend(known, seconds)
             return
+        if num_decoding and num_decoding not in self._decode_seconds and self._prefill_seconds:
+            # Under steady load no step is ever without prompt tokens: what they do not explain is the streams' part.
+            self._decode_seconds[num_decoding] = max(seconds - num_prefill * self._prefill_seconds, seconds * 0.1)
+            return
         alone = self._alone(num_decoding) if num_decoding else 0.0
         if alone is not None:
             each = max(seconds - alone, seconds * 0.05) / num_prefill
