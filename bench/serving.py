@@ -177,15 +177,15 @@ class LlamaServer(Process):
         self._streams = streams
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port: int = free.getsockname()[1]
-        asked = _output_of(binary, "--help")
+        known = _output_of(binary, "--help")
+        version = re.search(r"^version: (.+)", _output_of(binary, "--version"), re.MULTILINE)
+        self.details = " ".join(["llama-server", version[1] if version else "of unknown version", *arguments])
         settings = ["--model", str(model), "--host", "127.0.0.1", "--port", str(self._port)]
         settings += ["--parallel", str(streams), "--ctx-size", str(streams * -(-context // _SLOT_STEP) * _SLOT_STEP)]
         settings += ["--threads", str(threads), "--threads-batch", str(threads)]
-        settings += ["--no-webui"] if "--no-webui" in asked else []
-        settings += [text for option in _NOTHING_KEPT if option[0] in asked for text in option]
+        settings += ["--no-webui"] if "--no-webui" in known else []
+        settings += [text for option in _NOTHING_KEPT if option[0] in known for text in option]
         super().__init__(name, [str(binary), *settings, *arguments], threads=threads)
-        version = re.search(r"^version: (.+)", _output_of(binary, "--version"), re.MULTILINE)
-        self.details = " ".join(["llama-server", version[1] if version else "of unknown version", *arguments])
         try:
             while self._call("GET", "/health")[0] != http.client.OK:
                 time.sleep(0.05)
@@ -459,7 +459,7 @@ def as_json(comparison: Comparison) -> str:
 
 def contestants_of(arguments: argparse.Namespace) -> list[Contestant]:
     """Freehold first, then the server with every GGUF file. Raises ContestError where an argument names nothing."""
-    server: Path | None = arguments.llama_server
+    server: Path | None = arguments.llama_server and arguments.llama_server.absolute()  # never looked for in PATH
     if bool(arguments.gguf) != bool(server):
         raise ContestError("--gguf and --llama-server need each other")
     for path in [arguments.model, server, *arguments.gguf]:
