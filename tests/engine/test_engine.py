@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -357,9 +358,87 @@ def test_a_constraint_that_cannot_begin_is_refused(engine: Engine) -> None:
         raise ValueError("no such grammar")
 
     for constraint in (raising, lambda: Spell({1}, fails="forced"), lambda: Spell({1}, {2}, fails="accept")):
-        with pytest.raises(RequestError, match=r"could not be made: (ValueError: no such|LookupError: the) grammar"):
+        with pytest.raises(RequestError, match=r"the constraint .*: (ValueError: no such|LookupError: the) grammar"):
             engine.submit(Request(prompt=[1], max_tokens=3, constraint=constraint))
     assert not engine.has_work
+
+
+class Panic(BaseException):
+    """As grammar libraries written in Rust raise."""
+
+
+class Odd(Spell):
+    """A constraint that does what none should."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__({1, 2}, {1, 2}, {1, 2})
+        self.what = what
+
+    def fill_mask(self, row: npt.NDArray[np.int32]) -> None:
+        if self.what == "resize":
+            row.resize(1, refcheck=False)
+        elif self.what == "panic":
+            raise Panic("a bug in Rust")
+        else:
+            super().fill_mask(row)
+
+    def forced(self) -> list[int]:
+        return [self.what] if self.taken and not isinstance(self.what, str) else []
+
+
+@pytest.mark.parametrize("what", [99999, -5, 1.5, None, "resize", "panic"])
+def test_odd_constraints_fail_alone(transformer: Transformer, engine: Engine, what: Any) -> None:
+    good, bad = Request(prompt=[1, 2, 3], max_tokens=6, sampling=GREEDY), partial(Odd, what)
+    (fine,), (odd,) = run(engine, good, Request(prompt=[4], max_tokens=6, constraint=bad))
+    assert fine.tokens == expected(transformer, [1, 2, 3], 6)
+    assert odd.finish == "error"
+    assert isinstance(odd.error, RequestError)
+
+
+def test_a_constraint_that_takes_for_ever(
+    transformer: Transformer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freehold.engine.sampler._MASK_SECONDS", 0.1)
+    released = threading.Event()
+
+    class Stuck(Spell):
+        def fill_mask(self, row: npt.NDArray[np.int32]) -> None:
+            released.wait(20)
+
+    stuck = Request(prompt=[4], max_tokens=6, constraint=lambda: Stuck({1, 2}, {3, 4}))
+    fine = Request(prompt=[5], max_tokens=6, constraint=lambda: Spell({1, 2}, {3, 4}))
+    (late,), (other,) = run(engine, stuck, Request(prompt=[1, 2, 3], max_tokens=6, sampling=GREEDY))
+    ((later,),) = run(engine, fine)
+    released.set()
+    assert "more than 0.1 s" in str(late.error)
+    assert other.tokens == expected(transformer, [1, 2, 3], 6)
+    assert later.finish == "stop"
+
+
+def test_the_caller_s_list_is_the_caller_s(transformer: Transformer, engine: Engine) -> None:
+    prompt = [3, 1, 4]
+    engine.submit(Request(prompt=prompt, max_tokens=10, sampling=GREEDY))
+    want = expected(transformer, prompt, 10)
+    got: list[int] = []
+    while engine.has_work:
+        for _, step in engine.step():
+            got += step.tokens
+            prompt += step.tokens
+    assert got == want
+
+
+def test_waiting_in_vain_costs_no_prefix(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_tokens=CONTEXT, max_num_seqs=4)
+    run(engine, Request(prompt=[1] * 70, max_tokens=1))
+    engine.submit(Request(prompt=[2] * 300, max_tokens=300))
+    engine.step()
+    before = engine.stats().cached_prefixes
+    large = engine.submit(Request(prompt=[3] * 600, max_tokens=1))
+    for _ in range(3):
+        engine.step()
+    assert engine.stats().waiting == 1
+    assert engine.stats().cached_prefixes >= before > 0
+    engine.abort(large)
 
 
 def test_a_constraint_that_leaves_nothing(engine: Engine) -> None:
@@ -489,6 +568,9 @@ def test_ctrl_c_between_the_lines_starts_anew(engine: Engine, monkeypatch: pytes
         ({"priority": 1.5}, "priority must be an integer, got 1.5"),
         ({"boundaries": [0]}, r"boundaries must be between 1 and the prompt's 3 tokens, got \[0\]"),
         ({"boundaries": [4]}, "boundaries"),
+        ({"boundaries": [1.5]}, "boundaries must be whole numbers"),
+        ({"prompt": [1.5, 2]}, "prompt must be whole numbers"),
+        ({"prompt": None}, "prompt must be whole numbers"),
         ({"deadline": 0}, "the deadline must be more than 0 seconds away, got 0"),
         ({"deadline": math.nan}, "got nan"),
         ({"stop_ids": frozenset({VOCABULARY})}, "stop_ids has 200"),
@@ -514,6 +596,9 @@ def test_requests_that_cannot_run(engine: Engine, given: dict[str, Any], message
         ({"logprobs": True}, "logprobs"),
         ({"seed": 1.0}, "seed must be an integer of 64 bits, got 1.0"),
         ({"top_k": True}, "top_k"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty"),
+        ({"logit_bias": {3: 10**400}}, "logit_bias"),
     ],
 )
 def test_sampling_that_cannot_be(given: dict[str, Any], message: str) -> None:

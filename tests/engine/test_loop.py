@@ -77,6 +77,57 @@ def test_a_stream_that_is_dropped_ends_its_request(engine: Engine) -> None:
     del never_read
 
 
+def test_the_garbage_collector_may_drop_a_stream_at_any_moment(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the same thread is in the middle of a step."""
+    local = LocalEngine(engine)
+
+    class Reader:
+        def __init__(self) -> None:
+            self.steps = local.stream(greedy([1, 2, 3], 300))
+            self.itself = self  # a cycle, as readers often are
+
+    reader = Reader()
+    next(reader.steps)
+    del reader
+    forward = Transformer.forward
+
+    def collecting(self: Transformer, *arguments: Any) -> Any:
+        gc.collect()
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Transformer, "forward", collecting)
+    assert sum(len(step.tokens) for step in local.stream(greedy([5], 5))) == 5
+    assert not engine.has_work
+
+
+def test_a_batch_with_a_request_that_cannot_begin(engine: Engine) -> None:
+    def broken() -> Spell:
+        raise ValueError("no such grammar")
+
+    good, bad = LocalEngine(engine).generate_batch([greedy([1], 5), greedy([2], 5, constraint=broken, n=2)])
+    assert len(good[0].tokens) == 5
+    assert [sample.finish for sample in bad] == ["error", "error"]
+    assert not engine.has_work
+
+
+def test_tokens_before_an_error_are_read_first(engine: Engine) -> None:
+    request = Request(prompt=[1], max_tokens=9, constraint=lambda: Spell({1}, {2}, {3, 4}, {5, 6}, fails="fill_mask"))
+    got: list[int] = []
+    with pytest.raises(RequestError, match="the grammar is broken"):
+        for step in LocalEngine(engine).stream(request):
+            got += step.tokens
+    assert got == [1, 2]
+
+    async def scenario(running: AsyncEngine) -> None:
+        read: list[int] = []
+        with pytest.raises(RequestError, match="the grammar is broken"):
+            async for step in running.submit(request):
+                read += step.tokens
+        assert read == [1, 2]
+
+    on_loop(engine, scenario)
+
+
 def test_a_stream_raises_its_request_s_error(engine: Engine) -> None:
     request = Request(prompt=[1], max_tokens=5, constraint=lambda: Spell({1, 2}, fails="fill_mask"))
     with pytest.raises(RequestError, match="the grammar is broken"):
@@ -202,7 +253,7 @@ def test_refused_before_anything_runs(engine: Engine) -> None:
     async def scenario(running: AsyncEngine) -> None:
         with pytest.raises(UsageError, match="token id 999"):
             running.submit(greedy([999]))
-        with pytest.raises(RequestError, match="could not be made"):
+        with pytest.raises(RequestError, match="the constraint failed: LookupError"):
             await tokens_of(running.submit(greedy([1], constraint=lambda: Spell({1}, fails="forced"))))
 
     on_loop(engine, scenario)
@@ -216,6 +267,23 @@ def test_drain_lets_them_finish_and_takes_no_more(engine: Engine) -> None:
         assert [len(await task) for task in tasks] == [30] * 5
         with pytest.raises(ClosedError, match="takes no more requests"):
             running.submit(greedy([1]))
+
+    on_loop(engine, scenario)
+
+
+def test_what_comes_too_late_is_told_so(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(running: AsyncEngine) -> None:
+        await asyncio.to_thread(running.close)
+        monkeypatch.setattr(running, "_closing", False)  # as another thread may have seen it a moment ago
+        with pytest.raises(ClosedError):
+            await tokens_of(running.submit(greedy([1])))
+
+    on_loop(engine, scenario)
+
+
+def test_odd_salts(engine: Engine) -> None:
+    async def scenario(running: AsyncEngine) -> None:
+        assert len(await tokens_of(running.submit(greedy([1], cache_salt="\ud800")))) == 12
 
     on_loop(engine, scenario)
 

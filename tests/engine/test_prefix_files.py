@@ -1,10 +1,12 @@
 """Prefixes on disk: what they save, and that nothing that happens to them changes a token."""
 
 import stat
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from freehold.engine.core import Engine
 from freehold.engine.options import EngineOptions
@@ -14,6 +16,7 @@ from freehold.errors import DiskError
 from freehold.kernels import backends
 from freehold.model.transformer import Transformer
 from freehold.sampling import Sampling
+from freehold.weights.files import TensorSpec
 from tests.engine.conftest import CONTEXT
 from tests.engine.test_engine import expected, run
 
@@ -143,13 +146,35 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         PrefixFiles(tmp_path / "file", "this model")
 
 
-def test_pages_that_do_not_fit_are_not_taken(transformer: Transformer, tmp_path: Path) -> None:
+def test_adopted_pages(transformer: Transformer, tmp_path: Path) -> None:
     engine = engine_of(transformer, tmp_path)
-    contents = engine.contents_like(100)
-    assert not engine.adopt(range(100), contents | {"extra": contents["0.0"]})
-    assert not engine.adopt(range(100), {name: tensor[:1] for name, tensor in contents.items()})
-    assert not engine.adopt(range(100), {name: tensor.double() for name, tensor in contents.items()})
-    assert engine.adopt(range(100), contents)
-    assert engine.adopt(range(100), contents)  # and once is enough
+
+    def zeros(spec: TensorSpec) -> torch.Tensor:
+        return torch.zeros(spec.shape, dtype=spec.dtype)
+
+    assert engine.adopt(range(100), zeros)
+    assert engine.adopt(range(100), zeros)  # and once is enough
     assert engine.stats().cached_prefixes == 1
+    too_many = engine.stats().pages[1] * 64 + 1
+    assert not engine.adopt(range(too_many), zeros)
+    assert engine.stats().cached_prefixes == 1  # nothing was given up for it
     engine.check_integrity()
+
+
+def test_what_is_private_is_not_written(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    run(engine, Request(prompt=SYSTEM, max_tokens=2, n=4, cache=False))
+    run(engine, Request(prompt=SYSTEM[1:], max_tokens=2, n=4))  # its own samples are no other requests
+    engine.close()
+    assert files_in(tmp_path) == []
+
+
+def test_reading_and_writing_hold_one_tensor_at_a_time(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    ask(engine, [1, 2], transformer)
+    tracemalloc.start()
+    engine.close()
+    ask(engine_of(transformer, tmp_path), [1, 2], transformer)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20  # whatever the prefix: pieces of a megabyte, and one layer's pages

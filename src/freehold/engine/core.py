@@ -7,7 +7,7 @@ others do not notice.
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, Usage
 from freehold.kernels.kv import PAGE
 from freehold.log import logger
 from freehold.model.transformer import Transformer
+from freehold.weights.files import TensorSpec
 from freehold.weights.packed import PackedMatrix
 
 OUT_OF_MEMORY = (
@@ -134,15 +135,15 @@ class Engine:
             try:
                 for sample in samples:
                     sample.constraint = request.constraint()
-                    sample.append_forced()
-            except Exception as error:
-                raise RequestError(f"the constraint could not be made: {type(error).__name__}: {error}") from error
-        self._num_requests += 1
-        self._totals["prompt"] += len(request.prompt)
-        self._requests[request_id] = samples
+                    sampler.append_forced(sample, self.config.vocab_size)
+            except BaseException as error:
+                raise sampler.fault("the constraint could not be made", error) from error
         if self._files is not None and request.cache:
             self._fetch_prefix(self._files, samples[0])
+        self._num_requests += 1
+        self._totals["prompt"] += len(request.prompt)
         self._scheduler.add(samples[0])
+        self._requests[request_id] = samples
         return request_id
 
     def abort(self, request_id: int) -> list[Output]:
@@ -224,35 +225,26 @@ class Engine:
             busy_seconds=self._busy_seconds,
         )
 
-    def adopt(self, tokens: Sequence[int], contents: Mapping[str, Tensor], *, cache_salt: str = "") -> bool:
-        """Take keys and values that were computed elsewhere as those of a prompt's beginning.
+    def adopt(self, tokens: Sequence[int], fill: Callable[[TensorSpec], Tensor]) -> bool:
+        """Take keys and values from elsewhere as those of a prompt's beginning: what `fill` makes for each part.
 
-        `contents` is as KvStore.read gives it for pages of so many positions. False where there is no room for them.
+        False where there is no room for them.
         """
-        salt = shared_salt(cache_salt)
-        return self._adopt(PrefixDigest(salt).of(tokens, len(tokens)), len(tokens), contents)
-
-    def contents_like(self, length: int) -> dict[str, Tensor]:
-        """What `adopt` takes for so many tokens, to be filled: now as the pages happen to be. Empty without room."""
-        holding = self._place(length)
-        if holding is None:
-            return {}
-        contents = self._store.read(holding)
-        self._pages.release(holding)
-        return contents
+        key = PrefixDigest(shared_salt("")).of(tokens, len(tokens))
+        return self._adopt(key, len(tokens), lambda parts: ((part.name, fill(part)) for part in parts))
 
     def tend(self) -> bool:
         """For idle moments: look after the books, keep a prefix on disk. Whether there is more of that to do."""
         self.check_integrity()
         if self._files is None:
             return False
-        wanted = [p for p in self._prefixes if (p.is_root or p.uses > 1) and not p.is_kept]
+        wanted = [p for p in self._prefixes if (p.is_root or p.uses > 1) and not (p.is_kept or p.is_private)]
         if not wanted:
             return False
         prefix = wanted[-1]
         prefix.is_kept = True
         if prefix.key not in self._files:
-            self._files.write(prefix.key, prefix.length, self._store.read(prefix.snapshot))
+            self._files.write(prefix.key, prefix.length, self._store.parts(prefix.snapshot))
         return len(wanted) > 1
 
     def clear_prefixes(self) -> None:
@@ -273,9 +265,9 @@ class Engine:
     def close(self) -> list[Output]:
         """End everything, keep on disk what is to be kept. The engine is of no use afterwards."""
         outputs = [output for request_id in list(self._requests) for output in self.abort(request_id)]
+        self._masks.close()
         while self.tend():
             pass
-        self._masks.close()
         return outputs
 
     def reset(self) -> None:
@@ -292,25 +284,34 @@ class Engine:
         cached = self._prefixes.find(sample.tokens, most, sample.salt)
         least = 1 if cached is None else cached.length + 1
         key = files.find(sample.tokens, most, sample.salt, least=least)
-        if key is None:
-            return
-        length, contents = files.length(key), files.read(key)
-        if contents is not None:
-            self._adopt(key, length, contents)
+        if key is not None:
+            self._adopt(key, files.length(key), lambda parts: files.read(key, parts))
 
-    def _adopt(self, key: bytes, length: int, contents: Mapping[str, Tensor]) -> bool:
+    def _adopt(
+        self, key: bytes, length: int, read: Callable[[Sequence[TensorSpec]], Iterable[tuple[str, Tensor]] | None]
+    ) -> bool:
         if key in self._prefixes:
             return True
         holding = self._place(length)
         if holding is None:
             return False
-        if not self._store.write(holding, contents):
+        try:
+            contents = read(self._store.parts(holding))
+            if contents is not None:
+                self._store.write(holding, contents)
+        except BaseException:
+            self._pages.release(holding)
+            raise
+        if contents is None:
             self._pages.release(holding)
             return False
         self._prefixes.put(Prefix(key, holding, is_kept=self._files is not None and key in self._files))
         return True
 
     def _place(self, length: int) -> Holding | None:
+        """Pages for so many positions from elsewhere, at the cost of cached prefixes; None where even that is vain."""
+        if not self._pages.could_place(length, self._scheduler.holdings()):
+            return None
         while (holding := self._pages.place(length)) is None:
             if not self._prefixes.evict():
                 return None
@@ -340,16 +341,17 @@ class Engine:
 
     def _draw(self, work: Work, logits_RV: Tensor) -> list[Output]:
         sample, taken = work.sequence, []
-        right_guesses, failure = 0, None
+        right_guesses = 0
+        failure: FreeholdError | None = None
         try:
             for guess, logits_V in zip([*work.guesses, None], logits_RV, strict=True):
                 taken.append(sampler.draw(logits_V, sample, self._masks))
-                sampler.append(sample, taken[-1])
+                sampler.append(sample, taken[-1], self.config.vocab_size)
                 if taken[-1].token != guess or sample.finish is not None:
                     break
                 right_guesses += 1
-        except FreeholdError as error:
-            failure = error
+        except Exception as error:  # noqa: BLE001 - one sample's draw is nobody else's business
+            failure = error if isinstance(error, FreeholdError) else RequestError(f"its next token failed: {error!r}")
         self._scheduler.commit(work, right_guesses=right_guesses)
         if sample.lookup is not None and work.guesses:
             sample.lookup.judge(len(work.guesses), right_guesses)

@@ -1,6 +1,6 @@
 """The pages themselves, and the batch that a forward pass takes. Knows which tensors, not whose tokens or why."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from freehold.engine.pages import Holding, PageCopy
 from freehold.engine.scheduler import Work
 from freehold.kernels.kv import PAGE, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
 from freehold.model.batch import Batch, LayerKv
+from freehold.weights.files import TensorToWrite
 
 _MOST_SNAPSHOTS = 64  # whose windows find room beside those of running sequences
 
@@ -41,24 +42,21 @@ class KvStore:
                     for tensor in layer.tensors():
                         tensor[copy.target] = tensor[copy.source]
 
-    def read(self, holding: Holding) -> dict[str, Tensor]:
-        """What a holding's pages contain, by layer: copies, (pages, …)."""
-        return {name: tensor[pages] for name, tensor, pages in self._parts(holding)}
+    def parts(self, holding: Holding) -> list[TensorToWrite]:
+        """What a holding's pages contain, by layer, (pages, …): copied one by one when they are asked for."""
 
-    def write(self, holding: Holding, contents: Mapping[str, Tensor]) -> bool:
-        """Fill a holding's pages with what `read` gave; False, and nothing is written, where that does not fit them."""
-        parts = self._parts(holding)
-        fits = all(
-            name in contents
-            and contents[name].dtype == tensor.dtype
-            and contents[name].shape == (len(pages), *tensor.shape[1:])
-            for name, tensor, pages in parts
-        )
-        if fits and len(parts) == len(contents):
-            for name, tensor, pages in parts:
-                tensor[pages] = contents[name].to(tensor.device)
-            return True
-        return False
+        def part(name: str, tensor: Tensor, pages: list[int]) -> TensorToWrite:
+            return TensorToWrite(name, tensor.dtype, (len(pages), *tensor.shape[1:]), lambda: iter([tensor[pages]]))
+
+        return [part(*which) for which in self._parts(holding)]
+
+    def write(self, holding: Holding, contents: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill a holding's pages with its parts."""
+        targets = {name: (tensor, pages) for name, tensor, pages in self._parts(holding)}
+        for name, content in contents:
+            tensor, pages = targets.pop(name)
+            tensor[pages] = content.to(tensor.device)
+        assert not targets, f"no contents for {', '.join(targets)}"
 
     def _parts(self, holding: Holding) -> list[tuple[str, Tensor, list[int]]]:
         parts = []

@@ -8,6 +8,7 @@ each of its tokens is kept only if it is what would have been drawn anyway: the 
 from collections.abc import Sequence
 
 _NGRAM = 3
+_LONGEST = 16_384  # tokens that are looked through when it begins: an index of more would take megabytes
 _PRIOR = 0.5  # of a guessed token to be right, before anything is known
 _WEIGHT = 0.15  # of each guessed token in what is known
 _FORGET = 0.02  # by which a text that guessing failed for comes back to the prior with each token
@@ -26,7 +27,9 @@ class Lookup:
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
         """At most so many tokens to follow these; only ever called with the same tokens and more."""
         self.rate += _FORGET * (_PRIOR - self.rate)
-        for end in range(self._indexed + 1, len(tokens)):
+        if most < 1:
+            return []
+        for end in range(max(self._indexed + 1, len(tokens) - _LONGEST), len(tokens)):
             self._ends[tuple(tokens[end - _NGRAM : end])] = end
         self._indexed = max(self._indexed, len(tokens) - 1)
         start = self._ends.get(tuple(tokens[-_NGRAM:])) if len(tokens) >= _NGRAM else None

@@ -5,14 +5,18 @@
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 
 from freehold.engine.core import Engine, EngineStats, Output
 from freehold.engine.metrics import EngineMetrics
 from freehold.engine.request import Completion, Request, Step
 from freehold.errors import ClosedError, FreeholdError, RequestError
 from freehold.log import logger
+
+_CLOSED = "the engine is closing down and takes no more requests"
 
 
 class LocalEngine:
@@ -22,6 +26,7 @@ class LocalEngine:
         self._engine = engine
         self._lock = threading.Lock()
         self._mail: dict[int, deque[Step]] = {}
+        self._dropped: deque[int] = deque()  # requests that nobody reads any more
 
     def stream(self, request: Request) -> Iterator[Step]:
         """The request's steps as they come. It begins with the first `next`; closing the iterator ends it.
@@ -32,13 +37,23 @@ class LocalEngine:
         return self._stream(request)
 
     def generate_batch(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """Run them together; returns each one's samples in order. Errors are in the completions, not raised."""
+        """Run them together; returns each one's samples in order.
+
+        Raises UsageError, before anything runs, for one that cannot; what goes wrong later is in the completions.
+        """
         for request in requests:
             self._engine.check(request)
-        with self._lock:
-            ids = {self._engine.submit(request): i for i, request in enumerate(requests)}
-            self._mail |= {request_id: deque() for request_id in ids}
         completions = [[Completion() for _ in range(request.n)] for request in requests]
+        ids: dict[int, int] = {}
+        with self._lock:
+            for i, request in enumerate(requests):
+                try:
+                    request_id = self._engine.submit(request)
+                except FreeholdError as error:
+                    completions[i] = [Completion(finish="error", error=error) for _ in range(request.n)]
+                else:
+                    ids[request_id] = i
+                    self._mail[request_id] = deque()
         try:
             for request_id, i in ids.items():
                 for step in self._steps(request_id, requests[i].n):
@@ -71,9 +86,12 @@ class LocalEngine:
             self._mail[request_id] = deque()
         try:
             for step in self._steps(request_id, request.n):
-                if step.error is not None:
-                    raise step.error
-                yield step
+                if step.error is None:
+                    yield step
+                    continue
+                if step.tokens:
+                    yield _before_its_error(step)
+                raise step.error
         finally:
             self._forget(request_id)
 
@@ -82,6 +100,7 @@ class LocalEngine:
         while num_samples:
             if not mail:
                 with self._lock:
+                    self._sweep()
                     if not mail:
                         if not self._engine.is_live(request_id):
                             raise RequestError("the request was interrupted; send it again")
@@ -97,11 +116,21 @@ class LocalEngine:
                 self._mail[request_id].append(step)
 
     def _forget(self, request_id: int) -> None:
-        with self._lock:
+        """Now, or when whoever holds the lock comes to it: that may be this very thread, in whose midst the garbage
+        collector finds a stream that was dropped."""
+        self._dropped.append(request_id)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sweep()
+                _tend(self._engine)
+            finally:
+                self._lock.release()
+
+    def _sweep(self) -> None:
+        while self._dropped:
+            request_id = self._dropped.popleft()
             self._engine.abort(request_id)
             self._mail.pop(request_id, None)
-            while not self._engine.has_work and self._engine.tend():
-                pass
 
 
 class AsyncEngine:
@@ -118,6 +147,7 @@ class AsyncEngine:
         self._stopping = False  # the thread ends
         self._idle = threading.Event()
         self._idle.set()
+        self._ended = threading.Event()
         self.metrics = EngineMetrics(engine.stats)
         self._thread = threading.Thread(target=self._run, name="freehold-engine", daemon=True)
         self._thread.start()
@@ -135,10 +165,12 @@ class AsyncEngine:
         raised by the iterator.
         """
         if self._closing:
-            raise ClosedError("the engine is closing down and takes no more requests")
+            raise ClosedError(_CLOSED)
         self._engine.check(request)
         mailbox = _Mailbox(asyncio.get_running_loop())
         self._command(lambda: self._begin(request, mailbox))
+        if self._ended.is_set():  # just now: nobody will read this command any more
+            raise ClosedError(_CLOSED)
         return Stream(mailbox, request.n, self._abort)
 
     def stats(self) -> EngineStats:
@@ -158,12 +190,13 @@ class AsyncEngine:
             self._thread.join()
 
     def _wait_until_idle(self, timeout: float | None) -> None:
+        end = None if timeout is None else time.monotonic() + timeout
         settled = threading.Event()
         self._command(settled.set)  # what was submitted before has arrived
-        while not settled.wait(0.05):
-            if not self._thread.is_alive():
+        while not settled.wait(0.02):
+            if self._ended.is_set() or (end is not None and time.monotonic() >= end):
                 return
-        self._idle.wait(timeout)
+        self._idle.wait(None if end is None else max(0.0, end - time.monotonic()))
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -182,15 +215,22 @@ class AsyncEngine:
             except BaseException as error:  # noqa: BLE001 - a bug: every request hears of it, and the engine goes on
                 logger.critical("the engine failed and starts anew", exc_info=error)
                 self._fail_all(error)
-        self._deliver(self._engine.close())
+        try:
+            self._deliver([output for request_id in list(self._mail) for output in self._engine.abort(request_id)])
+            self._engine.close()
+        except BaseException as error:  # noqa: BLE001 - nobody is left waiting for it
+            logger.critical("the engine failed while it closed", exc_info=error)
+            self._fail_all(error)
+        self._ended.set()
         self._idle.set()
+        while not self._commands.empty():  # what came too late is told so
+            self._commands.get()()
 
     def _obey(self) -> None:
         """Do what was asked for since the last step; wait for something where there is nothing else to do."""
         if not self._engine.has_work:
             self._idle.set()
-            while self._commands.empty() and self._engine.tend():
-                pass
+            _tend(self._engine, unless=lambda: not self._commands.empty())
             command = self._commands.get()
             self._idle.clear()
             command()
@@ -200,14 +240,17 @@ class AsyncEngine:
     def _begin(self, request: Request, mailbox: "_Mailbox") -> None:
         if mailbox.closed:
             return
+        if self._ended.is_set():
+            _send_error(mailbox, ClosedError(_CLOSED))
+            return
         try:
             mailbox.request_id = self._engine.submit(request)
             self._mail[mailbox.request_id] = mailbox
         except FreeholdError as error:
             _send_error(mailbox, error)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - a bug, but nothing of this request has begun
+            logger.error("a request could not be taken in", exc_info=error)
             _send_error(mailbox, RequestError(f"the engine failed: {type(error).__name__}: {error}"))
-            raise
 
     def _drop(self, mailbox: "_Mailbox") -> None:
         if mailbox.request_id is not None and self._mail.pop(mailbox.request_id, None) is not None:
@@ -241,6 +284,22 @@ class AsyncEngine:
     def _count(self, outputs: Sequence[Output]) -> None:
         for _, step in outputs:
             self.metrics.observe(step)
+
+
+def _before_its_error(step: Step) -> Step:
+    """The tokens that a sample had before it failed."""
+    return replace(step, finish=None, stats=None, error=None)
+
+
+def _tend(engine: Engine, unless: Callable[[], bool] = lambda: False) -> None:
+    """Use an idle moment. What fails there is no request's fault, and none's trouble."""
+    try:
+        while not engine.has_work and not unless() and engine.tend():
+            pass
+    except AssertionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - see above
+        logger.warning("a prefix could not be kept: %r", error)
 
 
 class _Mailbox:
@@ -279,6 +338,9 @@ class Stream(AsyncIterator[Step]):
                 self._close()
                 raise
         step = mailbox.steps.popleft()
+        if step.error is not None and step.tokens:
+            mailbox.steps.appendleft(replace(step, tokens=(), logprobs=None))
+            return _before_its_error(step)
         if step.finish is not None:
             self._open -= 1
         if step.error is not None:

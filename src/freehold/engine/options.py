@@ -15,7 +15,8 @@ class EngineOptions:
 
     `context` is the most tokens of one sequence, prompt and answer together. `kv_tokens` is how many the KV cache holds
     in all, those of cached prefixes included; None is as many as `context`. `max_num_seqs` is how many sequences run
-    together. A step that carries prompt tokens along takes at most about `stretch` times as long for those who write.
+    together. While no more requests wait to be read than are being written, a step that
+    carries prompt tokens along takes at most about `stretch` times as long for those who write.
     `lookup` lets it guess at tokens (engine.lookup) where that saves time.
     """
 

@@ -186,6 +186,24 @@ class Pages:
             table += [group.pool.take(None) for _ in range(count)]
         return holding
 
+    def could_extend(self, holding: Holding, stop: int, others: Iterable[Holding], *, later: int = 0) -> bool:
+        """What `can_extend` would say if only this one and these others held pages."""
+        soon, all_in_all = self.needed(holding, stop), self.needed(holding, max(stop, later))
+        needed = [b if g.window is None else a for g, a, b in zip(self.groups, soon, all_in_all, strict=True)]
+        return self._leave(needed, [holding, *others])
+
+    def could_place(self, length: int, others: Iterable[Holding]) -> bool:
+        """Whether `place` would do if only these others held pages."""
+        firsts = [group.first_in_sight(length, self.page_size) for group in self.groups]
+        return self._leave([max(0, self._num_pages(length) - first) for first in firsts], others)
+
+    def _leave(self, needed: Sequence[int], holdings: Iterable[Holding]) -> bool:
+        held: list[set[int]] = [set() for _ in self.groups]
+        for holding in holdings:
+            for pages, table, first in zip(held, holding.tables, holding.firsts, strict=True):
+                pages.update(table[first:])
+        return all(g.pool.count - len(p) >= n for g, p, n in zip(self.groups, held, needed, strict=True))
+
     def release(self, holding: Holding) -> None:
         for group, table, first in zip(self.groups, holding.tables, holding.firsts, strict=True):
             for page in table[first:]:

@@ -23,7 +23,7 @@ class PrefixDigest:
     __slots__ = ("_hash", "length")
 
     def __init__(self, salt: str) -> None:
-        self._hash = hashlib.blake2b(salt.encode(), digest_size=16)
+        self._hash = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16)
         self._hash.update(b"\0")
         self.length = 0
 
@@ -38,13 +38,16 @@ class PrefixDigest:
 class Prefix:
     """A snapshot that is kept, under the digest of its tokens.
 
-    `is_root` if it ends the first message that a caller named: what many conversations begin with. `uses` counts those
-    who went on from it. `is_kept` once it has been written to disk, or could not be.
+    `is_root` if it ends the first message that a caller named: what many conversations begin with. `is_private` if only
+    its maker's samples share it. `uses` counts the other requests that went on from it.
+    `is_kept` once it has been written to disk, or could not be.
     """
 
     key: bytes
     snapshot: Holding
     is_root: bool = False
+    is_private: bool = False
+    maker: int | None = None  # the request that computed it
     uses: int = 0
     is_kept: bool = False
 

@@ -1,10 +1,11 @@
 """Cached prefixes on disk, so that a long system prompt outlives the process.
 
 One safetensors file for each: the pages of every layer as they lie in memory, named by the digest of the tokens they
-were computed from. Files of another model, number format or processor lie in another folder and are never looked at.
-What is damaged is removed, and what cannot be written is left out: both cost time and nothing else. The least recently
-used files go when there are more than `max_bytes` of them. They hold what users wrote, in numbers from which it could
-be recovered: folder and files are for their owner alone.
+were computed from, and at its end a digest of everything before. Files of another model, number format or processor lie
+in another folder and are never looked at. What is damaged is removed, and what cannot be written is left out: both cost
+time and nothing else. Reading and writing hold one tensor at a time. The least recently used files go when there are
+more than `max_bytes` of them. They hold what users wrote, in numbers from which it could be recovered: folder and files
+are for their owner alone.
 """
 
 import bisect
@@ -12,21 +13,23 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-import safetensors.torch
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
 from freehold.disk import new_file
 from freehold.engine.prefix import PrefixDigest
-from freehold.errors import DiskError
+from freehold.errors import CheckpointError, DiskError
 from freehold.log import warn_once
+from freehold.weights.files import TensorSpec, TensorToWrite, header_bytes, read_header, write_data
 
-_VERSION = "2"  # of what lies in the files: whoever changes that, or the pages' layout, counts it up
+_VERSION = "3"  # of what lies in the files: whoever changes that, or the pages' layout, counts it up
 _NAME = re.compile(r"(\d+)-([0-9a-f]{32})\.safetensors")
 _DIGEST_BYTES = 16
+_CHUNK_BYTES = 1 << 20
 
 
 class PrefixFiles:
@@ -63,31 +66,38 @@ class PrefixFiles:
         """Of a prefix that is there, in tokens."""
         return self._lengths[key]
 
-    def read(self, key: bytes) -> dict[str, Tensor] | None:
-        """Its pages; None, and the file is gone, where they are not what was written."""
+    def read(self, key: bytes, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, Tensor]] | None:
+        """Its tensors by name, one after the other, if they are these; None, and the file is gone, where they are not
+        what was written."""
         path = self._path(key, self._lengths[key])
         try:
-            data = path.read_bytes()
-            body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-            if _digest(body) != digest:
-                raise ValueError("its digest is wrong")
-            tensors: dict[str, Tensor] = safetensors.torch.load(body)
+            if path.is_symlink() or not path.is_file():
+                raise ValueError("it is no file of ours")
+            infos = read_header(path)
+            expected = {spec.name: (spec.dtype, spec.shape) for spec in _with_digest(specs)}
+            if {name: (info.dtype, info.shape) for name, info in infos.items()} != expected:
+                raise ValueError("it holds other tensors than this model's")
+            _check_digest(path)
             os.utime(path)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, CheckpointError) as error:
             warn_once(f"{path} is left out, and its prefix computed again: {error}")
             self.remove(key)
             return None
-        return tensors
+        return _tensors(path, specs)
 
-    def write(self, key: bytes, length: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, key: bytes, length: int, tensors: Sequence[TensorToWrite]) -> None:
         """Keep a prefix; where that fails the log says why, and nothing is left behind."""
         path = self._path(key, length)
-        body = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        header = header_bytes(_with_digest(tensors), {})
+        needed_bytes = len(header) + sum(tensor.num_bytes for tensor in tensors) + _DIGEST_BYTES
         try:
-            with new_file(path, needed_bytes=len(body)) as file:
+            with new_file(path, needed_bytes=needed_bytes) as file:
                 os.fchmod(file.fileno(), 0o600)
-                file.write(body)
-                file.write(_digest(body))
+                hashed = _Hashed(file)
+                hashed.write(memoryview(header))
+                for _ in write_data(hashed, tensors):
+                    pass
+                file.write(hashed.digest())
         except DiskError as error:
             warn_once(f"a prefix is not kept on disk: {error}")
             return
@@ -117,5 +127,43 @@ class PrefixFiles:
             total -= size
 
 
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+class _Hashed:
+    """A file that remembers the digest of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+
+    def write(self, data: memoryview, /) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+def _with_digest(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    return [*specs, TensorSpec("digest", torch.uint8, (_DIGEST_BYTES,))]
+
+
+def _check_digest(path: Path) -> None:
+    """Raise ValueError unless the file's end is the digest of the rest."""
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    left = path.stat().st_size - _DIGEST_BYTES
+    with path.open("rb") as file:
+        while left > 0:
+            piece = file.read(min(left, _CHUNK_BYTES))
+            if not piece:
+                break
+            digest.update(piece)
+            left -= len(piece)
+        if left or file.read() != digest.digest():
+            raise ValueError("its digest is wrong")
+
+
+def _tensors(path: Path, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, Tensor]]:
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        for spec in specs:
+            data = bytearray(file.read(spec.num_bytes))
+            yield spec.name, torch.frombuffer(data, dtype=spec.dtype).view(spec.shape)

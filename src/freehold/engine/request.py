@@ -1,5 +1,6 @@
 """What callers ask of the engine, and what they get back. Token ids only: it knows no text, no chat format, no HTTP."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -61,6 +62,11 @@ class Request:
     constraint: Callable[[], TokenConstraint] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "boundaries"):
+            try:  # what the caller does with its lists from now on changes nothing here
+                object.__setattr__(self, name, tuple(map(operator.index, getattr(self, name))))
+            except TypeError as error:
+                raise UsageError(f"{name} must be whole numbers: {error}") from None
         if not len(self.prompt):
             raise UsageError("the prompt is empty; give at least one token")
         for name, value, least in (
@@ -107,6 +113,11 @@ class RequestStats:
         if self.first_token_seconds is None or self.num_tokens < 2:
             return None
         return (self.total_seconds - self.first_token_seconds) / (self.num_tokens - 1)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first one."""
+        return 1 / self.seconds_per_token if self.seconds_per_token else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

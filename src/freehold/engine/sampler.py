@@ -1,6 +1,7 @@
 """From logits to tokens, each row as its request asks. Rows do not know of each other: one that cannot be drawn from is
 that request's error alone."""
 
+import operator
 from collections.abc import Sequence as Rows
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from freehold.errors import FreeholdError, RequestError
 from freehold.kernels import ops
 
 _WORD_BITS = 32
+_MASK_SECONDS = 5.0
 _BITS = 1 << np.arange(_WORD_BITS, dtype=np.int64)
 
 
@@ -31,7 +33,7 @@ class Masks:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._thread: ThreadPoolExecutor | None = None
-        self._rows: dict[Sequence, Future[npt.NDArray[np.int32]]] = {}
+        self._rows: dict[Sequence, Future[npt.NDArray[np.bool_]]] = {}
 
     def start(self, sequences: Rows[Sequence]) -> None:
         """Begin to fill the rows of those among them that have a constraint."""
@@ -40,7 +42,7 @@ class Masks:
             if sequence.constraint is not None:
                 if self._thread is None:
                     self._thread = ThreadPoolExecutor(1, thread_name_prefix="freehold-masks")
-                self._rows[sequence] = self._thread.submit(self._filled, sequence)
+                self._rows[sequence] = self._thread.submit(self._forbidden, sequence)
 
     def row(self, sequence: Sequence) -> Tensor | None:
         """Which tokens are not allowed, (V,) bool, when that is known; None where all are. Raises RequestError."""
@@ -48,10 +50,16 @@ class Masks:
         if future is None:
             return None
         try:
-            words = future.result()
-        except Exception as error:
-            raise RequestError(f"the constraint could not say what may come next: {_reason(error)}") from error
-        forbidden = (words[:, None] & _BITS).ravel()[: self._vocab_size] == 0
+            forbidden = future.result(_MASK_SECONDS)
+        except TimeoutError:
+            assert self._thread is not None
+            self._thread.shutdown(wait=False)  # whatever it waits for: the others get a new one
+            self._thread = None
+            raise RequestError(
+                f"the constraint took more than {_MASK_SECONDS} s for one token; the others go on"
+            ) from None
+        except BaseException as error:
+            raise fault("the constraint could not say what may come next", error) from error
         return torch.from_numpy(forbidden)
 
     def close(self) -> None:
@@ -59,11 +67,14 @@ class Masks:
             self._thread.shutdown(wait=True)
             self._thread = None
 
-    def _filled(self, sequence: Sequence) -> npt.NDArray[np.int32]:
+    def _forbidden(self, sequence: Sequence) -> npt.NDArray[np.bool_]:
         row = np.zeros(-(-self._vocab_size // _WORD_BITS), dtype=np.int32)
         assert sequence.constraint is not None
         sequence.constraint.fill_mask(row)
-        return row
+        forbidden: npt.NDArray[np.bool_] = (row[:, None] & _BITS).ravel()[: self._vocab_size] == 0
+        if forbidden.shape != (self._vocab_size,):
+            raise ValueError(f"a mask of {row.shape} words came back")
+        return forbidden
 
 
 @torch.inference_mode()
@@ -94,15 +105,40 @@ def draw(logits_V: Tensor, sequence: Sequence, masks: Masks) -> Drawn:
     return Drawn(token, None if sampling.logprobs is None else _logprobs(raw_V, token, sampling.logprobs))
 
 
-def append(sequence: Sequence, drawn: Drawn) -> list[int]:
-    """Give the sequence its token, and those that are then forced. Raises FreeholdError where its constraint fails."""
+def append(sequence: Sequence, drawn: Drawn, vocab_size: int) -> None:
+    """Give the sequence its token, and those that are then forced. Raises RequestError where its constraint fails."""
     try:
         sequence.append(drawn.token)
-        return [drawn.token, *sequence.append_forced()]
-    except FreeholdError:
-        raise
-    except Exception as error:
-        raise RequestError(f"the constraint failed on token {drawn.token}: {_reason(error)}") from error
+    except BaseException as error:
+        raise fault(f"the constraint failed on token {drawn.token}", error) from error
+    append_forced(sequence, vocab_size)
+
+
+def append_forced(sequence: Sequence, vocab_size: int) -> None:
+    """Append the tokens that the constraint leaves no choice about; they will be read in one go.
+
+    Where logprobs are wanted none are: each token's come from the step that would have drawn it. Raises RequestError.
+    """
+    if sequence.constraint is None or sequence.request.sampling.logprobs is not None:
+        return
+    try:
+        while sequence.finish is None and (forced := list(sequence.constraint.forced())):
+            for token in map(operator.index, forced):
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"it forces token {token}, and the vocabulary has {vocab_size}")
+                sequence.append(token)
+                if sequence.finish is not None:
+                    break
+    except BaseException as error:
+        raise fault("the constraint failed", error) from error
+
+
+def fault(what: str, error: BaseException) -> BaseException:
+    """What a caller's code raised, as its request's error. Some libraries' panics are no Exceptions; Ctrl-C is none of
+    them."""
+    if isinstance(error, FreeholdError | KeyboardInterrupt | SystemExit | GeneratorExit):
+        return error
+    return RequestError(f"{what}: {type(error).__name__}: {error}" if str(error) else f"{what}: {type(error).__name__}")
 
 
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
@@ -117,14 +153,12 @@ def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
         counts = torch.tensor(list(sequence.counts.values()), dtype=torch.float32)
         logits_V[generated] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     if sampling.logit_bias:
-        logits_V[torch.tensor(list(sampling.logit_bias))] += torch.tensor(list(sampling.logit_bias.values()))
+        logits_V[torch.tensor(list(sampling.logit_bias))] += torch.tensor(
+            [float(bias) for bias in sampling.logit_bias.values()]
+        )
 
 
 def _logprobs(logits_V: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs_V = torch.log_softmax(logits_V.float(), dim=-1)
     top, ids = torch.topk(logprobs_V, min(count, len(logprobs_V)))
     return TokenLogprobs(float(logprobs_V[token]), tuple(zip(ids.tolist(), top.tolist(), strict=True)))
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -138,7 +138,8 @@ class Scheduler:
         # Later chunks shall find their pages too, or it would soon be pushed out again. Alone it needs no such promise.
         later = len(sequence.tokens) if self.running else 0
         while not self._pages.can_extend(holding, stop, later=later):
-            if not self._prefixes.evict():
+            vain = not self._pages.could_extend(holding, stop, self.holdings(), later=later)
+            if vain or not self._prefixes.evict():
                 self._pages.release(holding)
                 return 0
         self.waiting.pop(0)
@@ -146,7 +147,7 @@ class Scheduler:
         sequence.holding = holding
         if not sequence.num_preemptions:
             sequence.num_cached = holding.length
-        if cached is not None:
+        if cached is not None and cached.maker != sequence.request_id:
             cached.uses += 1
         sequence.boundaries = [length for length in sequence.boundaries if length > holding.length]
         self._plan(sequence, count, plan)
@@ -192,7 +193,9 @@ class Scheduler:
         else:
             snapshot = self._pages.snapshot(sequence.holding, length)
             is_root = length == min(sequence.request.boundaries, default=None)
-            self._prefixes.put(Prefix(key, snapshot, is_root=is_root))
+            is_private = not sequence.request.cache
+            maker = sequence.request_id
+            self._prefixes.put(Prefix(key, snapshot, is_root=is_root, is_private=is_private, maker=maker))
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.holding is not None:

@@ -3,7 +3,6 @@
 import random
 import secrets
 from collections import Counter
-from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 from freehold.engine.lookup import Lookup
@@ -58,29 +57,14 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """One more token, drawn or forced. Sets `finish` where it is the last one. Raises what the constraint does."""
-        self.tokens.append(token)
-        self.counts[token] += 1
         if self.constraint is not None:
             self.constraint.accept(token)
+        self.tokens.append(token)
+        self.counts[token] += 1
         if token in self.request.stop_ids or (self.constraint is not None and self.constraint.is_finished()):
             self.finish = "stop"
         elif self.num_generated >= self.request.max_tokens:
             self.finish = "length"
-
-    def append_forced(self) -> Tokens[int]:
-        """The tokens that the constraint leaves no choice about; they will be read in one go.
-
-        Where logprobs are wanted none are: each token's come from the step that would have drawn it.
-        """
-        taken: list[int] = []
-        if self.constraint is not None and self.request.sampling.logprobs is None:
-            while self.finish is None and (forced := self.constraint.forced()):
-                for token in forced:
-                    self.append(token)
-                    taken.append(token)
-                    if self.finish is not None:
-                        break
-        return taken
 
     def plan_snapshots(self) -> None:
         """Of a prompt from its beginning: at the caller's boundaries, and where the same prompt would go on."""

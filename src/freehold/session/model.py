@@ -7,10 +7,10 @@ tensor is used; a model is ready, or it is an error.
 import datetime
 import operator
 import os
+import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -38,7 +38,7 @@ from freehold.model.transformer import Transformer
 from freehold.sampling import SamplingOptions
 from freehold.session.memory import MemoryPlan, fitting_plan, free_memory, gib
 from freehold.session.policy import Policy, decide, instruction_set, use_threads
-from freehold.weights.pack_file import load_packed
+from freehold.weights.pack_file import load_packed, source_fingerprint
 
 
 def load(
@@ -95,7 +95,7 @@ def load(
 def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> PrefixFiles:
     """For these weights, run in this way: keys and values computed otherwise are other numbers."""
     how = (policy.device.type, policy.dtype, policy.dense, policy.kv, policy.native and instruction_set())
-    return PrefixFiles(directory, f"{__version__} {folder.checkpoint.files.fingerprint()} {how}")
+    return PrefixFiles(directory, f"{__version__} {source_fingerprint(folder.checkpoint)} {how}")
 
 
 class Model:
@@ -111,6 +111,8 @@ class Model:
     ) -> None:
         self._transformer = transformer
         self._prefix_files = prefix_files
+        self._making = threading.Lock()
+        self._engine: LocalEngine | None = None
         self._folder = folder
         self.policy = policy
         self.plan = plan
@@ -151,10 +153,13 @@ class Model:
             cache = self._transformer.new_cache(len(tokens_T))
             return self._transformer.unembed(self._transformer.run(tokens_T, cache))
 
-    @cached_property
+    @property
     def engine(self) -> LocalEngine:
         """What runs the requests of this model: many at once, and what they have in common only once."""
-        return LocalEngine(self.new_engine())
+        with self._making:
+            if self._engine is None:
+                self._engine = LocalEngine(self.new_engine())
+            return self._engine
 
     def new_engine(self) -> Engine:
         """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""

@@ -17,6 +17,7 @@ from freehold.engine.options import EngineOptions
 from freehold.engine.request import Request, RequestStats
 from freehold.model.transformer import Transformer
 from freehold.sampling import Sampling
+from freehold.weights.files import TensorSpec
 
 WARM_UP = 2
 """Tokens that are generated before decoding is timed."""
@@ -83,19 +84,15 @@ class TimedRuns:
         if depth == 0:
             return self._random(tokens)
         prefix = self._random(depth)
-        contents = self._engine.contents_like(depth)
-        for tensor in contents.values():
-            self._fill(tensor)
-        self._engine.adopt(prefix, contents)
+        self._engine.adopt(prefix, self._random_numbers)
         return prefix + self._random(tokens)
 
-    def _fill(self, tensor: Tensor) -> None:
-        if tensor.dtype == torch.int8:
-            tensor.random_(-127, 128, generator=self._generator)
-        elif tensor.dtype == torch.float16:  # the steps of int8 numbers
-            tensor.fill_(1 / 127)
-        else:
-            tensor.copy_(torch.randn(tensor.shape, generator=self._generator))
+    def _random_numbers(self, spec: TensorSpec) -> Tensor:
+        if spec.dtype == torch.int8:
+            return torch.randint(-127, 128, spec.shape, dtype=torch.int8, generator=self._generator)
+        if spec.dtype == torch.float16:  # the steps of int8 numbers
+            return torch.full(spec.shape, 1 / 127, dtype=torch.float16)
+        return torch.randn(spec.shape, generator=self._generator).to(spec.dtype)
 
     def _random(self, count: int) -> list[int]:
         tokens: list[int] = torch.randint(self._num_tokens, (count,), generator=self._generator).tolist()

@@ -256,7 +256,7 @@ def _plan(checkpoint: Checkpoint, dense: Form) -> _Plan:
     table = checkpoint.table()
     parts = _parts(checkpoint.config, checkpoint.experts, dense, lambda name: _plain(table[name]).dtype)
     tensors = [_aligned(spec) for part in parts for spec in _stored(part)]
-    fingerprint = _fingerprint(checkpoint)
+    fingerprint = source_fingerprint(checkpoint)
     matrices = {
         part.name: {"form": part.form, "shape": part.shape, "paired": part.paired} for part in parts if part.form
     }
@@ -278,7 +278,8 @@ def _plan(checkpoint: Checkpoint, dense: Form) -> _Plan:
     )
 
 
-def _fingerprint(checkpoint: Checkpoint) -> str:
+def source_fingerprint(checkpoint: Checkpoint) -> str:
+    """Changes when the checkpoint's files or its config do; no tensor data is read."""
     path = checkpoint.folder / "config.json"
     try:
         config = path.read_bytes()
@@ -541,7 +542,7 @@ def _write(plan: _Plan, progress: Progress) -> None:
     with new_file(plan.path, needed_bytes=needed_bytes) as file, _Hashed(file) as hashed:
         hashed.write(memoryview(plan.header))
         _pack(plan, hashed, progress)
-        if _fingerprint(plan.checkpoint) != plan.fingerprint:
+        if source_fingerprint(plan.checkpoint) != plan.fingerprint:
             raise CheckpointError(f"{plan.checkpoint.folder} was changed while it was read; load it again")
         file.seek(plan.digest_span.start)
         file.write(hashed.digest())
