@@ -5,6 +5,7 @@ every step that each query would see its own past, all of it in sight, and nothi
 dropped, cached or computed again on the way.
 """
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -24,6 +25,12 @@ from freehold.engine.sequence import Sequence, new_sequences
 PAGE = 4
 CHUNK = 7
 CONTEXT = 40
+
+
+def least_pages(window: int | None) -> int:
+    """That one sequence holds at the same time: a window and a chunk, each beginning in the middle of a page."""
+    everything = math.ceil(CONTEXT / PAGE)
+    return everything if window is None else min(everything, math.ceil((window - 1 + CHUNK) / PAGE) + 1)
 
 
 class Memory:
@@ -69,8 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stretch=st.sampled_from([1.0, 2.0, 100.0]),
     )
     def start(self, windows: tuple[int | None, ...], spare: int, slots: int, stretch: float) -> None:
-        least = Pages(windows, [0] * len(windows), PAGE).most_needed(CONTEXT, CHUNK)
-        self.pages = Pages(windows, [count + spare for count in least], PAGE)
+        self.pages = Pages(windows, [least_pages(window) + spare for window in windows], PAGE)
         self.prefixes = PrefixCache(self.pages)
         self.pace = GuessingPace(stretch, CHUNK)
         self.scheduler = Scheduler(self.pages, self.prefixes, self.pace, max_num_seqs=slots)

@@ -211,15 +211,6 @@ class Pages:
             table.clear()
         holding.length, holding.firsts = 0, [0] * len(self.groups)
 
-    def most_needed(self, length: int, chunk: int) -> list[int]:
-        """Pages that one sequence of `length` positions, computed in chunks, holds at the same time, per group."""
-        return [
-            self._num_pages(length)
-            if group.window is None
-            else min(self._num_pages(length), self._num_pages(group.window - 1 + chunk) + 1)
-            for group in self.groups
-        ]
-
     def check(self, holdings: Iterable[Holding]) -> None:
         """Raise AssertionError unless these holdings account for every reference."""
         held: list[Counter[int]] = [Counter() for _ in self.groups]
