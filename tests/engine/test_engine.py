@@ -323,6 +323,27 @@ def test_forced_runs_are_read_in_one_step(transformer: Transformer, make_engine:
     assert steps == [2, 52]
 
 
+def test_masks_are_filled_while_the_model_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_runs, mask_is_filled = threading.Event(), threading.Event()
+    forward = Transformer.forward
+
+    class Overlapping(Spell):
+        def fill_mask(self, row: npt.NDArray[np.int32]) -> None:
+            assert model_runs.wait(4)
+            super().fill_mask(row)
+            mask_is_filled.set()
+
+    def watched(self: Transformer, *arguments: Any) -> torch.Tensor:
+        model_runs.set()
+        assert mask_is_filled.wait(4)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    request = Request(prompt=[1, 2], max_tokens=3, constraint=lambda: Overlapping({3, 4}, {5, 6}))
+    ((completion,),) = run(engine, request)
+    assert completion.finish == "stop"
+
+
 def test_forced_to_the_very_end(engine: Engine) -> None:
     for choices, max_tokens, finish in (([{3}, {4}], 9, "stop"), ([{3}, {4}, {5}], 2, "length")):
         ((completion,),) = run(engine, Request(prompt=[1], max_tokens=max_tokens, constraint=partial(Spell, *choices)))

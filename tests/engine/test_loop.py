@@ -246,6 +246,7 @@ def test_a_reader_whose_loop_is_gone(engine: Engine) -> None:
     while engine.has_work and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not engine.has_work
+    assert engine.stats().generated_tokens < 300, "it was not read to its end"
     running.close()
 
 

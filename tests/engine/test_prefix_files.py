@@ -1,5 +1,6 @@
 """Prefixes on disk: what they save, and that nothing that happens to them changes a token."""
 
+import asyncio
 import stat
 import tracemalloc
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from freehold.engine.core import Engine
+from freehold.engine.loop import AsyncEngine
 from freehold.engine.options import EngineOptions
 from freehold.engine.prefix_files import PrefixFiles
 from freehold.engine.request import Request
@@ -69,6 +71,17 @@ def test_it_is_written_when_idle_and_not_only_at_the_end(transformer: Transforme
     while engine.tend():
         pass
     assert len(files_in(tmp_path)) == 1
+
+
+def test_the_engine_s_thread_writes_when_it_is_idle(transformer: Transformer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with AsyncEngine(engine_of(transformer, tmp_path)) as running:
+            request = Request(prompt=[*SYSTEM, 1], max_tokens=2, boundaries=[len(SYSTEM)])
+            assert [step async for step in running.submit(request)]
+            while not files_in(tmp_path):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
 def test_what_several_went_on_from_is_kept_too(transformer: Transformer, tmp_path: Path) -> None:
