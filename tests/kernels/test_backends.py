@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,3 +195,24 @@ def test_no_gradient_is_lost_on_the_way_through_the_cache(needs: str, monkeypatc
     gradient = tensors[needs].grad
     assert gradient is not None
     assert gradient.abs().sum() > 0
+
+
+def test_one_torch_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+
+    def elsewhere() -> None:
+        torch.set_num_threads(2)
+        with backends.one_torch_thread():
+            seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads())
+
+    with backends.one_torch_thread(), backends.one_torch_thread():
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    assert seen == [1, 2]
+    torch.set_num_threads(before)

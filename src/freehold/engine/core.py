@@ -7,8 +7,8 @@ others do not notice.
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from freehold.engine.scheduler import Plan, Scheduler, Work
 from freehold.engine.sequence import Sequence as Sample
 from freehold.engine.sequence import new_sequences, shared_salt
 from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, UsageError
+from freehold.kernels.backends import one_torch_thread
 from freehold.kernels.kv import PAGE
 from freehold.log import logger
 from freehold.model.transformer import Transformer
@@ -157,7 +158,7 @@ class Engine:
         moment every request has ended, and `is_live` says so.
         """
         try:
-            with self._torch_threads():
+            with one_torch_thread() if self._is_packed else nullcontext():
                 return self._step()
         except _Interrupted as interrupted:
             raise interrupted.cause from None
@@ -168,16 +169,6 @@ class Engine:
     def is_live(self, request_id: int) -> bool:
         """Whether a request has not ended."""
         return request_id in self._requests
-
-    @contextmanager
-    def _torch_threads(self) -> Iterator[None]:
-        """Torch's own threads and the native kernels' get in each other's way: a small op takes milliseconds then."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1 if self._is_packed else before)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
 
     def _step(self) -> list[Output]:
         start = self._clock()

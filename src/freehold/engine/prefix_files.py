@@ -91,6 +91,8 @@ class PrefixFiles:
         header = header_bytes(_with_digest(tensors), {})
         needed_bytes = len(header) + sum(tensor.num_bytes for tensor in tensors) + _DIGEST_BYTES
         try:
+            with contextlib.suppress(OSError):  # in case somebody has removed it; what is wrong, new_file will say
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with new_file(path, needed_bytes=needed_bytes) as file:
                 os.fchmod(file.fileno(), 0o600)
                 hashed = _Hashed(file)

@@ -61,6 +61,20 @@ def reference_only() -> Iterator[None]:
 _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Within the block, torch's ops on this thread start no others.
+
+    Those and the native kernels' threads get in each other's way: a small op takes milliseconds then.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def native_ops(module: ModuleType | None) -> list[str]:
     """The ops that a native module has."""
     return [op for op in OPS if hasattr(module, op)]
