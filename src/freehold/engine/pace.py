@@ -10,7 +10,7 @@ MOST_GUESSED = 16
 
 _WEIGHT = 0.2  # of the newest observation
 _FIRST_GUESS = 32  # prompt tokens, before anything was measured
-_LEAST = 4
+_LEAST = 2
 _SAFETY = 0.8
 _MOST_ROOM = 8.0
 _LEAST_GAIN = 1.1
