@@ -6,7 +6,8 @@
 // NaN), sum (of lanes, in a fixed order), largest (of lanes), no_nan (in any lane), round (to nearest even), exp2i (2^n
 // for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
 // in [-127, 127]), place (a block of such values as activations of a tile), to_f16, from_f16, kRows and kManyRows (the
-// rows that a product takes at once, where it has few and where it has many).
+// rows that a product takes at once, where it has few and where it has many), kSums (vectors that fit in registers as
+// its sums).
 //
 // Nothing here may call an inline function or template from outside: the linker keeps one copy of those for the whole
 // program, and it could be the one compiled for an instruction set that the processor lacks.
@@ -213,12 +214,26 @@ void kv_store(const float* x, const KvPages& kv, bool is_value, size_t at, size_
     }
 }
 
-// Memory that is needed next: products ask for it in passing, a line with every four k.
+// Memory that is needed next: a product asks for some of it in passing, with every four k, at four places.
 struct Ahead {
     const uint8_t *next, *end;
-    size_t step;  // 0 where nothing is left: the same line again costs no memory traffic
-    Ahead(const void* from, size_t bytes)
-        : next(static_cast<const uint8_t*>(from)), end(next + bytes), step(bytes ? 64 : 0) {}
+    size_t apart, step;
+
+    // `times` is how often the product asks.
+    Ahead(const void* from, size_t bytes, size_t times)
+        : next(static_cast<const uint8_t*>(from)),
+          end(next + bytes),
+          apart(times * 64 >= bytes ? 0 : bytes / 4),
+          step(bytes ? 64 : 0) {
+        if (apart) end = next + apart;
+    }
+    [[gnu::always_inline]] void ask() {
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + apart);
+        __builtin_prefetch(next + 2 * apart);
+        __builtin_prefetch(next + 3 * apart);
+        next += step;
+    }
     void stop_at_end() {
         if (next >= end) step = 0;
     }
@@ -265,8 +280,8 @@ inline void micro(const float* a, size_t a_stride, const Right& b, size_t column
             }
     };
     size_t k = 0;
-    for (; k + 4 <= K; k += 4, ahead.next += ahead.step) {
-        __builtin_prefetch(ahead.next);
+    for (; k + 4 <= K; k += 4) {
+        ahead.ask();
         for (size_t i = 0; i < 4; i += Right::rows) add(k + i);
     }
     for (; k < K; k += Right::rows) add(k);
@@ -275,21 +290,36 @@ inline void micro(const float* a, size_t a_stride, const Right& b, size_t column
     ahead.stop_at_end();
 }
 
-// R rows at once. Each sum runs over k in order, whichever way rows and columns are taken.
+// Vectors of columns that a product of R rows takes at once.
+constexpr size_t columns_at_once(size_t R) { return R * 4 <= kSums ? 4 : R * 2 <= kSums ? 2 : 1; }
+
+// How many tiles a product has.
+template <size_t R>
+size_t num_tiles(size_t rows, size_t columns) {
+    const size_t tiles = rows / R * ceil_div(columns, 16 * columns_at_once(R));
+    if constexpr (R > 1)
+        if (rows % R) return tiles + num_tiles<R - 1>(rows % R, columns);
+    return tiles;
+}
+
+// R rows at once, of as many columns as keep the multipliers busy, and then what is left of the rows.
+// Each sum runs over k in order, whichever way rows and columns are taken.
 template <size_t R, class Right>
 inline void multiply(const float* a, size_t a_stride, const Right& b, size_t K, float* c, size_t stride, size_t rows,
                      size_t columns, bool accumulate, Ahead& ahead) {
+    constexpr size_t C = columns_at_once(R);
     size_t r = 0;
-    for (; r + R <= rows; r += R)
-        for (size_t n = 0; n < columns; n += 16)
-            micro<R, 1>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
-    for (; r < rows; ++r) {  // one row: several columns at once keep the multipliers busy
+    for (; r + R <= rows; r += R) {
         size_t n = 0;
-        for (; n + 64 <= columns; n += 64)
-            micro<1, 4>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
-        for (; n < columns; n += 16)
-            micro<1, 1>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
+        for (; n + C * 16 <= columns; n += C * 16)
+            micro<R, C>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
+        for (; C > 1 && n < columns; n += 16)
+            micro<R, 1>(a + r * a_stride, a_stride, b, n, K, c + r * stride + n, stride, accumulate, ahead);
     }
+    if constexpr (R > 1)
+        if (r < rows)
+            multiply<R - 1>(a + r * a_stride, a_stride, b, K, c + r * stride, stride, rows - r, columns, accumulate,
+                            ahead);
 }
 
 // The keys of a page's head, from element `at` on, as floats: (H, kPage)
@@ -375,8 +405,11 @@ void attend(const AttentionPiece& piece, const KvPages& kv) {
         return static_cast<const uint8_t*>(data) + place(page) * size;
     };
 
+    const size_t tiles = few ? num_tiles<kRows>(rows, kPage) : num_tiles<kManyRows>(rows, kPage);
+    const size_t value_tiles = few && padded == H ? num_tiles<kRows>(rows, padded) : num_tiles<kManyRows>(rows, padded);
+
     for (size_t page = 0; page < pages; ++page) {
-        Ahead ahead(page + 1 < pages ? address(kv.keys, page + 1) : address(kv.values, 0), bytes);
+        Ahead ahead(page + 1 < pages ? address(kv.keys, page + 1) : address(kv.values, 0), bytes, tiles * (H / 4));
         float* scores = weights + page * kPage;
         if (few) {
             const Bf16Pairs keys{reinterpret_cast<const uint16_t*>(address(kv.keys, page)), kPage};
@@ -399,7 +432,8 @@ void attend(const AttentionPiece& piece, const KvPages& kv) {
         const bool last = page + 1 == pages;
         const size_t K = last ? count - page * kPage : kPage;
         const bool over = last && piece.last_key == end;
-        Ahead ahead(last ? address(kv.keys, over ? page : page + 1) : address(kv.values, page + 1), over ? 0 : bytes);
+        Ahead ahead(last ? address(kv.keys, over ? page : page + 1) : address(kv.values, page + 1), over ? 0 : bytes,
+                    value_tiles * (kPage / 4));
         const float* of_page = weights + page * kPage;
         if (few && padded == H) {
             const Bf16Rows values{reinterpret_cast<const uint16_t*>(address(kv.values, page)), H};

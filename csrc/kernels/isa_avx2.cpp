@@ -16,7 +16,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 4, kManyRows = 6;
+constexpr size_t kRows = 4, kManyRows = 6, kSums = 4;
 
 struct F16 {
     __m256 a, b;

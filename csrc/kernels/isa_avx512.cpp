@@ -12,7 +12,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 8, kManyRows = 8;
+constexpr size_t kRows = 8, kManyRows = 8, kSums = 12;
 
 using F16 = __m512;
 

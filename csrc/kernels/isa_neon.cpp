@@ -14,7 +14,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 4, kManyRows = 4;
+constexpr size_t kRows = 4, kManyRows = 4, kSums = 6;
 
 struct F16 {
     float32x4_t a, b, c, d;

@@ -9,7 +9,7 @@
 namespace freehold {
 namespace {
 
-constexpr size_t kRows = 4, kManyRows = 2;
+constexpr size_t kRows = 4, kManyRows = 2, kSums = 4;
 
 struct F16 {
     float lane[16];

@@ -340,6 +340,19 @@ def test_pace_keeps_to_the_stretch() -> None:
     assert Pace(1.0, 512).budget(1) >= 1  # prompts must get in some day
 
 
+def test_pace_tells_what_a_prompt_costs_from_what_its_tokens_cost() -> None:
+    pace = Pace(2.0, 512)
+    pace.observe(1, 0, 0.020)
+    for depth in range(200):  # the further a long prompt has come in, the more there is to read for any token of it
+        count = pace.budget(1)
+        pace.observe(1, count, 0.020 + depth * 5e-5 + count * 0.001)
+    assert pace.budget(1) == pytest.approx(6, abs=1)
+    for _ in range(50):  # and the next one is short
+        count = pace.budget(1)
+        pace.observe(1, count, 0.020 + count * 0.001)
+    assert pace.budget(1) == pytest.approx(16, abs=1)
+
+
 def test_pace_learns_under_steady_load_too() -> None:
     pace = Pace(2.0, 512)
     pace.observe(0, 512, 0.512)

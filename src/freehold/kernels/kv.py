@@ -26,7 +26,7 @@ PAGE = 64
 SPLIT = 512
 """Attention sums up runs of so many positions of a sequence, and then their sums."""
 
-_LARGE = 4 << 20  # bytes: with less, most of a large page of memory (2 MiB) might never be used
+_LARGE = 1 << 20  # bytes: with less, most of a large page of memory (2 MiB) might never be used; neighbours share one
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "q8": torch.int8}
 _DIMS_TOGETHER = {"f32": 1, "bf16": 2, "q8": 1}  # of a key: two bfloat16 are widened at once
