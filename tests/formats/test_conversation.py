@@ -12,6 +12,7 @@ from freehold.formats.conversation import (
     SystemContent,
     Text,
     Tool,
+    ToolNamespace,
     text_message,
 )
 
@@ -92,7 +93,7 @@ def test_messages_must_be_a_list(messages: Any) -> None:
         ("identity must be some text", SystemContent, {"identity": " "}),
         ("knowledge cutoff must be", SystemContent, {"knowledge_cutoff": ""}),
         ("date 'yesterday'", SystemContent, {"date": "yesterday"}),
-        ("built-in tool name ''", SystemContent, {"builtin_tools": ("",)}),
+        ("built-in tool name ''", ToolNamespace, {"name": ""}),
         ("tool name ''", Tool, {"name": ""}),
         ("must be a JSON schema", Tool, {"name": "f", "parameters": []}),
         ("tool 'f' is given 2 times", DeveloperContent, {"tools": (Tool(name="f"), Tool(name="f"))}),

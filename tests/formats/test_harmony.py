@@ -19,6 +19,7 @@ from freehold.formats.conversation import (
     SystemContent,
     Text,
     Tool,
+    ToolNamespace,
     text_message,
 )
 from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
@@ -181,7 +182,7 @@ def test_analysis_is_kept_until_a_final_answer_follows(gpt_oss: Tokenizer) -> No
     "message",
     [
         Message(role="developer", parts=(DeveloperContent(tools=(Tool(name="f"),)),)),
-        Message(role="system", parts=(SystemContent(builtin_tools=("python",)),)),
+        Message(role="system", parts=(SystemContent(tools=(ToolNamespace(name="python"),)),)),
     ],
 )
 def test_tools_are_refused(gpt_oss: Tokenizer, message: Message) -> None:

@@ -41,6 +41,51 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call; `parameters` is a JSON schema, None where it takes none.
+
+    The arguments of a `strict` one always match its schema.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name("tool", self.name)
+        if self.parameters is not None and not isinstance(self.parameters, Mapping):
+            raise UsageError(f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolNamespace:
+    """Built-in tools that the model was trained on: calls go to `name.tool`, or to `name` where it has none inside."""
+
+    name: str
+    description: str = ""
+    tools: tuple[Tool, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_name("built-in tool", self.name)
+        _check_distinct("tool", [tool.name for tool in self.tools])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseFormat:
+    """The form that the final answer is to have, as a JSON schema."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("response format", self.name)
+        if not isinstance(self.schema, Mapping):
+            raise UsageError(f"response format {self.name!r}: expected a JSON schema object, got {self.schema!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SystemContent:
     """Harmony's system message: who the model is, the day, how hard to think. None leaves a line out."""
 
@@ -49,7 +94,7 @@ class SystemContent:
     date: str | None = None
     effort: Effort | None = "medium"
     channels: tuple[Channel, ...] = CHANNELS
-    builtin_tools: tuple[str, ...] = ()
+    tools: tuple[ToolNamespace, ...] = ()
 
     def __post_init__(self) -> None:
         _check_filled("identity", self.identity)
@@ -60,38 +105,22 @@ class SystemContent:
             _check_known("reasoning effort", self.effort, EFFORTS)
         for channel in self.channels:
             _check_known("channel", channel, CHANNELS)
-        for name in self.builtin_tools:
-            _check_name("built-in tool", name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tool:
-    """A function that the model may call; `parameters` is a JSON schema, None where it takes none."""
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        _check_name("tool", self.name)
-        if self.parameters is not None and not isinstance(self.parameters, Mapping):
-            raise UsageError(f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}")
+        _check_distinct("built-in tool", [namespace.name for namespace in self.tools])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeveloperContent:
-    """Harmony's developer message: instructions (elsewhere called the system prompt) and function tools."""
+    """Harmony's developer message: instructions (elsewhere called the system prompt), function tools, answer forms."""
 
     instructions: str | None = None
     tools: tuple[Tool, ...] = ()
+    response_formats: tuple[ResponseFormat, ...] = ()
 
     def __post_init__(self) -> None:
         if self.instructions is not None and not isinstance(self.instructions, str):
             raise UsageError(f"instructions must be a string, got {type(self.instructions).__name__}")
-        names = [tool.name for tool in self.tools]
-        for name in names:
-            if names.count(name) > 1:
-                raise UsageError(f"tool {name!r} is given {names.count(name)} times; each needs its own name")
+        _check_distinct("tool", [tool.name for tool in self.tools])
+        _check_distinct("response format", [form.name for form in self.response_formats])
 
 
 Part = Text | SystemContent | DeveloperContent
@@ -225,6 +254,12 @@ def _check_known(kind: str, value: str, known: Sequence[str]) -> None:
 def _check_name(kind: str, name: str) -> None:
     if not isinstance(name, str) or not is_name(name):
         raise UsageError(f"{kind} name {name!r} is not one; use letters, digits, '_', '-' and '.'")
+
+
+def _check_distinct(kind: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{kind} {name!r} is given {names.count(name)} times; each needs its own name")
 
 
 def _check_filled(kind: str, value: str | None) -> None:

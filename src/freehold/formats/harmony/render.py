@@ -77,8 +77,8 @@ def _part_text(part: Part) -> str:
 
 
 def _system_text(system: SystemContent) -> str:
-    if system.builtin_tools:
-        raise UnsupportedError(f"built-in tools are not rendered yet; leave out {', '.join(system.builtin_tools)}")
+    if system.tools:
+        raise UnsupportedError("built-in tools are not rendered yet; leave them out")
     about = []
     if system.identity is not None:
         about.append(system.identity)
