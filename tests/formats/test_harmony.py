@@ -23,7 +23,7 @@ from freehold.formats.conversation import (
     text_message,
 )
 from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
-from freehold.formats.harmony.render import render_conversation, render_prompt
+from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS, HarmonyVocabulary, speaks_harmony
 from freehold.formats.tokenizer import Tokenizer
 
