@@ -6,10 +6,12 @@ from typing import Any
 from freehold.formats.conversation import (
     CHANNELS,
     EFFORTS,
+    Channel,
     Conversation,
     DeveloperContent,
     Message,
     Part,
+    Role,
     SystemContent,
     Text,
     Tool,
@@ -73,7 +75,24 @@ _PIECES = (
     "<|endoftext|>",
 )
 _NAMES = ("get_weather", "f", "a.b", "x-1", "Ann", "名", "browser.search", "functions.f", "python", "all", "assistant")
-_VALUES = (None, True, False, 0, -7, 2**53, 0.5, -1e-05, 1e16, 2.5e-7, "text", "", [], {}, [1, {"a": ["é\n"]}], {"b": None})
+_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -7,
+    2**53,
+    0.5,
+    -1e-05,
+    1e16,
+    2.5e-7,
+    "text",
+    "",
+    [],
+    {},
+    [1, {"a": ["é\n"]}],
+    {"b": None},
+)
 
 
 def random_text(rng: Random) -> str:
@@ -167,7 +186,8 @@ def _random_turn(rng: Random) -> list[Message]:
             turn.append(Message(role="assistant", parts=_body(rng), channel="analysis"))
         if rng.random() < 0.2:
             turn.append(Message(role="assistant", parts=_body(rng), channel="commentary"))
-        channel, content_type = rng.choice([("commentary", "<|constrain|>json"), ("analysis", "code"), ("analysis", None)])
+        channel: Channel = rng.choice(["commentary", "analysis"])
+        content_type = rng.choice(["<|constrain|>json", "code", None])
         name = rng.choice(_NAMES)
         turn.append(
             Message(role="assistant", parts=_body(rng), channel=channel, recipient=name, content_type=content_type)
@@ -181,7 +201,7 @@ def _random_turn(rng: Random) -> list[Message]:
 
 
 def _random_message(rng: Random) -> Message:
-    role = rng.choice(["system", "developer", "user", "assistant", "tool"])
+    role: Role = rng.choice(["system", "developer", "user", "assistant", "tool"])
     return Message(
         role=role,
         parts=_body(rng) * rng.randrange(3),
