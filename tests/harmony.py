@@ -131,11 +131,11 @@ def random_schema(rng: Random, depth: int = 3) -> Any:
             schema["type"] = kind
     for key in ("title", "description"):
         if maybe(rng):
-            schema[key] = random_text(rng) if depth % 2 else rng.choice(["the", "One\ntwo", "", "or null"])
+            schema[key] = rng.choice(["the", "One\ntwo", "or null", "", random_text(rng)])
     if maybe(rng):
-        schema["default"] = rng.choice(_VALUES)
+        schema["default"] = "a" if "enum" in schema else rng.choice(_VALUES)
     if maybe(rng):
-        schema["nullable"] = maybe(rng)
+        schema["nullable"] = rng.choice([True, False, "yes"])
     if maybe(rng) and depth < 3:
         schema["examples"] = rng.choice([["hello", "two words"], [1, "x"], [2], [], "x"])
     if maybe(rng):
@@ -159,7 +159,7 @@ def random_system(rng: Random) -> SystemContent:
         date=rng.choice([None, "2025-08-05"]),
         effort=rng.choice([None, *EFFORTS]),
         channels=rng.choice([CHANNELS, CHANNELS, ("final",), ()]),
-        tools=tuple(space for space in (other, BROWSER, PYTHON, bare) if rng.random() < 0.25),
+        tools=tuple(rng.sample((BROWSER, PYTHON, other, bare), k=rng.choice([0, 0, 1, 2]))),
     )
 
 
