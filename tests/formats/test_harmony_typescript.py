@@ -249,6 +249,25 @@ def chained(num_links: int, link: Any) -> Any:
             "properties": {f"p{i}": {"$ref": "#/$defs/long"} for i in range(10_000)},
             "$defs": {"long": {"type": "object", "description": "x" * 10_000}},
         },
+        {
+            "allOf": [{"$ref": "#/$defs/deep"}] * 10_000,
+            "$defs": {"deep": {"allOf": [{"properties": {f"p{i}": {} for i in range(10_000)}}]}},
+        },
+        {
+            "allOf": [{"$ref": "#/$defs/keys"}] * 10_000,
+            "$defs": {"keys": {f"k{i}": 1 for i in range(10_000)} | {"required": ["k"] * 10_000}},
+        },
+        {
+            "type": "object",
+            "properties": {f"p{i}": {"$ref": "#/$defs/long"} for i in range(10_000)},
+            "$defs": {"long": {"type": "string", "description": "x" * 100_000, "default": [0] * 10_000}},
+        },
+        {
+            "type": "object",
+            "properties": {"p": {"oneOf": [{"$ref": "#/$defs/long"}] * 10_000}},
+            "$defs": {"long": {"type": "string", "description": "x" * 100_000}},
+        },
+        {"items": {"oneOf": [{"$ref": "#/$defs/x"}] * 10_000}, "$defs": {"x": {"description": "x" * 100_000}}},
         {"allOf": [{"properties": {f"p{i}": {}}, "required": [f"p{i}"]} for i in range(20_000)]},
         {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(50_000)}},
         {"default": 0, "oneOf": [{"enum": list(range(100_000))}]},

@@ -79,6 +79,8 @@ class _Writer:
         whole: dict[str, Any] = {}
         references = place.references
         for part in self._parts(raw, place):
+            if part.place.references:
+                self._count(_REFERENCE_COST * _size(part.schema), part.place)
             _merge(whole, part.schema)
             references |= part.place.references
         _merge(whole, {key: value for key, value in raw.items() if key not in ("$ref", "allOf")})
@@ -89,11 +91,13 @@ class _Writer:
             yield self.expanded(part, place.into("allOf", index))
         reference = raw.get("$ref")
         if isinstance(reference, str) and reference not in place.references:
-            target = _target(self._root, reference)
             inside = place.into("$ref")._replace(references=place.references | {reference})
-            properties = target.get("properties") if isinstance(target, Mapping) else None
-            self._count(_REFERENCE_COST * (1 + (len(properties) if isinstance(properties, Mapping) else 0)), inside)
-            yield self.expanded(target, inside)
+            yield self.expanded(_target(self._root, reference), inside)
+
+    def _counted(self, text: str, node: _Node) -> str:
+        if node.place.references:
+            self._count(len(text), node.place)
+        return text
 
     def _count(self, num_characters: int, place: _Place) -> None:
         self._referenced += num_characters
@@ -106,17 +110,14 @@ class _Writer:
     # --- types ---
 
     def type(self, node: _Node, indent: str) -> str:
-        text = self._type(node, indent)
-        if node.place.references:
-            self._count(len(text), node.place)
-        return text
+        return self._counted(self._type(node, indent), node)
 
     def _type(self, node: _Node, indent: str) -> str:
         schema = node.schema
         if "oneOf" not in schema and "const" in schema:
             return _json(schema["const"], node.place.into("const"))
         if (variants := self._variants(node)) is not None:
-            return "".join(self._nested_variant(variant, indent) for variant in variants)
+            return "".join("\n" + self._alternative(variant, indent, _notes(variant)) for variant in variants)
         if names := [name for name in _list(schema, "type") if isinstance(name, str)]:
             return " | ".join("number" if name == "integer" else name for name in names)
         match _kind(schema):
@@ -183,14 +184,12 @@ class _Writer:
             for index, variant in enumerate(variants):
                 said = _strings(variant.schema, "description")
                 notes = [] if said == description or (index == 0 and comments_above) else said
-                notes = notes + _default(variant, quoted_enum=False)
-                body += f"{indent} | {self._nullable(variant, indent + '   ')}{_trailing(notes)}\n"
+                body += self._alternative(variant, indent, notes + _default(variant, quoted_enum=False)) + "\n"
             body += f"{indent},\n"
-        return "".join(f"{indent}// {comment}\n" for comment in comments) + body
+        return self._counted("".join(f"{indent}// {comment}\n" for comment in comments) + body, node)
 
-    def _nested_variant(self, variant: _Node, indent: str) -> str:
-        notes = _strings(variant.schema, "description") + _default(variant, quoted_enum=True)
-        return f"\n{indent} | {self._nullable(variant, indent + '   ')}{_trailing(notes)}"
+    def _alternative(self, variant: _Node, indent: str, notes: list[str]) -> str:
+        return self._counted(f"{indent} | {self._nullable(variant, indent + '   ')}{_trailing(notes)}", variant)
 
     def _nullable(self, node: _Node, indent: str) -> str:
         text = self.type(node, indent)
@@ -251,6 +250,11 @@ def _default(node: _Node, *, quoted_enum: bool) -> list[str]:
     return [f"default: {_json(value, node.place.into('default'))}"]
 
 
+def _notes(variant: _Node) -> list[str]:
+    """What is said behind an alternative of a union inside another type."""
+    return _strings(variant.schema, "description") + _default(variant, quoted_enum=True)
+
+
 def _trailing(notes: list[str]) -> str:
     return f" // {' '.join(notes)}" if notes else ""
 
@@ -271,6 +275,11 @@ def _mapping(schema: Schema, key: str) -> Mapping[str, Any]:
 def _strings(schema: Schema, key: str) -> list[str]:
     value = schema.get(key)
     return [value] if isinstance(value, str) else []
+
+
+def _size(schema: Schema) -> int:
+    """How much there is to merge."""
+    return 1 + len(schema) + len(_mapping(schema, "properties")) + len(_list(schema, "required"))
 
 
 def _merge(whole: dict[str, Any], part: Schema) -> None:
