@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freehold.errors import CheckpointError
+from freehold.errors import CheckpointError, UnsupportedError
 from freehold.formats.chat import ChatFormat, ReplyDelta, choose
 from freehold.formats.conversation import Conversation, Message, SystemContent, Text, text_message
+from freehold.formats.harmony.builtins import PYTHON
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.templates import CHATML
 from freehold.formats.tokenizer import Tokenizer
@@ -157,6 +158,26 @@ def test_whatever_was_said_can_be_said_on(gpt_oss: Tokenizer, ids: list[int]) ->
     chat.render(Conversation(messages=messages))
 
 
+def test_system_prompts_and_tools_become_one_developer_message(gpt_oss: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    conversation = Conversation.from_openai(messages, tools=[{"type": "function", "name": "f"}])
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(conversation), control="show")
+    assert "\nCalls to these tools must go to the commentary channel: 'functions'.<|end|>" in text
+    assert text.endswith(
+        "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n# Tools\n\n## functions\n\n"
+        "namespace functions {\n\ntype f = () => any;\n\n} // namespace functions<|end|>"
+        "<|start|>user<|message|>q<|end|><|start|>assistant"
+    )
+    bare = Conversation.from_openai(messages[1:], tools=[{"type": "function", "name": "f"}])
+    assert "# Instructions" not in gpt_oss.decode(choose(gpt_oss, None, []).render(bare))
+
+
+def test_a_call_without_a_channel_is_no_answer(gpt_oss: Tokenizer) -> None:
+    call = Message(role="assistant", recipient="functions.f", parts=(Text(text="{}"),))
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(Conversation(messages=(call,))), control="show")
+    assert text.endswith("<|start|>assistant to=functions.f<|message|>{}<|call|><|start|>assistant")
+
+
 # --- templates
 # --------------------------------------------------------------------------------------------------
 
@@ -181,3 +202,9 @@ def test_templates_are_spared_what_only_harmony_has(small: Tokenizer) -> None:
     )
     text = small.decode(chat.render(conversation), control="show")
     assert text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_built_in_tools_are_not_passed_over_by_templates(small: Tokenizer) -> None:
+    message = Message(role="system", parts=(SystemContent(tools=(PYTHON,)),))
+    with pytest.raises(UnsupportedError, match="text and tools only"):
+        choose(small, CHATML, [2]).render(Conversation(messages=(message,)))

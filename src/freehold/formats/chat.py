@@ -2,11 +2,12 @@
 
 `choose` picks Harmony or a Jinja template; callers above need to know neither. A format renders, names the
 tokens that end a reply, and makes a reader for each reply, which streams the text and in the end has the
-messages that belong in the history. Tools are described to no model yet.
+messages that belong in the history.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal, Protocol
 
 from freehold.errors import CheckpointError
@@ -22,7 +23,7 @@ from freehold.formats.conversation import (
     text_message,
 )
 from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
-from freehold.formats.harmony.render import render_prompt
+from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import MESSAGE, START, HarmonyVocabulary, speaks_harmony
 from freehold.formats.templates import ChatTemplate
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
@@ -126,7 +127,7 @@ class HarmonyFormat:
         messages = _as_harmony(conversation.messages)
         if not any(isinstance(part, SystemContent) for message in messages for part in message.parts):
             messages.insert(0, Message(role="system", parts=(self._system,)))
-        return render_prompt(Conversation(messages=tuple(messages)), self._tokenizer)
+        return render(Conversation(messages=tuple(messages)), self._tokenizer).ids
 
     def message_ends(self, prompt: Sequence[int]) -> list[int]:
         return _after(prompt, self._end_ids)
@@ -136,25 +137,39 @@ class HarmonyFormat:
 
 
 def _as_harmony(messages: Iterable[Message]) -> list[Message]:
-    """Chat messages in Harmony's terms; system prompts in a row become one set of instructions."""
+    """Chat messages in Harmony's terms; system prompts in a row, and the tools among them, become one message."""
     result: list[Message] = []
-    instructions: list[str] = []
-    for message in messages:
-        if message.role in ("system", "developer") and all(isinstance(part, Text) for part in message.parts):
-            instructions.append(message.text)
-            continue
-        result += _developer(instructions)
-        instructions = []
-        if message.role == "assistant" and message.channel is None:
-            message = Message(role="assistant", parts=message.parts, channel="final", name=message.name)
-        result.append(message)
-    return result + _developer(instructions)
+    for is_developers, group in groupby(messages, _is_developers):
+        if is_developers:
+            result.append(_developer([part for message in group for part in _developer_parts(message)]))
+        else:
+            result += map(_on_a_channel, group)
+    return result
 
 
-def _developer(instructions: list[str]) -> list[Message]:
-    if not instructions:
-        return []
-    return [Message(role="developer", parts=(DeveloperContent(instructions="\n\n".join(instructions)),))]
+def _is_developers(message: Message) -> bool:
+    is_prompt = message.role == "system" and not any(isinstance(part, SystemContent) for part in message.parts)
+    return is_prompt or message.role == "developer"
+
+
+def _developer_parts(message: Message) -> list[DeveloperContent]:
+    parts = [part for part in message.parts if isinstance(part, DeveloperContent)]
+    return [*parts, DeveloperContent(instructions=message.text)] if message.text or not parts else parts
+
+
+def _developer(parts: Sequence[DeveloperContent]) -> Message:
+    instructions = [part.instructions for part in parts if part.instructions is not None]
+    whole = DeveloperContent(
+        instructions="\n\n".join(instructions) if instructions else None,
+        tools=tuple(tool for part in parts for tool in part.tools),
+        response_formats=tuple(form for part in parts for form in part.response_formats),
+    )
+    return Message(role="developer", parts=(whole,))
+
+
+def _on_a_channel(message: Message) -> Message:
+    is_answer = message.role == "assistant" and message.channel is None and message.recipient is None
+    return replace(message, channel="final") if is_answer else message
 
 
 class _HarmonyReader:
@@ -230,7 +245,9 @@ class TemplateFormat:
 
 
 def _is_harmony_only(message: Message) -> bool:
-    return message.channel == "analysis" or any(isinstance(part, SystemContent) for part in message.parts)
+    """The system message only where it offers no tools: those are not to be passed over in silence."""
+    is_system = any(isinstance(part, SystemContent) and not part.tools for part in message.parts)
+    return message.channel == "analysis" or is_system
 
 
 class _PlainReader:
