@@ -106,7 +106,7 @@ def check(tokenizer: Tokenizer, ids: Sequence[int], events: list[Event]) -> None
                 dones.append(event)
                 start = None
     assert start is None
-    ends = [first for first, _ in starts[1:]] + [len(ids)]
+    ends = [*(first for first, _ in starts), len(ids)][1:]
     for (_, first), end, done in zip(starts, ends, dones, strict=True):
         body = [rest.pop(position) for position in range(first, end) if position in rest]
         if done.stop_id is not None:
@@ -169,16 +169,22 @@ class Turns:
         to = f" to={self.name()}"
         return pick([f"{to}{mark}{form}", f"{mark}{to}{form}" if mark else f"{to}{form}"])
 
-    def turn(self) -> str:
-        parts = []
-        for _ in range(self.random.randrange(1, 4)):
+    def turn(self, tokenizer: Tokenizer) -> list[int]:
+        ids: list[int] = []
+        for index in range(self.random.randrange(1, 4)):
             header = self.header()
             stop = "<|call|>" if "to=" in header else self.random.choice(["<|end|>", "<|return|>"])
-            parts.append(f"{header}<|message|>{self.text()}{stop}")
+            ids += self._message(tokenizer, ("<|start|>assistant" if index else "") + header, stop)
             if self.random.random() < 0.2:
                 tool = f"{self.name()} to=assistant<|channel|>commentary"
-                parts.append(f"{self.random.choice(['user', 'developer', tool])}<|message|>{self.text()}<|end|>")
-        return "<|start|>".join("assistant" + part if part[0] in " <" else part for part in parts)
+                ids += self._message(
+                    tokenizer, "<|start|>" + self.random.choice(["user", "developer", tool]), "<|end|>"
+                )
+        return ids
+
+    def _message(self, tokenizer: Tokenizer, header: str, stop: str) -> list[int]:
+        text = tokenizer.encode(self.text())  # control tokens by name are text in there
+        return [*tokenizer.encode_with_control(f"{header}<|message|>"), *text, tokenizer.control_id(stop)]
 
 
 def theirs(oracle: Any, ids: list[int]) -> tuple[list[str], list[Any]]:
@@ -195,7 +201,7 @@ def theirs(oracle: Any, ids: list[int]) -> tuple[list[str], list[Any]]:
 def test_well_formed_turns_read_as_openai_reads_them(gpt_oss: Tokenizer, oracle: Any) -> None:
     turns = Turns(0)
     for _ in range(5000):
-        ids = gpt_oss.encode_with_control(turns.turn().removeprefix("assistant"))
+        ids = turns.turn(gpt_oss)
         deltas, expected = theirs(oracle, ids)
         parser = HarmonyParser(gpt_oss)
         events: list[Event] = []
@@ -559,9 +565,7 @@ CALL = ("functions.get_weather", ARGUMENTS, None)
         pytest.param("<|channel|>commentary functions.get_weather", ["recipient mended"], id="no to="),
         pytest.param("<|channel|>commentary to= functions.get_weather", ["recipient mended"], id="a space behind to="),
         pytest.param("<|channel|>commentaryto=functions.get_weather", ["recipient mended"], id="no space before to="),
-        pytest.param(
-            "<|channel|>to=functions.get_weather commentary", ["leaked header"], id="recipient before the channel"
-        ),
+        pytest.param("<|channel|>to=functions.get_weather commentary", [], id="recipient before the channel"),
         pytest.param(
             "<|channel|>commentary to=functions.get_weather<|channel|>commentary json", [], id="channel twice"
         ),
@@ -855,7 +859,7 @@ def fuzzed(tokenizer: Tokenizer, random: Random, turns: list[list[int]]) -> list
 def real_turns(tokenizer: Tokenizer) -> Iterator[list[int]]:
     turns = Turns(1)
     for _ in range(300):
-        yield tokenizer.encode_with_control(turns.turn().removeprefix("assistant"))
+        yield turns.turn(tokenizer)
     for turn in ("Done.|assistant|final|Yes", f"Done.|assistant|commentary to=functions.get_weather| json|{ARGUMENTS}"):
         yield [*tokenizer.encode_with_control(ANALYSIS), *plain(tokenizer, turn)]
     for header in (" to=functions.now", "<|channel|>analysis to=python code", "<|channel|>commentary to=now"):

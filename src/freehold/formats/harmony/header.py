@@ -160,8 +160,8 @@ class _Words:
                 channel = word
                 self.bare.remove(word)
             elif not any(self.recipients) and (word.startswith(f"{FUNCTIONS}.") or word in offer.callees):
-                self._report("recipient mended", f"'to=' is missing before {word!r}")
-                self.recipients.append(word)
+                self._report("recipient mended", f"{word!r} was taken for the recipient")
+                self.recipients = [word]
                 self.bare.remove(word)
         content_type = self._content_type()
         recipient = self._recipient()
@@ -232,7 +232,7 @@ class _Words:
     def _recipient(self) -> str | None:
         if not self.recipients:
             return None
-        written = next((word for word in reversed(self.recipients) if word), "")
+        written = self.recipients[-1]
         name = re.match(_NAME, written)
         if name is None or name[0] != written or len(set(self.recipients)) > 1 or self.recipient_glued:
             words = " ".join(f"to={word}" for word in self.recipients)

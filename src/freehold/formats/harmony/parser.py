@@ -198,11 +198,14 @@ class HarmonyParser:
     def _begin(self, tokens: Sequence[int], header: "_Header") -> None:
         """Start the message whose header these tokens are."""
         read = self._read(tokens, header)
-        for code, detail in read.problems:
-            self._report(code, detail, header.position)
+        for problem, detail in read.problems:
+            self._report(problem, detail, header.position)
         for position, token in enumerate(tokens, header.position):
             if not self._tokenizer.is_token(token):
                 self._report("unknown token", f"the vocabulary has no token {token}; a header had it", position)
+        if "<|" in "".join(self._piece(token) for token in tokens if self._is_plain(token)):
+            code: DiagnosticCode = "leaked header" if read.recipient is None else "recipient mended"
+            self._report(code, "control tokens were written in plain characters", header.position)
         if self._is_reply and read.role != _ASSISTANT:
             self._report("role not the assistant's", f"{read.role!r} is no part of the reply", header.position)
         start = MessageStart(
