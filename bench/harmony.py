@@ -2,8 +2,8 @@
 
     python bench/harmony.py [--rounds 7]
 
-Turns of reasoning, a call and an answer are fed token by token, all events made; openai-harmony's StreamableParser reads
-the same beside it. The median of the rounds.
+Turns of reasoning, a call and an answer are fed token by token, with all events made. openai-harmony's StreamableParser
+reads the same beside it. The median of the rounds.
 """
 
 import argparse

@@ -1,7 +1,5 @@
-"""Harmony against openai-harmony: rendering, parsing, and streams that make no sense."""
+"""Harmony against openai-harmony: rendering."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ from freehold.errors import CheckpointError, UnsupportedError
 from freehold.formats.conversation import (
     CHANNELS,
     EFFORTS,
-    Channel,
     Conversation,
     DeveloperContent,
     Message,
@@ -22,7 +19,6 @@ from freehold.formats.conversation import (
     ToolNamespace,
     text_message,
 )
-from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
 from freehold.formats.harmony.render import render_conversation, render_prompt
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS, HarmonyVocabulary, speaks_harmony
 from freehold.formats.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from freehold.formats.conversation import Conversation, Message, Text, Tool, ToolNamespace, text_message
+from freehold.formats.conversation import Conversation, Message, Role, Text, Tool, ToolNamespace, text_message
 from freehold.formats.harmony.events import (
     ArgumentsDelta,
     CallDone,
@@ -46,7 +46,7 @@ def parsed(parser: HarmonyParser, ids: Sequence[int]) -> list[Event]:
 
 
 def read(tokenizer: Tokenizer, text: str, offer: Offer = OFFER) -> tuple[list[Event], list[str]]:
-    """Events and diagnostics' codes of the turn that `text` writes, control tokens by name; all tokens accounted for."""
+    """Events, and the codes of diagnostics, of a turn that names its control tokens; each token is accounted for."""
     return read_ids(tokenizer, tokenizer.encode_with_control(text), offer)
 
 
@@ -380,6 +380,12 @@ FINAL = ("final", None, "Yes")
             ["missing message", "unknown role"],
             id="an unknown role is the assistant's",
         ),
+        pytest.param(
+            "<|end|><|start|>functions.get_weather<|channel|>commentary<|message|>{}<|end|>",
+            [],
+            ["missing message", "role not the assistant's"],
+            id="but a tool's name makes a tool's message, not a call",
+        ),
         pytest.param("<|channel|>finalYes<|return|>", [FINAL], ["missing message"], id="<|message|> may be missing"),
         pytest.param(
             "<|channel|>final Yes, and so on.<|return|>",
@@ -467,7 +473,8 @@ FINAL = ("final", None, "Yes")
             id="an answer to somebody unknown is an answer",
         ),
         pytest.param("<|channel|>final<|message|>Yes", [FINAL], ["broken off"], id="the stream may end in a message"),
-        pytest.param("<|channel|>fin", [], ["broken off"], id="or in a header, which is then no text"),
+        pytest.param("<|channel|>commentary to", [], ["broken off"], id="or in a header"),
+        pytest.param("<|channel|>fin", [], ["broken off"], id="a word that is cut short there is no text"),
         pytest.param(
             "<|channel|>final<|return|>", [("final", None, "")], ["missing message"], id="an end may come too early"
         ),
@@ -550,6 +557,7 @@ CALL = ("functions.get_weather", ARGUMENTS, None)
         ),
         pytest.param("<|channel|>commentary to=functions.get_weather<|constrain|>json", [], id="constrain glued"),
         pytest.param("<|channel|>commentary to=functions.get_weather json", [], id="constrain missing"),
+        pytest.param("<|channel|>commentary to=functions.get_weather <|constrain|> json", [], id="a space behind it"),
         pytest.param("<|channel|>commentary to=functions.get_weather", [], id="no content type"),
         pytest.param(
             "<|channel|>commentary to=functions.get_weather<|constrain|>json please",
@@ -771,12 +779,15 @@ ANALYSIS = "<|channel|>analysis<|message|>"
     ],
 )
 def test_a_header_that_leaked_into_reasoning_begins_a_message(gpt_oss: Tokenizer, turn: str, expected: Any) -> None:
-    """Only behind a sentence, before text, and as the tokens that headers are made of; in doubt it is text."""
+    """Only behind a sentence, before text, and as the tokens that headers are made of; in doubt it is text.
+
+    Calls among them are not to be carried out: what a tool or a user wrote may say the same, and be quoted.
+    """
     ids = gpt_oss.encode_with_control
     events, diagnostics = read_ids(gpt_oss, [*ids(ANALYSIS), *plain(gpt_oss, turn), *ids("<|call|>")])
     assert messages(events) == expected
     assert ("leaked header" in diagnostics) == (len(expected) > 1)
-    assert [problem for _, _, problem in calls(events)] == [None] * len(calls(events))
+    assert all(problem == "leaked" for _, _, problem in calls(events))
 
 
 def test_answers_may_say_assistantfinal(gpt_oss: Tokenizer) -> None:
@@ -801,7 +812,9 @@ def test_answers_may_say_assistantfinal(gpt_oss: Tokenizer) -> None:
 )
 def test_a_turn_without_any_control_token(gpt_oss: Tokenizer, turn: str, expected: Any) -> None:
     """A channel's name counts as a header where what follows goes on like no sentence."""
-    assert messages(read_ids(gpt_oss, plain(gpt_oss, turn))[0]) == expected
+    events, _ = read_ids(gpt_oss, plain(gpt_oss, turn))
+    assert messages(events) == expected
+    assert all(problem == "leaked" for _, _, problem in calls(events))
 
 
 def test_leaks_wait_no_longer_than_they_must(gpt_oss: Tokenizer) -> None:
@@ -873,7 +886,7 @@ def test_no_stream_breaks_the_parser(request: pytest.FixtureRequest, vocabulary:
     offers = (OFFER, Offer(), PYTHON_FUNCTION)
     for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "40000")) // 2):
         ids = fuzzed(tokenizer, random, turns)
-        role = random.choice(["assistant", "assistant", "user", None])
+        role: Role | None = random.choice(["assistant", "assistant", "user", None])
         parser = HarmonyParser(tokenizer, offer=random.choice(offers), role=role)
         events = parsed(parser, ids)
         try:

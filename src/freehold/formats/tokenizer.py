@@ -196,7 +196,7 @@ class Tokenizer:
         return byte_level.to_bytes(token)
 
     def token_text(self, token_id: int) -> str | None:
-        """The text of a token: "" for a control token, None for part of a character and where there is no such token."""
+        """The text of a token: "" for a control token, None for parts of characters and for no token at all."""
         text = self.seen_texts.get(token_id)
         if text is None:
             try:

@@ -44,12 +44,13 @@ class Arguments(NamedTuple):
 
 
 class Body:
-    """What follows `start`, which must have been mended."""
+    """What follows `start`, which must have been mended. `is_leaked`: not one control token stood in that header."""
 
-    __slots__ = ("_callee", "_detokenizer", "_doubt", "_start", "beginnings", "delta", "is_call", "text")
+    __slots__ = ("_callee", "_detokenizer", "_doubt", "_is_leaked", "_start", "beginnings", "delta", "is_call", "text")
 
-    def __init__(self, tokenizer: Tokenizer, start: MessageStart, offer: Offer) -> None:
+    def __init__(self, tokenizer: Tokenizer, start: MessageStart, offer: Offer, *, is_leaked: bool) -> None:
         self._start = start
+        self._is_leaked = is_leaked
         self._detokenizer = Detokenizer(tokenizer)
         self._callee = offer.callees.get(start.recipient or "") if start.role == "assistant" else None
         self.is_call = self._callee is not None or (
@@ -124,13 +125,15 @@ class Body:
         arguments = self._arguments()
         if self._doubt != "none" and arguments.text:
             yield ArgumentsDelta(arguments.text)
-        problem = arguments.problem
         if arguments.report is not None:
             yield arguments.report
-        if is_broken_off:
-            problem = "broken off"
+        problem = arguments.problem
         if self._callee is None:
             problem = "not offered"
+        elif self._is_leaked:
+            problem = "leaked"
+        elif is_broken_off:
+            problem = "broken off"
         yield CallDone(recipient=self._start.recipient or "", arguments=arguments.text, problem=problem)
 
     def message(self) -> Message:

@@ -60,8 +60,8 @@ class ArgumentsDelta:
     text: str
 
 
-CallProblem = Literal["not offered", "not json", "not an object", "broken off"]
-"""Why a call must not be carried out."""
+CallProblem = Literal["not offered", "leaked", "not json", "not an object", "broken off"]
+"""Why a call must not be carried out. "leaked": its header was plain text, which may as well be a quotation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

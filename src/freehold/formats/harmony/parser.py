@@ -195,7 +195,7 @@ class HarmonyParser:
             text = START + text
         return read_header(text, self._offer, role=header.role or _ASSISTANT)
 
-    def _begin(self, tokens: Sequence[int], header: "_Header") -> None:
+    def _begin(self, tokens: Sequence[int], header: "_Header", *, is_leaked: bool = False) -> None:
         """Start the message whose header these tokens are."""
         read = self._read(tokens, header)
         for problem, detail in read.problems:
@@ -217,20 +217,21 @@ class HarmonyParser:
             position=header.position,
             tokens=tuple(tokens),
         )
-        self._header, self._body = None, Body(self._tokenizer, start, self._offer)
+        self._header, self._body = None, Body(self._tokenizer, start, self._offer, is_leaked=is_leaked)
         self._events.append(start)
         self._pass_on(self._body.open(), header.position)
 
     def _begin_without_message(self, header: "_Header") -> None:
         """Text followed a header, if there was one at all, without `<|message|>` between the two."""
         length, first = self._length_of_header(header.tokens), header.position
+        is_leaked = length > 0 and not self._of_headers.intersection(header.tokens)
         if header.is_stray and not length:
             self._report("text between messages", "it was taken for a message", first)
-        elif length and not self._of_headers.intersection(header.tokens):
+        elif is_leaked:
             self._report("leaked header", "a header was written in plain text", first)
         else:
             self._report("missing message", "text came without <|message|>", first + length)
-        self._begin(header.tokens[:length], header)
+        self._begin(header.tokens[:length], header, is_leaked=is_leaked)
         for position, token in enumerate(header.tokens[length:], first + length):
             self._step(token, position)
 
@@ -255,9 +256,9 @@ class HarmonyParser:
         """A header without text behind it leads to no message: its words are none for the user."""
         self._header = None
         text = "".join(self._pieces(header.tokens[self._length_of_header(header.tokens) :]))
-        # What goes on without a space behind a control token is the header's next word, cut short.
-        is_word = not any(map(str.isspace, text)) and not self._of_headers.isdisjoint(header.tokens)
-        if text.strip() and not is_word:
+        # Behind a control token, what has no space or goes on with "to=" is the header's next word, cut short.
+        is_word = not any(map(str.isspace, text)) or " to=".startswith(text)
+        if text.strip() and not (is_word and self._of_headers.intersection(header.tokens)):
             self._begin_without_message(header)
         elif header.tokens:
             self._report("broken off", f"{why} in the middle of a header", header.position, header.tokens)
