@@ -790,6 +790,14 @@ def test_a_header_that_leaked_into_reasoning_begins_a_message(gpt_oss: Tokenizer
     assert all(problem == "leaked" for _, _, problem in calls(events))
 
 
+def test_a_call_that_got_back_to_its_control_tokens_is_one(gpt_oss: Tokenizer) -> None:
+    ids = gpt_oss.encode_with_control
+    leak = plain(gpt_oss, "Done.|assistant|commentary to=functions.get_weather")
+    events, diagnostics = read_ids(gpt_oss, [*ids(ANALYSIS), *leak, *ids(f"<|message|>{ARGUMENTS}<|call|>")])
+    assert calls(events) == [CALL]
+    assert diagnostics == ["leaked header"] * 2  # the header itself, and <|channel|> missing in it
+
+
 def test_answers_may_say_assistantfinal(gpt_oss: Tokenizer) -> None:
     ids = gpt_oss.encode_with_control
     turn = [*ids("<|channel|>final<|message|>"), *plain(gpt_oss, "Done.|assistant|final|Yes"), *ids("<|return|>")]
@@ -884,7 +892,7 @@ def test_no_stream_breaks_the_parser(request: pytest.FixtureRequest, vocabulary:
     tokenizer: Tokenizer = request.getfixturevalue(vocabulary)
     turns, random = list(real_turns(tokenizer)), Random(os.environ.get("FREEHOLD_FUZZ_SEED", "2"))
     offers = (OFFER, Offer(), PYTHON_FUNCTION)
-    for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "40000")) // 2):
+    for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "20000")) // 2):
         ids = fuzzed(tokenizer, random, turns)
         role: Role | None = random.choice(["assistant", "assistant", "user", None])
         parser = HarmonyParser(tokenizer, offer=random.choice(offers), role=role)
