@@ -12,17 +12,14 @@ from typing import Literal, Protocol
 
 from freehold.errors import CheckpointError
 from freehold.formats.conversation import (
-    CHANNELS,
-    Channel,
     Conversation,
     DeveloperContent,
     Message,
     SystemContent,
-    Text,
-    is_name,
     text_message,
 )
-from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
+from freehold.formats.harmony.events import ArgumentsDelta, Event, ReasoningDelta, TextDelta
+from freehold.formats.harmony.parser import HarmonyParser
 from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import MESSAGE, START, HarmonyVocabulary, speaks_harmony
 from freehold.formats.templates import ChatTemplate
@@ -175,50 +172,28 @@ def _on_a_channel(message: Message) -> Message:
 class _HarmonyReader:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._parser = HarmonyParser(tokenizer)
-        self._start = MessageStart(role="assistant")
-        self._text: list[str] = []
-        self._messages: list[Message] = []
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        return tuple(self._messages)
+        return self._parser.messages
 
     def feed(self, token_id: int) -> list[ReplyDelta]:
-        return self._read(self._parser.feed(token_id))
+        return _reply_deltas(self._parser.feed(token_id))
 
     def flush(self) -> list[ReplyDelta]:
-        return self._read(self._parser.flush())
+        return _reply_deltas(self._parser.flush())
 
-    def _read(self, events: list[Event]) -> list[ReplyDelta]:
-        deltas = []
-        for event in events:
-            match event:
-                case MessageStart():
-                    self._start, self._text = event, []
-                case _ if self._start.role != "assistant":
-                    continue  # a turn of somebody else, made up by the model, is no part of its reply
-                case TextDelta(text=text):
-                    self._text.append(text)
-                    deltas.append(ReplyDelta(kind=self._kind(), text=text))
-                case MessageEnd():
-                    self._messages.append(self._message())
-        return deltas
 
-    def _kind(self) -> Literal["reasoning", "answer"]:
-        # What is addressed to a tool is not for the user; a commentary to nobody is (a preamble).
-        private = self._start.channel == "analysis" or self._start.recipient is not None
-        return "reasoning" if private else "answer"
-
-    def _message(self) -> Message:
-        """The message as history keeps it: what the model made up in a header is left out."""
-        channel: Channel = next((known for known in CHANNELS if known == self._start.channel), "final")
-        recipient = self._start.recipient
-        return Message(
-            role="assistant",
-            parts=(Text(text="".join(self._text)),),
-            channel=channel,
-            recipient=recipient if recipient is not None and is_name(recipient) else None,
-        )
+def _reply_deltas(events: Iterable[Event]) -> list[ReplyDelta]:
+    """A turn of somebody else, made up by the model, is no part of its reply."""
+    deltas = []
+    for event in events:
+        match event:
+            case TextDelta(text=text):
+                deltas.append(ReplyDelta(kind="answer", text=text))
+            case ReasoningDelta(text=text) | ArgumentsDelta(text=text):  # what a tool is sent is not for the user
+                deltas.append(ReplyDelta(kind="reasoning", text=text))
+    return deltas
 
 
 # --- Jinja templates ----------------------------------------------------------------------------------------
