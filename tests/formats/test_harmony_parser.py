@@ -27,7 +27,7 @@ from freehold.formats.harmony.events import (
 )
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
-from freehold.formats.harmony.render import render_conversation
+from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS, HarmonyVocabulary
 from freehold.formats.tokenizer import Tokenizer
 
@@ -311,7 +311,7 @@ def test_whole_conversations_parse_back(gpt_oss: Tokenizer) -> None:
         Message(role="tool", name="functions.f", recipient="assistant", channel="commentary", parts=(Text(text="42"),)),
         text_message("assistant", "done", channel="final"),
     )
-    ids = render_conversation(Conversation(messages=original), gpt_oss)
+    ids = render(Conversation(messages=original), gpt_oss, upto=None).ids
     events = parsed(HarmonyParser(gpt_oss, role=None), ids)
     check(gpt_oss, ids, events)
     assert tuple(event.message for event in events if isinstance(event, MessageDone)) == original
