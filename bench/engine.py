@@ -149,8 +149,10 @@ def _guess(model: Model, words: Sequence[int], rounds: int) -> list[str]:
     lines = []
     chat_format = model.chat_format()
     for what, question in _QUESTIONS.items():
-        prompt = chat_format.render(Conversation.from_openai([{"role": "user", "content": question}]))
-        request = Request(prompt=prompt, max_tokens=160, sampling=_GREEDY, stop_ids=chat_format.stop_ids, cache=False)
+        turn = chat_format.turn(Conversation.from_openai([{"role": "user", "content": question}]))
+        request = Request(
+            prompt=turn.prompt.ids, max_tokens=160, sampling=_GREEDY, stop_ids=turn.stop_ids, cache=False
+        )
         pairs, engine = [], model.new_engine()
         for _ in range(rounds + 1):
             pair = []

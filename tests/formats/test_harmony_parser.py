@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from freehold.formats.conversation import Conversation, Message, Role, Text, Tool, ToolNamespace, text_message
-from freehold.formats.harmony.events import (
+from freehold.formats.events import (
     ArgumentsDelta,
     CallDone,
     CallStart,

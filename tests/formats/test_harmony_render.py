@@ -299,7 +299,7 @@ def test_an_open_turn_only_grows(gpt_oss: Tokenizer) -> None:
 
 def test_replies_end_like_all_messages_once_they_are_history(gpt_oss: Tokenizer) -> None:
     chat = choose(gpt_oss, None, [])
-    reader = chat.reply_reader()
+    reader = chat.turn(Conversation(messages=()), grammar=False).reader
     for id_ in gpt_oss.encode_with_control("<|channel|>final<|message|>Paris.<|return|>"):
         reader.feed(id_)
     reader.flush()
@@ -312,7 +312,6 @@ def test_boundaries_are_where_messages_end(gpt_oss: Tokenizer) -> None:
     ids, boundaries = render(Conversation(messages=messages), gpt_oss)
     assert [ids[end - 1] for end in boundaries] == [known.end, known.end, known.end, known.call, known.end]
     assert ids[boundaries[-1] :] == [known.start, *gpt_oss.encode("assistant")]
-    assert choose(gpt_oss, None, []).message_ends(ids) == boundaries
     for count, end in enumerate(boundaries):
         shorter = Conversation(messages=messages[: count + 1])
         assert render(shorter, gpt_oss, upto=None).ids == ids[:end]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from freehold.formats.conversation import CHANNELS, Channel, Message, Text
-from freehold.formats.harmony.events import (
+from freehold.formats.events import (
     ArgumentsDelta,
     CallDone,
     CallProblem,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from freehold.formats.conversation import CHANNELS, ROLES, Role, is_name
-from freehold.formats.harmony.events import DiagnosticCode
+from freehold.formats.events import DiagnosticCode
 from freehold.formats.harmony.offer import FUNCTIONS, Offer
 from freehold.formats.harmony.vocabulary import CHANNEL, CONSTRAIN, MESSAGE, START
 
