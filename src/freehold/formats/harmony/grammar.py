@@ -35,11 +35,8 @@ if TYPE_CHECKING:
     import llguidance
 
 # Spaces and lines as models set JSON: one space, or a line and its indentation. More could go on for ever.
-_JSON_STYLE = {"whitespace_pattern": r" |\n[ \t]{0,40}"}
-# A name of an unlisted property could pass for a listed one when some of it is escaped.
-_STRICT_STYLE = {**_JSON_STYLE, "json_allowed_escapes": 'nrbtf\\"'}
-_FREE_STYLE = {**_JSON_STYLE, "json_allow_general_unicode_escapes": True}
-_ANY_OBJECT = {"type": "object", "x-guidance": _FREE_STYLE}
+_STYLE = {"whitespace_pattern": r" |\n[ \t]{0,40}", "json_allow_general_unicode_escapes": True}
+_ANY_OBJECT = {"type": "object", "x-guidance": _STYLE}
 
 _CHARACTER_TOKENS = 4
 """A character has at most so many bytes, and so tokens."""
@@ -381,7 +378,7 @@ class _Parts:
 
 
 def _json(clean: Clean) -> dict[str, Any]:
-    return {"json_schema": {**_as_dict(clean), "x-guidance": _STRICT_STYLE}}
+    return {"json_schema": {**_as_dict(clean), "x-guidance": _STYLE}}
 
 
 def _as_dict(clean: Clean) -> dict[str, Any]:
@@ -485,4 +482,6 @@ def _complaint(vocabulary: "llguidance.LLTokenizer", grammar: dict[str, Any]) ->
 
 
 def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+    """Of an error of several lines the one that says what is wrong."""
+    lines = text.strip().splitlines() or [""]
+    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])

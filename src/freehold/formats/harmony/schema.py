@@ -30,6 +30,9 @@ MAX_COUNT = 1_000_000
 _EXACT = 2**53
 """Up to here every integer is a float, which is what llguidance counts in."""
 
+_FAR = 2**62
+"""Bounds beyond it are brought here: llguidance's integers have 64 bits. It forbids nothing that anybody means."""
+
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 # Keywords that constrain and that no grammar here can hold a model to.
@@ -95,7 +98,7 @@ def locate(schema: Any, what: str, complaint: Callable[[Clean], str]) -> SchemaE
     reason = complain(node, pointer) or "the whole of it is too large"
     while True:
         for child, steps in _children(node):
-            if found := complain(child, pointer + steps):
+            if child is not False and (found := complain(child, pointer + steps)):
                 node, pointer, reason = child, pointer + steps, found
                 break
         else:
@@ -136,6 +139,7 @@ class _Reader:
         self._names: dict[_Pointer, str] = {}
         self._definitions: dict[str, Clean] = {}
         self._choices: list[tuple[dict[str, Any], _Pointer]] = []
+        self._open_objects: list[dict[str, Any]] = []
         self._num_subschemas = 0
 
     def whole(self, node: Any, pointer: _Pointer) -> Clean:
@@ -143,6 +147,11 @@ class _Reader:
         for choice, where in self._choices:
             self._one_of(choice, where)
         self._check_ends(clean, pointer)
+        for node in self._open_objects:
+            # As a pattern that every other name matches: where llguidance reads `additionalProperties`, a name with
+            # escapes in it (`\\u0061`) passes for none of the listed ones.
+            node["patternProperties"] = {"": node.get("additionalProperties", True)}
+            node["additionalProperties"] = False
         if isinstance(clean, dict) and self._definitions:
             clean = {"$defs": self._definitions, **clean}
         return clean
@@ -247,13 +256,14 @@ class _Reader:
             nearest = float(number)
             outside = nearest < number if inward > 0 else nearest > number
             number = math.nextafter(nearest, inward) if outside else nearest
-        # llguidance's integers have 64 bits; a bound beyond them is brought inside, which forbids only what is absurd.
-        limit = math.nextafter(2.0**63, 0)
-        return max(-limit, min(limit, number))
+        number = max(-_FAR, min(_FAR, number))
+        return int(number) if number == int(number) else number
 
     def _number(self, value: Any, pointer: _Pointer) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self._refuse(pointer, f"expected a number, got {_short(value)}")
+        if isinstance(value, float) and not _is_read_exactly(value):
+            raise self._refuse(pointer, f"{value} has more digits than the grammar reads exactly; write 15 at most")
         return value
 
     def _pattern(self, pattern: Any, pointer: _Pointer) -> str:
@@ -315,6 +325,14 @@ class _Reader:
             clean["additionalProperties"] = self._schema(
                 node["additionalProperties"], (*pointer, "additionalProperties"), depth + 1
             )
+        if clean.get("additionalProperties") is not False:
+            if "patternProperties" in clean:
+                raise self._refuse(
+                    (*pointer, "patternProperties"),
+                    "names that match no pattern cannot be told from those that do; set additionalProperties to false",
+                )
+            if "properties" in clean or "required" in clean:
+                self._open_objects.append(clean)
         # Names of properties that the schema does not list may be written twice, and would be counted twice.
         if clean.get("minProperties", 0) > len(clean.get("required", ())) + 1:
             raise self._refuse(
@@ -365,10 +383,10 @@ class _Reader:
         match value:
             case None | bool():
                 return
-            case int() if abs(value) > _EXACT:
+            case int() | float() if abs(value) > _EXACT:
                 raise self._refuse(pointer, f"{value} is too large a number to be told from its neighbours")
-            case float() if not math.isfinite(value):
-                raise self._refuse(pointer, f"{value} is no number of JSON")
+            case float() if not _is_read_exactly(value):
+                raise self._refuse(pointer, f"{value} is not a number of JSON with 15 digits at most")
             case str():
                 try:
                     value.encode()
@@ -592,6 +610,13 @@ def _property(schema: Mapping[str, Any], name: str) -> Clean:
         return True
     rest: Clean = schema.get("additionalProperties", True)
     return rest
+
+
+def _is_read_exactly(value: float) -> bool:
+    """Whether llguidance, whose reader of floats rounds carelessly, takes the same number from its text."""
+    if not math.isfinite(value) or (value and abs(value) < 1e-12):
+        return False
+    return value == int(value) or float(f"{value:.15g}") == value
 
 
 def _as_rust_regex(pattern: str) -> str:
