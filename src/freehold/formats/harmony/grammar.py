@@ -254,7 +254,7 @@ class TurnConstraint:
         if token == self._known.start:
             self._header, self._tail = [], None
         elif token == self._known.message:
-            reasons = self._tokenizer.decode(self._header or []) == "analysis"
+            reasons = self._tokenizer.decode(self._header or []).removeprefix("assistant") == "analysis"
             self._header, self._tail = None, b"" if reasons else None
         elif self._header is not None:
             self._header.append(token)
@@ -264,7 +264,9 @@ class TurnConstraint:
             else:
                 self._left -= 1
                 self._tail = _unfinished(self._tail + self._tokenizer.token_bytes(token))
-        if self._tail is not None and (self._left <= 0 and not self._tail or self._left <= 1 - _CHARACTER_TOKENS):
+        if self._tail is None or self._left > 0:
+            return
+        if not self._tail or self._left <= 1 - _CHARACTER_TOKENS:
             self._close_reasoning()
 
     def _close_reasoning(self) -> None:

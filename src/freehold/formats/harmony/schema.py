@@ -36,12 +36,12 @@ _FAR = 2**62
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 # Keywords that constrain and that no grammar here can hold a model to.
-_REFUSED = frozenset(
-    "not if then else contains minContains maxContains uniqueItems propertyNames dependencies dependentRequired "
-    "dependentSchemas unevaluatedItems unevaluatedProperties $dynamicRef $recursiveRef extends disallow divisibleBy".split()
-)
-# Those that say something about the text of a string only where a validator is asked to; JSON Schema counts them among
-# the annotations. The value says what is enforced: a pattern of our own, or llguidance's format of this name.
+_REFUSED = {
+    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
+    *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
+    *("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"),
+}
+# What the formats of strings are enforced by: a pattern of our own, or llguidance's format of that name.
 _DATE = (
     r"(?:(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
     r"-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -94,7 +94,8 @@ def locate(schema: Any, what: str, complaint: Callable[[Clean], str]) -> SchemaE
         except SchemaError as error:  # a part of it has been left out that another refers to
             return str(error)
 
-    node, pointer = schema, ()
+    node: Any = schema
+    pointer: _Pointer = ()
     reason = complain(node, pointer) or "the whole of it is too large"
     while True:
         for child, steps in _children(node):
@@ -420,7 +421,9 @@ class _Reader:
         if local in ("", "#"):
             return ()
         if not local.startswith("#"):
-            raise self._refuse(pointer, f"{reference!r:.80} is another document, and none is fetched; write it out here")
+            raise self._refuse(
+                pointer, f"{reference!r:.80} is another document, and none is fetched; write it out here"
+            )
         path = unquote(local[1:])
         steps: list[str | int] = []
         node = self._root
@@ -501,9 +504,7 @@ class _Reader:
     def _check_ends(self, clean: Clean, pointer: _Pointer) -> None:
         """Refuse what refers to itself without end: no value would match it, and the model would write for ever."""
         ending: set[str] = set()
-        while more := {
-            name for name, part in self._definitions.items() if name not in ending and _ends(part, ending)
-        }:
+        while more := {name for name, part in self._definitions.items() if name not in ending and _ends(part, ending)}:
             ending |= more
         for target, name in self._names.items():
             if name not in ending and self._definitions[name] is not False:
