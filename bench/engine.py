@@ -150,9 +150,7 @@ def _guess(model: Model, words: Sequence[int], rounds: int) -> list[str]:
     chat_format = model.chat_format()
     for what, question in _QUESTIONS.items():
         turn = chat_format.turn(Conversation.from_openai([{"role": "user", "content": question}]))
-        request = Request(
-            prompt=turn.prompt.ids, max_tokens=160, sampling=_GREEDY, stop_ids=turn.stop_ids, cache=False
-        )
+        request = Request(prompt=turn.prompt.ids, max_tokens=160, sampling=_GREEDY, stop_ids=turn.stop_ids, cache=False)
         pairs, engine = [], model.new_engine()
         for _ in range(rounds + 1):
             pair = []

@@ -5,6 +5,7 @@
     ├── ModelNotFoundError     a model's name or path leads to nothing
     ├── CheckpointError        a model file is truncated, corrupt or foreign
     ├── UnsupportedError       the file or request is sound, but Freehold does not do this
+    │   └── SchemaError        a part of a JSON schema that no grammar can hold a model to
     ├── DownloadError          something could not be fetched, or was not what its hash promised
     ├── DiskError              a file or folder cannot be written
     │   └── DiskSpaceError     the disk is full, or would be
@@ -40,6 +41,14 @@ class CheckpointError(FreeholdError):
 
 class UnsupportedError(FreeholdError):
     """The file or request is sound, but Freehold does not do this."""
+
+
+class SchemaError(UnsupportedError):
+    """A part of a JSON schema, named by its JSON pointer, that no grammar can hold a model to."""
+
+    def __init__(self, message: str, *, pointer: str) -> None:
+        super().__init__(message)
+        self.pointer = pointer
 
 
 class DownloadError(FreeholdError):

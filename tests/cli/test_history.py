@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from freehold.cli import chat
-from freehold.formats.events import Event, TextDelta
 from freehold.formats.conversation import Conversation, text_message
+from freehold.formats.events import Event, TextDelta
 
 
 class ScriptedReply:

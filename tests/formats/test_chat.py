@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freehold.errors import CheckpointError, UnsupportedError
-from freehold.formats.chat import ChatFormat, ReplyReader, choose
-from freehold.formats.events import ArgumentsDelta, Event, ReasoningDelta, TextDelta
+from freehold.formats.chat import ChatFormat, Turn, choose
 from freehold.formats.conversation import Conversation, Message, SystemContent, Text, text_message
+from freehold.formats.events import ArgumentsDelta, Event, ReasoningDelta, TextDelta
 from freehold.formats.harmony.builtins import PYTHON
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.templates import CHATML
@@ -22,13 +22,13 @@ def prompt(chat: ChatFormat, tokenizer: Tokenizer, *messages: tuple[str, str]) -
 
 
 def read(chat: ChatFormat, ids: list[int]) -> tuple[list[Event], tuple[Message, ...]]:
-    reader = reader_of(chat)
+    reader = turn_of(chat).reader
     events = [event for id_ in ids for event in reader.feed(id_)] + reader.flush()
     return events, reader.messages
 
 
-def reader_of(chat: ChatFormat) -> ReplyReader:
-    return chat.turn(Conversation(messages=(text_message("user", "hello"),)), grammar=False).reader
+def turn_of(chat: ChatFormat) -> Turn:
+    return chat.turn(Conversation(messages=(text_message("user", "hello"),)), grammar=False)
 
 
 def joined(events: list[Event], kind: type[ReasoningDelta | TextDelta | ArgumentsDelta]) -> str:
@@ -42,7 +42,7 @@ def joined(events: list[Event], kind: type[ReasoningDelta | TextDelta | Argument
 def test_harmony_where_the_template_or_the_vocabulary_speaks_it(gpt_oss: Tokenizer, small: Tokenizer) -> None:
     for template in (None, HARMONY_TEMPLATE):
         chat = choose(gpt_oss, template, [199999])
-        assert chat.stop_ids == {199999, 200002, 200012}
+        assert turn_of(chat).stop_ids == {199999, 200002, 200012}
         assert prompt(chat, gpt_oss, ("user", "hello")).startswith("<|start|>system<|message|>You are ChatGPT")
     with pytest.raises(CheckpointError, match="lacks Harmony's"):
         choose(small, HARMONY_TEMPLATE, [])
@@ -51,7 +51,7 @@ def test_harmony_where_the_template_or_the_vocabulary_speaks_it(gpt_oss: Tokeniz
 def test_the_template_otherwise_even_where_the_vocabulary_has_harmonys_tokens(small: Tokenizer) -> None:
     grown = small.with_control_tokens(CONTROL_TOKENS)
     chat = choose(grown, CHATML, [2, 0])
-    assert chat.stop_ids == {0, 2}
+    assert turn_of(chat).stop_ids == {0, 2}
     assert prompt(chat, grown, ("user", "hello")) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -78,7 +78,7 @@ def test_nothing_to_go_by_is_an_error_with_a_remedy(small: Tokenizer) -> None:
 
 
 def test_the_end_of_a_message_does_not_end_a_harmony_reply(gpt_oss: Tokenizer) -> None:
-    assert 200007 not in choose(gpt_oss, None, [200007, 200002]).stop_ids
+    assert 200007 not in turn_of(choose(gpt_oss, None, [200007, 200002])).stop_ids
 
 
 # --- Harmony
@@ -108,7 +108,7 @@ def test_a_chat_in_harmony(gpt_oss: Tokenizer) -> None:
 
 def test_a_system_message_of_ones_own_replaces_the_default(gpt_oss: Tokenizer) -> None:
     own = Message(role="system", parts=(SystemContent(identity="You are Ann."),))
-    text = gpt_oss.decode(choose(gpt_oss, None, []).render(Conversation(messages=(own,)).ids))
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(Conversation(messages=(own,))).ids)
     assert text.startswith("systemYou are Ann.")
     assert "ChatGPT" not in text
 
@@ -211,4 +211,4 @@ def test_templates_are_spared_what_only_harmony_has(small: Tokenizer) -> None:
 def test_built_in_tools_are_not_passed_over_by_templates(small: Tokenizer) -> None:
     message = Message(role="system", parts=(SystemContent(tools=(PYTHON,)),))
     with pytest.raises(UnsupportedError, match="text and tools only"):
-        choose(small, CHATML, [2]).render(Conversation(messages=(message,)).ids)
+        choose(small, CHATML, [2]).render(Conversation(messages=(message,)))

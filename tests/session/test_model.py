@@ -11,6 +11,7 @@ import freehold
 from freehold.config import NAMED_CONFIGS, ExpertFormat, Layout, ModelConfig, RopeConfig
 from freehold.errors import BackendError, CheckpointError, DiskError, FreeholdError, OutOfMemoryError, UsageError
 from freehold.formats.conversation import Conversation
+from freehold.formats.events import TextDelta
 from freehold.kernels import backends
 from freehold.kernels.kv import new_pages
 from freehold.session.model import Model

@@ -53,7 +53,10 @@ def command(
         typer.Option(help="Speak Harmony, or the model's template. Default: what the model was made for."),
     ] = None,
     harmony_grammar: Annotated[
-        str, typer.Option(help="on: replies are always well-formed Harmony. off: the model may say anything.", metavar="on|off")
+        str,
+        typer.Option(
+            help="on: replies are always well-formed Harmony. off: the model may say anything.", metavar="on|off"
+        ),
     ] = "on",
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,

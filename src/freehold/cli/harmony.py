@@ -26,7 +26,8 @@ ModelVocabulary = Annotated[
 ]
 Ids = Annotated[bool, typer.Option("--ids", help="Token ids, as a JSON list.")]
 Tools = Annotated[
-    str | None, typer.Option("--tools", metavar="FILE", help="A conversation, or a list of tools, that says what is offered.")
+    str | None,
+    typer.Option("--tools", metavar="FILE", help="A conversation, or a list of tools, that says what is offered."),
 ]
 
 
@@ -126,7 +127,9 @@ def _conversation(raw: Any, file: str) -> "Conversation":
     messages = raw.get("messages") if isinstance(raw, dict) else raw
     if not isinstance(messages, list):
         raise UsageError(f"{file} holds no conversation: expected a list of messages, or an object with one")
-    parts = [part for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list) for part in m["content"]]
+    parts = [
+        part for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list) for part in m["content"]
+    ]
     kinds = {part.get("type") for part in parts if isinstance(part, dict)}
     fields = {key for m in messages if isinstance(m, dict) for key in m}
     if kinds & {"system_content", "developer_content"} or fields & {"channel", "recipient", "content_type"}:

@@ -83,8 +83,8 @@ def choose(
     """The format of a model with this tokeniser and chat template.
 
     `stop_ids` are those of its generation_config. `system` is Harmony's system message (today's date,
-    effort); `variables` are for Jinja (`bos_token` and the like). `harmony` decides for or against Harmony where that is
-    not to be left to the template. Raises CheckpointError where nothing says how to chat, or where it lacks what it
+    effort); `variables` are for Jinja (`bos_token` and the like). `harmony` decides for or against Harmony where that
+    is not to be left to the template. Raises CheckpointError where nothing says how to chat, or where it lacks what it
     takes.
     """
     stops = frozenset(stop_ids)

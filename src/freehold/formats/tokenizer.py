@@ -211,6 +211,15 @@ class Tokenizer:
             0 <= token_id < self.vocab_size and self._backend.id_to_token(token_id) is not None
         )
 
+    def all_token_bytes(self) -> list[bytes]:
+        """`token_bytes` of every id below `vocab_size`, b"" for ids that are no tokens."""
+        found = [b""] * self.vocab_size
+        for token, id_ in self._backend.get_vocab(with_added_tokens=False).items():
+            found[id_] = byte_level.to_bytes(token)
+        for id_, added in self._text_tokens.items():
+            found[id_] = str(added.content).encode()
+        return found
+
     def control_id(self, name: str) -> int:
         """The id of a control token. Raises UsageError where the vocabulary has none of this name."""
         if name not in self.control_tokens:

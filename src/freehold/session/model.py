@@ -283,14 +283,14 @@ class Model:
         turn = self.chat_format(reasoning_effort, harmony=harmony).turn(conversation, grammar=grammar, **choices or {})
         if sampling.get("stop_ids") is None:
             sampling["stop_ids"] = turn.stop_ids
-        tokens = self.generate(
-            turn.prompt.ids, boundaries=turn.prompt.boundaries, constraint=turn.grammar, **sampling
-        )
+        tokens = self.generate(turn.prompt.ids, boundaries=turn.prompt.boundaries, constraint=turn.grammar, **sampling)
         return Reply(tokens, turn.reader, num_prompt_tokens=len(turn.prompt.ids))
 
     def chat_format(self, reasoning_effort: Effort | None = None, *, harmony: bool | None = None) -> ChatFormat:
-        """How this model writes conversations; in Harmony, or not, where that is given. Raises CheckpointError where its
-        folder does not say, or lacks what it takes."""
+        """How this model writes conversations; in Harmony, or not, where that is given.
+
+        Raises CheckpointError where its folder does not say, or lacks what it takes.
+        """
         if self.tokenizer is None:
             raise CheckpointError(
                 f"{self._folder.path} has no tokenizer.json, so this model knows token ids only; add the tokeniser it "

@@ -17,8 +17,8 @@ Feed stop tokens as well: a call that nothing ends counts as broken off. Called 
 from collections.abc import Iterable, Sequence
 
 from freehold.formats.conversation import CHANNELS, ROLES, Message, Role
-from freehold.formats.harmony.body import Body, Report
 from freehold.formats.events import Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart
+from freehold.formats.harmony.body import Body, Report
 from freehold.formats.harmony.header import Header, header_length, leak_in, may_precede_leak, read_header
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.vocabulary import START, HarmonyVocabulary

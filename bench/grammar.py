@@ -1,0 +1,153 @@
+"""What the turn's grammar costs, on gpt-oss's vocabulary of 201,088 tokens.
+
+    python bench/grammar.py [--tools 20] [--turns 40] [--seed 0]
+
+- prepare: reading the vocabulary into llguidance, once per process.
+- compile: a `TurnGrammar` of so many tools, all free, all strict, and strict with a response format and a budget for
+  the reasoning; then making the constraint of one sample.
+- mask: filling the row of allowed tokens, over turns walked at random the way that models write: words of text, calls
+  with arguments, answers. Its 99th percentile is of the masks that meet a part of the grammar for the first time.
+- forced: how many of the turns' tokens the grammar forces, which cost no sampling step.
+
+Times are of one thread; `compile` and `mask` take no Python lock, so both go on while the model computes.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from freehold.formats.conversation import Tool, ToolNamespace
+from freehold.formats.harmony.grammar import JsonSchema, TurnGrammar, TurnOptions, prepare
+from freehold.formats.harmony.offer import Offer
+from freehold.formats.tokenizer import Tokenizer
+
+_ROUNDS = 15
+_WORDS = (
+    "The user asks about weather in several cities; we should call the tool with a city and a unit.\n\n"
+    "First, list what is known: 3 places, 12 °C at noon, naïve “estimates”, and a café… Then answer (briefly)! "
+)
+_KINDS: Sequence[dict[str, Any]] = (
+    {"type": "string", "description": "A city"},
+    {"type": "string", "enum": ["celsius", "fahrenheit", "kelvin"]},
+    {"type": "integer", "minimum": 1, "maximum": 100},
+    {"type": "array", "items": {"type": "string"}, "maxItems": 10},
+    {"type": ["number", "null"]},
+    {"type": "string", "format": "date-time"},
+    {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
+    {"type": "boolean"},
+    {"type": "string", "pattern": "^[A-Z]{3}-[0-9]{4}$"},
+    {"type": "object", "additionalProperties": {"type": "string"}},
+)
+_PLACE = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 80}, "latitude": {"type": "number"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+def offer(num_tools: int, *, strict: bool) -> Offer:
+    tools = []
+    for i in range(num_tools):
+        names = ["city", "unit", "count", "tags", "limit", "since", "place", "verbose", "code", "labels"]
+        kinds = {name: _KINDS[(i + k) % len(_KINDS)] for k, name in enumerate(names[: 3 + i % 8])}
+        schema = {
+            "type": "object",
+            "properties": kinds,
+            "required": names[: 1 + i % 3],
+            "additionalProperties": False,
+            "$defs": {"place": _PLACE},
+        }
+        tools.append(Tool(name=f"{('get', 'list', 'find', 'set')[i % 4]}_item_{i}", parameters=schema, strict=strict))
+    browser = ToolNamespace(name="browser", tools=(Tool(name="search"), Tool(name="open")))
+    return Offer(functions=tuple(tools), builtins=(ToolNamespace(name="python"), browser))
+
+
+def cases(num_tools: int) -> dict[str, TurnOptions]:
+    strict = offer(num_tools, strict=True)
+    form = JsonSchema({"type": "array", "items": _PLACE})
+    return {
+        "free": TurnOptions(offer=offer(num_tools, strict=False)),
+        "strict": TurnOptions(offer=strict),
+        "strict, form, budget": TurnOptions(offer=strict, response_format=form, max_reasoning_tokens=100),
+    }
+
+
+def milliseconds(work: Callable[[], object]) -> list[float]:
+    times = []
+    for _ in range(_ROUNDS):
+        begin = time.perf_counter()
+        work()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return sorted(times)
+
+
+def walk(grammar: TurnGrammar, tokenizer: Tokenizer, source: random.Random) -> Iterator[tuple[float, bool]]:
+    """Seconds that each mask took, and whether its token was forced instead; words of text where those may come."""
+    constraint, words = grammar(), tokenizer.encode(_WORDS)
+    row = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
+    ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in ('"', '",', '"}', "}", "]"))]
+    text, end = 0, source.randint(20, 60)
+    for _ in range(1500):
+        if constraint.is_finished():
+            return
+        forced = constraint.forced()
+        for token in forced:
+            yield 0.0, True
+            constraint.accept(token)
+        if forced:
+            continue
+        begin = time.perf_counter()
+        constraint.fill_mask(row)
+        yield time.perf_counter() - begin, False
+        word = words[text % len(words)]
+        text += 1
+        closing = [token for token in ends if row[token // 32] >> (token % 32) & 1]
+        if row[word // 32] >> (word % 32) & 1 and (text < end or not closing):
+            constraint.accept(word)
+        elif closing and text >= end:
+            constraint.accept(source.choice(closing))
+            end = text + source.randint(3, 40)
+        else:  # of few choices one at random
+            may = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+            constraint.accept(int(source.choice(may)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    tokenizer = Tokenizer.o200k_harmony()
+    begin = time.perf_counter()
+    prepare(tokenizer)
+    sys.stdout.write(f"prepare: {time.perf_counter() - begin:.2f} s for {tokenizer.vocab_size:,} tokens\n")
+    for name, options in cases(args.tools).items():
+        times = milliseconds(lambda options=options: TurnGrammar(tokenizer, options))  # type: ignore[misc]
+        grammar, source = TurnGrammar(tokenizer, options), random.Random(args.seed)
+        copies = milliseconds(grammar)
+        masks, num_forced = [], 0
+        for _ in range(args.turns):
+            for seconds, forced in walk(grammar, tokenizer, source):
+                num_forced += forced
+                masks += [] if forced else [1e6 * seconds]
+        centiles = statistics.quantiles(masks, n=100)
+        sys.stdout.write(
+            f"{name}, {args.tools} tools: compile {statistics.median(times):.1f} ms (worst {times[-1]:.1f}), "
+            f"sample {1e3 * statistics.median(copies):.0f} us; {len(masks)} masks: "
+            f"median {statistics.median(masks):.0f} us, 99% {centiles[98]:.0f} us, worst {max(masks):.0f} us; "
+            f"forced {100 * num_forced / (num_forced + len(masks)):.0f}% of the tokens\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,666 @@
+"""JSON Schemas as the grammar enforces them: fully, or not at all.
+
+`enforceable` reads a client's schema and writes it anew with nothing but keywords that llguidance holds a model to;
+whatever it would pass over or only half enforce is refused (SchemaError) with the JSON pointer of that part, and so
+is a schema that it would take for ever over. Annotations and unknown words, which constrain nothing, are left out.
+References are followed inside of the schema only: nothing is ever fetched. Called by `grammar.py`.
+
+What is taken more strictly than written: an object's properties come in the order in which the schema lists them,
+before any others. Patterns are ECMA-262's, so `\\d` and `\\w` are ASCII. Dates are dates of the calendar. `nullable`
+beside `type` adds null, as in OpenAPI 3.0.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+from urllib.parse import unquote
+
+from freehold.errors import SchemaError
+
+MAX_DEPTH = 48
+MAX_SUBSCHEMAS = 10_000
+MAX_PROPERTIES = 1_000
+MAX_OPTIONS = 256
+MAX_COUNT = 1_000_000
+"""Of items, properties and characters: counts beyond this mean "many", and cost the grammar memory."""
+
+_EXACT = 2**53
+"""Up to here every integer is a float, which is what llguidance counts in."""
+
+_FAR = 2**62
+"""Bounds beyond it are brought here: llguidance's integers have 64 bits. It forbids nothing that anybody means."""
+
+_TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+
+# Keywords that constrain and that no grammar here can hold a model to.
+_REFUSED = {
+    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
+    *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
+    *("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"),
+}
+# What the formats of strings are enforced by: a pattern of our own, or llguidance's format of that name.
+_DATE = (
+    r"(?:(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+    r"-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-02-29)"
+)
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_STRING_FORMATS: Mapping[str, Mapping[str, str]] = {
+    "date": {"pattern": f"^{_DATE}$"},
+    "time": {"pattern": f"^{_TIME}$"},
+    "date-time": {"pattern": f"^{_DATE}T{_TIME}$"},
+    "password": {},  # a hint for forms
+    **{name: {"format": name} for name in ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")},
+}
+_NUMBER_FORMAT = re.compile(r"(u?)int(8|16|32|64)?|float|double")
+
+_Pointer = tuple[str | int, ...]
+Clean = dict[str, Any] | bool
+"""A schema that the grammar enforces; its references are `#/$defs/` and a number."""
+
+
+def enforceable(schema: Any, what: str = "the schema") -> Clean:
+    """The same schema, in keywords that llguidance enforces. Raises SchemaError; `what` begins its message."""
+    return _Reader(schema, what).whole(schema, ())
+
+
+def object_schema(schema: Any, what: str) -> Clean:
+    """Like `enforceable`, and whatever matches it is an object: the arguments of a call are."""
+    clean = enforceable(schema, what)
+    if clean is True:
+        return {"type": "object"}
+    if clean is False or clean.get("type") == "object":
+        return clean
+    definitions = clean.pop("$defs", {})
+    return {"$defs": definitions, "type": "object", "allOf": [clean]}
+
+
+def locate(schema: Any, what: str, complaint: Callable[[Clean], str]) -> SchemaError:
+    """The refusal of a schema that `enforceable` takes and the compiler does not.
+
+    `complaint` says what the compiler has against a schema, "" for nothing. The smallest part is looked for that it
+    does not take on its own; then the keyword without which it would take that part.
+    """
+    probes = 200
+
+    def complain(node: Any, pointer: _Pointer) -> str:
+        nonlocal probes
+        probes -= 1
+        try:
+            return complaint(_Reader(schema, what).whole(node, pointer)) if probes > 0 else ""
+        except SchemaError as error:  # a part of it has been left out that another refers to
+            return str(error)
+
+    node: Any = schema
+    pointer: _Pointer = ()
+    reason = complain(node, pointer) or "the whole of it is too large"
+    while True:
+        for child, steps in _children(node):
+            if child is not False and (found := complain(child, pointer + steps)):
+                node, pointer, reason = child, pointer + steps, found
+                break
+        else:
+            break
+    if isinstance(node, Mapping):
+        for keyword in sorted(node, key=("type", "properties", "required", "items").__contains__):
+            if not complain({key: value for key, value in node.items() if key != keyword}, pointer):
+                pointer = (*pointer, keyword)
+                break
+    return _refusal(what, pointer, f"the grammar cannot express this: {reason}")
+
+
+def _refusal(what: str, pointer: _Pointer, reason: str) -> SchemaError:
+    written = "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in pointer)
+    return SchemaError(f"{what} at {written or '/'}: {reason}", pointer=written)
+
+
+def _children(node: Any) -> Iterator[tuple[Any, _Pointer]]:
+    """The schemas right inside of one."""
+    if not isinstance(node, Mapping):
+        return
+    for keyword, value in node.items():
+        if keyword in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+            yield from ((child, (keyword, name)) for name, child in value.items())
+        elif keyword in ("items", "prefixItems", "allOf", "anyOf", "oneOf") and isinstance(value, list):
+            yield from ((child, (keyword, index)) for index, child in enumerate(value))
+        elif keyword in ("items", "additionalProperties", "additionalItems"):
+            yield value, (keyword,)
+
+
+class _Reader:
+    """Reads one document; `definitions` are the parts of it that are referred to, by the number they get."""
+
+    def __init__(self, root: Any, what: str) -> None:
+        self._root = root
+        self._what = what
+        self._draft = _draft(root)
+        self._names: dict[_Pointer, str] = {}
+        self._definitions: dict[str, Clean] = {}
+        self._choices: list[tuple[dict[str, Any], _Pointer]] = []
+        self._open_objects: list[dict[str, Any]] = []
+        self._num_subschemas = 0
+
+    def whole(self, node: Any, pointer: _Pointer) -> Clean:
+        clean = self._schema(node, pointer, 0)
+        for choice, where in self._choices:
+            self._one_of(choice, where)
+        self._check_ends(clean, pointer)
+        for node in self._open_objects:
+            # As a pattern that every other name matches: where llguidance reads `additionalProperties`, a name with
+            # escapes in it (`\\u0061`) passes for none of the listed ones.
+            node["patternProperties"] = {"": node.get("additionalProperties", True)}
+            node["additionalProperties"] = False
+        if isinstance(clean, dict) and self._definitions:
+            clean = {"$defs": self._definitions, **clean}
+        return clean
+
+    def _refuse(self, pointer: _Pointer, reason: str) -> SchemaError:
+        return _refusal(self._what, pointer, reason)
+
+    # --- one schema ---
+
+    def _schema(self, node: Any, pointer: _Pointer, depth: int) -> Clean:
+        if isinstance(node, bool):
+            return node
+        if not isinstance(node, Mapping):
+            raise self._refuse(pointer, f"a schema is an object or a boolean, got {_short(node)}")
+        self._num_subschemas += 1
+        if depth > MAX_DEPTH or self._num_subschemas > MAX_SUBSCHEMAS:
+            raise self._refuse(
+                pointer, f"the schema has more than {MAX_DEPTH} levels or {MAX_SUBSCHEMAS} parts; make it smaller"
+            )
+        self._check_keywords(node, pointer)
+        clean: dict[str, Any] = {}
+        self._type(node, pointer, clean)
+        for keyword in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"):
+            if keyword in node:
+                clean[keyword] = self._count(node[keyword], (*pointer, keyword))
+        self._bounds(node, pointer, clean)
+        if "pattern" in node:
+            clean["pattern"] = self._pattern(node["pattern"], (*pointer, "pattern"))
+        if "format" in node:
+            self._format(node["format"], (*pointer, "format"), clean)
+        self._object(node, pointer, depth, clean)
+        self._array(node, pointer, depth, clean)
+        self._values(node, pointer, clean)
+        # These come last: llguidance merges what stands before one of them with it, in the order of the keys.
+        if "$ref" in node:
+            clean["$ref"] = self._reference(node["$ref"], (*pointer, "$ref"), depth)
+        for keyword in ("allOf", "anyOf", "oneOf"):
+            if keyword in node:
+                clean.setdefault(keyword, []).extend(
+                    self._schema(option, (*pointer, keyword, index), depth + 1)
+                    for index, option in enumerate(self._options(node[keyword], (*pointer, keyword)))
+                )
+        if "oneOf" in clean:
+            self._choices.append((clean, (*pointer, "oneOf")))
+        return clean
+
+    def _check_keywords(self, node: Mapping[str, Any], pointer: _Pointer) -> None:
+        for keyword, value in node.items():
+            harmless = keyword == "uniqueItems" and value is False
+            if keyword in _REFUSED and not harmless:
+                raise self._refuse(
+                    (*pointer, keyword), f"{keyword!r} cannot be enforced while the model writes; leave it out"
+                )
+            if keyword == "$id" and pointer and not str(value).startswith("#"):
+                raise self._refuse((*pointer, keyword), "a schema inside another cannot have an address of its own")
+
+    def _type(self, node: Mapping[str, Any], pointer: _Pointer, clean: dict[str, Any]) -> None:
+        if "type" not in node:
+            return
+        names = [node["type"]] if isinstance(node["type"], str) else node["type"]
+        if not isinstance(names, list) or not names or not all(name in _TYPES for name in names):
+            raise self._refuse((*pointer, "type"), f"expected one or several of {', '.join(_TYPES)}")
+        if node.get("nullable") is True and "null" not in names:
+            names = [*names, "null"]
+        if "number" in names:  # it includes the integers, which would then be matched twice
+            names = [name for name in names if name != "integer"]
+        names = list(dict.fromkeys(names))
+        clean["type"] = names[0] if len(names) == 1 else names
+
+    def _count(self, value: Any, pointer: _Pointer) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+            raise self._refuse(pointer, f"expected a whole number that is not negative, got {_short(value)}")
+        if value > MAX_COUNT:
+            raise self._refuse(pointer, f"{value} is more than the {MAX_COUNT:,} that can be counted to; leave it out")
+        return int(value)
+
+    def _bounds(self, node: Mapping[str, Any], pointer: _Pointer, clean: dict[str, Any]) -> None:
+        for keyword, inward in (
+            ("minimum", math.inf),
+            ("exclusiveMinimum", math.inf),
+            ("maximum", -math.inf),
+            ("exclusiveMaximum", -math.inf),
+        ):
+            if keyword not in node:
+                continue
+            value = node[keyword]
+            if isinstance(value, bool) and self._draft == 4 and keyword.startswith("exclusive"):
+                plain = keyword.removeprefix("exclusive").lower()
+                if value and plain in node:
+                    clean[keyword] = self._bound(node[plain], (*pointer, plain), inward)
+                continue
+            clean[keyword] = self._bound(value, (*pointer, keyword), inward)
+        if "multipleOf" in node:
+            value = self._number(node["multipleOf"], (*pointer, "multipleOf"))
+            if not 0 < value <= _EXACT:
+                raise self._refuse((*pointer, "multipleOf"), f"expected a number above 0, got {_short(value)}")
+            clean["multipleOf"] = value
+
+    def _bound(self, value: Any, pointer: _Pointer, inward: float) -> float:
+        number = self._number(value, pointer)
+        if isinstance(number, int) and abs(number) > _EXACT:
+            nearest = float(number)
+            outside = nearest < number if inward > 0 else nearest > number
+            number = math.nextafter(nearest, inward) if outside else nearest
+        number = max(-_FAR, min(_FAR, number))
+        return int(number) if number == int(number) else number
+
+    def _number(self, value: Any, pointer: _Pointer) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._refuse(pointer, f"expected a number, got {_short(value)}")
+        if isinstance(value, float) and not _is_read_exactly(value):
+            raise self._refuse(pointer, f"{value} has more digits than the grammar reads exactly; write 15 at most")
+        return value
+
+    def _pattern(self, pattern: Any, pointer: _Pointer) -> str:
+        if not isinstance(pattern, str):
+            raise self._refuse(pointer, f"expected a regular expression, got {_short(pattern)}")
+        try:
+            return _as_rust_regex(pattern)
+        except ValueError as error:
+            raise self._refuse(pointer, f"the pattern {pattern!r:.80} cannot be enforced: {error}") from None
+
+    def _format(self, name: Any, pointer: _Pointer, clean: dict[str, Any]) -> None:
+        types = _types(clean)
+        number = _NUMBER_FORMAT.fullmatch(name) if isinstance(name, str) else None
+        if number and types <= {"integer", "number", "null"}:
+            if name in ("float", "double"):
+                return
+            bits = int(number[2] or 64)
+            least = 0 if number[1] else -(2 ** (bits - 1))
+            most = 2**bits - 1 if number[1] else 2 ** (bits - 1) - 1
+            for keyword, value, inward in (("minimum", least, math.inf), ("maximum", most, -math.inf)):
+                pick = max if inward > 0 else min
+                clean[keyword] = pick(clean.get(keyword, -inward), self._bound(value, pointer, inward))
+        elif name in _STRING_FORMATS:
+            given = _STRING_FORMATS[name]
+            if "pattern" in given and "pattern" in clean:
+                clean["allOf"] = [{"type": "string", **given}] if types == {"string"} else [dict(given)]
+            else:
+                clean.update(given)
+        else:
+            raise self._refuse(
+                pointer, f"the format {_short(name)} cannot be enforced; known are {', '.join(_STRING_FORMATS)}"
+            )
+
+    # --- objects and arrays ---
+
+    def _object(self, node: Mapping[str, Any], pointer: _Pointer, depth: int, clean: dict[str, Any]) -> None:
+        for keyword in ("properties", "patternProperties"):
+            if keyword not in node:
+                continue
+            members = node[keyword]
+            if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
+                raise self._refuse((*pointer, keyword), f"expected schemas by name, got {_short(members)}")
+            if len(members) > MAX_PROPERTIES:
+                raise self._refuse((*pointer, keyword), f"one object can have {MAX_PROPERTIES} properties at most")
+            clean[keyword] = {
+                (self._pattern(name, (*pointer, keyword, name)) if keyword == "patternProperties" else name): (
+                    self._schema(member, (*pointer, keyword, name), depth + 1)
+                )
+                for name, member in members.items()
+            }
+            if len(clean[keyword]) != len(members):
+                raise self._refuse((*pointer, keyword), "two of the patterns are one and the same")
+        if "required" in node:
+            required = node["required"]
+            if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+                raise self._refuse((*pointer, "required"), f"expected a list of names, got {_short(required)}")
+            clean["required"] = list(dict.fromkeys(required))
+        if "additionalProperties" in node:
+            clean["additionalProperties"] = self._schema(
+                node["additionalProperties"], (*pointer, "additionalProperties"), depth + 1
+            )
+        if clean.get("additionalProperties") is not False:
+            if "patternProperties" in clean:
+                raise self._refuse(
+                    (*pointer, "patternProperties"),
+                    "names that match no pattern cannot be told from those that do; set additionalProperties to false",
+                )
+            if "properties" in clean or "required" in clean:
+                self._open_objects.append(clean)
+        # Names of properties that the schema does not list may be written twice, and would be counted twice.
+        if clean.get("minProperties", 0) > len(clean.get("required", ())) + 1:
+            raise self._refuse(
+                (*pointer, "minProperties"), "more properties than the required ones and one other cannot be counted"
+            )
+
+    def _array(self, node: Mapping[str, Any], pointer: _Pointer, depth: int, clean: dict[str, Any]) -> None:
+        first, rest = "prefixItems", "items"
+        if isinstance(node.get("items"), list):
+            if self._draft >= 2020 and "$schema" in self._root:
+                raise self._refuse((*pointer, "items"), "from draft 2020-12 on a list of items is called 'prefixItems'")
+            first, rest = "items", "additionalItems"
+        elif self._draft < 2020 and "prefixItems" in node:
+            raise self._refuse((*pointer, "prefixItems"), f"draft {self._draft} of JSON Schema has no 'prefixItems'")
+        if first in node:
+            clean["prefixItems"] = [
+                self._schema(item, (*pointer, first, index), depth + 1)
+                for index, item in enumerate(self._options(node[first], (*pointer, first)))
+            ]
+        if rest in node:
+            clean["items"] = self._schema(node[rest], (*pointer, rest), depth + 1)
+
+    def _options(self, value: Any, pointer: _Pointer) -> Sequence[Any]:
+        if not isinstance(value, list) or not value:
+            raise self._refuse(pointer, f"expected a list of schemas, got {_short(value)}")
+        if len(value) > MAX_OPTIONS:
+            raise self._refuse(pointer, f"{len(value)} schemas are more than the {MAX_OPTIONS} that can be told apart")
+        return value
+
+    # --- values ---
+
+    def _values(self, node: Mapping[str, Any], pointer: _Pointer, clean: dict[str, Any]) -> None:
+        if "const" in node:
+            self._check_value(node["const"], (*pointer, "const"))
+            clean["const"] = node["const"]
+        if "enum" in node:
+            values = node["enum"]
+            if not isinstance(values, list) or not values:
+                raise self._refuse((*pointer, "enum"), f"expected a list of values, got {_short(values)}")
+            for index, value in enumerate(values):
+                self._check_value(value, (*pointer, "enum", index))
+            clean["enum"] = values
+
+    def _check_value(self, value: Any, pointer: _Pointer, depth: int = 0) -> None:
+        """llguidance writes a value's text, and counts in floats."""
+        if depth > MAX_DEPTH:
+            raise self._refuse(pointer, f"a value nested more than {MAX_DEPTH} levels deep cannot be enforced")
+        match value:
+            case None | bool():
+                return
+            case int() | float() if abs(value) > _EXACT:
+                raise self._refuse(pointer, f"{value} is too large a number to be told from its neighbours")
+            case float() if not _is_read_exactly(value):
+                raise self._refuse(pointer, f"{value} is not a number of JSON with 15 digits at most")
+            case str():
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise self._refuse(pointer, "the value holds a lone surrogate, which no text has") from None
+            case list():
+                for index, item in enumerate(value):
+                    self._check_value(item, (*pointer, index), depth + 1)
+            case Mapping():
+                for name, item in value.items():
+                    self._check_value(item, (*pointer, name), depth + 1)
+
+    # --- references ---
+
+    def _reference(self, reference: Any, pointer: _Pointer, depth: int) -> str:
+        target = self._target(reference, pointer)
+        if target not in self._names:
+            self._names[target] = name = str(len(self._names))
+            node = self._root
+            for step in target:
+                node = node[step]
+            self._definitions[name] = True  # until it is known: it may refer to itself
+            self._definitions[name] = self._schema(node, target, depth + 1)
+        return f"#/$defs/{self._names[target]}"
+
+    def _target(self, reference: Any, pointer: _Pointer) -> _Pointer:
+        if not isinstance(reference, str):
+            raise self._refuse(pointer, f"expected a reference like '#/$defs/name', got {_short(reference)}")
+        own = self._root.get("$id", self._root.get("id", "")) if isinstance(self._root, Mapping) else ""
+        local = reference.removeprefix(str(own).removesuffix("#")) if own else reference
+        if local in ("", "#"):
+            return ()
+        if not local.startswith("#"):
+            raise self._refuse(
+                pointer, f"{reference!r:.80} is another document, and none is fetched; write it out here"
+            )
+        path = unquote(local[1:])
+        steps: list[str | int] = []
+        node = self._root
+        if not path.startswith("/"):
+            found = _anchor(self._root, path)
+            if found is None:
+                raise self._refuse(pointer, f"nothing in the schema is called {reference!r:.80}")
+            return found
+        for part in path[1:].split("/"):
+            step: str | int = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(node, list) and part.isdecimal():
+                step = int(part)
+            try:
+                node = node[step]
+            except (KeyError, IndexError, TypeError):
+                raise self._refuse(pointer, f"{reference!r:.80} leads nowhere in this schema") from None
+            steps.append(step)
+        return tuple(steps)
+
+    # --- the whole ---
+
+    def _one_of(self, node: dict[str, Any], pointer: _Pointer) -> None:
+        """Where no two options have a value in common, "one of" is "any of"."""
+        options = node.pop("oneOf")
+        for (i, left), (j, right) in combinations(enumerate(options), 2):
+            if not self._disjoint(left, right, 0):
+                raise self._refuse(
+                    pointer,
+                    f"options {i} and {j} may both match one value, and only one may; give them a property whose "
+                    "value tells them apart, or use 'anyOf'",
+                )
+        if "anyOf" in node:
+            node.setdefault("allOf", []).append({"anyOf": options})
+        else:
+            node["anyOf"] = options
+
+    def _disjoint(self, left: Clean, right: Clean, depth: int) -> bool:
+        """Whether it can be shown that nothing matches both."""
+        if left is False or right is False:
+            return True
+        if depth > 12:
+            return False
+        lefts, rights = list(self._parts(left, depth)), list(self._parts(right, depth))
+        if any(self._simply_disjoint(a, b, depth) for a in lefts for b in rights):
+            return True
+        for parts, other in ((lefts, right), (rights, left)):
+            for part in parts:
+                for keyword in ("anyOf", "oneOf"):
+                    options = part.get(keyword)
+                    if options and all(self._disjoint(option, other, depth + 1) for option in options):
+                        return True
+        return False
+
+    def _parts(self, schema: Clean, depth: int) -> Iterator[dict[str, Any]]:
+        """Schemas that a value must all match to match this one."""
+        if isinstance(schema, bool) or depth > 12:
+            return
+        yield schema
+        if "$ref" in schema:
+            yield from self._parts(self._definitions[_name(schema["$ref"])], depth + 1)
+        for part in schema.get("allOf", ()):
+            yield from self._parts(part, depth + 1)
+
+    def _simply_disjoint(self, left: dict[str, Any], right: dict[str, Any], depth: int) -> bool:
+        common = _types(left) & _types(right)
+        if not common:
+            return True
+        lefts, rights = _constants(left), _constants(right)
+        if lefts is not None and rights is not None and not lefts & rights:
+            return True
+        if common != {"object"}:
+            return False
+        for name in {*left.get("required", ()), *right.get("required", ())}:
+            if self._disjoint(_property(left, name), _property(right, name), depth + 1):
+                return True
+        return False
+
+    def _check_ends(self, clean: Clean, pointer: _Pointer) -> None:
+        """Refuse what refers to itself without end: no value would match it, and the model would write for ever."""
+        ending: set[str] = set()
+        while more := {name for name, part in self._definitions.items() if name not in ending and _ends(part, ending)}:
+            ending |= more
+        for target, name in self._names.items():
+            if name not in ending and self._definitions[name] is not False:
+                raise self._refuse(target, "no value can match this: it requires itself, without end")
+        if clean is not False and not _ends(clean, ending):
+            raise self._refuse(pointer, "no value can match this schema")
+
+
+def _ends(schema: Clean, ending: set[str]) -> bool:
+    """Whether some finite value may match, given the definitions for which that is known."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema and _name(schema["$ref"]) not in ending:
+        return False
+    if not all(_ends(part, ending) for part in schema.get("allOf", ())):
+        return False
+    if "anyOf" in schema and not any(_ends(part, ending) for part in schema["anyOf"]):
+        return False
+    types = _types(schema)
+    if types == {"object"}:
+        return all(_ends(_property(schema, name), ending) for name in schema.get("required", ()))
+    if types == {"array"}:
+        first = schema.get("prefixItems", [])[: schema.get("minItems", 0)]
+        rest = schema.get("items", True) if schema.get("minItems", 0) > len(first) else True
+        return all(_ends(item, ending) for item in (*first, rest))
+    return True
+
+
+def _draft(root: Any) -> int:
+    named = root.get("$schema") if isinstance(root, Mapping) else None
+    for mark, draft in (("draft-04", 4), ("draft-06", 6), ("draft-07", 7), ("2019-09", 2019)):
+        if mark in str(named):
+            return draft
+    return 2020
+
+
+def _anchor(node: Any, name: str, pointer: _Pointer = ()) -> _Pointer | None:
+    if isinstance(node, Mapping) and (node.get("$anchor") == name or f"#{name}" in (node.get("$id"), node.get("id"))):
+        return pointer
+    if len(pointer) <= 2 * MAX_DEPTH:
+        for child, steps in _children(node):
+            if (found := _anchor(child, name, pointer + steps)) is not None:
+                return found
+    return None
+
+
+def _name(reference: str) -> str:
+    return reference.removeprefix("#/$defs/")
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    """The types that may match; numbers as "number" and "integer"."""
+    given = schema.get("type", list(_TYPES))
+    types = {given} if isinstance(given, str) else set(given)
+    if "number" in types:
+        types.add("integer")
+    for value in [schema["const"]] if "const" in schema else []:
+        types &= {_type_of(value)}
+    if "enum" in schema:
+        types &= {_type_of(value) for value in schema["enum"]}
+    return types
+
+
+def _type_of(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "integer" if value == int(value) else "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+    return "object"
+
+
+def _constants(schema: Mapping[str, Any]) -> set[str] | None:
+    """The only values that match, as text; None where there are others. Equal numbers are one value."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if values is None:
+        return {"null"} if schema.get("type") == "null" else None
+    return {json.dumps(_whole(value), sort_keys=True) for value in values}
+
+
+def _whole(value: Any) -> Any:
+    match value:
+        case float() if value == int(value):
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case Mapping():
+            return {name: _whole(item) for name, item in value.items()}
+    return value
+
+
+def _property(schema: Mapping[str, Any], name: str) -> Clean:
+    """What a property of this name must match, so far as that is plain."""
+    if name in schema.get("properties", {}):
+        found: Clean = schema["properties"][name]
+        return found
+    if schema.get("patternProperties"):
+        return True
+    rest: Clean = schema.get("additionalProperties", True)
+    return rest
+
+
+def _is_read_exactly(value: float) -> bool:
+    """Whether llguidance, whose reader of floats rounds carelessly, takes the same number from its text."""
+    if not math.isfinite(value) or (value and abs(value) < 1e-12):
+        return False
+    return value == int(value) or float(f"{value:.15g}") == value
+
+
+def _as_rust_regex(pattern: str) -> str:
+    """ECMA-262's reading of a pattern, where Rust's differs: in classes `[`, `&` and `~` are characters like others.
+
+    Raises ValueError for what neither reading has, or only one.
+    """
+    written: list[str] = []
+    in_class = False
+    rest = iter(pattern)
+    for character in rest:
+        if character == "\\":
+            escaped = next(rest, "")
+            if not escaped:
+                raise ValueError("it ends in a backslash")
+            if escaped in "aAzZQEGKX<>":
+                raise ValueError(f"'\\{escaped}' does not mean the same to all readers of patterns")
+            character += escaped
+        elif not in_class and character == "[":
+            in_class = True
+            written.append(character)
+            character = next(rest, "")
+            if character == "^":
+                written.append(character)
+                character = next(rest, "")
+            if character in ("]", ""):
+                raise ValueError("a class of characters cannot be empty")
+            if character == "\\":
+                character += next(rest, "")
+            elif character in "[&~":
+                character = f"\\{character}"
+        elif in_class and character == "]":
+            in_class = False
+        elif in_class and character in "[&~":
+            character = f"\\{character}"
+        elif in_class and character == "-" and written[-1] == "-":
+            raise ValueError("'--' in a class of characters does not mean the same to all readers of patterns")
+        elif not in_class and character == "+" and written and written[-1] in ("*", "+", "?", "}"):
+            raise ValueError("possessive quantifiers are not in ECMA-262")
+        written.append(character)
+    return "".join(written)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
