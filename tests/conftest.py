@@ -1,8 +1,13 @@
-"""What many tests want: the default model, made on first use and from the cache afterwards, and a choice of kernels."""
+"""What many tests want: the default model, made on first use and from the cache afterwards, a choice of kernels, and
+openai-harmony as the oracle for gpt-oss's own vocabulary."""
 
+import gzip
+import os
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,3 +70,17 @@ def native_settings() -> Iterator[None]:
     yield
     _native.use_instruction_set(instruction_set)
     native.set_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """openai-harmony's encoding, reading the same vocabulary from a folder."""
+    import openai_harmony
+
+    folder = tmp_path_factory.mktemp("tiktoken")
+    packed = resources.files("freehold.formats").joinpath("data", "o200k_base.tiktoken.gz").read_bytes()
+    Path(folder, "o200k_base.tiktoken").write_bytes(gzip.decompress(packed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TIKTOKEN_ENCODINGS_BASE", str(folder))
+        name = openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS
+        yield openai_harmony.load_harmony_encoding(name)

@@ -1,10 +1,6 @@
-"""Small vocabularies for every test here, and openai-harmony as the oracle for gpt-oss's own."""
+"""Small vocabularies for every test here."""
 
-import gzip
-import os
-from collections.abc import Callable, Iterator
-from importlib import resources
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,20 +12,6 @@ from freehold.formats.tokenizer import Tokenizer
 @pytest.fixture(scope="session")
 def gpt_oss() -> Tokenizer:
     return Tokenizer.o200k_harmony()
-
-
-@pytest.fixture(scope="session")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """openai-harmony's encoding, reading the same vocabulary from a folder."""
-    import openai_harmony
-
-    folder = tmp_path_factory.mktemp("tiktoken")
-    packed = resources.files("freehold.formats").joinpath("data", "o200k_base.tiktoken.gz").read_bytes()
-    Path(folder, "o200k_base.tiktoken").write_bytes(gzip.decompress(packed))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "TIKTOKEN_ENCODINGS_BASE", str(folder))
-        name = openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS
-        yield openai_harmony.load_harmony_encoding(name)
 
 
 SmallGguf = Callable[..., dict[str, Any]]
