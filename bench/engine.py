@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -148,8 +149,8 @@ def _guess(model: Model, words: Sequence[int], rounds: int) -> list[str]:
     lines = []
     chat_format = model.chat_format()
     for what, question in _QUESTIONS.items():
-        prompt = chat_format.render(Conversation.from_openai([{"role": "user", "content": question}]))
-        request = Request(prompt=prompt, max_tokens=160, sampling=_GREEDY, stop_ids=chat_format.stop_ids, cache=False)
+        turn = chat_format.turn(Conversation.from_openai([{"role": "user", "content": question}]))
+        request = Request(prompt=turn.prompt.ids, max_tokens=160, sampling=_GREEDY, stop_ids=turn.stop_ids, cache=False)
         pairs, engine = [], model.new_engine()
         for _ in range(rounds + 1):
             pair = []
@@ -169,37 +170,39 @@ def _guess(model: Model, words: Sequence[int], rounds: int) -> list[str]:
 
 
 def _stall(model: Model, words: Sequence[int], rounds: int) -> list[str]:
-    ratios, slowest, arrivals = [], [], []
-    prompt = list(words[:_LONG_PROMPT])
-    most = model.plan.context - 64
+    """The same stream runs alone in a second engine, a few tokens in turn: a clock that changes slows both."""
+    ratios: list[float] = []
+    arrivals: list[float] = []
+    stream = Request(prompt=words[-64:], max_tokens=model.plan.context - 64, sampling=_GREEDY, cache=False)
+    prompt = Request(prompt=words[:_LONG_PROMPT], max_tokens=1, sampling=_GREEDY, cache=False)
     for _ in range(rounds):
-        engine = _new_engine(model, lookup=False)
-        stream = engine.submit(Request(prompt=words[-64:], max_tokens=most, sampling=_GREEDY))
-        alone = _gaps(engine, stream, until=40)
-        start = time.perf_counter()
-        other = engine.submit(Request(prompt=prompt, max_tokens=1, sampling=_GREEDY))
-        beside = _gaps(engine, stream, until_over=other)
-        arrivals.append(time.perf_counter() - start)
-        engine.close()
-        usual = statistics.median(alone[8:])
-        ratios.append(statistics.median(beside) / usual)
-        slowest.append(sorted(beside)[int(len(beside) * 0.95)] / usual)
+        beside, alone = (_new_engine(model, lookup=False) for _ in range(2))
+        beside_id, alone_id = beside.submit(stream), alone.submit(stream)
+        _gaps(beside, beside_id, 16)
+        other, taken = beside.submit(prompt), 0.0
+        while beside.is_live(other):
+            usual = statistics.median(_gaps(alone, alone_id, 5))
+            start = time.perf_counter()
+            ratios += [gap / usual for gap in _gaps(beside, beside_id, _IN_TURN)]
+            taken += time.perf_counter() - start
+        arrivals.append(taken)
+        beside.close()
+        alone.close()
+    median, slowest = statistics.median(ratios), sorted(ratios)[int(len(ratios) * 0.95)]
     return [
         f"{_LONG_PROMPT} tokens come in during {statistics.median(arrivals):.1f} s: time between a running stream's "
-        f"tokens {statistics.median(ratios):.2f} times what it was (95th percentile {statistics.median(slowest):.2f})"
+        f"tokens {median:.2f} times what it is alone (mean {statistics.fmean(ratios):.2f}, 95th percentile "
+        f"{slowest:.2f})"
     ]
 
 
-def _gaps(engine: Engine, stream: int, *, until: int = 0, until_over: int | None = None) -> list[float]:
-    """Seconds between the tokens of a stream: so many, or until another request has ended."""
-    gaps: list[float] = []
-    last = time.perf_counter()
-    while engine.is_live(until_over) if until_over is not None else len(gaps) < until:
+def _gaps(engine: Engine, stream: int, count: int) -> list[float]:
+    """Seconds between so many of a stream's next tokens."""
+    times: list[float] = []
+    while len(times) <= count:
         if any(output.request_id == stream for output in engine.step()):
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
-    return gaps
+            times.append(time.perf_counter())
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 if __name__ == "__main__":

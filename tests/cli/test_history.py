@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from freehold.cli import chat
-from freehold.formats.chat import ReplyDelta
 from freehold.formats.conversation import Conversation, text_message
+from freehold.formats.events import Event, TextDelta
 
 
 class ScriptedReply:
@@ -19,18 +19,18 @@ class ScriptedReply:
     def __init__(self, question: str, stop_after: int | None) -> None:
         self._stop_after = stop_after
         self._said: list[str] = []
-        self.deltas = self._speak(["re: ", question])
+        self.events = self._speak(["re: ", question])
 
     @property
     def messages(self) -> tuple[Any, ...]:
         return (text_message("assistant", "".join(self._said)),)
 
-    def _speak(self, pieces: list[str]) -> Iterator[ReplyDelta]:
+    def _speak(self, pieces: list[str]) -> Iterator[Event]:
         for number, piece in enumerate(pieces):
             if number == self._stop_after:
                 raise KeyboardInterrupt
             self._said.append(piece)
-            yield ReplyDelta(kind="answer", text=piece)
+            yield TextDelta(piece)
 
 
 class ScriptedModel:

@@ -353,6 +353,19 @@ def test_pace_tells_what_a_prompt_costs_from_what_its_tokens_cost() -> None:
     assert pace.budget(1) == pytest.approx(16, abs=1)
 
 
+def test_pace_lets_a_prompt_in_every_other_step_where_any_of_its_tokens_takes_too_long() -> None:
+    pace = Pace(2.0, 512)
+    pace.observe(1, 0, 0.010)
+    seconds, counts = [], []
+    for _ in range(200):
+        counts.append(pace.budget(1))
+        seconds.append(0.010 + (0.012 + counts[-1] * 0.001 if counts[-1] else 0.0))
+        pace.observe(1, counts[-1], seconds[-1])
+    assert 0.015 < sum(seconds[-20:]) / 20 < 0.020
+    assert counts[-2:] in ([0, 4], [4, 0])
+    assert Pace(1.0, 512).budget(1) >= 1  # prompts must get in some day
+
+
 def test_pace_learns_under_steady_load_too() -> None:
     pace = Pace(2.0, 512)
     pace.observe(0, 512, 0.512)

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freehold.errors import CheckpointError
-from freehold.formats.chat import ChatFormat, ReplyDelta, choose
+from freehold.errors import CheckpointError, UnsupportedError
+from freehold.formats.chat import ChatFormat, Turn, choose
 from freehold.formats.conversation import Conversation, Message, SystemContent, Text, text_message
+from freehold.formats.events import ArgumentsDelta, Event, ReasoningDelta, TextDelta
+from freehold.formats.harmony.builtins import PYTHON
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.templates import CHATML
 from freehold.formats.tokenizer import Tokenizer
@@ -16,17 +18,21 @@ HARMONY_TEMPLATE = "{{ '<|start|>system<|message|>' }}"
 
 def prompt(chat: ChatFormat, tokenizer: Tokenizer, *messages: tuple[str, str]) -> str:
     openai = [{"role": role, "content": content} for role, content in messages]
-    return tokenizer.decode(chat.render(Conversation.from_openai(openai)), control="show")
+    return tokenizer.decode(chat.render(Conversation.from_openai(openai)).ids, control="show")
 
 
-def read(chat: ChatFormat, ids: list[int]) -> tuple[list[ReplyDelta], tuple[Message, ...]]:
-    reader = chat.reply_reader()
-    deltas = [delta for id_ in ids for delta in reader.feed(id_)] + reader.flush()
-    return deltas, reader.messages
+def read(chat: ChatFormat, ids: list[int]) -> tuple[list[Event], tuple[Message, ...]]:
+    reader = turn_of(chat).reader
+    events = [event for id_ in ids for event in reader.feed(id_)] + reader.flush()
+    return events, reader.messages
 
 
-def joined(deltas: list[ReplyDelta], kind: str) -> str:
-    return "".join(delta.text for delta in deltas if delta.kind == kind)
+def turn_of(chat: ChatFormat) -> Turn:
+    return chat.turn(Conversation(messages=(text_message("user", "hello"),)), grammar=False)
+
+
+def joined(events: list[Event], kind: type[ReasoningDelta | TextDelta | ArgumentsDelta]) -> str:
+    return "".join(event.text for event in events if isinstance(event, kind))
 
 
 # --- choosing
@@ -36,7 +42,7 @@ def joined(deltas: list[ReplyDelta], kind: str) -> str:
 def test_harmony_where_the_template_or_the_vocabulary_speaks_it(gpt_oss: Tokenizer, small: Tokenizer) -> None:
     for template in (None, HARMONY_TEMPLATE):
         chat = choose(gpt_oss, template, [199999])
-        assert chat.stop_ids == {199999, 200002, 200012}
+        assert turn_of(chat).stop_ids == {199999, 200002, 200012}
         assert prompt(chat, gpt_oss, ("user", "hello")).startswith("<|start|>system<|message|>You are ChatGPT")
     with pytest.raises(CheckpointError, match="lacks Harmony's"):
         choose(small, HARMONY_TEMPLATE, [])
@@ -45,13 +51,13 @@ def test_harmony_where_the_template_or_the_vocabulary_speaks_it(gpt_oss: Tokeniz
 def test_the_template_otherwise_even_where_the_vocabulary_has_harmonys_tokens(small: Tokenizer) -> None:
     grown = small.with_control_tokens(CONTROL_TOKENS)
     chat = choose(grown, CHATML, [2, 0])
-    assert chat.stop_ids == {0, 2}
+    assert turn_of(chat).stop_ids == {0, 2}
     assert prompt(chat, grown, ("user", "hello")) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_variables_reach_the_template(small: Tokenizer) -> None:
     chat = choose(small, "{{ bos_token }}{{ messages[0].content }}", [2], variables={"bos_token": "<|endoftext|>"})
-    assert chat.render(Conversation(messages=(text_message("user", "hello"),))) == [0, *small.encode("hello")]
+    assert chat.render(Conversation(messages=(text_message("user", "hello"),))).ids == [0, *small.encode("hello")]
 
 
 def test_a_template_without_any_end_is_refused(small: Tokenizer) -> None:
@@ -60,11 +66,10 @@ def test_a_template_without_any_end_is_refused(small: Tokenizer) -> None:
 
 
 def test_turns_of_others_are_no_part_of_the_reply(gpt_oss: Tokenizer) -> None:
-    reader = choose(gpt_oss, None, []).reply_reader()
     text = "<|channel|>final<|message|>Yes.<|end|><|start|>user<|message|>And now?<|end|>"
-    deltas = [delta for token in gpt_oss.encode_with_control(text) for delta in reader.feed(token)] + reader.flush()
-    assert "".join(delta.text for delta in deltas) == "Yes."
-    assert [message.text for message in reader.messages] == ["Yes."]
+    events, messages = read(choose(gpt_oss, None, []), gpt_oss.encode_with_control(text))
+    assert joined(events, TextDelta) == "Yes."
+    assert [message.text for message in messages] == ["Yes."]
 
 
 def test_nothing_to_go_by_is_an_error_with_a_remedy(small: Tokenizer) -> None:
@@ -73,7 +78,7 @@ def test_nothing_to_go_by_is_an_error_with_a_remedy(small: Tokenizer) -> None:
 
 
 def test_the_end_of_a_message_does_not_end_a_harmony_reply(gpt_oss: Tokenizer) -> None:
-    assert 200007 not in choose(gpt_oss, None, [200007, 200002]).stop_ids
+    assert 200007 not in turn_of(choose(gpt_oss, None, [200007, 200002])).stop_ids
 
 
 # --- Harmony
@@ -103,7 +108,7 @@ def test_a_chat_in_harmony(gpt_oss: Tokenizer) -> None:
 
 def test_a_system_message_of_ones_own_replaces_the_default(gpt_oss: Tokenizer) -> None:
     own = Message(role="system", parts=(SystemContent(identity="You are Ann."),))
-    text = gpt_oss.decode(choose(gpt_oss, None, []).render(Conversation(messages=(own,))))
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(Conversation(messages=(own,))).ids)
     assert text.startswith("systemYou are Ann.")
     assert "ChatGPT" not in text
 
@@ -114,16 +119,16 @@ def test_a_harmony_reply_is_read_and_goes_back_into_the_history(gpt_oss: Tokeniz
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Wait.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Paris 😀<|return|>"
     )
-    deltas, messages = read(chat, reply)
-    assert joined(deltas, "reasoning") == "Hm."
-    assert joined(deltas, "answer") == "Wait.Paris 😀"
+    events, messages = read(chat, reply)
+    assert joined(events, ReasoningDelta) == "Hm."
+    assert joined(events, TextDelta) == "Wait.Paris 😀"
     assert [(message.channel, message.text) for message in messages] == [
         ("analysis", "Hm."),
         ("commentary", "Wait."),
         ("final", "Paris 😀"),
     ]
     conversation = Conversation(messages=(text_message("user", "q"),)).plus(*messages, text_message("user", "more"))
-    text = gpt_oss.decode(chat.render(conversation), control="show")
+    text = gpt_oss.decode(chat.render(conversation).ids, control="show")
     assert text.endswith(
         "<|start|>user<|message|>q<|end|><|start|>assistant<|channel|>commentary<|message|>Wait.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Paris 😀<|end|><|start|>user<|message|>more<|end|>"
@@ -133,8 +138,8 @@ def test_a_harmony_reply_is_read_and_goes_back_into_the_history(gpt_oss: Tokeniz
 
 def test_what_is_meant_for_a_tool_is_no_answer(gpt_oss: Tokenizer) -> None:
     reply = gpt_oss.encode_with_control(" to=functions.f<|channel|>commentary<|message|>{}<|call|>")
-    deltas, messages = read(choose(gpt_oss, None, []), reply)
-    assert joined(deltas, "answer") == ""
+    events, messages = read(choose(gpt_oss, None, []), reply)
+    assert joined(events, TextDelta) == ""
     assert messages == (
         Message(role="assistant", channel="commentary", recipient="functions.f", parts=(Text(text="{}"),)),
     )
@@ -152,9 +157,30 @@ def test_made_up_headers_do_not_spoil_the_history(gpt_oss: Tokenizer) -> None:
 @given(ids=st.lists(st.one_of(st.integers(199_998, 200_014), st.integers(0, 2000), st.just(17 + 2**18)), max_size=30))
 def test_whatever_was_said_can_be_said_on(gpt_oss: Tokenizer, ids: list[int]) -> None:
     chat = choose(gpt_oss, None, [])
-    deltas, messages = read(chat, ids)
-    assert "".join(delta.text for delta in deltas) == "".join(message.text for message in messages)
+    events, messages = read(chat, ids)
+    said = "".join(joined(events, kind) for kind in (ReasoningDelta, TextDelta, ArgumentsDelta))
+    assert sorted(said) == sorted("".join(message.text for message in messages))
     chat.render(Conversation(messages=messages))
+
+
+def test_system_prompts_and_tools_become_one_developer_message(gpt_oss: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    conversation = Conversation.from_openai(messages, tools=[{"type": "function", "name": "f"}])
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(conversation).ids, control="show")
+    assert "\nCalls to these tools must go to the commentary channel: 'functions'.<|end|>" in text
+    assert text.endswith(
+        "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n# Tools\n\n## functions\n\n"
+        "namespace functions {\n\ntype f = () => any;\n\n} // namespace functions<|end|>"
+        "<|start|>user<|message|>q<|end|><|start|>assistant"
+    )
+    bare = Conversation.from_openai(messages[1:], tools=[{"type": "function", "name": "f"}])
+    assert "# Instructions" not in gpt_oss.decode(choose(gpt_oss, None, []).render(bare).ids)
+
+
+def test_a_call_without_a_channel_is_no_answer(gpt_oss: Tokenizer) -> None:
+    call = Message(role="assistant", recipient="functions.f", parts=(Text(text="{}"),))
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(Conversation(messages=(call,))).ids, control="show")
+    assert text.endswith("<|start|>assistant to=functions.f<|message|>{}<|call|><|start|>assistant")
 
 
 # --- templates
@@ -163,9 +189,8 @@ def test_whatever_was_said_can_be_said_on(gpt_oss: Tokenizer, ids: list[int]) ->
 
 def test_a_templates_reply_is_all_answer(small: Tokenizer) -> None:
     chat = choose(small, CHATML, [2])
-    deltas, messages = read(chat, [*small.encode("hello é<|im_end|>"), 2])
-    assert joined(deltas, "answer") == "hello é<|im_end|>"
-    assert all(delta.kind == "answer" and delta.text for delta in deltas)
+    events, messages = read(chat, [*small.encode("hello é<|im_end|>"), 2])
+    assert joined(events, TextDelta) == "hello é<|im_end|>"
     assert messages == (text_message("assistant", "hello é<|im_end|>"),)
 
 
@@ -179,5 +204,11 @@ def test_templates_are_spared_what_only_harmony_has(small: Tokenizer) -> None:
             text_message("assistant", "a", channel="final"),
         )
     )
-    text = small.decode(chat.render(conversation), control="show")
+    text = small.decode(chat.render(conversation).ids, control="show")
     assert text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_built_in_tools_are_not_passed_over_by_templates(small: Tokenizer) -> None:
+    message = Message(role="system", parts=(SystemContent(tools=(PYTHON,)),))
+    with pytest.raises(UnsupportedError, match="text and tools only"):
+        choose(small, CHATML, [2]).render(Conversation(messages=(message,)))

@@ -9,6 +9,7 @@ from freehold.formats.conversation import (
     Conversation,
     DeveloperContent,
     Message,
+    ResponseFormat,
     SystemContent,
     Text,
     Tool,
@@ -26,7 +27,7 @@ def test_openai_messages_are_read() -> None:
                 "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
                 "name": "Ann",
             },
-            {"role": "assistant", "content": "c", "tool_calls": None, "refusal": None},
+            {"role": "assistant", "content": "c", "tool_calls": [], "refusal": None, "annotations": []},
         ]
     )
     system, user, assistant = conversation.messages
@@ -34,6 +35,161 @@ def test_openai_messages_are_read() -> None:
     assert (user.role, user.name, user.text, len(user.parts)) == ("user", "Ann", "ab", 2)
     assert assistant == Message(role="assistant", parts=(Text(text="c"),))
     assert conversation.plus(user).messages == (system, user, assistant, user)
+
+
+TEXT = {"type": "text", "text": "x"}
+
+
+def called(changes: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's message with one call."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    return {"role": "assistant", "content": None, "tool_calls": [call | changes]}
+
+
+def test_calls_and_results_become_messages_of_their_own() -> None:
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+        {"id": "c2", "type": "function", "index": 1, "function": {"name": "g", "arguments": "{}"}},
+    ]
+    conversation = Conversation.from_openai(
+        [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "reasoning_content": "hm", "content": "Wait.", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": "c2", "content": "two"},
+            {"role": "tool", "tool_call_id": "c1", "content": [TEXT], "name": "f"},
+            called({"id": "c1", "function": {"name": "h", "arguments": ""}}),
+            {"role": "tool", "tool_call_id": "c1", "content": "three"},
+            {"role": "assistant", "content": "a", "thinking": "hm", "reasoning": "hm"},
+        ]
+    )
+    assert [(m.role, m.channel, m.recipient, m.name, m.text) for m in conversation.messages] == [
+        ("user", None, None, None, "q"),
+        ("assistant", "analysis", None, None, "hm"),
+        ("assistant", "commentary", None, None, "Wait."),
+        ("assistant", "commentary", "functions.f", None, '{"x": 1}'),
+        ("assistant", "commentary", "functions.g", None, "{}"),
+        ("tool", "commentary", "assistant", "functions.g", "two"),
+        ("tool", "commentary", "assistant", "functions.f", "x"),
+        ("assistant", "commentary", "functions.h", None, ""),
+        ("tool", "commentary", "assistant", "functions.h", "three"),
+        ("assistant", "analysis", None, None, "hm"),
+        ("assistant", None, None, None, "a"),
+    ]
+    assert {m.content_type for m in conversation.messages if m.recipient == "functions.f"} == {"<|constrain|>json"}
+
+
+def test_a_result_may_not_name_another_tool() -> None:
+    with pytest.raises(UsageError, match="message 1: call 'c1' went to 'f', not to 'g'"):
+        Conversation.from_openai([called({}), {"role": "tool", "tool_call_id": "c1", "content": "", "name": "g"}])
+
+
+def test_openai_tools_are_offered_after_the_system_prompt() -> None:
+    schema = {"type": "object", "properties": {}}
+    nested = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema, "strict": True}}
+    flat = {"type": "function", "name": "g", "description": None, "parameters": None, "strict": None}
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    conversation = Conversation.from_openai(messages, tools=[nested, flat])
+    assert [message.role for message in conversation.messages] == ["system", "developer", "user"]
+    tools = (Tool(name="f", description="d", parameters=schema, strict=True), Tool(name="g"))
+    assert conversation.messages[1].parts == (DeveloperContent(tools=tools),)
+    assert Conversation.from_openai(messages, tools=[]) == Conversation.from_openai(messages)
+    assert Conversation.from_openai([], tools=[flat]).messages[0].role == "developer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "tool"),
+    [
+        (UnsupportedError, "tool 1: type 'web_search' is not supported", {"type": "web_search"}),
+        (UnsupportedError, "tool 1: type 'custom'", {"type": "custom", "name": "f"}),
+        (UnsupportedError, "tool 1: field 'x'", {"type": "function", "name": "f", "x": 1}),
+        (UnsupportedError, "tool 1: field 'name'", {"type": "function", "name": "f", "function": {"name": "f"}}),
+        (UsageError, "tool 1: function must be an object", {"type": "function", "function": "f"}),
+        (UsageError, "tool 1: name must be a string", {"type": "function", "function": {}}),
+        (UsageError, "tool 1: tool name 'a b'", {"type": "function", "name": "a b"}),
+        (UsageError, "tool 1: description must be a string", {"name": "f", "description": 5}),
+        (UsageError, "tool 1: tool 'f': parameters must be", {"name": "f", "parameters": "{}"}),
+        (UsageError, "tool 1: strict is true or false", {"name": "f", "strict": "yes"}),
+        (UsageError, "tool 1: expected an object", "f"),
+    ],
+)
+def test_openai_tools_that_cannot_be_honoured_are_refused(kind: type[Exception], said: str, tool: Any) -> None:
+    with pytest.raises(kind, match=said):
+        Conversation.from_openai([], tools=[{"type": "function", "name": "first"}, tool])
+
+
+def harmony(role: str, part: Any) -> dict[str, Any]:
+    return {"role": role, "content": [part]}
+
+
+SYSTEM = {"type": "system_content", "model_identity": "I"}
+DEVELOPER = {"type": "developer_content"}
+
+
+def test_openai_harmonys_dicts_are_read() -> None:
+    """Valid ones by the hundred in test_harmony_render.py."""
+    namespace = {"name": "functions", "description": None, "tools": [{"name": "f", "description": ""}]}
+    conversation = Conversation.from_harmony(
+        {
+            "messages": [
+                harmony("system", SYSTEM | {"reasoning_effort": "High"}),
+                harmony("developer", DEVELOPER | {"tools": {"functions": namespace}}),
+                {
+                    "role": "tool",
+                    "name": "functions.f",
+                    "content": "x",
+                    "channel": "commentary",
+                    "recipient": "assistant",
+                },
+            ]
+        }
+    )
+    nothing = SystemContent(identity="I", knowledge_cutoff=None, effort="high", channels=())
+    assert [message.parts[0] for message in conversation.messages] == [
+        nothing,
+        DeveloperContent(tools=(Tool(name="f"),)),
+        Text(text="x"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "message"),
+    [
+        (UsageError, "message 0: unknown role ''", {"content": "x"}),
+        (UsageError, "message 0: parts must be a list", {"role": "user"}),
+        (UsageError, "message 0: a tool message needs", {"role": "tool", "content": "x"}),
+        (UsageError, "message 0: content type must be a string", {"role": "user", "content": "", "content_type": 5}),
+        (UnsupportedError, "message 0: field 'x'", {"role": "user", "content": "", "x": 1}),
+        (UnsupportedError, "message 0: part 0: type 'image'", harmony("user", {"type": "image"})),
+        (UsageError, "message 0: system content belongs", harmony("user", SYSTEM)),
+        (UnsupportedError, "message 0: part 0: field 'x'", harmony("system", SYSTEM | {"x": 1})),
+        (UsageError, "message 0: part 0: unknown reasoning", harmony("system", SYSTEM | {"reasoning_effort": "Max"})),
+        (UsageError, "message 0: part 0: unknown reasoning", harmony("system", SYSTEM | {"reasoning_effort": 5})),
+        (UsageError, "message 0: part 0: valid_channels", harmony("system", SYSTEM | {"channel_config": {}})),
+        (
+            UnsupportedError,
+            "message 0: part 0: channels that may be left out",
+            harmony("system", SYSTEM | {"channel_config": {"valid_channels": ["final"], "channel_required": False}}),
+        ),
+        (
+            UsageError,
+            "message 0: part 0: tool namespace 0: tools must be a list",
+            harmony("system", SYSTEM | {"tools": {"n": {"name": "n"}}}),
+        ),
+        (
+            UnsupportedError,
+            "message 0: part 0: namespace 'n': a developer offers",
+            harmony("developer", DEVELOPER | {"tools": {"n": {"name": "n", "tools": []}}}),
+        ),
+        (UnsupportedError, "message 0: part 0: field 'x'", harmony("developer", DEVELOPER | {"x": 1})),
+    ],
+)
+def test_openai_harmonys_dicts_that_cannot_be_honoured_are_refused(
+    kind: type[Exception], said: str, message: Any
+) -> None:
+    with pytest.raises(kind, match=said):
+        Conversation.from_harmony([message])
+    with pytest.raises(UnsupportedError, match="field 'x'"):
+        Conversation.from_harmony({"messages": [], "x": 1})
 
 
 @pytest.mark.parametrize(
@@ -44,21 +200,34 @@ def test_openai_messages_are_read() -> None:
         (UsageError, "message 1: unknown role", {"role": ["user"], "content": "x"}),
         (UsageError, "message 1: content must be .* NoneType", {"role": "assistant"}),
         (UsageError, "message 1: content must be .* int", {"role": "user", "content": 5}),
-        (UsageError, "message 1, part 0: expected an object", {"role": "user", "content": ["x"]}),
-        (UsageError, "message 1, part 0: .* NoneType", {"role": "user", "content": [{"type": "text"}]}),
+        (UsageError, "message 1: part 0: expected an object", {"role": "user", "content": ["x"]}),
+        (UsageError, "message 1: part 0: .* NoneType", {"role": "user", "content": [{"type": "text"}]}),
         (UsageError, "message 1: user name 'to=x y'", {"role": "user", "content": "x", "name": "to=x y"}),
         (UsageError, "message 1: expected an object", "hello"),
         (
             UnsupportedError,
-            "message 1, part 0: .*'image_url'",
+            "message 1: part 0: .*'image_url'",
             {"role": "user", "content": [{"type": "image_url"}]},
         ),
+        (UnsupportedError, "message 1: field 'tool_calls'", {"role": "user", "content": "", "tool_calls": [{}]}),
+        (UnsupportedError, "message 1: field 'audio'", {"role": "assistant", "content": "", "audio": {"id": "1"}}),
+        (UnsupportedError, "message 1: part 0: field 'x'", {"role": "user", "content": [TEXT | {"x": 1}]}),
         (
-            UnsupportedError,
-            "message 1: field 'tool_calls'",
-            {"role": "assistant", "content": "", "tool_calls": []},
+            UsageError,
+            "message 1: tool_call_id '1' is that of no call",
+            {"role": "tool", "content": "x", "tool_call_id": "1"},
         ),
-        (UnsupportedError, "message 1: tool results", {"role": "tool", "content": "x", "tool_call_id": "1"}),
+        (UsageError, "message 1: tool_call_id must be a string", {"role": "tool", "content": "x"}),
+        (UsageError, "message 1: the fields .* different", {"role": "assistant", "reasoning": "a", "thinking": "b"}),
+        (UsageError, "message 1: .*a string, got int", {"role": "assistant", "content": "", "reasoning": 5}),
+        (UsageError, "message 1: tool calls must be a list", {"role": "assistant", "tool_calls": "f"}),
+        (UsageError, "message 1: tool call 0: expected an object", {"role": "assistant", "tool_calls": ["f"]}),
+        (UsageError, "message 1: tool call 0: function must be", {"role": "assistant", "tool_calls": [{"id": "1"}]}),
+        (UnsupportedError, "message 1: tool call 0: type 'custom'", called({"type": "custom"})),
+        (UnsupportedError, "message 1: tool call 0: field 'x'", called({"x": 1})),
+        (UsageError, "message 1: tool call 0: id must be a string", called({"id": 7})),
+        (UsageError, "message 1: tool call 0: arguments must be", called({"function": {"name": "f", "arguments": {}}})),
+        (UsageError, "message 1: tool call 0: recipient name", called({"function": {"name": "a b", "arguments": ""}})),
     ],
 )
 def test_openai_messages_that_cannot_be_honoured_are_refused_by_index(
@@ -87,7 +256,11 @@ def test_messages_must_be_a_list(messages: Any) -> None:
         ("cannot hold 'text'", Message, {"role": "user", "parts": ("text",)}),
         ("system content belongs", Message, {"role": "user", "parts": (SystemContent(),)}),
         ("developer content belongs", Message, {"role": "system", "parts": (DeveloperContent(),)}),
-        ("holds a string, got int", Text, {"text": 5}),
+        ("must be a string, got int", Text, {"text": 5}),
+        ("description must be a string", Tool, {"name": "f", "description": 5}),
+        ("description must be a string", ToolNamespace, {"name": "n", "description": None}),
+        ("description must be a string", ResponseFormat, {"name": "r", "schema": {}, "description": 5}),
+        ("content type must be a string", Message, {"role": "user", "parts": (), "content_type": 5}),
         ("unknown reasoning effort 'max'", SystemContent, {"effort": "max"}),
         ("unknown channel 'secret'", SystemContent, {"channels": ("secret",)}),
         ("identity must be some text", SystemContent, {"identity": " "}),

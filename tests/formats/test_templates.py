@@ -13,6 +13,7 @@ from freehold.formats.conversation import (
     Conversation,
     DeveloperContent,
     Message,
+    ResponseFormat,
     Role,
     SystemContent,
     Text,
@@ -246,17 +247,124 @@ def test_bad_templates_end_in_a_typed_error(
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("source", "said", "message"),
     [
-        Message(role="tool", name="f", parts=(Text(text="x"),)),
-        Message(role="assistant", recipient="functions.f", parts=(Text(text="x"),)),
-        Message(role="system", parts=(SystemContent(),)),
-        Message(role="developer", parts=(DeveloperContent(tools=(Tool(name="f"),)),)),
+        (CHATML, "does not speak of tool calls", Message(role="tool", name="f", parts=(Text(text="x"),))),
+        (CHATML, "does not speak of tool calls", Message(role="assistant", recipient="functions.f", parts=())),
+        (
+            CHATML,
+            "does not speak of tools",
+            Message(role="developer", parts=(DeveloperContent(tools=(Tool(name="f"),)),)),
+        ),
+        (CHATML, "text and tools only", Message(role="system", parts=(SystemContent(),))),
+        (
+            CHATML,
+            "text and tools only",
+            Message(
+                role="developer",
+                parts=(DeveloperContent(response_formats=(ResponseFormat(name="f", schema={}),)),),
+            ),
+        ),
+        (
+            "{{ tool_calls }}",
+            "calls of functions only, not of 'python'",
+            Message(role="assistant", recipient="python", parts=()),
+        ),
     ],
 )
-def test_what_templates_cannot_say_is_refused(tokenizer: Tokenizer, message: Message) -> None:
-    with pytest.raises(UnsupportedError):
-        ChatTemplate(CHATML).render(Conversation(messages=(message,)), tokenizer)
+def test_what_templates_cannot_say_is_refused(tokenizer: Tokenizer, source: str, said: str, message: Message) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        ChatTemplate(source).render(Conversation(messages=(message,)), tokenizer)
+
+
+def test_tools_that_are_nested_too_deeply_are_refused(tokenizer: Tokenizer) -> None:
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"items": deep}
+    message = Message(role="developer", parts=(DeveloperContent(tools=(Tool(name="f", parameters=deep),)),))
+    with pytest.raises(UsageError, match="nested too deeply"):
+        ChatTemplate("{{ tools }}").render(Conversation(messages=(message,)), tokenizer)
+
+
+# --- tools
+# ------------------------------------------------------------------------------------------------------
+
+HERMES = """{%- if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson }}{{ '\n' }}{% endfor %}\
+{{ '<|im_end|>\n' }}{% endif %}\
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}\
+{%- for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+WEATHER = Tool(
+    name="weather", description="How is it?", parameters={"type": "object", "properties": {"city": {"type": "string"}}}
+)
+
+
+def calling(arguments: str, recipient: str = "functions.weather") -> Message:
+    return Message(role="assistant", parts=(Text(text=arguments),), channel="commentary", recipient=recipient)
+
+
+def answered(text: str) -> Message:
+    return Message(role="tool", name="functions.weather", parts=(Text(text=text),), recipient="assistant")
+
+
+def test_tools_and_calls_have_the_ids_that_transformers_gives(tokenizer: Tokenizer, theirs: Any) -> None:
+    conversation = Conversation(
+        messages=(
+            Message(
+                role="developer", parts=(DeveloperContent(instructions="Be brief.", tools=(WEATHER, Tool(name="f"))),)
+            ),
+            text_message("user", "Rome?"),
+            text_message("assistant", "Wait.", channel="commentary"),
+            calling('{"city": "Rome", "days": [1, null]}'),
+            calling("no json", "functions.f"),
+            answered("sunny"),
+            calling("{}"),
+        )
+    )
+    functions = [
+        {"name": "weather", "description": "How is it?", "parameters": WEATHER.parameters},
+        {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+    ]
+    calls = [
+        {"name": "weather", "arguments": {"city": "Rome", "days": [1, None]}},
+        {"name": "f", "arguments": "no json"},
+        {"name": "weather", "arguments": {}},
+    ]
+    expected = theirs.apply_chat_template(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Rome?"},
+            {"role": "assistant", "content": "Wait.", "tool_calls": [{"function": call} for call in calls[:2]]},
+            {"role": "tool", "name": "weather", "content": "sunny"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": calls[2]}]},
+        ],
+        tools=[{"type": "function", "function": function} for function in functions],
+        chat_template=HERMES,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert ChatTemplate(HERMES).render(conversation, tokenizer) == expected
+
+
+def test_a_message_that_only_offers_tools_is_none_to_a_template(tokenizer: Tokenizer) -> None:
+    tools = Message(role="developer", parts=(DeveloperContent(tools=(WEATHER,)),))
+    text = tokenizer.decode(ChatTemplate(HERMES).render(Conversation(messages=(tools,)), tokenizer), control="show")
+    assert text.count("<|im_start|>") == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=HOSTILE)
+def test_no_text_of_tools_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+    def ids(text: str) -> list[int]:
+        schema = {"type": "object", "properties": {text: {"description": text, "enum": [text, 1]}}, "required": [text]}
+        tool = Tool(name="f", description=text, parameters=schema)
+        developer = Message(role="developer", parts=(DeveloperContent(instructions=text, tools=(tool,)),))
+        calls = (calling(json.dumps({text: [text]})), calling(text), answered(text))
+        return ChatTemplate(HERMES).render(Conversation(messages=(developer, *calls)), tokenizer)
+
+    assert control_ids(tokenizer, ids(text)) == control_ids(tokenizer, ids("hello"))
 
 
 def test_tojson_does_not_escape_html(tokenizer: Tokenizer) -> None:

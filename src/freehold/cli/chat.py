@@ -28,6 +28,7 @@ from freehold.errors import FreeholdError, UsageError
 from freehold.log import logger
 
 if TYPE_CHECKING:
+    from freehold.formats.events import Event
     from freehold.session.model import Model
 
 _HELP = (
@@ -47,6 +48,16 @@ def command(
     reasoning_effort: Annotated[
         str | None, typer.Option(help="low, medium or high; for models that speak Harmony.", metavar="EFFORT")
     ] = None,
+    harmony: Annotated[
+        bool | None,
+        typer.Option(help="Speak Harmony, or the model's template. Default: what the model was made for."),
+    ] = None,
+    harmony_grammar: Annotated[
+        str,
+        typer.Option(
+            help="on: replies are always well-formed Harmony. off: the model may say anything.", metavar="on|off"
+        ),
+    ] = "on",
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -68,6 +79,8 @@ def command(
     freehold chat
     git diff | freehold chat --system "Explain this change."
     """
+    if harmony_grammar not in ("on", "off"):
+        raise UsageError(f"--harmony-grammar is on or off, got {harmony_grammar!r}")
     if terminal.has_pipe() or (prompt is None and not sys.stdin.isatty()):
         piped = terminal.read_stdin()
         prompt = piped if prompt is None else "\n\n".join(filter(None, (piped, prompt)))
@@ -87,7 +100,9 @@ def command(
             prefix_cache_dir=prefix_cache_dir,
             progress=progress,
         )
-    sampling = {
+    options = {
+        "harmony": harmony,
+        "grammar": harmony_grammar == "on",
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -96,7 +111,7 @@ def command(
         "seed": seed,
         "reasoning_effort": reasoning_effort,
     }
-    talk = _Talk(loaded, system, sampling)
+    talk = _Talk(loaded, system, options)
     if prompt is None:
         _converse(talk)
     elif not talk.answer(prompt):
@@ -106,9 +121,9 @@ def command(
 class _Talk:
     """A conversation and the model that answers in it."""
 
-    def __init__(self, model: "Model", system: str | None, sampling: dict[str, Any]) -> None:
+    def __init__(self, model: "Model", system: str | None, options: dict[str, Any]) -> None:
         self._model = model
-        self._sampling = sampling
+        self._options = options
         self.system = system
         self.reset()
 
@@ -125,15 +140,15 @@ class _Talk:
 
         asked = self._history.plus(text_message("user", question))
         start = time.monotonic()
-        reply = self._model.stream_chat(asked, **self._sampling)
+        reply = self._model.stream_chat(asked, **self._options)
         finished = True
         try:
-            _show(reply.deltas)
+            _show(reply.events)
         except KeyboardInterrupt:
             finished = False
             terminal.say()
         finally:
-            reply.deltas.close()
+            reply.events.close()
         said = [message for message in reply.messages if message.text]
         if finished or said:  # a question that was stopped before its answer began is taken back
             self._history = asked.plus(*said)
@@ -145,22 +160,31 @@ class _Talk:
         return finished
 
 
-def _show(deltas: Iterator[Any]) -> None:
-    reasoning = False
+def _show(events: "Iterator[Event]") -> None:
+    """The answer goes to stdout; reasoning and calls, which are not for other programs, to stderr."""
+    from freehold.formats.events import ArgumentsDelta, CallStart, Diagnostic, ReasoningDelta, TextDelta
+
+    aside = False
     dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     try:
-        for delta in deltas:
-            if delta.kind == "reasoning":
-                sys.stderr.write(delta.text if reasoning else dim + delta.text)
-                sys.stderr.flush()
-                reasoning = True
-                continue
-            if reasoning:
-                terminal.say(plain)
-                reasoning = False
-            terminal.write(delta.text)
+        for event in events:
+            match event:
+                case ReasoningDelta(text=text) | ArgumentsDelta(text=text):
+                    sys.stderr.write(text if aside else dim + text)
+                    sys.stderr.flush()
+                    aside = True
+                case CallStart(recipient=recipient):
+                    terminal.say(f"{'' if not aside else chr(10)}{dim}calls {recipient}: ")
+                    aside = True
+                case Diagnostic(code=code, detail=detail, position=position):
+                    logger.info("token %d of the reply: %s: %s", position, code, detail)
+                case TextDelta(text=text):
+                    if aside:
+                        terminal.say(plain)
+                        aside = False
+                    terminal.write(text)
     finally:
-        if reasoning:
+        if aside:
             terminal.say(plain)
     terminal.write("\n")
 

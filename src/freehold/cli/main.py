@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from freehold import __version__
-from freehold.cli import bench, cache, chat, convert, doctor, generate, inspect, pack, receipt, synth, terminal
+from freehold.cli import bench, cache, chat, convert, doctor, generate, harmony, inspect, pack, receipt, synth, terminal
 from freehold.errors import FreeholdError, UsageError
 from freehold.log import NOTICE
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 for module in (chat, generate, inspect, bench, receipt, convert, synth, pack, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
+app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)
 
 

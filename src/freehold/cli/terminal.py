@@ -20,8 +20,13 @@ def say(text: str = "") -> None:
 
 def write(text: str) -> None:
     """A piece of the answer, on stdout, at once. A terminal is spared control sequences that a model makes up."""
-    sys.stdout.write(text.translate(_HARMLESS) if sys.stdout.isatty() else text)
+    sys.stdout.write(harmless(text))
     sys.stdout.flush()
+
+
+def harmless(text: str) -> str:
+    """Without control sequences, where stdout is a terminal."""
+    return text.translate(_HARMLESS) if sys.stdout.isatty() else text
 
 
 def start_logging(level: int) -> None:

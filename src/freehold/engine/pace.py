@@ -10,10 +10,10 @@ MOST_GUESSED = 16
 
 _WEIGHT = 0.2  # of the newest observation
 _FIRST_GUESS = 32  # prompt tokens, before anything was measured
-_SAFETY = 0.8
+_SAFETY = 0.75
 _MOST_ROOM = 8.0
 _LEAST_GAIN = 1.1
-_TOGETHER = 4  # prompt tokens from which on an unforeseen delay is put down to each of them rather than to having any
+_TOGETHER = 16  # prompt tokens from which on an unforeseen delay is put down to each of them rather than to having any
 _FADE = 0.98  # of what having any costs, with each step that has none: the next ones may be of a shorter prompt
 
 
@@ -31,15 +31,24 @@ class Pace:
         self._seen_alone: set[int] = set()  # the numbers of streams for which that is a measurement
         self._any = 0.0  # seconds more for any prompt tokens
         self._each: float | None = None  # and for each of them
+        self._rests = False  # whether the last step had no prompt tokens so that this one can have more
 
     def budget(self, num_decoding: int, num_reading: int = 1) -> int:
-        """Prompt tokens for a step in which so many streams are written, and so many requests wait to be read."""
+        """Prompt tokens for the next step, in which so many streams are written and so many requests wait to be read.
+
+        Where even one of them takes too long they come in every other step.
+        """
         if not num_decoding:
             return self._chunk
         alone = self._nearest(num_decoding)
         if not alone or not self._each:
             return min(_FIRST_GUESS, self._chunk)
         room = alone * _SAFETY * max(self._room, min(num_reading / num_decoding, _MOST_ROOM))
+        if self._any + self._each > room:
+            self._rests = not self._rests
+            if self._rests:
+                return 0
+            room *= 2
         return max(1, min(self._chunk, int((room - self._any) / self._each)))
 
     def worth_guessing(self, num_decoding: int, rate: float) -> int:

@@ -92,6 +92,8 @@ class Scheduler:
             if self._go_on(sequence, 1, plan, guesses):
                 plan.num_decoding += 1
                 guesses_left -= len(plan.works[-1].guesses)
+        if not plan.works:  # all of them were pushed out
+            budget = max(budget, 1)
         for sequence in list(self.running):
             if budget > 0 and sequence.holding is not None and sequence.pending > 1:
                 count = min(sequence.pending, budget)

@@ -1,70 +1,74 @@
-"""The one door to chat formats: a conversation in, token ids out; reply tokens in, reasoning and answer out.
+"""The one door to chat formats: a conversation in, a turn out: token ids, how the reply may go, and who reads it.
 
-`choose` picks Harmony or a Jinja template; callers above need to know neither. A format renders, names the
-tokens that end a reply, and makes a reader for each reply, which streams the text and in the end has the
-messages that belong in the history. Tools are described to no model yet.
+`choose` picks Harmony or a Jinja template; callers above need to know neither. What a reply says comes as the events
+of freehold.formats.events, whatever the format.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal, Protocol, TypedDict, Unpack
 
-from freehold.errors import CheckpointError
-from freehold.formats.conversation import (
-    CHANNELS,
-    Channel,
-    Conversation,
-    DeveloperContent,
-    Message,
-    SystemContent,
-    Text,
-    is_name,
-    text_message,
-)
-from freehold.formats.harmony.parser import Event, HarmonyParser, MessageEnd, MessageStart, TextDelta
-from freehold.formats.harmony.render import render_prompt
+from freehold.errors import CheckpointError, UnsupportedError, UsageError
+from freehold.formats.conversation import Conversation, DeveloperContent, Message, SystemContent, text_message
+from freehold.formats.events import Event, MessageDone, MessageStart, TextDelta
+from freehold.formats.harmony.grammar import AnswerFormat, NamedTool, TurnGrammar, TurnOptions
+from freehold.formats.harmony.offer import Offer
+from freehold.formats.harmony.parser import HarmonyParser
+from freehold.formats.harmony.render import Rendered, render
 from freehold.formats.harmony.vocabulary import MESSAGE, START, HarmonyVocabulary, speaks_harmony
 from freehold.formats.templates import ChatTemplate
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplyDelta:
-    """More of the reply: the model's reasoning, or the answer meant for the user. Never empty."""
-
-    kind: Literal["reasoning", "answer"]
-    text: str
-
-
 class ReplyReader(Protocol):
     """Reads one reply, token by token."""
 
-    def feed(self, token_id: int) -> list[ReplyDelta]:
-        """What this token adds; stop tokens may be fed, and add nothing."""
+    def feed(self, token_id: int) -> list[Event]:
+        """What this token adds. Feed stop tokens as well: they say how a message ended."""
 
-    def flush(self) -> list[ReplyDelta]:
-        """The rest, where the reply broke off."""
+    def flush(self) -> list[Event]:
+        """The rest: no more tokens will come."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
         """The assistant's messages, to append to the conversation; complete after `flush`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A turn of the assistant about to be made: `grammar` is what a request takes as its constraint, None for none."""
+
+    prompt: Rendered
+    stop_ids: frozenset[int]
+    grammar: TurnGrammar | None
+    reader: ReplyReader
+
+
+class TurnChoices(TypedDict, total=False):
+    """What a caller may ask of a turn; see freehold.formats.harmony.grammar.TurnOptions."""
+
+    tool_choice: Literal["none", "auto", "required"] | NamedTool
+    parallel_tool_calls: bool
+    response_format: AnswerFormat | None
+    reasoning: Literal["optional", "required"]
+    max_reasoning_tokens: int | None
+
+
+def _wishes(choices: TurnChoices) -> list[str]:
+    """The choices that are not the default."""
+    return [name for name, value in choices.items() if value not in (None, False, "auto", "optional")]
+
+
 class ChatFormat(Protocol):
     """How one model writes conversations."""
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Tokens that end a reply."""
+    def render(self, conversation: Conversation) -> Rendered:
+        """The prompt for the assistant's next reply, and where its messages end: a later prompt may begin like that."""
 
-    def render(self, conversation: Conversation) -> list[int]:
-        """The prompt for the assistant's next reply."""
-
-    def message_ends(self, prompt: Sequence[int]) -> list[int]:
-        """Lengths of a rendered prompt's beginnings that end with a message: a later prompt may begin like that."""
-
-    def reply_reader(self) -> ReplyReader:
-        """A reader for the reply to a rendered prompt."""
+    def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
+        """The assistant's next turn. Without a `grammar` it may say anything. Raises UsageError and UnsupportedError
+        for choices that cannot be kept to."""
 
 
 def choose(
@@ -74,16 +78,19 @@ def choose(
     *,
     system: SystemContent | None = None,
     variables: Mapping[str, str] | None = None,
+    harmony: bool | None = None,
 ) -> ChatFormat:
     """The format of a model with this tokeniser and chat template.
 
     `stop_ids` are those of its generation_config. `system` is Harmony's system message (today's date,
-    effort); `variables` are for Jinja (`bos_token` and the like). Raises CheckpointError where nothing says
-    how to chat.
+    effort); `variables` are for Jinja (`bos_token` and the like). `harmony` decides for or against Harmony where that
+    is not to be left to the template. Raises CheckpointError where nothing says how to chat, or where it lacks what it
+    takes.
     """
     stops = frozenset(stop_ids)
-    harmonic = START in template and MESSAGE in template if template is not None else speaks_harmony(tokenizer)
-    if harmonic:
+    if harmony is None:
+        harmony = START in template and MESSAGE in template if template is not None else speaks_harmony(tokenizer)
+    if harmony:
         return HarmonyFormat(tokenizer, system=system or SystemContent(), more_stop_ids=stops)
     if template is None:
         raise CheckpointError(
@@ -95,10 +102,6 @@ def choose(
             "nothing says which token ends this model's replies; name it as eos_token_id in its generation_config.json"
         )
     return TemplateFormat(tokenizer, ChatTemplate(template, variables=variables), stop_ids=stops)
-
-
-def _after(prompt: Sequence[int], ends: Set[int]) -> list[int]:
-    return [length for length, token in enumerate(prompt, start=1) if token in ends]
 
 
 # --- Harmony ------------------------------------------------------------------------------------------------
@@ -118,92 +121,66 @@ class HarmonyFormat:
         self._system = system
         known = HarmonyVocabulary.of(tokenizer)
         # <|end|> closes a message, not the reply: the answer comes after the analysis.
-        self.stop_ids = (more_stop_ids - {known.end}) | {known.return_, known.call}
-        self._end_ids = {known.end, known.return_, known.call}
+        self._stop_ids = (more_stop_ids - {known.end}) | {known.return_, known.call}
 
-    def render(self, conversation: Conversation) -> list[int]:
+    def render(self, conversation: Conversation) -> Rendered:
         """Chat messages of role "system" become developer instructions, assistant messages final ones."""
+        return render(self._whole(conversation), self._tokenizer)
+
+    def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
+        whole = self._whole(conversation)
+        offer = Offer.of(whole)
+        made = TurnGrammar(self._tokenizer, TurnOptions(offer=offer, **choices)) if grammar else None
+        if made is None and (wishes := _wishes(choices)):
+            raise UsageError(f"{', '.join(wishes)}: nothing keeps the model to it while the grammar is off")
+        return Turn(
+            prompt=render(whole, self._tokenizer),
+            stop_ids=self._stop_ids if made is None else made.stop_ids,
+            grammar=made,
+            reader=HarmonyParser(self._tokenizer, offer=offer),
+        )
+
+    def _whole(self, conversation: Conversation) -> Conversation:
         messages = _as_harmony(conversation.messages)
         if not any(isinstance(part, SystemContent) for message in messages for part in message.parts):
             messages.insert(0, Message(role="system", parts=(self._system,)))
-        return render_prompt(Conversation(messages=tuple(messages)), self._tokenizer)
-
-    def message_ends(self, prompt: Sequence[int]) -> list[int]:
-        return _after(prompt, self._end_ids)
-
-    def reply_reader(self) -> ReplyReader:
-        return _HarmonyReader(self._tokenizer)
+        return Conversation(messages=tuple(messages))
 
 
 def _as_harmony(messages: Iterable[Message]) -> list[Message]:
-    """Chat messages in Harmony's terms; system prompts in a row become one set of instructions."""
+    """Chat messages in Harmony's terms; system prompts in a row, and the tools among them, become one message."""
     result: list[Message] = []
-    instructions: list[str] = []
-    for message in messages:
-        if message.role in ("system", "developer") and all(isinstance(part, Text) for part in message.parts):
-            instructions.append(message.text)
-            continue
-        result += _developer(instructions)
-        instructions = []
-        if message.role == "assistant" and message.channel is None:
-            message = Message(role="assistant", parts=message.parts, channel="final", name=message.name)
-        result.append(message)
-    return result + _developer(instructions)
+    for is_developers, group in groupby(messages, _is_developers):
+        if is_developers:
+            result.append(_developer([part for message in group for part in _developer_parts(message)]))
+        else:
+            result += map(_on_a_channel, group)
+    return result
 
 
-def _developer(instructions: list[str]) -> list[Message]:
-    if not instructions:
-        return []
-    return [Message(role="developer", parts=(DeveloperContent(instructions="\n\n".join(instructions)),))]
+def _is_developers(message: Message) -> bool:
+    is_prompt = message.role == "system" and not any(isinstance(part, SystemContent) for part in message.parts)
+    return is_prompt or message.role == "developer"
 
 
-class _HarmonyReader:
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._parser = HarmonyParser(tokenizer)
-        self._start = MessageStart(role="assistant")
-        self._text: list[str] = []
-        self._messages: list[Message] = []
+def _developer_parts(message: Message) -> list[DeveloperContent]:
+    parts = [part for part in message.parts if isinstance(part, DeveloperContent)]
+    return [*parts, DeveloperContent(instructions=message.text)] if message.text or not parts else parts
 
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        return tuple(self._messages)
 
-    def feed(self, token_id: int) -> list[ReplyDelta]:
-        return self._read(self._parser.feed(token_id))
+def _developer(parts: Sequence[DeveloperContent]) -> Message:
+    instructions = [part.instructions for part in parts if part.instructions is not None]
+    whole = DeveloperContent(
+        instructions="\n\n".join(instructions) if instructions else None,
+        tools=tuple(tool for part in parts for tool in part.tools),
+        response_formats=tuple(form for part in parts for form in part.response_formats),
+    )
+    return Message(role="developer", parts=(whole,))
 
-    def flush(self) -> list[ReplyDelta]:
-        return self._read(self._parser.flush())
 
-    def _read(self, events: list[Event]) -> list[ReplyDelta]:
-        deltas = []
-        for event in events:
-            match event:
-                case MessageStart():
-                    self._start, self._text = event, []
-                case _ if self._start.role != "assistant":
-                    continue  # a turn of somebody else, made up by the model, is no part of its reply
-                case TextDelta(text=text):
-                    self._text.append(text)
-                    deltas.append(ReplyDelta(kind=self._kind(), text=text))
-                case MessageEnd():
-                    self._messages.append(self._message())
-        return deltas
-
-    def _kind(self) -> Literal["reasoning", "answer"]:
-        # What is addressed to a tool is not for the user; a commentary to nobody is (a preamble).
-        private = self._start.channel == "analysis" or self._start.recipient is not None
-        return "reasoning" if private else "answer"
-
-    def _message(self) -> Message:
-        """The message as history keeps it: what the model made up in a header is left out."""
-        channel: Channel = next((known for known in CHANNELS if known == self._start.channel), "final")
-        recipient = self._start.recipient
-        return Message(
-            role="assistant",
-            parts=(Text(text="".join(self._text)),),
-            channel=channel,
-            recipient=recipient if recipient is not None and is_name(recipient) else None,
-        )
+def _on_a_channel(message: Message) -> Message:
+    is_answer = message.role == "assistant" and message.channel is None and message.recipient is None
+    return replace(message, channel="final") if is_answer else message
 
 
 # --- Jinja templates ----------------------------------------------------------------------------------------
@@ -215,41 +192,54 @@ class TemplateFormat:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, stop_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self.stop_ids = stop_ids
+        self._stop_ids = stop_ids
 
-    def render(self, conversation: Conversation) -> list[int]:
+    def render(self, conversation: Conversation) -> Rendered:
         """Drops what only Harmony has: its system message, and reasoning."""
         kept = tuple(message for message in conversation.messages if not _is_harmony_only(message))
-        return self._template.render(Conversation(messages=kept), self._tokenizer)
+        prompt = self._template.render(Conversation(messages=kept), self._tokenizer)
+        return Rendered(prompt, _after(prompt, self._stop_ids))
 
-    def message_ends(self, prompt: Sequence[int]) -> list[int]:
-        return _after(prompt, self.stop_ids)
+    def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
+        """The structure is the template's own: there is none to enforce, and nothing to ask for."""
+        if wishes := _wishes(choices):
+            raise UnsupportedError(f"{', '.join(wishes)}: that takes a model that speaks Harmony")
+        reader = _PlainReader(self._tokenizer)
+        return Turn(prompt=self.render(conversation), stop_ids=self._stop_ids, grammar=None, reader=reader)
 
-    def reply_reader(self) -> ReplyReader:
-        return _PlainReader(self._tokenizer)
+
+def _after(prompt: Sequence[int], ends: Set[int]) -> list[int]:
+    return [length for length, token in enumerate(prompt, start=1) if token in ends]
 
 
 def _is_harmony_only(message: Message) -> bool:
-    return message.channel == "analysis" or any(isinstance(part, SystemContent) for part in message.parts)
+    """The system message only where it offers no tools: those are not to be passed over in silence."""
+    is_system = any(isinstance(part, SystemContent) and not part.tools for part in message.parts)
+    return message.channel == "analysis" or is_system
 
 
 class _PlainReader:
+    """Everything is one message, an answer. Stop tokens are control tokens, and add nothing."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._detokenizer = Detokenizer(tokenizer)
-        self._text: list[str] = []
+        self._pieces: list[str] = []
+        self._started = False
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        return (text_message("assistant", "".join(self._text)),)
+        return (text_message("assistant", "".join(self._pieces)),)
 
-    def feed(self, token_id: int) -> list[ReplyDelta]:
-        return self._answer(self._detokenizer.feed(token_id))
+    def feed(self, token_id: int) -> list[Event]:
+        return self._say(self._detokenizer.feed(token_id))
 
-    def flush(self) -> list[ReplyDelta]:
-        return self._answer(self._detokenizer.flush())
+    def flush(self) -> list[Event]:
+        return [*self._say(self._detokenizer.flush()), MessageDone(message=self.messages[0], stop_id=None)]
 
-    def _answer(self, text: str) -> list[ReplyDelta]:
-        if not text:
-            return []
-        self._text.append(text)
-        return [ReplyDelta(kind="answer", text=text)]
+    def _say(self, text: str) -> list[Event]:
+        events: list[Event] = [] if self._started else [MessageStart(role="assistant")]
+        self._started = True
+        if text:
+            self._pieces.append(text)
+            events.append(TextDelta(text))
+        return events

@@ -2,20 +2,23 @@
 
 Plain frozen values, checked when made (UsageError). They know neither tokens nor templates: `chat.py` turns
 them into token ids, and replies back into messages. `Conversation.from_openai` reads the dicts of OpenAI's
-chat API and refuses (UnsupportedError) the parts of it that Freehold does not do, rather than ignore them.
+chat API, `Conversation.from_harmony` those of the openai-harmony library; both refuse (UnsupportedError) what
+Freehold does not do, rather than ignore it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal, get_args
+from itertools import chain
+from typing import Any, Literal, TypeVar, get_args
 
 from freehold.errors import UnsupportedError, UsageError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["analysis", "commentary", "final"]
 Effort = Literal["low", "medium", "high"]
+_T = TypeVar("_T")
 
 ROLES: tuple[Role, ...] = get_args(Role)
 CHANNELS: tuple[Channel, ...] = get_args(Channel)
@@ -36,8 +39,7 @@ class Text:
     text: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str):
-            raise UsageError(f"a text part holds a string, got {type(self.text).__name__}")
+        _check_string("a part's text", self.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Tool:
 
     def __post_init__(self) -> None:
         _check_name("tool", self.name)
+        _check_string(f"tool {self.name!r}: description", self.description)
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
             raise UsageError(f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}")
 
@@ -68,6 +71,7 @@ class ToolNamespace:
 
     def __post_init__(self) -> None:
         _check_name("built-in tool", self.name)
+        _check_string(f"built-in tool {self.name!r}: description", self.description)
         _check_distinct("tool", [tool.name for tool in self.tools])
 
 
@@ -81,6 +85,7 @@ class ResponseFormat:
 
     def __post_init__(self) -> None:
         _check_name("response format", self.name)
+        _check_string(f"response format {self.name!r}: description", self.description)
         if not isinstance(self.schema, Mapping):
             raise UsageError(f"response format {self.name!r}: expected a JSON schema object, got {self.schema!r}")
 
@@ -117,8 +122,8 @@ class DeveloperContent:
     response_formats: tuple[ResponseFormat, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.instructions is not None and not isinstance(self.instructions, str):
-            raise UsageError(f"instructions must be a string, got {type(self.instructions).__name__}")
+        if self.instructions is not None:
+            _check_string("instructions", self.instructions)
         _check_distinct("tool", [tool.name for tool in self.tools])
         _check_distinct("response format", [form.name for form in self.response_formats])
 
@@ -150,8 +155,10 @@ class Message:
             _check_known("channel", self.channel, CHANNELS)
         if self.recipient is not None:
             _check_name("recipient", self.recipient)
-        if self.content_type is not None and not _CONTENT_TYPE.fullmatch(str(self.content_type)):
-            raise UsageError(f"content type {self.content_type!r} is not one; give something like 'json'")
+        if self.content_type is not None:
+            _check_string("content type", self.content_type)
+            if not _CONTENT_TYPE.fullmatch(self.content_type):
+                raise UsageError(f"content type {self.content_type!r} is not one; give something like 'json'")
         if self.name is not None:
             _check_name(self.role, self.name)
         elif self.role == "tool":
@@ -193,11 +200,27 @@ class Conversation:
                 raise UsageError(f"message {index} is a {type(message).__name__}, not a Message")
 
     @classmethod
-    def from_openai(cls, messages: Sequence[Mapping[str, Any]]) -> "Conversation":
-        """Read the `messages` of OpenAI's chat API: text only, as a string or a list of text parts."""
-        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-            raise UsageError(f"messages must be a list of objects, got {type(messages).__name__}")
-        return cls(messages=tuple(_message_from_openai(raw, f"message {i}") for i, raw in enumerate(messages)))
+    def from_openai(
+        cls, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> "Conversation":
+        """Read `messages` and `tools` of OpenAI's chat API; text only.
+
+        Reasoning (`reasoning_content`, `reasoning`, `thinking`), content and each tool call become messages of their
+        own. The tools, also in the Responses API's flat form, are offered after the leading system messages.
+        """
+        result = [*chain.from_iterable(_each(messages, "message", _OpenAIReader().messages))]
+        if offered := tuple(_each(tools or (), "tool", _openai_tool)):
+            place = next((i for i, said in enumerate(result) if said.role not in ("system", "developer")), len(result))
+            result.insert(place, Message(role="developer", parts=(DeveloperContent(tools=offered),)))
+        return cls(messages=tuple(result))
+
+    @classmethod
+    def from_harmony(cls, conversation: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Conversation":
+        """Read what openai-harmony's `Conversation.to_dict` writes, or the list of its messages."""
+        if isinstance(conversation, Mapping):
+            _check_fields(conversation, ("messages",))
+            conversation = conversation.get("messages", ())
+        return cls(messages=tuple(_each(conversation, "message", _harmony_message)))
 
     def plus(self, *messages: Message) -> "Conversation":
         """This conversation with more messages at its end."""
@@ -206,44 +229,233 @@ class Conversation:
 
 # --- OpenAI's chat dicts ------------------------------------------------------------------------------------
 
-
-def _message_from_openai(raw: Mapping[str, Any], where: str) -> Message:
-    if not isinstance(raw, Mapping):
-        raise UsageError(f"{where}: expected an object with role and content, got {type(raw).__name__}")
-    role = raw.get("role")
-    if role not in ROLES:
-        raise UsageError(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
-    if role == "tool":
-        raise UnsupportedError(f"{where}: tool results are not supported yet; leave tool messages out")
-    for key, value in raw.items():
-        if key not in ("role", "content", "name") and value is not None:
-            raise UnsupportedError(f"{where}: field {key!r} is not supported; leave it out")
-    parts = _parts_from_openai(raw.get("content"), where)
-    try:
-        return Message(role=role, parts=parts, name=raw.get("name"))
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _parts_from_openai(content: Any, where: str) -> tuple[Part, ...]:
+class _OpenAIReader:
+    """Reads messages in order: a tool's result names only the id of the call that it answers."""
+
+    def __init__(self) -> None:
+        self._callees: dict[str, str] = {}
+
+    def messages(self, raw: Mapping[str, Any]) -> list[Message]:
+        role: Any = raw.get("role")
+        match role:
+            case "assistant":
+                return self._assistant(raw)
+            case "tool":
+                return [self._result(raw)]
+        _check_known("role", role, ROLES)
+        _check_fields(raw, ("role", "content", "name"))
+        return [Message(role=role, parts=_text_parts(raw.get("content")), name=raw.get("name"))]
+
+    def _assistant(self, raw: Mapping[str, Any]) -> list[Message]:
+        _check_fields(raw, ("role", "content", "name", "tool_calls", *_REASONING))
+        name, content, calls = raw.get("name"), raw.get("content"), raw.get("tool_calls") or ()
+        thoughts = [thought for field in _REASONING if (thought := raw.get(field))]
+        if any(thought != thoughts[0] for thought in thoughts):
+            raise UsageError(f"the fields {', '.join(_REASONING)} say different things; give one of them")
+        said = []
+        if thoughts:
+            said.append(Message(role="assistant", parts=(Text(text=thoughts[0]),), channel="analysis", name=name))
+        if content or not (calls or thoughts):
+            channel: Channel | None = "commentary" if calls else None  # text before calls is a preamble
+            said.append(Message(role="assistant", parts=_text_parts(content), channel=channel, name=name))
+        return said + _each(calls, "tool call", lambda call: self._call(call, author=name))
+
+    def _call(self, raw: Mapping[str, Any], *, author: str | None) -> Message:
+        _check_fields(raw, ("id", "type", "function", "index"))
+        function = _function(raw)
+        _check_fields(function, ("name", "arguments"))
+        callee, arguments = _string(function, "name"), _string(function, "arguments")
+        if raw.get("id") is not None:
+            self._callees[_string(raw, "id")] = callee
+        return Message(
+            role="assistant",
+            parts=(Text(text=arguments),),
+            channel="commentary",
+            recipient=f"functions.{callee}",
+            content_type="<|constrain|>json",
+            name=author,
+        )
+
+    def _result(self, raw: Mapping[str, Any]) -> Message:
+        _check_fields(raw, ("role", "content", "name", "tool_call_id"))
+        id_ = _string(raw, "tool_call_id")
+        if id_ not in self._callees:
+            raise UsageError(f"tool_call_id {id_!r} is that of no call before it")
+        callee = self._callees[id_]
+        if raw.get("name") not in (None, callee):
+            raise UsageError(f"call {id_!r} went to {callee!r}, not to {raw['name']!r}")
+        return Message(
+            role="tool",
+            parts=_text_parts(raw.get("content")),
+            channel="commentary",
+            recipient="assistant",
+            name=f"functions.{callee}",
+        )
+
+
+def _text_parts(content: Any) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (Text(text=content),)
     if not isinstance(content, list | tuple):
-        raise UsageError(f"{where}: content must be a string or a list of parts, got {type(content).__name__}")
-    return tuple(_part_from_openai(raw, f"{where}, part {i}") for i, raw in enumerate(content))
+        raise UsageError(f"content must be a string or a list of parts, got {type(content).__name__}")
+    return tuple(_each(content, "part", _text_part))
 
 
-def _part_from_openai(raw: Any, where: str) -> Text:
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("type"), str):
-        raise UsageError(f"{where}: expected an object with a type, got {raw!r:.80}")
-    if raw["type"] != "text":
-        raise UnsupportedError(f"{where}: type {raw['type']!r} is not supported; gpt-oss reads text only")
-    if not isinstance(raw.get("text"), str):
-        raise UsageError(f"{where}: a text part holds a string, got {type(raw.get('text')).__name__}")
-    return Text(text=raw["text"])
+def _text_part(raw: Mapping[str, Any]) -> Text:
+    if _string(raw, "type") != "text":
+        raise UnsupportedError(f"type {raw['type']!r} is not supported; gpt-oss reads text only")
+    _check_fields(raw, ("type", "text"))
+    return Text(text=_string(raw, "text"))
+
+
+def _openai_tool(raw: Mapping[str, Any]) -> Tool:
+    """In the form of the chat API, or of the Responses API, which has the function's fields beside its type."""
+    if "function" not in raw:
+        raw = {"type": raw.get("type"), "function": {key: value for key, value in raw.items() if key != "type"}}
+    _check_fields(raw, ("type", "function"))
+    return _tool(_function(raw))
+
+
+def _function(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    if raw.get("type") not in (None, "function"):
+        raise UnsupportedError(f"type {raw['type']!r} is not supported; functions are")
+    return _mapping(raw, "function")
+
+
+def _tool(raw: Mapping[str, Any]) -> Tool:
+    _check_fields(raw, ("name", "description", "parameters", "strict"))
+    if not isinstance(strict := raw.get("strict") or False, bool):
+        raise UsageError(f"strict is true or false, got {strict!r:.40}")
+    return Tool(
+        name=_string(raw, "name"),
+        description=_string(raw, "description", missing=""),
+        parameters=raw.get("parameters"),
+        strict=strict,
+    )
+
+
+# --- openai-harmony's dicts ---------------------------------------------------------------------------------
+
+
+def _harmony_message(raw: Mapping[str, Any]) -> Message:
+    _check_fields(raw, ("role", "name", "content", "channel", "recipient", "content_type"))
+    content = raw.get("content")
+    return Message(
+        role=raw.get("role", ""),
+        parts=_text_parts(content) if isinstance(content, str) else tuple(_each(content, "part", _harmony_part)),
+        channel=raw.get("channel"),
+        recipient=raw.get("recipient"),
+        content_type=raw.get("content_type"),
+        name=raw.get("name"),
+    )
+
+
+def _harmony_part(raw: Mapping[str, Any]) -> Part:
+    match raw.get("type"):
+        case "system_content":
+            return _harmony_system(raw)
+        case "developer_content":
+            return _harmony_developer(raw)
+    return _text_part(raw)
+
+
+def _harmony_system(raw: Mapping[str, Any]) -> SystemContent:
+    """What is missing is left out and has no default: that is how the library renders such a dict."""
+    fields = ("type", "model_identity", "reasoning_effort", "tools", "conversation_start_date", "knowledge_cutoff")
+    _check_fields(raw, (*fields, "channel_config"))
+    effort: Any = raw.get("reasoning_effort")
+    if isinstance(effort, str):
+        effort = effort.lower()
+    return SystemContent(
+        identity=raw.get("model_identity"),
+        knowledge_cutoff=raw.get("knowledge_cutoff"),
+        date=raw.get("conversation_start_date"),
+        effort=effort,
+        channels=() if raw.get("channel_config") is None else _harmony_channels(_mapping(raw, "channel_config")),
+        tools=_harmony_namespaces(raw),
+    )
+
+
+def _harmony_channels(config: Mapping[str, Any]) -> tuple[Channel, ...]:
+    _check_fields(config, ("valid_channels", "channel_required"))
+    if not isinstance(channels := config.get("valid_channels"), list | tuple):
+        raise UsageError(f"valid_channels must be a list, got {type(channels).__name__}")
+    if channels and config.get("channel_required") is not True:
+        raise UnsupportedError("channels that may be left out are not supported; set channel_required to true")
+    return tuple(channels)
+
+
+def _harmony_developer(raw: Mapping[str, Any]) -> DeveloperContent:
+    _check_fields(raw, ("type", "instructions", "tools"))
+    tools: tuple[Tool, ...] = ()
+    for namespace in _harmony_namespaces(raw):
+        if namespace.name != "functions" or namespace.description:
+            raise UnsupportedError(f"namespace {namespace.name!r}: a developer offers 'functions', undescribed, only")
+        tools = namespace.tools
+    return DeveloperContent(instructions=raw.get("instructions"), tools=tools)
+
+
+def _harmony_namespaces(raw: Mapping[str, Any]) -> tuple[ToolNamespace, ...]:
+    if raw.get("tools") is None:
+        return ()
+    return tuple(_each([*_mapping(raw, "tools").values()], "tool namespace", _harmony_namespace))
+
+
+def _harmony_namespace(raw: Mapping[str, Any]) -> ToolNamespace:
+    _check_fields(raw, ("name", "description", "tools"))
+    return ToolNamespace(
+        name=_string(raw, "name"),
+        description=_string(raw, "description", missing=""),
+        tools=tuple(_each(raw.get("tools"), "tool", _tool)),
+    )
+
+
+# --- reading foreign dicts ----------------------------------------------------------------------------------
+
+
+def _each(raws: Any, what: str, read: Callable[[Mapping[str, Any]], _T]) -> list[_T]:
+    """What `read` makes of each object in a list; its errors are told with the object's place."""
+    if isinstance(raws, str | Mapping) or not isinstance(raws, Sequence):
+        raise UsageError(f"{what}s must be a list of objects, got {type(raws).__name__}")
+    results = []
+    for index, raw in enumerate(raws):
+        try:
+            if not isinstance(raw, Mapping):
+                raise UsageError(f"expected an object, got {raw!r:.80}")
+            results.append(read(raw))
+        except (UsageError, UnsupportedError) as error:
+            raise type(error)(f"{what} {index}: {error}") from None
+    return results
+
+
+def _check_fields(raw: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key, value in raw.items():
+        if key not in known and value not in (None, []):
+            raise UnsupportedError(f"field {key!r} is not supported; leave it out")
+
+
+def _string(raw: Mapping[str, Any], key: str, *, missing: str | None = None) -> str:
+    value: Any = missing if raw.get(key) is None else raw[key]
+    _check_string(key, value)
+    return str(value)
+
+
+def _mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = raw.get(key)
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{key} must be an object, got {type(value).__name__}")
+    return value
 
 
 # --- checks -------------------------------------------------------------------------------------------------
+
+
+def _check_string(kind: str, value: str) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{kind} must be a string, got {type(value).__name__}")
 
 
 def _check_known(kind: str, value: str, known: Sequence[str]) -> None:

@@ -56,11 +56,14 @@ class Tokenizer:
         "_text_tokens",
         "_unwritable",
         "control_tokens",
+        "seen_texts",
         "vocab_size",
     )
 
     control_tokens: Mapping[str, int]
     vocab_size: int
+    seen_texts: dict[int, str]
+    """The text of every token met so far that is whole characters; "" for control tokens. `token_text` fills it."""
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Tokenizer:
         self._unwritable = _unwritable_bytes(backend)
         self.control_tokens = MappingProxyType(dict(control))
         self.vocab_size = vocab_size
+        self.seen_texts = {}
 
     # --- making one ---
 
@@ -191,6 +195,22 @@ class Tokenizer:
             raise UsageError(f"no token has the id {token_id}; this vocabulary has {self.vocab_size}")
         return byte_level.to_bytes(token)
 
+    def token_text(self, token_id: int) -> str | None:
+        """The text of a token: "" for a control token, None for parts of characters and for no token at all."""
+        text = self.seen_texts.get(token_id)
+        if text is None:
+            try:
+                text = self.seen_texts[token_id] = self.token_bytes(token_id).decode()
+            except (UnicodeDecodeError, UsageError):
+                return None
+        return text
+
+    def is_token(self, token_id: int) -> bool:
+        """Whether the vocabulary has a token of this id; models may have more rows than that."""
+        return self.token_text(token_id) is not None or (
+            0 <= token_id < self.vocab_size and self._backend.id_to_token(token_id) is not None
+        )
+
     def all_token_bytes(self) -> list[bytes]:
         """`token_bytes` of every id below `vocab_size`, b"" for ids that are no tokens."""
         found = [b""] * self.vocab_size
@@ -282,20 +302,29 @@ class Detokenizer:
     no text.
     """
 
-    __slots__ = ("_decoder", "_tokenizer")
+    __slots__ = ("_decoder", "_tokenizer", "is_waiting")
+
+    is_waiting: bool
+    """Whether a character is unfinished."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.is_waiting = False
 
     def feed(self, token_id: int) -> str:
         """The text that this token completes, possibly none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes((token_id,)))
+        if not self.is_waiting and (text := self._tokenizer.token_text(token_id)) is not None:
+            return text
+        text = self._decoder.decode(self._tokenizer.decode_bytes((token_id,)))
+        self.is_waiting = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What the unfinished rest reads as (U+FFFD or nothing); then ready for another text."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self.is_waiting = False
         return rest
 
 

@@ -8,7 +8,7 @@ import datetime
 import operator
 import os
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,12 @@ from freehold.engine.core import OUT_OF_MEMORY, Engine, is_out_of_memory
 from freehold.engine.loop import LocalEngine
 from freehold.engine.options import MAX_NUM_SEQS
 from freehold.engine.prefix_files import PrefixFiles
-from freehold.engine.request import Request
+from freehold.engine.request import Request, TokenConstraint
 from freehold.errors import CheckpointError, OutOfMemoryError, UsageError
 from freehold.formats import chat
-from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyDelta, ReplyReader
+from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyReader, TurnChoices
 from freehold.formats.conversation import Conversation, Effort, Message, SystemContent
+from freehold.formats.events import Event, TextDelta
 from freehold.formats.stops import StopStrings
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.hub.find import DEFAULT, find_model
@@ -173,6 +174,7 @@ class Model:
         stop_ids: Iterable[int] | None = None,
         min_tokens: int = 0,
         boundaries: Sequence[int] = (),
+        constraint: Callable[[], TokenConstraint] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
         """A request for `engine`, with `defaults` for what is None, and no more tokens than the context has room for.
@@ -193,6 +195,7 @@ class Model:
             min_tokens=min_tokens,
             stop_ids=defaults.stop_ids if stop_ids is None else frozenset(stop_ids),
             boundaries=boundaries,
+            constraint=constraint,
             sampling=replace(defaults.sampling, **asked),  # type: ignore[arg-type]
         )
 
@@ -204,13 +207,15 @@ class Model:
         stop_ids: Iterable[int] | None = None,
         min_tokens: int = 0,
         boundaries: Sequence[int] = (),
+        constraint: Callable[[], TokenConstraint] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[int]:
         """Yield new tokens until one of `stop_ids` (which is yielded too), `max_tokens`, or the model's full context.
 
         What is None comes from `defaults`. `sampling` are the fields of freehold.sampling.Sampling: temperature 0 takes
         the likeliest token; the same seed gives the same tokens, and without one each call draws its own. `boundaries`
-        are prefixes of the prompt that later ones may share (engine.request). Arguments are checked before anything
+        are prefixes of the prompt that later ones may share, `constraint` says what may come next (both:
+        engine.request). Arguments are checked before anything
         runs. Several may run at once, on one thread or many.
         """
         request = self.request(
@@ -219,6 +224,7 @@ class Model:
             stop_ids=stop_ids,
             min_tokens=min_tokens,
             boundaries=boundaries,
+            constraint=constraint,
             **sampling,
         )
         return (token for step in self.engine.stream(request) for token in step.tokens)
@@ -240,35 +246,51 @@ class Model:
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
         *,
-        reasoning_effort: Effort | None = None,
-        **sampling: Any,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
     ) -> str:
-        """The reply to a conversation, given as OpenAI-style dicts or as a Conversation; reasoning is left out.
+        """The reply to a conversation, given as OpenAI-style dicts or as a Conversation: what is meant for the user.
 
-        `sampling` is what `generate` takes. `reasoning_effort` (low, medium, high) is for models that speak Harmony;
-        the others refuse it.
+        `options` are what `stream_chat` takes.
         """
-        deltas = self.stream_chat(messages, reasoning_effort=reasoning_effort, **sampling).deltas
-        return "".join(delta.text for delta in deltas if delta.kind == "answer")
+        events = self.stream_chat(messages, tools=tools, **options).events
+        return "".join(event.text for event in events if isinstance(event, TextDelta))
 
     def stream_chat(
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning_effort: Effort | None = None,
+        harmony: bool | None = None,
+        grammar: bool = True,
+        choices: TurnChoices | None = None,
         **sampling: Any,
     ) -> "Reply":
-        """Like `chat`, as it is made: reasoning and answer, and in the end the messages for the history."""
-        conversation = messages if isinstance(messages, Conversation) else Conversation.from_openai(messages)
-        chat_format = self.chat_format(reasoning_effort)
-        if sampling.get("stop_ids") is None:
-            sampling["stop_ids"] = chat_format.stop_ids
-        prompt = chat_format.render(conversation)
-        tokens = self.generate(prompt, boundaries=chat_format.message_ends(prompt), **sampling)
-        return Reply(tokens, chat_format.reply_reader(), num_prompt_tokens=len(prompt))
+        """Like `chat`, as it is made: reasoning, answer and calls, and in the end the messages for the history.
 
-    def chat_format(self, reasoning_effort: Effort | None = None) -> ChatFormat:
-        """How this model writes conversations. Raises CheckpointError where its folder does not say."""
+        `tools` are those of OpenAI's chat API. `reasoning_effort` (low, medium, high) is for models that speak Harmony;
+        the others refuse it. `harmony` makes a model speak Harmony whose template says otherwise, if it has the control
+        tokens. Harmony's structure is enforced by a `grammar`, which also keeps to the `choices`. `sampling` is what
+        `generate` takes.
+        """
+        if isinstance(messages, Conversation):
+            if tools:
+                raise UsageError("tools of a Conversation are part of its developer message; put them there")
+            conversation = messages
+        else:
+            conversation = Conversation.from_openai(messages, tools=tools)
+        turn = self.chat_format(reasoning_effort, harmony=harmony).turn(conversation, grammar=grammar, **choices or {})
+        if sampling.get("stop_ids") is None:
+            sampling["stop_ids"] = turn.stop_ids
+        tokens = self.generate(turn.prompt.ids, boundaries=turn.prompt.boundaries, constraint=turn.grammar, **sampling)
+        return Reply(tokens, turn.reader, num_prompt_tokens=len(turn.prompt.ids))
+
+    def chat_format(self, reasoning_effort: Effort | None = None, *, harmony: bool | None = None) -> ChatFormat:
+        """How this model writes conversations; in Harmony, or not, where that is given.
+
+        Raises CheckpointError where its folder does not say, or lacks what it takes.
+        """
         if self.tokenizer is None:
             raise CheckpointError(
                 f"{self._folder.path} has no tokenizer.json, so this model knows token ids only; add the tokeniser it "
@@ -286,6 +308,7 @@ class Model:
             self.defaults.stop_ids,
             system=system,
             variables=self._folder.template_variables,
+            harmony=harmony,
         )
         if reasoning_effort is not None and not isinstance(chosen, HarmonyFormat):
             raise UsageError(
@@ -322,20 +345,20 @@ def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -
 
 
 class Reply:
-    """One reply while it is made: read `deltas` to the end, then `messages`."""
+    """One reply while it is made: read `events` to the end, then `messages`."""
 
     def __init__(self, tokens: Iterator[int], reader: ReplyReader, *, num_prompt_tokens: int) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_tokens = 0
         self._reader = reader
-        self.deltas = self._read(tokens)
+        self.events = self._read(tokens)
 
     @property
     def messages(self) -> tuple[Message, ...]:
         """What belongs in the history, also after the reader stopped half-way."""
         return self._reader.messages
 
-    def _read(self, tokens: Iterator[int]) -> Generator[ReplyDelta]:
+    def _read(self, tokens: Iterator[int]) -> Generator[Event]:
         try:
             for token in tokens:
                 self.num_tokens += 1

@@ -62,3 +62,11 @@ class Offer:
             functions=tuple(tool for part in parts if isinstance(part, DeveloperContent) for tool in part.tools),
             builtins=tuple(space for part in parts if isinstance(part, SystemContent) for space in part.tools),
         )
+
+    def meant(self, written: str) -> Callee | None:
+        """Whom a recipient names that models write with small mistakes: with a namespace too few or too many, or with
+        the content type stuck to it. None where that is nobody."""
+        bare = written.removeprefix(f"{FUNCTIONS}.")
+        names = [written, f"{FUNCTIONS}.{written}", bare]
+        names += [name.removesuffix(suffix) for name in names for suffix in ("json", "code")]
+        return next((self.callees[name] for name in names if name in self.callees), None)

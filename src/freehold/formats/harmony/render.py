@@ -1,45 +1,81 @@
 """Conversations as Harmony token ids: control ids, and between them plainly encoded text.
 
-Token for token what openai-harmony renders, with one rule taken from the written specification where that
-library is coarser: of everything before the last final answer, no analysis is shown to the model again (the
-library looks at the first final answer only). Refuses (UnsupportedError) what is not built yet: the
-description of tools. Called by `chat.py`.
+Token for token what openai-harmony renders, but for what the tests name as deliberate differences. The largest: of
+everything before the last final answer, no analysis is shown to the model again, as the written specification has
+it; that library looks at the first final answer only, and not at all while a tool is being called.
+
+Whatever text a conversation holds, and wherever, it cannot become a control token. Called by `chat.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from freehold.errors import UnsupportedError
-from freehold.formats.conversation import Conversation, DeveloperContent, Message, Part, SystemContent, Text
+from freehold.errors import UsageError
+from freehold.formats.conversation import (
+    Conversation,
+    DeveloperContent,
+    Message,
+    Part,
+    ResponseFormat,
+    Role,
+    SystemContent,
+    Text,
+    Tool,
+    ToolNamespace,
+)
+from freehold.formats.harmony.offer import FUNCTION_CHANNEL, FUNCTIONS, Offer
+from freehold.formats.harmony.typescript import compact_json, typescript
 from freehold.formats.harmony.vocabulary import CONSTRAIN, HarmonyVocabulary
 from freehold.formats.tokenizer import Tokenizer
 
 
-def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """The conversation, and the opening of the assistant's next message."""
-    vocabulary = HarmonyVocabulary.of(tokenizer)
-    return [*render_conversation(conversation, tokenizer), vocabulary.start, *tokenizer.encode("assistant")]
+class Rendered(NamedTuple):
+    """Token ids, and the lengths of all their beginnings that end with a whole message."""
+
+    ids: list[int]
+    boundaries: list[int]
 
 
-def render_conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """All messages that the model sees again, each closed by `<|end|>`, even where that was `<|return|>`."""
+def render(conversation: Conversation, tokenizer: Tokenizer, *, upto: Role | None = "assistant") -> Rendered:
+    """The messages that the model sees again, then the opening of `upto`'s next one.
+
+    Every message but a call is closed by `<|end|>`, even where the model wrote `<|return|>`. Raises UsageError for
+    tools whose names collide, and for schemas that cannot be written out.
+    """
     vocabulary = HarmonyVocabulary.of(tokenizer)
+    has_functions = bool(Offer.of(conversation).functions)
     ids: list[int] = []
+    boundaries: list[int] = []
     for message in _without_past_analysis(conversation.messages):
-        ids += _message(message, tokenizer, vocabulary)
-    return ids
+        ids += [vocabulary.start, *_header(message, tokenizer, vocabulary), vocabulary.message]
+        for part in message.parts:
+            ids += tokenizer.encode(_part_text(part, has_functions))
+        calls_tool = message.role == "assistant" and message.recipient is not None
+        ids.append(vocabulary.call if calls_tool else vocabulary.end)
+        boundaries.append(len(ids))
+    if upto is not None:
+        ids += [vocabulary.start, *tokenizer.encode(upto)]
+    return Rendered(ids, boundaries)
 
 
-def _without_past_analysis(messages: Sequence[Message]) -> list[Message]:
-    last_final = max((i for i, message in enumerate(messages) if message.channel == "final"), default=-1)
-    return [message for i, message in enumerate(messages) if i > last_final or message.channel != "analysis"]
+def _without_past_analysis(messages: Sequence[Message]) -> Iterator[Message]:
+    """A final answer closes all reasoning before it; what comes after the last one belongs to an open turn.
+
+    What was said to built-in tools, and what they said, is part of the reasoning.
+    """
+    finals = (i for i, message in enumerate(messages) if message.role == "assistant" and message.channel == "final")
+    last_final = max(finals, default=-1)
+    return (message for i, message in enumerate(messages) if i > last_final or message.channel != "analysis")
 
 
-def _message(message: Message, tokenizer: Tokenizer, vocabulary: HarmonyVocabulary) -> list[int]:
-    ids = [vocabulary.start]
+# --- headers ------------------------------------------------------------------------------------------------
+
+
+def _header(message: Message, tokenizer: Tokenizer, vocabulary: HarmonyVocabulary) -> list[int]:
     if message.role == "tool":  # a tool's message is headed by its name alone
-        ids += tokenizer.encode(message.name or "")
+        ids = tokenizer.encode(message.name or "")
     else:
-        ids += tokenizer.encode(message.role)
+        ids = tokenizer.encode(message.role)
         if message.name is not None:
             ids += tokenizer.encode(f":{message.name}")
     if message.recipient not in (None, "all"):
@@ -48,37 +84,29 @@ def _message(message: Message, tokenizer: Tokenizer, vocabulary: HarmonyVocabula
         ids += [vocabulary.channel, *tokenizer.encode(message.channel)]
     if message.content_type is not None:
         ids += _content_type(message.content_type, tokenizer, vocabulary)
-    ids.append(vocabulary.message)
-    for part in message.parts:
-        ids += tokenizer.encode(_part_text(part))
-    calls_tool = message.role == "assistant" and message.recipient is not None
-    return [*ids, vocabulary.call if calls_tool else vocabulary.end]
+    return ids
 
 
 def _content_type(content_type: str, tokenizer: Tokenizer, vocabulary: HarmonyVocabulary) -> list[int]:
     if not content_type.startswith(CONSTRAIN):
         return tokenizer.encode(f" {content_type}")
-    return [
-        *tokenizer.encode(" "),
-        vocabulary.constrain,
-        *tokenizer.encode(content_type.removeprefix(CONSTRAIN)),
-    ]
+    return [*tokenizer.encode(" "), vocabulary.constrain, *tokenizer.encode(content_type.removeprefix(CONSTRAIN))]
 
 
-def _part_text(part: Part) -> str:
+# --- bodies -------------------------------------------------------------------------------------------------
+
+
+def _part_text(part: Part, has_functions: bool) -> str:
     match part:
         case Text(text=text):
             return text
         case SystemContent():
-            return _system_text(part)
-        case DeveloperContent(tools=()):
-            return "" if part.instructions is None else f"# Instructions\n\n{part.instructions}"
-    raise UnsupportedError("function tools are not rendered yet; leave them out of the developer message")
+            return "\n\n".join(_system_sections(part, has_functions))
+        case DeveloperContent():
+            return "\n\n".join(_developer_sections(part))
 
 
-def _system_text(system: SystemContent) -> str:
-    if system.tools:
-        raise UnsupportedError("built-in tools are not rendered yet; leave them out")
+def _system_sections(system: SystemContent, has_functions: bool) -> Iterator[str]:
     about = []
     if system.identity is not None:
         about.append(system.identity)
@@ -86,10 +114,61 @@ def _system_text(system: SystemContent) -> str:
         about.append(f"Knowledge cutoff: {system.knowledge_cutoff}")
     if system.date is not None:
         about.append(f"Current date: {system.date}")
-    sections = ["\n".join(about)] if about else []
+    if about:
+        yield "\n".join(about)
     if system.effort is not None:
-        sections.append(f"Reasoning: {system.effort}")
+        yield f"Reasoning: {system.effort}"
+    if system.tools:
+        yield "# Tools"
+        for namespace in sorted(system.tools, key=lambda namespace: namespace.name):
+            yield _namespace(namespace)
     if system.channels:
-        channels = ", ".join(system.channels)
-        sections.append(f"# Valid channels: {channels}. Channel must be included for every message.")
-    return "\n\n".join(sections)
+        rule = f"# Valid channels: {', '.join(system.channels)}. Channel must be included for every message."
+        if has_functions:
+            rule += f"\nCalls to these tools must go to the {FUNCTION_CHANNEL} channel: '{FUNCTIONS}'."
+        yield rule
+
+
+def _developer_sections(developer: DeveloperContent) -> Iterator[str]:
+    if developer.instructions is not None:
+        yield f"# Instructions\n\n{developer.instructions}"
+    if developer.tools:
+        yield "# Tools"
+        yield _namespace(ToolNamespace(name=FUNCTIONS, tools=developer.tools))
+    if developer.response_formats:
+        yield "# Response Formats"
+        yield from map(_response_format, developer.response_formats)
+
+
+def _namespace(namespace: ToolNamespace) -> str:
+    heading = f"## {namespace.name}\n"
+    if not namespace.tools:
+        return "\n".join([heading, *_lines(namespace.description)])
+    opening = f"namespace {namespace.name} {{\n"
+    closing = f"}} // namespace {namespace.name}"
+    return "\n".join([heading, *_commented(namespace.description), opening, *map(_function, namespace.tools), closing])
+
+
+def _function(tool: Tool) -> str:
+    try:
+        argument = "" if tool.parameters is None else f"_: {typescript(tool.parameters)}"
+    except UsageError as error:
+        raise UsageError(f"tool {tool.name!r}: {error}") from None
+    return "\n".join([*_commented(tool.description), f"type {tool.name} = ({argument}) => any;\n"])
+
+
+def _response_format(form: ResponseFormat) -> str:
+    try:
+        schema = compact_json(form.schema)
+    except UsageError as error:
+        raise UsageError(f"response format {form.name!r}: {error}") from None
+    return "\n".join([f"## {form.name}\n", *_commented(form.description), schema])
+
+
+def _commented(text: str) -> list[str]:
+    return [f"// {line}" for line in _lines(text)]
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as Rust's `str::lines` has them: they end in LF or CR LF and nothing else, the last one maybe not."""
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []

@@ -5,7 +5,7 @@ A turn is messages one after another: `MessageStart`, deltas, `MessageDone`. A m
 was not as it should be; no event ever carries a control token as text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from freehold.formats.conversation import Message, Role
@@ -14,13 +14,15 @@ from freehold.formats.conversation import Message, Role
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageStart:
     """A message's header, mended where that was needed. `channel` is any word that the model wrote, None where it
-    wrote none; `name` is a tool's, where the model made one up."""
+    wrote none; `name` is a tool's or another author's. `tokens` are the whole header as written, from `position` on."""
 
     role: Role
     channel: str | None = None
     recipient: str | None = None
     content_type: str | None = None
     name: str | None = None
+    position: int = field(default=0, compare=False)
+    tokens: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,13 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherDelta:
+    """More of a message that is not the assistant's, and so no part of the reply; never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class CallStart:
     """The model calls a tool: the full recipient, as offered where that could be made out."""
 
@@ -46,13 +55,13 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsDelta:
-    """More of a call's arguments, or of its code; never empty."""
+    """More of a call's arguments, or of its code; never empty. All of them in a row are `CallDone.arguments`."""
 
     text: str
 
 
-CallProblem = Literal["not offered", "not json", "not an object", "broken off"]
-"""Why a call must not be carried out."""
+CallProblem = Literal["not offered", "leaked", "not json", "not an object", "broken off"]
+"""Why a call must not be carried out. "leaked": its header was plain text, which may as well be a quotation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +75,8 @@ class CallDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageDone:
-    """The message as history keeps it. `stop_id` is the token that closed it, None where the model broke off."""
+    """The message as history keeps it: its text as the model wrote it, its header mended. `stop_id` is the token that
+    closed it, None where none did."""
 
     message: Message
     stop_id: int | None
@@ -74,32 +84,35 @@ class MessageDone:
 
 DiagnosticCode = Literal[
     "junk in header",
+    "leaked header",
     "unknown role",
+    "role not the assistant's",
     "unknown channel",
     "missing channel",
     "missing start",
     "missing message",
     "missing end",
     "misplaced control token",
+    "unknown token",
     "text between messages",
     "recipient mended",
     "recipient not offered",
-    "wrong channel for a call",
-    "code instead of json",
     "content type mended",
-    "arguments not json",
+    "wrong channel for a call",
     "wrong end of a call",
-    "leaked header",
-    "role not the assistant's",
+    "wrong end of a message",
+    "code instead of json",
+    "json instead of code",
+    "arguments not json",
     "broken off",
-    "unknown token",
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostic:
     """Something was not as it should be, and what was made of it. `position` counts the turn's tokens from 0; `tokens`
-    are those that this diagnostic alone accounts for: they are part of no header, no text and no ending."""
+    are those from there on that this diagnostic alone accounts for: they are part of no header, no text and no ending.
+    """
 
     code: DiagnosticCode
     detail: str
@@ -107,4 +120,14 @@ class Diagnostic:
     tokens: tuple[int, ...] = ()
 
 
-Event = MessageStart | ReasoningDelta | TextDelta | CallStart | ArgumentsDelta | CallDone | MessageDone | Diagnostic
+Event = (
+    MessageStart
+    | ReasoningDelta
+    | TextDelta
+    | OtherDelta
+    | CallStart
+    | ArgumentsDelta
+    | CallDone
+    | MessageDone
+    | Diagnostic
+)
