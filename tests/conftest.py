@@ -1,5 +1,5 @@
 """What many tests want: the default model, made on first use and from the cache afterwards, a choice of kernels, and
-openai-harmony as the oracle."""
+openai-harmony as the oracle for gpt-oss's own vocabulary."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Vocabularies for every test here."""
+"""Small vocabularies for every test here."""
 
 from collections.abc import Callable
 from typing import Any

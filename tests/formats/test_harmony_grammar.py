@@ -3,12 +3,8 @@
 import codecs
 import json
 import random
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 
@@ -29,6 +25,7 @@ from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.schema import enforceable
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.tokenizer import Tokenizer
+from tests.schemas import SCHEMAS, validator
 
 WEATHER = {
     "type": "object",
@@ -44,9 +41,6 @@ TOOLS = Offer(
     ),
     builtins=(ToolNamespace(name="python"), ToolNamespace(name="browser", tools=(Tool(name="search"),))),
 )
-SCHEMAS = [
-    json.loads(line) for line in Path(__file__).with_name("schemas").joinpath("tools.jsonl").read_bytes().splitlines()
-]
 SUPPORTED = [entry for entry in SCHEMAS if "refused" not in entry]
 REFUSED = [entry for entry in SCHEMAS if "refused" in entry]
 
@@ -323,8 +317,6 @@ def test_the_answer_has_the_form_that_was_asked_for(
         assert is_legal(gpt_oss, f"{reasoning}{FINAL}{text}<|return|>", response_format=form)
     for text in bad:
         assert not is_legal(gpt_oss, f"{reasoning}{FINAL}{text}<|return|>", response_format=form)
-    typed = f"<|channel|>final <|constrain|>json<|message|>{good[0] if good else ''}<|return|>"
-    assert is_legal(gpt_oss, typed, response_format=form) is isinstance(form, JsonObject | JsonSchema)
     assert is_legal(gpt_oss, f"{CALL}get json<|message|>{{}}<|call|>", response_format=form)
 
 
@@ -416,31 +408,6 @@ def walk(constraint: TurnConstraint, tokenizer: Tokenizer, source: random.Random
             constraint.accept(token)
             text = b"" if token == tokenizer.control_tokens["<|message|>"] else text + tokenizer.token_bytes(token)
     return None
-
-
-def openapi_nulls(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [openapi_nulls(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    read = {name: openapi_nulls(value) for name, value in schema.items()}
-    if read.get("nullable") is True and isinstance(read.get("type"), str):
-        read["type"] = [read["type"], "null"]
-    return read
-
-
-def exact_multiple(_: Any, divisor: float, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
-    """jsonschema divides floats, and finds 1.1 to be no multiple of 0.01."""
-    if isinstance(instance, int | float) and Fraction(str(instance)) % Fraction(str(divisor)):
-        yield jsonschema.ValidationError(f"{instance} is not a multiple of {divisor}")
-
-
-def validator(schema: Any) -> Any:
-    tuples = "$schema" not in schema and any(f'"items": {start}' in json.dumps(schema) for start in ("[{", "[["))
-    default: Any = jsonschema.Draft7Validator if tuples else jsonschema.Draft202012Validator
-    extend: Any = jsonschema.validators.extend
-    kind = extend(jsonschema.validators.validator_for(schema, default=default), {"multipleOf": exact_multiple})
-    return kind(openapi_nulls(schema), format_checker=kind.FORMAT_CHECKER)
 
 
 def test_there_are_enough_schemas() -> None:
@@ -614,6 +581,12 @@ def test_arguments_are_objects(small_harmony: Tokenizer) -> None:
         options = TurnOptions(offer=Offer(functions=(Tool(name="f", parameters=parameters, strict=True),)))
         assert refused_at(small_harmony, options, CALL + 'f json<|message|>{"a":1}<|call|>') is None
         assert refused_at(small_harmony, options, CALL + 'f json<|message|>"a"<|call|>')
+
+
+def test_arguments_that_can_be_no_object_are_refused(small_harmony: Tokenizer) -> None:
+    options = TurnOptions(offer=Offer(functions=(Tool(name="f", parameters={"enum": ["a"]}, strict=True),)))
+    with pytest.raises(SchemaError, match="object"):
+        TurnGrammar(small_harmony, options)
 
 
 def test_the_vocabulary_is_prepared_once(small_harmony: Tokenizer) -> None:

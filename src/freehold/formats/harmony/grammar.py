@@ -350,20 +350,20 @@ class _Parts:
         return self._part(f"call{index}", _json(object_schema(schema, what)), what, schema)
 
     def _answer(self) -> Iterator[str]:
-        kind, body = "", "TEXT"
+        body = "TEXT"
         match self._options.response_format:
             case JsonObject():
-                kind, body = "json", self._part("answer", {"json_schema": _ANY_OBJECT}, "the response format")
+                body = self._part("answer", {"json_schema": _ANY_OBJECT}, "the response format")
             case JsonSchema(schema=schema):
                 what = "the response format"
-                kind, body = "json", self._part("answer", _json(enforceable(schema, what)), what, schema)
+                body = self._part("answer", _json(enforceable(schema, what)), what, schema)
             case Regex(pattern=pattern):
                 lark = f"start: ANSWER\nANSWER: /{_in_lark(pattern)}/"
                 body = self._part("answer", {"lark_grammar": lark}, f"the regex {pattern!r:.80}")
             case Lark(text=text):
                 _check_lark(text)
                 body = self._part("answer", {"lark_grammar": text}, "the Lark grammar")
-        yield f'answer: <|channel|> "final" {kind} <|message|> {body} <|return|>'
+        yield f'answer: <|channel|> "final" <|message|> {body} <|return|>'
 
     def _part(self, name: str, grammar: dict[str, Any], what: str, schema: Any = None) -> str:
         self._named[name], self._sources[name] = grammar, (what, schema)

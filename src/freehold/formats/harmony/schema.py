@@ -96,7 +96,9 @@ def locate(schema: Any, what: str, complaint: Callable[[Clean], str]) -> SchemaE
 
     node: Any = schema
     pointer: _Pointer = ()
-    reason = complain(node, pointer) or "the whole of it is too large"
+    reason = complain(node, pointer)
+    if not reason:
+        return _refusal(what, pointer, "the arguments of a call are an object, and none can match this")
     while True:
         for child, steps in _children(node):
             if child is not False and (found := complain(child, pointer + steps)):

@@ -1,0 +1,231 @@
+"""The engine, a random model at temperature 2 and the turn's grammar: whatever comes out is a legal turn."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import freehold
+from freehold.config import ModelConfig, RopeConfig
+from freehold.engine.core import Engine
+from freehold.engine.options import EngineOptions
+from freehold.engine.request import Completion, Request, TokenConstraint
+from freehold.formats.byte_level import CHARACTERS
+from freehold.formats.conversation import Tool, ToolNamespace
+from freehold.formats.harmony.grammar import (
+    JsonObject,
+    JsonSchema,
+    Lark,
+    NamedTool,
+    Regex,
+    TurnGrammar,
+    TurnOptions,
+)
+from freehold.formats.harmony.offer import Offer
+from freehold.formats.harmony.parser import HarmonyParser
+from freehold.formats.harmony.vocabulary import CONTROL_TOKENS, HarmonyVocabulary
+from freehold.formats.tokenizer import Tokenizer
+from freehold.sampling import Sampling
+from freehold.weights.synth import write_random_checkpoint
+from tests.schemas import SCHEMAS, validator
+
+CONTEXT = 1024
+TURNS = 1000
+# Needs a word or a list that chance does not find in time.
+PATIENT = {"salesforce.soql", "sudoku", "bigquery.execute_sql"}
+STRICT = [
+    entry
+    for entry in SCHEMAS
+    if "refused" not in entry and entry["name"] not in PATIENT and entry["schema"].get("type") == "object"
+]
+
+
+class Said(NamedTuple):
+    channel: str | None
+    recipient: str | None
+    text: str
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Bytes, a few words, and Harmony's control tokens."""
+    words = ["assistant", "analysis", "commentary", "final", "json", "code", "functions", "to"]
+    tokens, merges = list(CHARACTERS), []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in tokens:
+                tokens.append(word[:end])
+                merges.append(f"{word[: end - 1]} {word[end - 1]}")
+    plain = Tokenizer.from_gguf(tokens=tokens, token_types=[1] * len(tokens), merges=merges, pre="smollm")
+    return plain.with_control_tokens(CONTROL_TOKENS)
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Engine]:
+    config = ModelConfig(
+        num_layers=2, hidden_size=64, expert_width=32, num_experts=4, num_active_experts=2, num_heads=4, num_kv_heads=2,
+        head_dim=16, vocab_size=tokenizer.vocab_size + 5, windows=(70, None), max_context=CONTEXT,
+        rope=RopeConfig(factor=1.0, original_context=CONTEXT),
+    )  # fmt: skip
+    write_random_checkpoint(tmp_path / "model", config)
+    transformer = freehold.load(tmp_path / "model", device="cpu", dtype="float32").transformer
+    engine = Engine(transformer, EngineOptions(context=CONTEXT, kv_tokens=32 * CONTEXT, chunk=64, max_num_seqs=32))
+    yield engine
+    engine.check_integrity()
+    engine.close()
+
+
+def offers() -> list[Offer]:
+    """Of ten tools each, every other one strict, with built-in ones beside them."""
+    builtins = (ToolNamespace(name="python"), ToolNamespace(name="browser", tools=(Tool(name="search"),)))
+    tools = [Tool(name=entry["name"], parameters=entry["schema"], strict=True) for entry in STRICT]
+    free = [Tool(name=f"free_{i}", parameters={"type": "object"}) for i in range(3)]
+    return [Offer(functions=(*tools[i : i + 10], *free), builtins=builtins) for i in range(0, len(tools), 10)]
+
+
+FORMS: Sequence[tuple[Any, Any]] = (
+    (None, lambda text: None),
+    (JsonObject(), lambda text: isinstance(json.loads(text), dict) or pytest.fail(text)),
+    (JsonSchema(STRICT[0]["schema"]), lambda text: validate(STRICT[0]["schema"], text)),
+    (Regex(r"[a-f]{2,9}-\d{1,3}"), lambda text: re.fullmatch(r"[a-f]{2,9}-\d{1,3}", text) or pytest.fail(text)),
+    (Lark('start: "yes" | "no" (", " "no")*'), lambda text: re.fullmatch("yes|no(, no)*", text) or pytest.fail(text)),
+)
+
+
+def options_of(index: int, offer: Offer) -> TurnOptions:
+    choices = ("auto", "required", "none", NamedTool(next(iter(offer.callees))), "auto", "required")
+    return TurnOptions(
+        offer=offer,
+        tool_choice=choices[index % len(choices)],  # type: ignore[arg-type]
+        parallel_tool_calls=index % 3 == 1,
+        response_format=FORMS[index % len(FORMS)][0],
+        max_reasoning_tokens=(None, 0, 7, 30)[index % 4],
+    )
+
+
+def validate(schema: Any, text: str) -> None:
+    validator(schema).validate(json.loads(text))
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    ids = [engine.submit(request) for request in requests]
+    done = {i: [Completion() for _ in range(r.n)] for i, r in zip(ids, requests, strict=True)}
+    while engine.has_work:
+        for request_id, step in engine.step():
+            done[request_id][step.index].add(step)
+    return [completion for i in ids for completion in done[i]]
+
+
+def messages(tokenizer: Tokenizer, tokens: Sequence[int], offer: Offer) -> list[Said]:
+    """What a turn says, by our parser, which has nothing to remark. The end of several calls is no part of any."""
+    parser = HarmonyParser(tokenizer, offer=offer)
+    known = HarmonyVocabulary.of(tokenizer)
+    for token in tokens[:-1] if list(tokens[-2:]) == [known.call, known.return_] else tokens:
+        parser.feed(token)
+    parser.flush()
+    assert not parser.diagnostics
+    return [Said(message.channel, message.recipient, message.text) for message in parser.messages]
+
+
+def their_messages(oracle: Any, shown: str) -> list[Said]:
+    """The same by openai-harmony's, which mends nothing."""
+    from openai_harmony import Role, StreamableParser
+
+    parser = StreamableParser(oracle, role=Role.ASSISTANT)
+    shown = shown.removesuffix("<|return|>") if shown.endswith("<|call|><|return|>") else shown
+    for token in oracle.encode(shown, allowed_special="all"):
+        parser.process(token)
+    assert all(message.author.role == Role.ASSISTANT for message in parser.messages)
+    return [Said(m.channel, m.recipient, "".join(part.text for part in m.content)) for m in parser.messages]
+
+
+MESSAGE = (
+    r"(?: to=(?P<early>[\w.-]+))?<\|channel\|>(?P<channel>analysis|commentary|final)(?: to=(?P<late>[\w.-]+))?"
+    r"(?: json| code| ?<\|constrain\|>(?:json|code))?<\|message\|>(?P<text>.*?)<\|(?P<end>end|return|call)\|>"
+)
+
+
+def check(shown: str, said: Sequence[Said], options: TurnOptions, form: Any) -> None:
+    """One turn against its options: its structure by a plain reading of the text, its contents by the messages."""
+    found = list(re.finditer(MESSAGE, shown.replace("<|start|>assistant", ""), re.DOTALL))
+    after = shown.replace("<|start|>assistant", "")[found[-1].end() :]
+    assert after == ("<|return|>" if options.parallel_tool_calls and found[-1]["end"] == "call" else ""), shown
+    assert "".join(match[0] for match in found) + after == shown.replace("<|start|>assistant", ""), shown
+    assert [(m["channel"], m["early"] or m["late"], m["text"]) for m in found] == list(said)
+    calls = 0
+    for match, (channel, recipient, text) in zip(found, said, strict=True):
+        is_last = match is found[-1]
+        if recipient is not None:
+            callee = {callee.recipient: callee for callee in options.callees}[recipient]
+            assert (channel, match["end"]) == (callee.channel, "call")
+            if callee.tool is not None:
+                assert isinstance(json.loads(text), dict)
+                if callee.tool.strict:
+                    validate(callee.tool.parameters, text)
+            calls += 1
+        elif channel == "final":
+            assert is_last and options.may_answer and match["end"] == "return"
+            form(text)
+        else:
+            assert not is_last and not calls and match["end"] == "end"
+            assert channel == "analysis" or options.callees
+    assert calls <= 1 or options.parallel_tool_calls
+    assert calls or options.may_answer
+
+
+def test_a_thousand_turns(engine: Engine, tokenizer: Tokenizer, oracle: Any) -> None:
+    prompt = [tokenizer.control_tokens["<|start|>"], *tokenizer.encode("assistant")]
+    # A random model would write for ever: what ends a text is as likely as all else together.
+    ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in '"}],')]
+    sampling = Sampling(temperature=2.0, seed=1, logit_bias=dict.fromkeys(ends, 8.0))
+    all_options = [options_of(i, offer) for i, offer in enumerate(offers() * 2)]
+    grammars = [TurnGrammar(tokenizer, options) for options in all_options]
+    n = -(-TURNS // len(grammars)) + 1  # chance may make one too long for the context
+    requests = [
+        Request(
+            prompt=prompt,
+            max_tokens=CONTEXT - 16,
+            stop_ids=g.stop_ids,
+            sampling=sampling,
+            n=n,
+            cache=False,
+            constraint=g,
+        )
+        for g in grammars
+    ]
+    completions = run(engine, requests)
+    assert {completion.finish for completion in completions} <= {"stop", "length"}
+    whole = [(i // n, completion.tokens) for i, completion in enumerate(completions) if completion.finish == "stop"]
+    assert len(whole) >= TURNS
+    for index, tokens in whole:
+        shown = tokenizer.decode(tokens, control="show")
+        options = all_options[index]
+        said = messages(tokenizer, tokens, options.offer)
+        assert said == their_messages(oracle, shown)
+        check(shown, said, options, FORMS[index % len(FORMS)][1])
+        budget = options.max_reasoning_tokens
+        assert budget is None or num_reasoning_tokens(tokenizer, tokens) <= budget + 3
+
+
+def num_reasoning_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+    shown = [tokenizer.decode([token], control="show") for token in tokens]
+    count, header, reasons = 0, "", False
+    for text in shown:
+        if text == "<|start|>":
+            header = ""
+        elif text == "<|message|>":
+            reasons = header.removeprefix("assistant") == "<|channel|>analysis"
+        elif text in ("<|end|>", "<|return|>", "<|call|>"):
+            reasons = False
+        else:
+            header += text
+            count += reasons
+    return count
+
+
+def test_a_constraint_is_what_the_engine_wants(tokenizer: Tokenizer) -> None:
+    constraint: TokenConstraint = TurnGrammar(tokenizer, TurnOptions(offer=Offer()))()  # says the type checker
+    assert list(constraint.forced()) == [tokenizer.control_tokens["<|channel|>"]]
