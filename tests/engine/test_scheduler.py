@@ -350,7 +350,7 @@ def test_pace_tells_what_a_prompt_costs_from_what_its_tokens_cost() -> None:
     for _ in range(50):  # and the next one is short
         count = pace.budget(1)
         pace.observe(1, count, 0.020 + count * 0.001)
-    assert pace.budget(1) == pytest.approx(16, abs=1)
+    assert pace.budget(1) == pytest.approx(15, abs=1)
 
 
 def test_pace_lets_a_prompt_in_every_other_step_where_any_of_its_tokens_takes_too_long() -> None:
@@ -362,7 +362,7 @@ def test_pace_lets_a_prompt_in_every_other_step_where_any_of_its_tokens_takes_to
         seconds.append(0.010 + (0.012 + counts[-1] * 0.001 if counts[-1] else 0.0))
         pace.observe(1, counts[-1], seconds[-1])
     assert 0.015 < sum(seconds[-20:]) / 20 < 0.020
-    assert counts[-2:] in ([0, 4], [4, 0])
+    assert counts[-2:] in ([0, 3], [3, 0])
     assert Pace(1.0, 512).budget(1) >= 1  # prompts must get in some day
 
 
@@ -381,6 +381,6 @@ def test_where_more_wait_than_write_they_get_more_of_the_time() -> None:
     pace.observe(2, 0, 0.010)
     pace.observe(2, 10, 0.020)
     one, as_many, three_times, very_many = (pace.budget(2, waiting) for waiting in (1, 2, 6, 200))
-    assert 7 <= one == as_many <= 8
-    assert 23 <= three_times <= 24
-    assert 63 <= very_many <= 64
+    assert 6 <= one == as_many <= 8
+    assert 21 <= three_times <= 24
+    assert 58 <= very_many <= 64
