@@ -1,5 +1,7 @@
 """`freehold.load` and the Model that it returns, on random and on real weights."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,19 @@ from torch import Tensor
 
 import freehold
 from freehold.config import NAMED_CONFIGS, ExpertFormat, Layout, ModelConfig, RopeConfig
-from freehold.errors import BackendError, CheckpointError, DiskError, FreeholdError, OutOfMemoryError, UsageError
+from freehold.errors import (
+    BackendError,
+    CheckpointError,
+    DiskError,
+    FreeholdError,
+    OutOfMemoryError,
+    UnsupportedError,
+    UsageError,
+)
+from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import Conversation
-from freehold.formats.events import TextDelta
+from freehold.formats.events import CallDone, Diagnostic, TextDelta
+from freehold.formats.harmony.grammar import Regex
 from freehold.kernels import backends
 from freehold.kernels.kv import new_pages
 from freehold.session.model import Model
@@ -450,3 +462,41 @@ def test_nothing_is_half_loaded(default_folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(data[: len(data) // 2])
     with pytest.raises(FreeholdError, match=r"model\.safetensors is truncated: tensor .* ends at byte"):
         freehold.load(broken)
+
+
+def test_the_default_model_speaks_harmony_under_the_grammar(default: Model) -> None:
+    """Its words are weak until it is tuned; its structure is not."""
+    question = [{"role": "user", "content": "Name three colours."}]
+    for seed in range(4):
+        reply = default.stream_chat(question, harmony=True, max_tokens=300, temperature=1.5, seed=seed)
+        events = list(reply.events)
+        broke_off = reply.num_tokens == 300
+        codes = [event.code for event in events if isinstance(event, Diagnostic)]
+        assert codes == (["broken off"] if broke_off else [])
+        assert [message.channel for message in reply.messages][-1:] == ["final"] or broke_off
+
+
+def test_choices_are_kept_or_refused(default: Model) -> None:
+    question = [{"role": "user", "content": "Name three colours."}]
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 1}
+    choices = TurnChoices(response_format=Regex(r"[a-z]{3,5}( [a-z]{3,5}){2}"), max_reasoning_tokens=5)
+    said = default.chat(question, harmony=True, choices=choices, **options)
+    assert re.fullmatch(r"[a-z]{3,5}( [a-z]{3,5}){2}", said)
+    with pytest.raises(UnsupportedError, match="response_format, max_reasoning_tokens: that takes a model"):
+        default.chat(question, choices=choices, **options)
+    with pytest.raises(UsageError, match="while the grammar is off"):
+        default.chat(question, harmony=True, grammar=False, choices=choices, **options)
+
+
+def test_a_tool_is_called_when_it_must_be(default: Model) -> None:
+    tool = {"type": "function", "function": {"name": "paint", "strict": True, "parameters": {
+        "type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"],
+        "additionalProperties": False}}}  # fmt: skip
+    choices = TurnChoices(tool_choice="required", max_reasoning_tokens=0)
+    reply = default.stream_chat(
+        [{"role": "user", "content": "Paint it."}], tools=[tool], harmony=True, choices=choices, max_tokens=200, seed=3
+    )
+    (call,) = [event for event in reply.events if isinstance(event, CallDone)]
+    assert call.recipient == "functions.paint"
+    assert call.problem is None
+    assert json.loads(call.arguments)["colour"] in ("red", "blue")

@@ -18,6 +18,7 @@ from freehold.cli.options import (
     MinP,
     ModelOption,
     PrefixCacheDir,
+    ReasoningEffort,
     Seed,
     Temperature,
     Threads,
@@ -45,9 +46,7 @@ def command(
     ] = None,
     model: ModelOption = "default",
     system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions for the model.")] = None,
-    reasoning_effort: Annotated[
-        str | None, typer.Option(help="low, medium or high; for models that speak Harmony.", metavar="EFFORT")
-    ] = None,
+    reasoning_effort: ReasoningEffort = None,
     harmony: Annotated[
         bool | None,
         typer.Option(help="Speak Harmony, or the model's template. Default: what the model was made for."),

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from freehold.cli import terminal
+from freehold.cli.options import ReasoningEffort
 from freehold.errors import UsageError
 
 if TYPE_CHECKING:
     from freehold.formats.conversation import Conversation, Message
     from freehold.formats.events import Diagnostic, Event
     from freehold.formats.harmony.offer import Offer
+    from freehold.formats.harmony.render import Rendered
     from freehold.formats.tokenizer import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -47,18 +49,19 @@ def _about() -> None:
 
 
 @app.command("render")
-def render_command(file: File, model: ModelVocabulary = None, ids: Ids = False) -> None:
+def render_command(
+    file: File, model: ModelVocabulary = None, ids: Ids = False, reasoning_effort: ReasoningEffort = None
+) -> None:
     """Write a conversation as the model reads it, up to the opening of its reply.
+
+    As in a chat, a system message with today's date comes first where the conversation brings none of Harmony's own.
 
     \b
     freehold harmony render chat.json
     freehold harmony render chat.json --ids
     """
-    from freehold.formats.harmony.render import render
-
-    conversation = _conversation(_json(_read(file), file), file)
     tokenizer = _tokenizer(model)
-    rendered = render(conversation, tokenizer)
+    rendered = _rendered(_conversation(_json(_read(file), file), file), tokenizer, reasoning_effort)
     if ids:
         terminal.write(json.dumps(rendered.ids) + "\n")
     else:
@@ -88,8 +91,6 @@ def explain_command(file: File, model: ModelVocabulary = None, tools: Tools = No
     freehold harmony explain chat.json
     freehold harmony explain completion.txt --tools chat.json
     """
-    from freehold.formats.harmony.render import render
-
     text, tokenizer = _read(file), _tokenizer(model)
     conversation = _if_conversation(text, file)
     if conversation is None:
@@ -97,7 +98,8 @@ def explain_command(file: File, model: ModelVocabulary = None, tools: Tools = No
     else:
         from freehold.formats.harmony.offer import Offer
 
-        ids = render(conversation, tokenizer, upto=None).ids
+        rendered = _rendered(conversation, tokenizer)
+        ids = rendered.ids[: rendered.boundaries[-1]]  # without the opening of the reply
         reading = _Reading.of(ids, tokenizer, Offer.of(conversation), is_reply=False)
     _print("\n".join(reading.explain(tokenizer)) + "\n")
 
@@ -140,6 +142,13 @@ def _conversation(raw: Any, file: str) -> "Conversation":
     return Conversation.from_openai(messages, tools=raw.get("tools") if isinstance(raw, dict) else None)
 
 
+def _rendered(conversation: "Conversation", tokenizer: "Tokenizer", effort: Any = None) -> "Rendered":
+    from freehold.formats.chat import HarmonyFormat
+    from freehold.formats.conversation import SystemContent
+
+    return HarmonyFormat(tokenizer, system=SystemContent.today(effort)).render(conversation)
+
+
 def _if_conversation(text: str, file: str) -> "Conversation | None":
     try:
         raw = json.loads(text)
@@ -153,7 +162,7 @@ def _completion(text: str, tokenizer: "Tokenizer") -> list[int]:
     if text.lstrip().startswith("["):
         try:
             raw = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raw = None
         if isinstance(raw, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in raw):
             return raw

@@ -13,6 +13,10 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model fol
 Destination = Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; it appears when it is complete.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+ReasoningEffort = Annotated[
+    str | None,
+    typer.Option(help="low, medium or high; for models that speak Harmony.", metavar="EFFORT"),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(help="0 takes the likeliest token. Default: the model's own."),

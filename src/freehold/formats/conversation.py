@@ -9,7 +9,7 @@ Freehold does not do, rather than ignore it.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
 from itertools import chain
 from typing import Any, Literal, TypeVar, get_args
 
@@ -111,6 +111,12 @@ class SystemContent:
         for channel in self.channels:
             _check_known("channel", channel, CHANNELS)
         _check_distinct("built-in tool", [namespace.name for namespace in self.tools])
+
+    @classmethod
+    def today(cls, effort: Effort | None = None) -> "SystemContent":
+        """That of a conversation that begins now, with the usual effort where none is given."""
+        day = datetime.now().astimezone().date().isoformat()
+        return cls(date=day) if effort is None else cls(date=day, effort=effort)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ Requests run on the calling thread, through the engine. What it was loaded from 
 tensor is used; a model is ready, or it is an error.
 """
 
-import datetime
 import operator
 import os
 import threading
@@ -296,17 +295,11 @@ class Model:
                 f"{self._folder.path} has no tokenizer.json, so this model knows token ids only; add the tokeniser it "
                 "was trained with"
             )
-        today = datetime.datetime.now().astimezone().date().isoformat()
-        system = (
-            SystemContent(date=today)
-            if reasoning_effort is None
-            else SystemContent(date=today, effort=reasoning_effort)
-        )
         chosen = chat.choose(
             self.tokenizer,
             self._folder.chat_template,
             self.defaults.stop_ids,
-            system=system,
+            system=SystemContent.today(reasoning_effort),
             variables=self._folder.template_variables,
             harmony=harmony,
         )
