@@ -29,7 +29,8 @@ def _openapi_nulls(schema: Any) -> Any:
 
 def _exact_multiple(_: Any, divisor: float, instance: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
     """jsonschema divides floats, and finds 1.1 to be no multiple of 0.01."""
-    if isinstance(instance, int | float) and Fraction(str(instance)) % Fraction(str(divisor)):
+    is_number = isinstance(instance, int | float) and not isinstance(instance, bool)
+    if is_number and Fraction(str(instance)) % Fraction(str(divisor)):
         yield jsonschema.ValidationError(f"{instance} is not a multiple of {divisor}")
 
 

@@ -3,6 +3,7 @@
 import codecs
 import json
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -470,6 +471,9 @@ OBJECT = {"type": "object"}
         ({"type": "integer", "maximum": 2**53 + 1}, str(2**53), str(2**53 + 2)),
         ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, "-5", str(2**63)),
         ({"type": "number", "multipleOf": 0.01}, "1.1", "1.111"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0.1", "0"),
+        ({"allOf": [{"type": "number", "minimum": -1.5}, {"exclusiveMaximum": -1}]}, "-1.25", "-1"),
+        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 1.5}, "1", "0"),
         (
             {
                 "$schema": "http://json-schema.org/draft-04/schema#",
@@ -565,10 +569,22 @@ def test_schemas_that_would_take_for_ever_are_refused(small_harmony: Tokenizer) 
         deep = {"type": "array", "items": deep}
     wide = {"allOf": [{"anyOf": [{**OBJECT, "required": [f"{i}-{j}"]} for j in range(10)]} for i in range(6)]}
     many = {"anyOf": [{"const": i} for i in range(300)]}
-    for schema in (deep, wide, many, {"type": "string", "pattern": "(" * 500 + ")" * 500}):
+    properties = {f"p{i}": True for i in range(900)}
+    some = {"allOf": [{**OBJECT, "properties": properties, "additionalProperties": False}, {"minProperties": 1}]}
+    names = {"$defs": {name: {"oneOf": [{"$ref": f"#/$defs/{other}"} for other in "abcd"]} for name in "abcd"}}
+    for schema in (deep, wide, many, some, {**names, "$ref": "#/$defs/a"}, {"type": "string", "pattern": "(" * 500}):
+        begin = time.monotonic()
         with pytest.raises(SchemaError):
             answers(small_harmony, schema)
+        assert time.monotonic() - begin < 5
     accepts(small_harmony, {"type": "string", "pattern": "^((a{0,100}){0,100}){0,100}$"}, '"aa"')
+
+
+def test_definitions_may_nest_far(small_harmony: Tokenizer) -> None:
+    chain: dict[str, Any] = {f"d{i}": {**OBJECT, "properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(90)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**chain, "d90": {"type": "integer"}}}
+    assert accepts(small_harmony, schema, '{"x":' * 90 + "1" + "}" * 90)
+    assert not accepts(small_harmony, schema, '{"x":' * 89 + "1" + "}" * 89)
 
 
 def test_only_what_constrains_is_left() -> None:

@@ -6,13 +6,14 @@ is a schema that it would take for ever over. Annotations and unknown words, whi
 References are followed inside of the schema only: nothing is ever fetched. Called by `grammar.py`.
 
 What is taken more strictly than written: an object's properties come in the order in which the schema lists them,
-before any others. Patterns are ECMA-262's, so `\\d` and `\\w` are ASCII. Dates are dates of the calendar. `nullable`
-beside `type` adds null, as in OpenAPI 3.0.
+before any others; numbers with bounds are written without exponents. Patterns are ECMA-262's, so `\\d` and `\\w` are
+ASCII. Dates are dates of the calendar. `nullable` beside `type` adds null, as in OpenAPI 3.0.
 """
 
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -23,9 +24,15 @@ from freehold.errors import SchemaError
 MAX_DEPTH = 48
 MAX_SUBSCHEMAS = 10_000
 MAX_PROPERTIES = 1_000
+MAX_COUNTED_PROPERTIES = 100
+"""In a schema with `minProperties`: the grammar lists who comes first, for each property anew."""
 MAX_OPTIONS = 256
+MAX_COMPARISONS = 5_000
+"""Of the options of `oneOf`, in search of what tells them apart."""
 MAX_COUNT = 1_000_000
 """Of items, properties and characters: counts beyond this mean "many", and cost the grammar memory."""
+
+_SECONDS_TO_LOCATE = 1.0
 
 _EXACT = 2**53
 """Up to here every integer is a float, which is what llguidance counts in."""
@@ -84,13 +91,11 @@ def locate(schema: Any, what: str, complaint: Callable[[Clean], str]) -> SchemaE
     `complaint` says what the compiler has against a schema, "" for nothing. The smallest part is looked for that it
     does not take on its own; then the keyword without which it would take that part.
     """
-    probes = 200
+    until = time.monotonic() + _SECONDS_TO_LOCATE
 
     def complain(node: Any, pointer: _Pointer) -> str:
-        nonlocal probes
-        probes -= 1
         try:
-            return complaint(_Reader(schema, what).whole(node, pointer)) if probes > 0 else ""
+            return complaint(_Reader(schema, what).whole(node, pointer)) if time.monotonic() < until else ""
         except SchemaError as error:  # a part of it has been left out that another refers to
             return str(error)
 
@@ -140,16 +145,28 @@ class _Reader:
         self._what = what
         self._draft = _draft(root)
         self._names: dict[_Pointer, str] = {}
+        self._unread: list[_Pointer] = []
         self._definitions: dict[str, Clean] = {}
+        self._bounded: list[tuple[dict[str, Any], str]] = []
         self._choices: list[tuple[dict[str, Any], _Pointer]] = []
         self._open_objects: list[dict[str, Any]] = []
+        self._anchors: dict[str, _Pointer] | None = None
         self._num_subschemas = 0
+        self._num_properties = 0
+        self._counting: _Pointer | None = None
+        self._num_comparisons = 0
 
     def whole(self, node: Any, pointer: _Pointer) -> Clean:
         clean = self._schema(node, pointer, 0)
+        self._read_definitions()
+        if self._counting is not None and self._num_properties > MAX_COUNTED_PROPERTIES:
+            raise self._refuse(
+                self._counting, f"in a schema with more than {MAX_COUNTED_PROPERTIES} properties they cannot be counted"
+            )
         for choice, where in self._choices:
             self._one_of(choice, where)
         self._check_ends(clean, pointer)
+        self._move_bounds()
         for node in self._open_objects:
             # As a pattern that every other name matches: where llguidance reads `additionalProperties`, a name with
             # escapes in it (`\\u0061`) passes for none of the listed ones.
@@ -190,7 +207,7 @@ class _Reader:
         self._values(node, pointer, clean)
         # These come last: llguidance merges what stands before one of them with it, in the order of the keys.
         if "$ref" in node:
-            clean["$ref"] = self._reference(node["$ref"], (*pointer, "$ref"), depth)
+            clean["$ref"] = self._reference(node["$ref"], (*pointer, "$ref"))
         for keyword in ("allOf", "anyOf", "oneOf"):
             if keyword in node:
                 clean.setdefault(keyword, []).extend(
@@ -232,7 +249,7 @@ class _Reader:
         return int(value)
 
     def _bounds(self, node: Mapping[str, Any], pointer: _Pointer, clean: dict[str, Any]) -> None:
-        for keyword, inward in (
+        for keyword, inward in (  # the inclusive one first
             ("minimum", math.inf),
             ("exclusiveMinimum", math.inf),
             ("maximum", -math.inf),
@@ -243,10 +260,11 @@ class _Reader:
             value = node[keyword]
             if isinstance(value, bool) and self._draft == 4 and keyword.startswith("exclusive"):
                 plain = keyword.removeprefix("exclusive").lower()
-                if value and plain in node:
-                    clean[keyword] = self._bound(node[plain], (*pointer, plain), inward)
-                continue
+                if not value or plain not in node:
+                    continue
+                value = node[plain]
             clean[keyword] = self._bound(value, (*pointer, keyword), inward)
+            self._bounded.append((clean, keyword))
         if "multipleOf" in node:
             value = self._number(node["multipleOf"], (*pointer, "multipleOf"))
             if not 0 < value <= _EXACT:
@@ -309,6 +327,7 @@ class _Reader:
             members = node[keyword]
             if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
                 raise self._refuse((*pointer, keyword), f"expected schemas by name, got {_short(members)}")
+            self._num_properties += len(members)
             if len(members) > MAX_PROPERTIES:
                 raise self._refuse((*pointer, keyword), f"one object can have {MAX_PROPERTIES} properties at most")
             clean[keyword] = {
@@ -336,6 +355,10 @@ class _Reader:
                 )
             if "properties" in clean or "required" in clean:
                 self._open_objects.append(clean)
+        merged = "properties" in clean or {"$ref", "allOf", "anyOf", "oneOf"} & node.keys()
+        if merged or pointer[-2:-1] in (("allOf",), ("anyOf",), ("oneOf",), ("$defs",), ("definitions",)):
+            for keyword in {"minProperties", "maxProperties"} & clean.keys():
+                self._counting = (*pointer, keyword)
         # Names of properties that the schema does not list may be written twice, and would be counted twice.
         if clean.get("minProperties", 0) > len(clean.get("required", ())) + 1:
             raise self._refuse(
@@ -404,16 +427,21 @@ class _Reader:
 
     # --- references ---
 
-    def _reference(self, reference: Any, pointer: _Pointer, depth: int) -> str:
+    def _reference(self, reference: Any, pointer: _Pointer) -> str:
         target = self._target(reference, pointer)
         if target not in self._names:
-            self._names[target] = name = str(len(self._names))
+            self._names[target] = str(len(self._names))
+            self._unread.append(target)
+        return f"#/$defs/{self._names[target]}"
+
+    def _read_definitions(self) -> None:
+        """Those that were referred to, and so on: one after the other, however they nest."""
+        while self._unread:
+            target = self._unread.pop()
             node = self._root
             for step in target:
                 node = node[step]
-            self._definitions[name] = True  # until it is known: it may refer to itself
-            self._definitions[name] = self._schema(node, target, depth + 1)
-        return f"#/$defs/{self._names[target]}"
+            self._definitions[self._names[target]] = self._schema(node, target, 0)
 
     def _target(self, reference: Any, pointer: _Pointer) -> _Pointer:
         if not isinstance(reference, str):
@@ -430,10 +458,11 @@ class _Reader:
         steps: list[str | int] = []
         node = self._root
         if not path.startswith("/"):
-            found = _anchor(self._root, path)
-            if found is None:
+            if self._anchors is None:
+                self._anchors = dict(_anchors(self._root, ()))
+            if path not in self._anchors:
                 raise self._refuse(pointer, f"nothing in the schema is called {reference!r:.80}")
-            return found
+            return self._anchors[path]
         for part in path[1:].split("/"):
             step: str | int = part.replace("~1", "/").replace("~0", "~")
             if isinstance(node, list) and part.isdecimal():
@@ -446,6 +475,20 @@ class _Reader:
         return tuple(steps)
 
     # --- the whole ---
+
+    def _move_bounds(self) -> None:
+        """Where another bound is a fraction of the next integer, llguidance lets an excluded integer pass: past it."""
+        fractions = {value for node, keyword in self._bounded if (value := node[keyword]) != int(value)}
+        for node, keyword in self._bounded:
+            bound = node[keyword]
+            sign = {"exclusiveMinimum": 1, "exclusiveMaximum": -1}.get(keyword, 0)
+            if sign * bound < 0 or not any(0 < sign * (other - bound) < 1 for other in fractions):
+                continue  # it fails on the side of zero only
+            step = 10.0 ** -min(9, 14 - len(str(abs(int(bound)))))
+            del node[keyword]
+            plain, pick = ("minimum", max) if sign > 0 else ("maximum", min)
+            inside = float(f"{bound + sign * step:.15g}")
+            node[plain] = pick(node.get(plain, inside), inside)
 
     def _one_of(self, node: dict[str, Any], pointer: _Pointer) -> None:
         """Where no two options have a value in common, "one of" is "any of"."""
@@ -466,9 +509,10 @@ class _Reader:
         """Whether it can be shown that nothing matches both."""
         if left is False or right is False:
             return True
-        if depth > 12:
+        self._num_comparisons += 1
+        if depth > 12 or self._num_comparisons > MAX_COMPARISONS:
             return False
-        lefts, rights = list(self._parts(left, depth)), list(self._parts(right, depth))
+        lefts, rights = list(self._parts(left, set())), list(self._parts(right, set()))
         if any(self._simply_disjoint(a, b, depth) for a in lefts for b in rights):
             return True
         for parts, other in ((lefts, right), (rights, left)):
@@ -479,15 +523,17 @@ class _Reader:
                         return True
         return False
 
-    def _parts(self, schema: Clean, depth: int) -> Iterator[dict[str, Any]]:
-        """Schemas that a value must all match to match this one."""
-        if isinstance(schema, bool) or depth > 12:
+    def _parts(self, schema: Clean, seen: set[str]) -> Iterator[dict[str, Any]]:
+        """Schemas that a value must all match to match this one; `seen` are the definitions among them."""
+        if isinstance(schema, bool):
             return
         yield schema
-        if "$ref" in schema:
-            yield from self._parts(self._definitions[_name(schema["$ref"])], depth + 1)
+        name = _name(schema.get("$ref", ""))
+        if name and name not in seen:
+            seen.add(name)
+            yield from self._parts(self._definitions[name], seen)
         for part in schema.get("allOf", ()):
-            yield from self._parts(part, depth + 1)
+            yield from self._parts(part, seen)
 
     def _simply_disjoint(self, left: dict[str, Any], right: dict[str, Any], depth: int) -> bool:
         common = _types(left) & _types(right)
@@ -506,8 +552,13 @@ class _Reader:
     def _check_ends(self, clean: Clean, pointer: _Pointer) -> None:
         """Refuse what refers to itself without end: no value would match it, and the model would write for ever."""
         ending: set[str] = set()
-        while more := {name for name, part in self._definitions.items() if name not in ending and _ends(part, ending)}:
-            ending |= more
+        for _ in range(MAX_DEPTH):  # each time those that the last ones allow; what is referred to mostly comes first
+            more = len(ending)
+            for name, part in reversed(self._definitions.items()):
+                if name not in ending and _ends(part, ending):
+                    ending.add(name)
+            if len(ending) == more:
+                break
         for target, name in self._names.items():
             if name not in ending and self._definitions[name] is not False:
                 raise self._refuse(target, "no value can match this: it requires itself, without end")
@@ -543,14 +594,14 @@ def _draft(root: Any) -> int:
     return 2020
 
 
-def _anchor(node: Any, name: str, pointer: _Pointer = ()) -> _Pointer | None:
-    if isinstance(node, Mapping) and (node.get("$anchor") == name or f"#{name}" in (node.get("$id"), node.get("id"))):
-        return pointer
+def _anchors(node: Any, pointer: _Pointer) -> Iterator[tuple[str, _Pointer]]:
+    if isinstance(node, Mapping):
+        for name in (node.get("$anchor"), node.get("$id"), node.get("id")):
+            if isinstance(name, str):
+                yield name.removeprefix("#"), pointer
     if len(pointer) <= 2 * MAX_DEPTH:
         for child, steps in _children(node):
-            if (found := _anchor(child, name, pointer + steps)) is not None:
-                return found
-    return None
+            yield from _anchors(child, pointer + steps)
 
 
 def _name(reference: str) -> str:
