@@ -74,7 +74,7 @@ _PIECES = (
     *CONTROL_TOKENS,
     "<|endoftext|>",
 )
-_NAMES = ("get_weather", "f", "a.b", "x-1", "Ann", "名", "browser.search", "functions.f", "python", "all", "assistant")
+_NAMES = ("get_weather", "f", "a.b", "x-1", "Ann", "_", "browser.search", "functions.f", "python", "all", "assistant")
 _VALUES: tuple[Any, ...] = (
     None,
     True,

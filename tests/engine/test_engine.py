@@ -426,14 +426,30 @@ def test_a_constraint_that_takes_for_ever(
         def fill_mask(self, row: npt.NDArray[np.int32]) -> None:
             released.wait(20)
 
+    def fine(priority: int = 0) -> Request:
+        return Request(prompt=[5], max_tokens=6, priority=priority, constraint=lambda: Spell({1, 2}, {3, 4}))
+
     stuck = Request(prompt=[4], max_tokens=6, constraint=lambda: Stuck({1, 2}, {3, 4}))
-    fine = Request(prompt=[5], max_tokens=6, constraint=lambda: Spell({1, 2}, {3, 4}))
-    (late,), (other,) = run(engine, stuck, Request(prompt=[1, 2, 3], max_tokens=6, sampling=GREEDY))
-    ((later,),) = run(engine, fine)
+    unconstrained = Request(prompt=[1, 2, 3], max_tokens=6, sampling=GREEDY)
+    (first,), (late,), (other,), (behind,), (too,) = run(engine, fine(-1), stuck, unconstrained, fine(), stuck)
+    ((later,),) = run(engine, fine())
     released.set()
-    assert "more than 0.1 s" in str(late.error)
+    for failed in (late, too):
+        assert "more than 0.1 s" in str(failed.error)
     assert other.tokens == expected(transformer, [1, 2, 3], 6)
-    assert later.finish == "stop"
+    assert [first.finish, behind.finish, later.finish] == ["stop"] * 3
+
+
+def test_min_tokens_yield_to_a_constraint_that_is_at_its_end(engine: Engine) -> None:
+    for logprobs in (None, 0):
+        sampling = Sampling(temperature=0, logprobs=logprobs)
+        request = Request(
+            prompt=[4], max_tokens=9, min_tokens=5, stop_ids=frozenset({3, 4}), sampling=sampling,
+            constraint=lambda: Spell({1, 2}, {3, 4}),
+        )  # fmt: skip
+        ((completion,),) = run(engine, request)
+        assert completion.error is None
+        assert (completion.finish, len(completion.tokens)) == ("stop", 2)
 
 
 def test_the_caller_s_list_is_the_caller_s(transformer: Transformer, engine: Engine) -> None:

@@ -287,6 +287,24 @@ def test_a_character_is_finished_first(small_harmony: Tokenizer) -> None:
         assert budget <= len(taken) <= budget + 3
 
 
+def test_no_character_is_cut_by_tokens_that_end_one_and_begin_another(gpt_oss: Tokenizer) -> None:
+    text = "გუგუნი უუუუუუუ" * 2
+    (ends_and_begins,) = [i for i in gpt_oss.encode("უუუუ") if gpt_oss.token_bytes(i) == b"\xa3\xe1\x83"][:1]
+    for budget in range(1, 12):
+        constraint = TurnGrammar(gpt_oss, TurnOptions(offer=TOOLS, max_reasoning_tokens=budget))()
+        for token in gpt_oss.encode_with_control(THINK):
+            constraint.accept(token)
+        taken: list[int] = []
+        wanted = [*gpt_oss.encode("ი"), *gpt_oss.encode(text)][:1] + [ends_and_begins] * 20
+        while not constraint.forced():
+            row = allowed(constraint, gpt_oss.vocab_size)
+            token = wanted[len(taken)] if wanted[len(taken)] in row else min(i for i in row if len(taken) or i > 255)
+            constraint.accept(token)
+            taken.append(token)
+        assert "\ufffd" not in gpt_oss.decode(taken)
+        assert budget <= len(taken) <= budget + 3
+
+
 def test_no_reasoning_at_all(gpt_oss: Tokenizer) -> None:
     assert not is_legal(gpt_oss, f"{THINK}Hm.{NEXT}{FINAL}<|return|>", max_reasoning_tokens=0)
     assert is_legal(gpt_oss, "<|channel|>analysis to=python code<|message|>1<|call|>", max_reasoning_tokens=0)

@@ -24,6 +24,7 @@ from freehold.formats.events import (
     OtherDelta,
     ReasoningDelta,
     TextDelta,
+    TurnDone,
 )
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
@@ -71,6 +72,7 @@ def check(tokenizer: Tokenizer, ids: Sequence[int], events: list[Event]) -> None
 
     starts: list[tuple[int, int]] = []
     dones: list[MessageDone] = []
+    turn_ends: list[int] = []
     start: MessageStart | None = None
     call: CallStart | CallDone | None = None
     text = arguments = ""
@@ -97,6 +99,9 @@ def check(tokenizer: Tokenizer, ids: Sequence[int], events: list[Event]) -> None
                 assert isinstance(call, CallStart) and event.recipient == call.recipient
                 assert event.arguments == arguments
                 call = event
+            case TurnDone(stop_id=stop_id):
+                assert start is None and dones[-1].stop_id is not None
+                turn_ends.append(stop_id)
             case MessageDone(message=message):
                 assert start is not None and not isinstance(call, CallStart)
                 assert call is not None or message.text == text
@@ -109,11 +114,14 @@ def check(tokenizer: Tokenizer, ids: Sequence[int], events: list[Event]) -> None
     ends = [*(first for first, _ in starts), len(ids)][1:]
     for (_, first), end, done in zip(starts, ends, dones, strict=True):
         body = [rest.pop(position) for position in range(first, end) if position in rest]
+        if turn_ends and body[-2:] == [done.stop_id, turn_ends[0]]:
+            body.pop()
+            turn_ends.pop(0)
         if done.stop_id is not None:
             assert body.pop() == done.stop_id
         assert all(tokenizer.control_name(token) is None for token in body)
         assert done.message.text == tokenizer.decode(body)
-    assert not rest
+    assert not rest and not turn_ends
 
 
 def messages(events: list[Event]) -> list[tuple[str | None, str | None, str]]:
@@ -302,6 +310,10 @@ def test_several_calls_in_one_turn(gpt_oss: Tokenizer) -> None:
     events, diagnostics = read(gpt_oss, f"{one}<|start|>assistant{one}")
     assert calls(events) == [("functions.now", "{}", None)] * 2
     assert diagnostics == []
+    events, diagnostics = read(gpt_oss, f"{one}<|start|>assistant{one}<|return|>")
+    assert events[-1] == TurnDone(gpt_oss.control_id("<|return|>"))
+    assert diagnostics == []
+    assert read(gpt_oss, f"{one}<|return|><|return|>")[1] == ["misplaced control token"]
 
 
 def test_whole_conversations_parse_back(gpt_oss: Tokenizer) -> None:

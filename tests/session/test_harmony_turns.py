@@ -26,7 +26,7 @@ from freehold.formats.harmony.grammar import (
 )
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
-from freehold.formats.harmony.vocabulary import CONTROL_TOKENS, HarmonyVocabulary
+from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.tokenizer import Tokenizer
 from freehold.sampling import Sampling
 from freehold.weights.synth import write_random_checkpoint
@@ -120,10 +120,9 @@ def run(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
 
 
 def messages(tokenizer: Tokenizer, tokens: Sequence[int], offer: Offer) -> list[Said]:
-    """What a turn says, by our parser, which has nothing to remark. The end of several calls is no part of any."""
+    """What a turn says, by our parser, which has nothing to remark."""
     parser = HarmonyParser(tokenizer, offer=offer)
-    known = HarmonyVocabulary.of(tokenizer)
-    for token in tokens[:-1] if list(tokens[-2:]) == [known.call, known.return_] else tokens:
+    for token in tokens:
         parser.feed(token)
     parser.flush()
     assert not parser.diagnostics
@@ -131,7 +130,7 @@ def messages(tokenizer: Tokenizer, tokens: Sequence[int], offer: Offer) -> list[
 
 
 def their_messages(oracle: Any, shown: str) -> list[Said]:
-    """The same by openai-harmony's, which mends nothing."""
+    """The same by openai-harmony's, which mends nothing, and does not know the end of several calls."""
     from openai_harmony import Role, StreamableParser
 
     parser = StreamableParser(oracle, role=Role.ASSISTANT)

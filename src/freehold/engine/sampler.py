@@ -3,7 +3,7 @@ that request's error alone."""
 
 import operator
 from collections.abc import Sequence as Rows
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ from freehold.kernels import ops
 
 _WORD_BITS = 32
 _MASK_SECONDS = 5.0
-_BITS = 1 << np.arange(_WORD_BITS, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,11 @@ class Masks:
         self._vocab_size = vocab_size
         self._thread: ThreadPoolExecutor | None = None
         self._rows: dict[Sequence, Future[npt.NDArray[np.bool_]]] = {}
+        self._stuck: set[Sequence] = set()
 
     def start(self, sequences: Rows[Sequence]) -> None:
         """Begin to fill the rows of those among them that have a constraint."""
-        self._rows = {}
+        self._rows, self._stuck = {}, set()
         for sequence in sequences:
             if sequence.constraint is not None:
                 if self._thread is None:
@@ -46,21 +46,27 @@ class Masks:
 
     def row(self, sequence: Sequence) -> Tensor | None:
         """Which tokens are not allowed, (V,) bool, when that is known; None where all are. Raises RequestError."""
-        future = self._rows.pop(sequence, None)
-        if future is None:
+        if sequence not in self._rows:
             return None
+        while not wait([self._rows[sequence]], 0 if sequence in self._stuck else _MASK_SECONDS).done:
+            self._leave_thread()
+            if sequence in self._stuck:
+                raise RequestError(f"the constraint took more than {_MASK_SECONDS} s for one token; the others go on")
         try:
-            forbidden = future.result(_MASK_SECONDS)
-        except TimeoutError:
-            assert self._thread is not None
-            self._thread.shutdown(wait=False)  # whatever it waits for: the others get a new one
-            self._thread = None
-            raise RequestError(
-                f"the constraint took more than {_MASK_SECONDS} s for one token; the others go on"
-            ) from None
+            return torch.from_numpy(self._rows.pop(sequence).result())
         except BaseException as error:
             raise fault("the constraint could not say what may come next", error) from error
-        return torch.from_numpy(forbidden)
+
+    def _leave_thread(self) -> None:
+        """To whatever holds it up; what waits behind that is done on another one."""
+        assert self._thread is not None
+        self._thread.shutdown(wait=False)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="freehold-masks")
+        for sequence, future in self._rows.items():
+            if future.cancel():
+                self._rows[sequence] = self._thread.submit(self._forbidden, sequence)
+            elif not future.done():
+                self._stuck.add(sequence)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -71,7 +77,8 @@ class Masks:
         row = np.zeros(-(-self._vocab_size // _WORD_BITS), dtype=np.int32)
         assert sequence.constraint is not None
         sequence.constraint.fill_mask(row)
-        forbidden: npt.NDArray[np.bool_] = (row[:, None] & _BITS).ravel()[: self._vocab_size] == 0
+        bits = np.unpackbits(row.view(np.uint8), count=self._vocab_size, bitorder="little")
+        forbidden: npt.NDArray[np.bool_] = bits == 0
         if forbidden.shape != (self._vocab_size,):
             raise ValueError(f"a mask of {row.shape} words came back")
         return forbidden
@@ -91,7 +98,7 @@ def draw(logits_V: Tensor, sequence: Sequence, masks: Masks) -> Drawn:
     if forbidden_V is not None:
         logits_V.masked_fill_(forbidden_V, -torch.inf)
     if sequence.num_generated < sequence.request.min_tokens and sequence.request.stop_ids:
-        logits_V[list(sequence.request.stop_ids)] = -torch.inf
+        _hold_back(logits_V, list(sequence.request.stop_ids), may_end=forbidden_V is not None)
     if (forbidden_V is not None or sequence.request.min_tokens) and bool((logits_V == -torch.inf).all()):
         raise RequestError("no token may come next: the constraint or min_tokens leave none")
     token = ops.sample(
@@ -139,6 +146,14 @@ def fault(what: str, error: BaseException) -> BaseException:
     if isinstance(error, FreeholdError | KeyboardInterrupt | SystemExit | GeneratorExit):
         return error
     return RequestError(f"{what}: {type(error).__name__}: {error}" if str(error) else f"{what}: {type(error).__name__}")
+
+
+def _hold_back(logits_V: Tensor, stops: list[int], *, may_end: bool) -> None:
+    """No stop token yet; but where a constraint leaves nothing else, its end is the end."""
+    kept = logits_V[stops]
+    logits_V[stops] = -torch.inf
+    if may_end and bool((logits_V == -torch.inf).all()):
+        logits_V[stops] = kept
 
 
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:

@@ -25,8 +25,8 @@ CHANNELS: tuple[Channel, ...] = get_args(Channel)
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 # Names stand inside message headers: nothing that could pass for more header (spaces, `=`, `<|`) may be in one.
-_NAME = re.compile(r"[\w.\-]+")
-_CONTENT_TYPE = re.compile(r"(<\|constrain\|> ?)?[\w.\-/+]+")
+_NAME = re.compile(r"[\w.\-]+", re.ASCII)
+_CONTENT_TYPE = re.compile(r"(<\|constrain\|> ?)?[\w.\-/+]+", re.ASCII)
 
 
 # --- parts --------------------------------------------------------------------------------------------------

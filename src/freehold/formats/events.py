@@ -82,6 +82,13 @@ class MessageDone:
     stop_id: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class TurnDone:
+    """`<|return|>` after calls that may be several: there are no more. A turn that ends otherwise has no such event."""
+
+    stop_id: int
+
+
 DiagnosticCode = Literal[
     "junk in header",
     "leaked header",
@@ -129,5 +136,6 @@ Event = (
     | ArgumentsDelta
     | CallDone
     | MessageDone
+    | TurnDone
     | Diagnostic
 )

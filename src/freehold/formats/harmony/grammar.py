@@ -63,6 +63,10 @@ class Regex:
 
     pattern: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise UsageError(f"a regex must be a string, got {self.pattern!r:.80}")
+
 
 @dataclass(frozen=True, slots=True)
 class Lark:
@@ -72,6 +76,10 @@ class Lark:
     """
 
     text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise UsageError(f"a Lark grammar must be a string, got {self.text!r:.80}")
 
 
 AnswerFormat = JsonObject | JsonSchema | Regex | Lark
@@ -101,6 +109,11 @@ class TurnOptions:
 
     def __post_init__(self) -> None:
         choice, budget = self.tool_choice, self.max_reasoning_tokens
+        if not isinstance(self.response_format, AnswerFormat | None):
+            raise UsageError(
+                "response_format must be JsonObject(), JsonSchema(...), Regex(...) or Lark(...), got "
+                f"{self.response_format!r:.80}"
+            )
         if isinstance(choice, NamedTool):
             if choice.recipient not in self.offer.callees:
                 raise UsageError(f"tool_choice names {choice.recipient!r}, which is not among the offered tools")
@@ -218,6 +231,8 @@ class TurnConstraint:
         else:
             mask = self._matcher.compute_bitmask()
             self._check("compute what may come next")
+            if self._left is not None and self._left <= 0 and self._tail:
+                mask = _without(mask, _character_cutters(self._tokenizer))
         words = memoryview(row).cast("B")
         words[: len(mask)] = mask[: len(words)]
         words[len(mask) :] = bytes(max(0, len(words) - len(mask)))
@@ -278,6 +293,22 @@ class TurnConstraint:
     def _check(self, purpose: str) -> None:
         if self._matcher.is_error():
             raise RequestError(f"the grammar cannot {purpose}: {_first_line(self._matcher.get_error())}")
+
+
+def _without(mask: bytes, others: bytes) -> bytes:
+    """A mask without the tokens of another one; as it is where that leaves none."""
+    rest = int.from_bytes(mask, "little") & ~int.from_bytes(others, "little")
+    return rest.to_bytes(len(mask), "little") if rest else mask
+
+
+@lru_cache(maxsize=4)
+def _character_cutters(tokenizer: Tokenizer) -> bytes:
+    """A mask of the tokens that begin a character and do not finish it."""
+    mask = bytearray(-(-tokenizer.vocab_size // 8))
+    for token, data in enumerate(tokenizer.all_token_bytes()):
+        if data and data[-1] >= 0x80 and _unfinished(data):
+            mask[token // 8] |= 1 << token % 8
+    return bytes(mask)
 
 
 def _unfinished(data: bytes) -> bytes:

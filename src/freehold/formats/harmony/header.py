@@ -30,7 +30,8 @@ _BEFORE_A_MENTION = frozenset(" \t\"'`“‘«([{<|/\\_-=")
 _AFTER_A_MENTION = frozenset(" \t\"'`”’»)]}>|/\\_-=.,;:!?")
 
 _TYPES = ("json", "code", "text")
-_NAME = r"[\w.\-]+"
+_NAME = r"[A-Za-z0-9_.\-]+"
+_TYPE = r"[A-Za-z0-9_.\-/+]+"
 _MARKUP = re.compile(r"(<\|[^<>|\s]*\|>)")
 _ANY_CHANNEL = "|".join(CHANNELS)
 _ANY_TYPE = "|".join(_TYPES)
@@ -217,13 +218,13 @@ class _Words:
 
     def _content_type(self) -> str | None:
         if self.types:
-            written = re.match(r"[\w.\-/+]+", self.types[-1])
+            written = re.match(_TYPE, self.types[-1])
             if written is None or written[0] != self.types[-1] or len(self.types) > 1:
                 self._report("content type mended", f"{' '.join(self.types)!r} was written")
             return f"{CONSTRAIN}{written[0]}" if written else None
         known = [word for word in self.bare if word in _TYPES]
         if not known and self.recipients and len(self.bare) == 1:
-            known = [word for word in self.bare if re.fullmatch(r"[\w.\-/+]+", word)]
+            known = [word for word in self.bare if re.fullmatch(_TYPE, word)]
         if not known:
             return None
         self.bare.remove(known[-1])

@@ -5,6 +5,7 @@ Total: takes any ids in any order, raises nothing and loses nothing. Every token
 - in one `MessageStart.tokens`, the header of a message as it was written;
 - or text of that message: the plain tokens after its header, decoded in a row, are its `MessageDone.message.text`;
 - or its ending, `MessageDone.stop_id`;
+- or the end of a turn after its calls, `TurnDone.stop_id`;
 - or in one `Diagnostic.tokens`.
 
 No control token ever becomes text, part of a name or of arguments; text that merely reads like one stays text. What
@@ -17,7 +18,7 @@ Feed stop tokens as well: a call that nothing ends counts as broken off. Called 
 from collections.abc import Iterable, Sequence
 
 from freehold.formats.conversation import CHANNELS, ROLES, Message, Role
-from freehold.formats.events import Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart
+from freehold.formats.events import Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart, TurnDone
 from freehold.formats.harmony.body import Body, Report
 from freehold.formats.harmony.header import Header, header_length, leak_in, may_precede_leak, read_header
 from freehold.formats.harmony.offer import Offer
@@ -52,6 +53,7 @@ class HarmonyParser:
         self._header = _Header([], 0, role=role) if role is not None else None
         self._body: Body | None = None
         self._held: list[int] = []  # the body's last tokens, which may begin a leaked header
+        self._called = False  # whether the last thing that was said is a call, closed as one
         self._plain: Body | None = None  # the body, where plain text can go straight into it
 
     @property
@@ -140,6 +142,9 @@ class HarmonyParser:
         elif self._is_plain(token_id):
             self._header = _Header([], position, is_stray=True)
             self._step(token_id, position)
+        elif token_id == known.return_ and self._called:
+            self._called = False
+            self._events.append(TurnDone(token_id))
         else:
             self._report_stranger(token_id, position)
 
@@ -344,6 +349,7 @@ class HarmonyParser:
         assert body is not None
         self._release(body)
         self._pass_on(body.close(is_broken_off=is_broken_off), self._position)
+        self._called = body.is_call and stop_id == self._known.call
         message = body.message()
         self._events.append(MessageDone(message=message, stop_id=stop_id))
         if message.role == _ASSISTANT:
