@@ -84,6 +84,29 @@ def test_explain_shows_every_token(write: Any) -> None:
     assert conversation.splitlines()[-1].endswith("3 messages, 0 diagnostics")
 
 
+def test_explain_ends_a_message_where_the_next_one_begins(write: Any) -> None:
+    for middle in ("<|start|>", "", "<|end|><|start|>"):  # where the end is missing, all but the channel, nothing
+        text = f"<|channel|>analysis<|message|>Hm{middle}<|channel|>final<|message|>Yes<|call|>".replace(
+            "<|start|>", "<|start|>assistant"
+        )
+        shown = harmony("explain", write("completion.txt", text))
+        blocks = [block for block in shown.split("\n\n") if block[0].isdigit()]
+        first, second = blocks[0].splitlines(), blocks[1].splitlines()
+        assert first[1].startswith("<|channel|>analysis<|message|>Hm")
+        assert second[1].removeprefix("<|start|>assistant") == "<|channel|>final<|message|>Yes<|call|>"
+        assert second[-1].startswith("! wrong end of a message")
+
+
+def test_explain_takes_json_that_is_a_completion(write: Any) -> None:
+    for text in ('{"answer": 42}', '[{"x": 1}]', '"x"'):
+        assert "1. assistant · final" in harmony("explain", write("completion.txt", text))
+
+
+def test_two_files_cannot_come_through_one_pipe() -> None:
+    with pytest.raises(UsageError, match="only one of the two"):
+        harmony("parse", "-", "--tools", "-", stdin="x")
+
+
 def test_explain_takes_anything(write: Any) -> None:
     for text in ("", "\n", "[]", "[1, -1, 999999999]", "<|call|>" * 9, "<|start|>", "[" * 5000, "{"):
         assert "diagnostics" in harmony("explain", "-", stdin=text)

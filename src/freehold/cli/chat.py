@@ -169,11 +169,13 @@ def _show(events: "Iterator[Event]") -> None:
         for event in events:
             match event:
                 case ReasoningDelta(text=text) | ArgumentsDelta(text=text):
-                    sys.stderr.write(text if aside else dim + text)
-                    sys.stderr.flush()
-                    aside = True
+                    if not aside:
+                        sys.stderr.write(dim)
+                        aside = True
+                    terminal.write_aside(text)
                 case CallStart(recipient=recipient):
-                    terminal.say(f"{'' if not aside else chr(10)}{dim}calls {recipient}: ")
+                    sys.stderr.write("\n" if aside else dim)
+                    terminal.write_aside(f"calls {recipient}: ")
                     aside = True
                 case Diagnostic(code=code, detail=detail, position=position):
                     logger.info("token %d of the reply: %s: %s", position, code, detail)

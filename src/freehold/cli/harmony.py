@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +79,7 @@ def parse_command(file: File, model: ModelVocabulary = None, tools: Tools = None
     """
     tokenizer = _tokenizer(model)
     ids = _completion(_read(file), tokenizer)
-    reading = _Reading.of(ids, tokenizer, _offer(tools))
+    reading = _Reading.of(ids, tokenizer, _offer(tools, beside=file))
     terminal.write(json.dumps(reading.facts(), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -94,7 +94,7 @@ def explain_command(file: File, model: ModelVocabulary = None, tools: Tools = No
     text, tokenizer = _read(file), _tokenizer(model)
     conversation = _if_conversation(text, file)
     if conversation is None:
-        reading = _Reading.of(_completion(text, tokenizer), tokenizer, _offer(tools))
+        reading = _Reading.of(_completion(text, tokenizer), tokenizer, _offer(tools, beside=file))
     else:
         from freehold.formats.harmony.offer import Offer
 
@@ -107,8 +107,11 @@ def explain_command(file: File, model: ModelVocabulary = None, tools: Tools = No
 # --- reading what is given ----------------------------------------------------------------------------------
 
 
-def _read(file: str) -> str:
+def _read(file: str, *, beside: str | None = None) -> str:
+    """The text of a file; `beside` is one that was read already."""
     if file == "-":
+        if beside == "-":
+            raise UsageError("only one of the two can come through the pipe; give the other one's name")
         return terminal.read_stdin()
     try:
         return Path(file).read_text(encoding="utf-8")
@@ -150,12 +153,15 @@ def _rendered(conversation: "Conversation", tokenizer: "Tokenizer", effort: Any 
 
 
 def _if_conversation(text: str, file: str) -> "Conversation | None":
+    """A conversation, if that is what the text is; a completion may be JSON as well."""
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_ids = isinstance(raw, list) and all(isinstance(item, int) for item in raw)
-    return _conversation(raw, file) if isinstance(raw, list | dict) and not is_ids else None
+    messages = raw.get("messages") if isinstance(raw, dict) else raw
+    if not isinstance(messages, list) or not messages:
+        return None
+    return _conversation(raw, file) if all(isinstance(m, dict) and "role" in m for m in messages) else None
 
 
 def _completion(text: str, tokenizer: "Tokenizer") -> list[int]:
@@ -170,13 +176,13 @@ def _completion(text: str, tokenizer: "Tokenizer") -> list[int]:
     return tokenizer.encode_with_control(text.removesuffix("\n") if text.endswith(">\n") else text)
 
 
-def _offer(file: str | None) -> "Offer":
+def _offer(file: str | None, *, beside: str) -> "Offer":
     from freehold.formats.conversation import Conversation
     from freehold.formats.harmony.offer import Offer
 
     if file is None:
         return Offer()
-    raw = _json(_read(file), file)
+    raw = _json(_read(file, beside=beside), file)
     is_tools = isinstance(raw, list) and all(isinstance(item, dict) and "role" not in item for item in raw)
     return Offer.of(Conversation.from_openai([], tools=raw) if is_tools else _conversation(raw, file))
 
@@ -201,15 +207,14 @@ def _tokenizer(model: str | None) -> "Tokenizer":
 # --- what the parser made of it -----------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Passage:
-    """Tokens that belong together: a message, or what belongs to none."""
+    """A message's tokens and what follows before the next one begins; `message` is None where there is none yet."""
 
     start: int
-    stop: int = 0
-    message: "Message | None" = None
-    header: tuple[int, ...] = ()
-    diagnostics: "list[Diagnostic]" = field(default_factory=list)
+    stop: int
+    message: "Message | None"
+    diagnostics: "Sequence[Diagnostic]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,24 +229,17 @@ class _Reading:
         from freehold.formats.harmony.parser import HarmonyParser
 
         parser = HarmonyParser(tokenizer, offer=offer, role="assistant" if is_reply else None)
-        events: list[Event] = []
-        passages: list[_Passage] = []
-        open_passage = _Passage(0)
-        for position, id_ in [*enumerate(ids, 1), (len(ids), None)]:
-            for event in parser.flush() if id_ is None else parser.feed(id_):
-                events.append(event)
-                match event:
-                    case Diagnostic():
-                        open_passage.diagnostics.append(event)
-                    case MessageStart():
-                        open_passage.header = event.tokens
-                    case MessageDone():
-                        open_passage.message, open_passage.stop = event.message, position
-                        passages.append(open_passage)
-                        open_passage = _Passage(position)
-        if open_passage.start < len(ids) or open_passage.diagnostics:
-            open_passage.stop = len(ids)
-            passages.append(open_passage)
+        events = [event for id_ in ids for event in parser.feed(id_)] + parser.flush()
+        starts = [event.position for event in events if isinstance(event, MessageStart)]
+        messages: list[Message | None] = [event.message for event in events if isinstance(event, MessageDone)]
+        if not starts or starts[0] > 0:
+            starts, messages = [0, *starts], [None, *messages]
+        found = [event for event in events if isinstance(event, Diagnostic)]
+        passages = []
+        for start, stop, message in zip(starts, [*starts[1:], len(ids)], messages, strict=True):
+            is_last = stop == len(ids)
+            inside = [d for d in found if start <= d.position and (d.position < stop or is_last)]
+            passages.append(_Passage(start, stop, message, inside))
         return cls(ids, events, passages)
 
     def facts(self) -> dict[str, Any]:

@@ -24,6 +24,12 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def write_aside(text: str) -> None:
+    """A piece of what is not the answer, on stderr, at once; a terminal is spared as by `write`."""
+    sys.stderr.write(text.translate(_HARMLESS) if sys.stderr.isatty() else text)
+    sys.stderr.flush()
+
+
 def harmless(text: str) -> str:
     """Without control sequences, where stdout is a terminal."""
     return text.translate(_HARMLESS) if sys.stdout.isatty() else text

@@ -44,8 +44,9 @@ class Request:
     A sample ends with one of `stop_ids`, which is part of it, or with `max_tokens` tokens. No stop id is drawn before
     it has `min_tokens`, unless its constraint leaves nothing else. `boundaries` are lengths of prefixes of the prompt
     that a later prompt may begin with: the ends of its messages. `cache` lets this request use what others left, and
-    leave what it computed; only requests of the same `cache_salt` share. Of waiting requests that with the lowest `priority` goes first, then who came first.
-    `deadline` is in seconds from submission. `constraint` is called once for each of the `n` samples.
+    leave what it computed; only requests of the same `cache_salt` share. Of waiting requests that with the lowest
+    `priority` goes first, then who came first. `deadline` is in seconds from submission. `constraint` is called once
+    for each of the `n` samples.
     """
 
     prompt: Sequence[int]

@@ -7,6 +7,7 @@ Freehold does not do, rather than ignore it.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -475,9 +476,9 @@ def _check_name(kind: str, name: str) -> None:
 
 
 def _check_distinct(kind: str, names: Sequence[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"{kind} {name!r} is given {names.count(name)} times; each needs its own name")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(f"{kind} {name!r} is given {count} times; each needs its own name")
 
 
 def _check_filled(kind: str, value: str | None) -> None:
