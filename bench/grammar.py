@@ -5,11 +5,14 @@
 - prepare: reading the vocabulary into llguidance, once per process.
 - compile: a `TurnGrammar` of so many tools, all free, all strict, and strict with a response format and a budget for
   the reasoning; then making the constraint of one sample.
-- mask: filling the row of allowed tokens, over turns walked at random the way that models write: words of text, calls
-  with arguments, answers. Its 99th percentile is of the masks that meet a part of the grammar for the first time.
+- mask: the row of allowed tokens as the engine reads it, over turns walked at random the way that models write: words
+  of text, calls with arguments, answers. The 99th percentile is of masks that meet a part of the grammar for the first
+  time.
+- rest: what the engine's own thread waits for at each token: `accept`, and asking what is forced.
 - forced: how many of the turns' tokens the grammar forces, which cost no sampling step.
 
-Times are of one thread; `compile` and `mask` take no Python lock, so both go on while the model computes.
+Times are of one thread. `compile` and `mask` take no Python lock, so other requests' steps go on meanwhile; masks are
+made while the model computes the logits that they are for.
 """
 
 import argparse
@@ -18,10 +21,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from freehold.engine.sampler import forbidden_tokens
 from freehold.formats.conversation import Tool, ToolNamespace
 from freehold.formats.harmony.grammar import JsonSchema, TurnGrammar, TurnOptions, prepare
 from freehold.formats.harmony.offer import Offer
@@ -88,10 +92,16 @@ def milliseconds(work: Callable[[], object]) -> list[float]:
     return sorted(times)
 
 
-def walk(grammar: TurnGrammar, tokenizer: Tokenizer, source: random.Random) -> Iterator[tuple[float, bool]]:
-    """Seconds that each mask took, and whether its token was forced instead; words of text where those may come."""
+class Taken(NamedTuple):
+    """Seconds of one token: of its mask, None where it was forced, and of what comes after it."""
+
+    mask: float | None
+    rest: float
+
+
+def walk(grammar: TurnGrammar, tokenizer: Tokenizer, source: random.Random) -> Iterator[Taken]:
+    """One turn; words of text where those may come."""
     constraint, words = grammar(), tokenizer.encode(_WORDS)
-    row = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
     ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in ('"', '",', '"}', "}", "]"))]
     text, end = 0, source.randint(20, 60)
     for _ in range(1500):
@@ -99,24 +109,25 @@ def walk(grammar: TurnGrammar, tokenizer: Tokenizer, source: random.Random) -> I
             return
         forced = constraint.forced()
         for token in forced:
-            yield 0.0, True
             constraint.accept(token)
+            yield Taken(None, 0.0)
         if forced:
             continue
         begin = time.perf_counter()
-        constraint.fill_mask(row)
-        yield time.perf_counter() - begin, False
+        forbidden = forbidden_tokens(constraint, tokenizer.vocab_size)
+        mask = time.perf_counter() - begin
         word = words[text % len(words)]
         text += 1
-        closing = [token for token in ends if row[token // 32] >> (token % 32) & 1]
-        if row[word // 32] >> (word % 32) & 1 and (text < end or not closing):
-            constraint.accept(word)
-        elif closing and text >= end:
-            constraint.accept(source.choice(closing))
+        closing = [token for token in ends if not forbidden[token]]
+        if closing and text >= end:
+            word = source.choice(closing)
             end = text + source.randint(3, 40)
-        else:  # of few choices one at random
-            may = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
-            constraint.accept(int(source.choice(may)))
+        elif forbidden[word]:  # of few choices one at random
+            word = int(source.choice(np.flatnonzero(~forbidden)))
+        begin = time.perf_counter()
+        constraint.accept(word)
+        constraint.forced()
+        yield Taken(mask, time.perf_counter() - begin)
 
 
 def main() -> int:
@@ -134,17 +145,16 @@ def main() -> int:
         times = milliseconds(lambda options=options: TurnGrammar(tokenizer, options))  # type: ignore[misc]
         grammar, source = TurnGrammar(tokenizer, options), random.Random(args.seed)
         copies = milliseconds(grammar)
-        masks, num_forced = [], 0
-        for _ in range(args.turns):
-            for seconds, forced in walk(grammar, tokenizer, source):
-                num_forced += forced
-                masks += [] if forced else [1e6 * seconds]
-        centiles = statistics.quantiles(masks, n=100)
+        tokens = [taken for _ in range(args.turns) for taken in walk(grammar, tokenizer, source)]
+        masks = [1e6 * taken.mask for taken in tokens if taken.mask is not None]
+        rests = [1e6 * taken.rest for taken in tokens if taken.mask is not None]
+        centiles, rest = statistics.quantiles(masks, n=100), statistics.quantiles(rests, n=100)
         sys.stdout.write(
             f"{name}, {args.tools} tools: compile {statistics.median(times):.1f} ms (worst {times[-1]:.1f}), "
             f"sample {1e3 * statistics.median(copies):.0f} us; {len(masks)} masks: "
             f"median {statistics.median(masks):.0f} us, 99% {centiles[98]:.0f} us, worst {max(masks):.0f} us; "
-            f"forced {100 * num_forced / (num_forced + len(masks)):.0f}% of the tokens\n"
+            f"rest: median {rest[49]:.0f} us, 99% {rest[98]:.0f} us; "
+            f"forced {100 * (len(tokens) - len(masks)) / len(tokens):.0f}% of the tokens\n"
         )
     return 0
 

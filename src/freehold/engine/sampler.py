@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from freehold.engine.request import TokenLogprobs
+from freehold.engine.request import TokenConstraint, TokenLogprobs
 from freehold.engine.sequence import Sequence
 from freehold.errors import FreeholdError, RequestError
 from freehold.kernels import ops
@@ -74,14 +74,18 @@ class Masks:
             self._thread = None
 
     def _forbidden(self, sequence: Sequence) -> npt.NDArray[np.bool_]:
-        row = np.zeros(-(-self._vocab_size // _WORD_BITS), dtype=np.int32)
         assert sequence.constraint is not None
-        sequence.constraint.fill_mask(row)
-        bits = np.unpackbits(row.view(np.uint8), count=self._vocab_size, bitorder="little")
-        forbidden: npt.NDArray[np.bool_] = bits == 0
-        if forbidden.shape != (self._vocab_size,):
-            raise ValueError(f"a mask of {row.shape} words came back")
-        return forbidden
+        return forbidden_tokens(sequence.constraint, self._vocab_size)
+
+
+def forbidden_tokens(constraint: TokenConstraint, vocab_size: int) -> npt.NDArray[np.bool_]:
+    """Which tokens a constraint does not allow next, (V,)."""
+    row = np.zeros(-(-vocab_size // _WORD_BITS), dtype=np.int32)
+    constraint.fill_mask(row)
+    forbidden: npt.NDArray[np.bool_] = np.unpackbits(row.view(np.uint8), count=vocab_size, bitorder="little") == 0
+    if forbidden.shape != (vocab_size,):
+        raise ValueError(f"a mask of {row.shape} words came back")
+    return forbidden
 
 
 @torch.inference_mode()
