@@ -14,8 +14,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import combinations, islice
 from typing import Any
 from urllib.parse import unquote
 
@@ -24,6 +24,8 @@ from freehold.errors import SchemaError
 MAX_DEPTH = 48
 MAX_SUBSCHEMAS = 10_000
 MAX_PROPERTIES = 1_000
+MAX_NAMES = 50_000
+"""Of the properties beside an `additionalProperties` with a schema: the squares of their lengths, added up."""
 MAX_COUNTED_PROPERTIES = 100
 """In a schema with `minProperties`: the grammar lists who comes first, for each property anew."""
 MAX_OPTIONS = 256
@@ -149,7 +151,8 @@ class _Reader:
         self._definitions: dict[str, Clean] = {}
         self._bounded: list[tuple[dict[str, Any], str]] = []
         self._choices: list[tuple[dict[str, Any], _Pointer]] = []
-        self._open_objects: list[dict[str, Any]] = []
+        self._open_objects: list[tuple[dict[str, Any], _Pointer]] = []
+        self._len_names = 0
         self._anchors: dict[str, _Pointer] | None = None
         self._num_subschemas = 0
         self._num_properties = 0
@@ -167,11 +170,8 @@ class _Reader:
             self._one_of(choice, where)
         self._check_ends(clean, pointer)
         self._move_bounds()
-        for node in self._open_objects:
-            # As a pattern that every other name matches: where llguidance reads `additionalProperties`, a name with
-            # escapes in it (`\\u0061`) passes for none of the listed ones.
-            node["patternProperties"] = {"": node.get("additionalProperties", True)}
-            node["additionalProperties"] = False
+        for node, where in self._open_objects:
+            self._close(node, where)
         if isinstance(clean, dict) and self._definitions:
             clean = {"$defs": self._definitions, **clean}
         return clean
@@ -354,7 +354,7 @@ class _Reader:
                     "names that match no pattern cannot be told from those that do; set additionalProperties to false",
                 )
             if "properties" in clean or "required" in clean:
-                self._open_objects.append(clean)
+                self._open_objects.append((clean, (*pointer, "additionalProperties")))
         merged = "properties" in clean or {"$ref", "allOf", "anyOf", "oneOf"} & node.keys()
         if merged or pointer[-2:-1] in (("allOf",), ("anyOf",), ("oneOf",), ("$defs",), ("definitions",)):
             for keyword in {"minProperties", "maxProperties"} & clean.keys():
@@ -489,6 +489,20 @@ class _Reader:
             plain, pick = ("minimum", max) if sign > 0 else ("maximum", min)
             inside = float(f"{bound + sign * step:.15g}")
             node[plain] = pick(node.get(plain, inside), inside)
+
+    def _close(self, node: dict[str, Any], pointer: _Pointer) -> None:
+        """Write `additionalProperties` as a pattern that the other names match.
+
+        Where llguidance reads the keyword itself, a name with escapes in it (`\\u0061`) passes for none of the listed
+        ones. Where anything goes all names may match, and so the patterns of objects that are merged are the same.
+        """
+        rest = node.get("additionalProperties", True)
+        names = () if rest in (True, {}) else node.get("properties", ())
+        self._len_names += sum(len(name) ** 2 for name in names)
+        if self._len_names > MAX_NAMES:
+            raise self._refuse(pointer, "too many names to tell the others from; make it true or false")
+        node["patternProperties"] = {_other_names(names) if names else "": rest}
+        node["additionalProperties"] = False
 
     def _one_of(self, node: dict[str, Any], pointer: _Pointer) -> None:
         """Where no two options have a value in common, "one of" is "any of"."""
@@ -666,6 +680,27 @@ def _property(schema: Mapping[str, Any], name: str) -> Clean:
     return rest
 
 
+def _other_names(names: Collection[str]) -> str:
+    """A pattern of all names but these: they leave one of them at some point, or stop before its end."""
+    following: dict[str, set[str]] = {}
+    for name in names:
+        for end, character in enumerate(name):
+            following.setdefault(name[:end], set()).add(_literally(character))
+        following.setdefault(name, set())
+    options = []
+    for start, characters in following.items():
+        departure = f"[^{''.join(sorted(characters))}]" if characters else "(?s:.)"
+        optional = "" if start in names else "?"
+        options.append(f"{''.join(map(_literally, start))}(?:{departure}(?s:.)*){optional}")
+    return _as_rust_regex(f"^(?:{'|'.join(options)})$")
+
+
+def _literally(character: str) -> str:
+    return (
+        character if character.isascii() and (character.isalnum() or character == "_") else f"\\x{{{ord(character):X}}}"
+    )
+
+
 def _is_read_exactly(value: float) -> bool:
     """Whether llguidance, whose reader of floats rounds carelessly, takes the same number from its text."""
     if not math.isfinite(value) or (value and abs(value) < 1e-12):
@@ -678,40 +713,88 @@ def _as_rust_regex(pattern: str) -> str:
 
     Raises ValueError for what neither reading has, or only one.
     """
-    written: list[str] = []
-    in_class = False
+    pieces = list(_pieces(pattern))
+    # To llguidance a set of characters with all controls, or all but the line feed, has the quote and the backslash in
+    # it as well. So U+0000 is taken out of sets without these, where they may come to have all the others.
+    narrow = [piece for piece in pieces if not _holds(piece, 0x22) or not _holds(piece, 0x5C)]
+    if not all(any(_holds(piece, code) for piece in narrow) for code in range(0x20) if code != 0x0A):
+        return "".join(pieces)
+    for index, piece in enumerate(pieces):
+        if piece in narrow and _holds(piece, 0):
+            if piece[0] != "[" and piece[1:2] not in ("p", "P"):
+                raise ValueError("beside other control characters U+0000 cannot be told from a quote")
+            pieces[index] = f"[{piece}&&[^\\x00]]"
+    return "".join(pieces)
+
+
+def _pieces(pattern: str) -> Iterator[str]:
+    """A pattern's classes, escapes and other characters, in Rust's syntax."""
+    last = ""
     rest = iter(pattern)
     for character in rest:
+        piece = character
         if character == "\\":
-            escaped = next(rest, "")
-            if not escaped:
-                raise ValueError("it ends in a backslash")
-            if escaped in "aAzZQEGKX<>":
-                raise ValueError(f"'\\{escaped}' does not mean the same to all readers of patterns")
-            character += escaped
-        elif not in_class and character == "[":
-            in_class = True
-            written.append(character)
-            character = next(rest, "")
-            if character == "^":
-                written.append(character)
-                character = next(rest, "")
-            if character in ("]", ""):
-                raise ValueError("a class of characters cannot be empty")
-            if character == "\\":
-                character += next(rest, "")
-            elif character in "[&~":
-                character = f"\\{character}"
-        elif in_class and character == "]":
-            in_class = False
-        elif in_class and character in "[&~":
-            character = f"\\{character}"
-        elif in_class and character == "-" and written[-1] == "-":
-            raise ValueError("'--' in a class of characters does not mean the same to all readers of patterns")
-        elif not in_class and character == "+" and written and written[-1] in ("*", "+", "?", "}"):
+            piece = _escape(rest)
+        elif character == "[":
+            piece = _class(rest)
+        elif character == "+" and last in ("*", "+", "?", "}"):
             raise ValueError("possessive quantifiers are not in ECMA-262")
+        yield piece
+        last = piece
+
+
+def _escape(rest: Iterator[str]) -> str:
+    escaped = next(rest, "")
+    if not escaped:
+        raise ValueError("it ends in a backslash")
+    if escaped in "aAzZQEGKX<>":
+        raise ValueError(f"'\\{escaped}' does not mean the same to all readers of patterns")
+    width = {"x": 2, "u": 4, "p": 1, "P": 1}.get(escaped, 0)
+    written = f"\\{escaped}"
+    if width:
+        written += (first := next(rest, ""))
+        if first == "{":
+            while not written.endswith("}") and (character := next(rest, "")):
+                written += character
+        else:
+            written += "".join(islice(rest, width - 1))
+    return written
+
+
+def _class(rest: Iterator[str]) -> str:
+    """What follows the bracket that opens a class, and the brackets."""
+    written = ["["]
+    character = next(rest, "")
+    if character == "^":
         written.append(character)
-    return "".join(written)
+        character = next(rest, "")
+    if character in ("]", ""):
+        raise ValueError("a class of characters cannot be empty")
+    while character not in ("]", ""):
+        if character == "\\":
+            character = _escape(rest)
+        elif character in "[&~":
+            character = f"\\{character}"
+        elif character == "-" and written[-1] == "-":
+            raise ValueError("'--' in a class of characters does not mean the same to all readers of patterns")
+        written.append(character)
+        character = next(rest, "")
+    return "".join((*written, character))
+
+
+def _holds(piece: str, code: int) -> bool:
+    """Whether a piece of a pattern can match this character of ASCII; of what is not plain, every control can."""
+    if len(piece) == 1:
+        return piece == "." or ord(piece) == code
+    if "\\p" in piece or "\\P" in piece:
+        return code < 0x20
+    readable = re.sub(
+        r"\\[xu]\{([0-9A-Fa-f]{1,6})\}", lambda found: f"\\U{int(found[1], 16):08x}", piece.replace("||", "|")
+    )
+    try:
+        return re.compile(readable, re.ASCII).fullmatch(chr(code)) is not None
+    except (re.error, OverflowError):
+        return code < 0x20
 
 
 def _short(value: Any) -> str:
