@@ -565,6 +565,9 @@ def test_schemas_are_enforced_to_the_letter(small_harmony: Tokenizer, schema: An
         ({**OBJECT, "properties": {"a": {}}, "minProperties": 1}, "/minProperties"),
         ({"type": "array", "maxItems": 10**9}, "/maxItems"),
         ({"type": "string", "minLength": -1}, "/minLength"),
+        ({"type": "string", "minLength": 1e400}, "/minLength"),
+        ({"type": "string", "format": ["date"]}, "/format"),
+        ({"format": {}}, "/format"),
         ({"type": "number", "minimum": "1"}, "/minimum"),
         ({"type": "number", "multipleOf": 0}, "/multipleOf"),
         ({"const": 2**53 + 1}, "/const"),
@@ -602,12 +605,62 @@ def test_schemas_that_would_take_for_ever_are_refused(small_harmony: Tokenizer) 
     properties = {f"p{i}": True for i in range(900)}
     some = {"allOf": [{**OBJECT, "properties": properties, "additionalProperties": False}, {"minProperties": 1}]}
     names = {"$defs": {name: {"oneOf": [{"$ref": f"#/$defs/{other}"} for other in "abcd"]} for name in "abcd"}}
-    for schema in (deep, wide, many, some, {**names, "$ref": "#/$defs/a"}, {"type": "string", "pattern": "(" * 500}):
+    twice = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 6} for i in range(11)}
+    alike = {"allOf": [{"anyOf": [{"$ref": "#/$defs/a"}, OBJECT]}] * 5}
+    chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}
+    for schema in (
+        *(deep, wide, many, some, {**names, "$ref": "#/$defs/a"}, {"type": "string", "pattern": "(" * 500}),
+        {"oneOf": [{"$ref": "#/$defs/d0"}] * 2, "$defs": {**twice, "d11": OBJECT}},
+        {"oneOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {**OBJECT, **alike}}},
+        {"$ref": "#/$defs/d0", "$defs": {**chain, "d3000": OBJECT}},
+        {**OBJECT, "required": [str(i) for i in range(20_000)]},
+    ):
         begin = time.monotonic()
         with pytest.raises(SchemaError):
             answers(small_harmony, schema)
         assert time.monotonic() - begin < 5
     accepts(small_harmony, {"type": "string", "pattern": "^((a{0,100}){0,100}){0,100}$"}, '"aa"')
+
+
+def test_many_options_and_references_are_read_soon(small_harmony: Tokenizer) -> None:
+    anchors = {str(i): {"$anchor": f"a{i}", "type": "string"} for i in range(3000)}
+    begin = time.monotonic()
+    assert accepts(small_harmony, {"oneOf": [{"const": i} for i in range(200)]}, "199")
+    assert accepts(
+        small_harmony, {"$defs": anchors, "properties": {f"p{i}": {"$ref": f"#a{i}"} for i in range(900)}}, '{"p1":"x"}'
+    )
+    assert time.monotonic() - begin < 5
+
+
+def random_value(source: random.Random, depth: int = 0) -> Any:
+    kind = source.randrange(12 if depth < 3 else 9)
+    if kind < 9:
+        return source.choice(
+            [None, True, -1, 0, 2, 0.5, 1e400, -1e400, float("nan"), 10**400, "", "a", "#/items/0", "["]
+        )
+    if kind == 9:
+        return [random_value(source, depth + 1) for _ in range(source.randrange(3))]
+    return {source.choice(KEYWORDS): random_value(source, depth + 1) for _ in range(source.randrange(4))}
+
+
+KEYWORDS = (
+    *("type", "enum", "const", "properties", "required", "additionalProperties", "patternProperties", "nullable"),
+    *("minProperties", "maxProperties", "items", "prefixItems", "minItems", "maxItems", "additionalItems", "$ref"),
+    *("minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    *("multipleOf", "allOf", "anyOf", "oneOf", "$defs", "definitions", "$id", "$anchor", "$schema", "uniqueItems"),
+)
+
+
+def test_whatever_is_no_schema_is_refused_as_one(small_harmony: Tokenizer) -> None:
+    source = random.Random(2)
+    far = {"items": [{}], "$ref": f"#/items/{'9' * 5000}"}
+    singles = [{keyword: random_value(source)} for keyword in KEYWORDS for _ in range(12)]
+    doubles = [{key: random_value(source) for key in source.sample(KEYWORDS, 3)} for _ in range(300)]
+    for schema in (far, *singles, *doubles):
+        try:
+            answers(small_harmony, schema)
+        except (SchemaError, UsageError) as error:
+            assert len(str(error)) < 1000, schema
 
 
 def test_definitions_may_nest_far(small_harmony: Tokenizer) -> None:

@@ -13,10 +13,12 @@ ASCII. Dates are dates of the calendar. `nullable` beside `type` adds null, as i
 import json
 import math
 import re
+import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 from freehold.errors import SchemaError
@@ -29,8 +31,10 @@ MAX_NAMES = 50_000
 MAX_COUNTED_PROPERTIES = 100
 """In a schema with `minProperties`: the grammar lists who comes first, for each property anew."""
 MAX_OPTIONS = 256
-MAX_COMPARISONS = 5_000
-"""Of the options of `oneOf`, in search of what tells them apart."""
+MAX_COMPARISONS = 100_000
+"""Of the parts of the options of `oneOf`, in search of what tells them apart."""
+MAX_REFERENCE_LEVELS = 800
+"""Of the parts that are referred to, added up: llguidance follows references on its stack, which would overflow."""
 MAX_COUNT = 1_000_000
 """Of items, properties and characters: counts beyond this mean "many", and cost the grammar memory."""
 
@@ -155,9 +159,13 @@ class _Reader:
         self._len_names = 0
         self._anchors: dict[str, _Pointer] | None = None
         self._num_subschemas = 0
+        self._deepest = 0
+        self._num_levels = 0
+        self._num_references = 0
         self._num_properties = 0
         self._counting: _Pointer | None = None
         self._num_comparisons = 0
+        self._known_facts: dict[int, tuple[set[str], set[str] | None]] = {}
 
     def whole(self, node: Any, pointer: _Pointer) -> Clean:
         clean = self._schema(node, pointer, 0)
@@ -187,6 +195,7 @@ class _Reader:
         if not isinstance(node, Mapping):
             raise self._refuse(pointer, f"a schema is an object or a boolean, got {_short(node)}")
         self._num_subschemas += 1
+        self._deepest = max(self._deepest, depth)
         if depth > MAX_DEPTH or self._num_subschemas > MAX_SUBSCHEMAS:
             raise self._refuse(
                 pointer, f"the schema has more than {MAX_DEPTH} levels or {MAX_SUBSCHEMAS} parts; make it smaller"
@@ -242,7 +251,7 @@ class _Reader:
         clean["type"] = names[0] if len(names) == 1 else names
 
     def _count(self, value: Any, pointer: _Pointer) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+        if not _is_number(value) or value < 0 or value != int(value):
             raise self._refuse(pointer, f"expected a whole number that is not negative, got {_short(value)}")
         if value > MAX_COUNT:
             raise self._refuse(pointer, f"{value} is more than the {MAX_COUNT:,} that can be counted to; leave it out")
@@ -281,7 +290,7 @@ class _Reader:
         return int(number) if number == int(number) else number
 
     def _number(self, value: Any, pointer: _Pointer) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise self._refuse(pointer, f"expected a number, got {_short(value)}")
         if isinstance(value, float) and not _is_read_exactly(value):
             raise self._refuse(pointer, f"{value} has more digits than the grammar reads exactly; write 15 at most")
@@ -307,7 +316,7 @@ class _Reader:
             for keyword, value, inward in (("minimum", least, math.inf), ("maximum", most, -math.inf)):
                 pick = max if inward > 0 else min
                 clean[keyword] = pick(clean.get(keyword, -inward), self._bound(value, pointer, inward))
-        elif name in _STRING_FORMATS:
+        elif isinstance(name, str) and name in _STRING_FORMATS:
             given = _STRING_FORMATS[name]
             if "pattern" in given and "pattern" in clean:
                 clean["allOf"] = [{"type": "string", **given}] if types == {"string"} else [dict(given)]
@@ -342,6 +351,8 @@ class _Reader:
             required = node["required"]
             if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
                 raise self._refuse((*pointer, "required"), f"expected a list of names, got {_short(required)}")
+            if len(required) > MAX_PROPERTIES:
+                raise self._refuse((*pointer, "required"), f"one object can have {MAX_PROPERTIES} properties at most")
             clean["required"] = list(dict.fromkeys(required))
         if "additionalProperties" in node:
             clean["additionalProperties"] = self._schema(
@@ -410,7 +421,7 @@ class _Reader:
             case None | bool():
                 return
             case int() | float() if abs(value) > _EXACT:
-                raise self._refuse(pointer, f"{value} is too large a number to be told from its neighbours")
+                raise self._refuse(pointer, f"{_short(value)} is too large a number to be told from its neighbours")
             case float() if not _is_read_exactly(value):
                 raise self._refuse(pointer, f"{value} is not a number of JSON with 15 digits at most")
             case str():
@@ -429,6 +440,7 @@ class _Reader:
 
     def _reference(self, reference: Any, pointer: _Pointer) -> str:
         target = self._target(reference, pointer)
+        self._num_references += 1
         if target not in self._names:
             self._names[target] = str(len(self._names))
             self._unread.append(target)
@@ -441,7 +453,12 @@ class _Reader:
             node = self._root
             for step in target:
                 node = node[step]
+            self._deepest, num_references = 0, self._num_references
             self._definitions[self._names[target]] = self._schema(node, target, 0)
+            if self._num_references > num_references:  # others are where a path ends
+                self._num_levels += self._deepest + 1
+            if self._num_levels > MAX_REFERENCE_LEVELS:
+                raise self._refuse(target, "the parts that are referred to are too many or too deep; write fewer")
 
     def _target(self, reference: Any, pointer: _Pointer) -> _Pointer:
         if not isinstance(reference, str):
@@ -465,7 +482,7 @@ class _Reader:
             return self._anchors[path]
         for part in path[1:].split("/"):
             step: str | int = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, list) and part.isdecimal():
+            if isinstance(node, list) and part.isdecimal() and len(part) < 10:
                 step = int(part)
             try:
                 node = node[step]
@@ -478,11 +495,13 @@ class _Reader:
 
     def _move_bounds(self) -> None:
         """Where another bound is a fraction of the next integer, llguidance lets an excluded integer pass: past it."""
-        fractions = {value for node, keyword in self._bounded if (value := node[keyword]) != int(value)}
+        fractions = sorted({value for node, keyword in self._bounded if (value := node[keyword]) != int(value)})
         for node, keyword in self._bounded:
             bound = node[keyword]
             sign = {"exclusiveMinimum": 1, "exclusiveMaximum": -1}.get(keyword, 0)
-            if sign * bound < 0 or not any(0 < sign * (other - bound) < 1 for other in fractions):
+            low, high = sorted((bound, bound + sign))
+            near = fractions[bisect_right(fractions, low) : bisect_left(fractions, high)]
+            if sign * bound < 0 or not near:
                 continue  # it fails on the side of zero only
             step = 10.0 ** -min(9, 14 - len(str(abs(int(bound)))))
             del node[keyword]
@@ -509,6 +528,8 @@ class _Reader:
         options = node.pop("oneOf")
         for (i, left), (j, right) in combinations(enumerate(options), 2):
             if not self._disjoint(left, right, 0):
+                if self._num_comparisons > MAX_COMPARISONS:
+                    raise self._refuse(pointer, "it takes too long to tell the options apart; use 'anyOf'")
                 raise self._refuse(
                     pointer,
                     f"options {i} and {j} may both match one value, and only one may; give them a property whose "
@@ -523,10 +544,10 @@ class _Reader:
         """Whether it can be shown that nothing matches both."""
         if left is False or right is False:
             return True
-        self._num_comparisons += 1
+        lefts, rights = self._parts(left), self._parts(right)
+        self._num_comparisons += 1 + len(lefts) * len(rights)
         if depth > 12 or self._num_comparisons > MAX_COMPARISONS:
             return False
-        lefts, rights = list(self._parts(left, set())), list(self._parts(right, set()))
         if any(self._simply_disjoint(a, b, depth) for a in lefts for b in rights):
             return True
         for parts, other in ((lefts, right), (rights, left)):
@@ -537,31 +558,41 @@ class _Reader:
                         return True
         return False
 
-    def _parts(self, schema: Clean, seen: set[str]) -> Iterator[dict[str, Any]]:
-        """Schemas that a value must all match to match this one; `seen` are the definitions among them."""
-        if isinstance(schema, bool):
-            return
-        yield schema
-        name = _name(schema.get("$ref", ""))
-        if name and name not in seen:
-            seen.add(name)
-            yield from self._parts(self._definitions[name], seen)
-        for part in schema.get("allOf", ()):
-            yield from self._parts(part, seen)
+    def _parts(self, schema: Clean) -> list[dict[str, Any]]:
+        """Schemas that a value must all match to match this one, each once."""
+        parts: dict[int, dict[str, Any]] = {}
+        left = [schema]
+        while left and self._num_comparisons <= MAX_COMPARISONS:
+            part = left.pop()
+            self._num_comparisons += 1
+            if isinstance(part, bool) or id(part) in parts:
+                continue
+            parts[id(part)] = part
+            if name := _name(part.get("$ref", "")):
+                left.append(self._definitions[name])
+            left.extend(part.get("allOf", ()))
+        return list(parts.values())
 
     def _simply_disjoint(self, left: dict[str, Any], right: dict[str, Any], depth: int) -> bool:
-        common = _types(left) & _types(right)
+        (left_types, lefts), (right_types, rights) = self._facts(left), self._facts(right)
+        common = left_types & right_types
         if not common:
             return True
-        lefts, rights = _constants(left), _constants(right)
-        if lefts is not None and rights is not None and not lefts & rights:
-            return True
+        if lefts is not None and rights is not None:
+            self._num_comparisons += min(len(lefts), len(rights)) // 10
+            if lefts.isdisjoint(rights):
+                return True
         if common != {"object"}:
             return False
-        for name in {*left.get("required", ()), *right.get("required", ())}:
-            if self._disjoint(_property(left, name), _property(right, name), depth + 1):
-                return True
-        return False
+        names = {*left.get("required", ()), *right.get("required", ())}
+        self._num_comparisons += len(names)
+        return any(self._disjoint(_property(left, name), _property(right, name), depth + 1) for name in names)
+
+    def _facts(self, schema: dict[str, Any]) -> tuple[set[str], set[str] | None]:
+        """The types and constants of a schema, read once."""
+        if id(schema) not in self._known_facts:
+            self._known_facts[id(schema)] = _types(schema), _constants(schema)
+        return self._known_facts[id(schema)]
 
     def _check_ends(self, clean: Clean, pointer: _Pointer) -> None:
         """Refuse what refers to itself without end: no value would match it, and the model would write for ever."""
@@ -698,6 +729,15 @@ def _other_names(names: Collection[str]) -> str:
 def _literally(character: str) -> str:
     return (
         character if character.isascii() and (character.isalnum() or character == "_") else f"\\x{{{ord(character):X}}}"
+    )
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one, and a float has room for it."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
     )
 
 
