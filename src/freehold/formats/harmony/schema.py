@@ -13,10 +13,12 @@ ASCII. Dates are dates of the calendar. `nullable` beside `type` adds null, as i
 import json
 import math
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
-from typing import Any
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import combinations, islice
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 from freehold.errors import SchemaError
@@ -24,11 +26,15 @@ from freehold.errors import SchemaError
 MAX_DEPTH = 48
 MAX_SUBSCHEMAS = 10_000
 MAX_PROPERTIES = 1_000
+MAX_NAMES = 50_000
+"""Of the properties beside an `additionalProperties` with a schema: the squares of their lengths, added up."""
 MAX_COUNTED_PROPERTIES = 100
 """In a schema with `minProperties`: the grammar lists who comes first, for each property anew."""
 MAX_OPTIONS = 256
-MAX_COMPARISONS = 5_000
-"""Of the options of `oneOf`, in search of what tells them apart."""
+MAX_COMPARISONS = 100_000
+"""Of the parts of the options of `oneOf`, in search of what tells them apart."""
+MAX_REFERENCE_LEVELS = 800
+"""Of the parts that are referred to, added up: llguidance follows references on its stack, which would overflow."""
 MAX_COUNT = 1_000_000
 """Of items, properties and characters: counts beyond this mean "many", and cost the grammar memory."""
 
@@ -149,12 +155,17 @@ class _Reader:
         self._definitions: dict[str, Clean] = {}
         self._bounded: list[tuple[dict[str, Any], str]] = []
         self._choices: list[tuple[dict[str, Any], _Pointer]] = []
-        self._open_objects: list[dict[str, Any]] = []
+        self._open_objects: list[tuple[dict[str, Any], _Pointer]] = []
+        self._len_names = 0
         self._anchors: dict[str, _Pointer] | None = None
         self._num_subschemas = 0
+        self._deepest = 0
+        self._num_levels = 0
+        self._num_references = 0
         self._num_properties = 0
         self._counting: _Pointer | None = None
         self._num_comparisons = 0
+        self._known_facts: dict[int, tuple[set[str], set[str] | None]] = {}
 
     def whole(self, node: Any, pointer: _Pointer) -> Clean:
         clean = self._schema(node, pointer, 0)
@@ -167,11 +178,8 @@ class _Reader:
             self._one_of(choice, where)
         self._check_ends(clean, pointer)
         self._move_bounds()
-        for node in self._open_objects:
-            # As a pattern that every other name matches: where llguidance reads `additionalProperties`, a name with
-            # escapes in it (`\\u0061`) passes for none of the listed ones.
-            node["patternProperties"] = {"": node.get("additionalProperties", True)}
-            node["additionalProperties"] = False
+        for node, where in self._open_objects:
+            self._close(node, where)
         if isinstance(clean, dict) and self._definitions:
             clean = {"$defs": self._definitions, **clean}
         return clean
@@ -187,6 +195,7 @@ class _Reader:
         if not isinstance(node, Mapping):
             raise self._refuse(pointer, f"a schema is an object or a boolean, got {_short(node)}")
         self._num_subschemas += 1
+        self._deepest = max(self._deepest, depth)
         if depth > MAX_DEPTH or self._num_subschemas > MAX_SUBSCHEMAS:
             raise self._refuse(
                 pointer, f"the schema has more than {MAX_DEPTH} levels or {MAX_SUBSCHEMAS} parts; make it smaller"
@@ -242,7 +251,7 @@ class _Reader:
         clean["type"] = names[0] if len(names) == 1 else names
 
     def _count(self, value: Any, pointer: _Pointer) -> int:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+        if not _is_number(value) or value < 0 or value != int(value):
             raise self._refuse(pointer, f"expected a whole number that is not negative, got {_short(value)}")
         if value > MAX_COUNT:
             raise self._refuse(pointer, f"{value} is more than the {MAX_COUNT:,} that can be counted to; leave it out")
@@ -281,7 +290,7 @@ class _Reader:
         return int(number) if number == int(number) else number
 
     def _number(self, value: Any, pointer: _Pointer) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise self._refuse(pointer, f"expected a number, got {_short(value)}")
         if isinstance(value, float) and not _is_read_exactly(value):
             raise self._refuse(pointer, f"{value} has more digits than the grammar reads exactly; write 15 at most")
@@ -307,7 +316,7 @@ class _Reader:
             for keyword, value, inward in (("minimum", least, math.inf), ("maximum", most, -math.inf)):
                 pick = max if inward > 0 else min
                 clean[keyword] = pick(clean.get(keyword, -inward), self._bound(value, pointer, inward))
-        elif name in _STRING_FORMATS:
+        elif isinstance(name, str) and name in _STRING_FORMATS:
             given = _STRING_FORMATS[name]
             if "pattern" in given and "pattern" in clean:
                 clean["allOf"] = [{"type": "string", **given}] if types == {"string"} else [dict(given)]
@@ -342,6 +351,8 @@ class _Reader:
             required = node["required"]
             if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
                 raise self._refuse((*pointer, "required"), f"expected a list of names, got {_short(required)}")
+            if len(required) > MAX_PROPERTIES:
+                raise self._refuse((*pointer, "required"), f"one object can have {MAX_PROPERTIES} properties at most")
             clean["required"] = list(dict.fromkeys(required))
         if "additionalProperties" in node:
             clean["additionalProperties"] = self._schema(
@@ -354,7 +365,7 @@ class _Reader:
                     "names that match no pattern cannot be told from those that do; set additionalProperties to false",
                 )
             if "properties" in clean or "required" in clean:
-                self._open_objects.append(clean)
+                self._open_objects.append((clean, (*pointer, "additionalProperties")))
         merged = "properties" in clean or {"$ref", "allOf", "anyOf", "oneOf"} & node.keys()
         if merged or pointer[-2:-1] in (("allOf",), ("anyOf",), ("oneOf",), ("$defs",), ("definitions",)):
             for keyword in {"minProperties", "maxProperties"} & clean.keys():
@@ -410,7 +421,7 @@ class _Reader:
             case None | bool():
                 return
             case int() | float() if abs(value) > _EXACT:
-                raise self._refuse(pointer, f"{value} is too large a number to be told from its neighbours")
+                raise self._refuse(pointer, f"{_short(value)} is too large a number to be told from its neighbours")
             case float() if not _is_read_exactly(value):
                 raise self._refuse(pointer, f"{value} is not a number of JSON with 15 digits at most")
             case str():
@@ -429,6 +440,7 @@ class _Reader:
 
     def _reference(self, reference: Any, pointer: _Pointer) -> str:
         target = self._target(reference, pointer)
+        self._num_references += 1
         if target not in self._names:
             self._names[target] = str(len(self._names))
             self._unread.append(target)
@@ -441,7 +453,12 @@ class _Reader:
             node = self._root
             for step in target:
                 node = node[step]
+            self._deepest, num_references = 0, self._num_references
             self._definitions[self._names[target]] = self._schema(node, target, 0)
+            if self._num_references > num_references:  # others are where a path ends
+                self._num_levels += self._deepest + 1
+            if self._num_levels > MAX_REFERENCE_LEVELS:
+                raise self._refuse(target, "the parts that are referred to are too many or too deep; write fewer")
 
     def _target(self, reference: Any, pointer: _Pointer) -> _Pointer:
         if not isinstance(reference, str):
@@ -465,7 +482,7 @@ class _Reader:
             return self._anchors[path]
         for part in path[1:].split("/"):
             step: str | int = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, list) and part.isdecimal():
+            if isinstance(node, list) and part.isdecimal() and len(part) < 10:
                 step = int(part)
             try:
                 node = node[step]
@@ -478,11 +495,13 @@ class _Reader:
 
     def _move_bounds(self) -> None:
         """Where another bound is a fraction of the next integer, llguidance lets an excluded integer pass: past it."""
-        fractions = {value for node, keyword in self._bounded if (value := node[keyword]) != int(value)}
+        fractions = sorted({value for node, keyword in self._bounded if (value := node[keyword]) != int(value)})
         for node, keyword in self._bounded:
             bound = node[keyword]
             sign = {"exclusiveMinimum": 1, "exclusiveMaximum": -1}.get(keyword, 0)
-            if sign * bound < 0 or not any(0 < sign * (other - bound) < 1 for other in fractions):
+            low, high = sorted((bound, bound + sign))
+            near = fractions[bisect_right(fractions, low) : bisect_left(fractions, high)]
+            if sign * bound < 0 or not near:
                 continue  # it fails on the side of zero only
             step = 10.0 ** -min(9, 14 - len(str(abs(int(bound)))))
             del node[keyword]
@@ -490,11 +509,27 @@ class _Reader:
             inside = float(f"{bound + sign * step:.15g}")
             node[plain] = pick(node.get(plain, inside), inside)
 
+    def _close(self, node: dict[str, Any], pointer: _Pointer) -> None:
+        """Write `additionalProperties` as a pattern that the other names match.
+
+        Where llguidance reads the keyword itself, a name with escapes in it (`\\u0061`) passes for none of the listed
+        ones. Where anything goes all names may match, and so the patterns of objects that are merged are the same.
+        """
+        rest = node.get("additionalProperties", True)
+        names = () if rest in (True, {}) else node.get("properties", ())
+        self._len_names += sum(len(name) ** 2 for name in names)
+        if self._len_names > MAX_NAMES:
+            raise self._refuse(pointer, "too many names to tell the others from; make it true or false")
+        node["patternProperties"] = {_other_names(names) if names else "": rest}
+        node["additionalProperties"] = False
+
     def _one_of(self, node: dict[str, Any], pointer: _Pointer) -> None:
         """Where no two options have a value in common, "one of" is "any of"."""
         options = node.pop("oneOf")
         for (i, left), (j, right) in combinations(enumerate(options), 2):
             if not self._disjoint(left, right, 0):
+                if self._num_comparisons > MAX_COMPARISONS:
+                    raise self._refuse(pointer, "it takes too long to tell the options apart; use 'anyOf'")
                 raise self._refuse(
                     pointer,
                     f"options {i} and {j} may both match one value, and only one may; give them a property whose "
@@ -509,10 +544,10 @@ class _Reader:
         """Whether it can be shown that nothing matches both."""
         if left is False or right is False:
             return True
-        self._num_comparisons += 1
+        lefts, rights = self._parts(left), self._parts(right)
+        self._num_comparisons += 1 + len(lefts) * len(rights)
         if depth > 12 or self._num_comparisons > MAX_COMPARISONS:
             return False
-        lefts, rights = list(self._parts(left, set())), list(self._parts(right, set()))
         if any(self._simply_disjoint(a, b, depth) for a in lefts for b in rights):
             return True
         for parts, other in ((lefts, right), (rights, left)):
@@ -523,31 +558,41 @@ class _Reader:
                         return True
         return False
 
-    def _parts(self, schema: Clean, seen: set[str]) -> Iterator[dict[str, Any]]:
-        """Schemas that a value must all match to match this one; `seen` are the definitions among them."""
-        if isinstance(schema, bool):
-            return
-        yield schema
-        name = _name(schema.get("$ref", ""))
-        if name and name not in seen:
-            seen.add(name)
-            yield from self._parts(self._definitions[name], seen)
-        for part in schema.get("allOf", ()):
-            yield from self._parts(part, seen)
+    def _parts(self, schema: Clean) -> list[dict[str, Any]]:
+        """Schemas that a value must all match to match this one, each once."""
+        parts: dict[int, dict[str, Any]] = {}
+        left = [schema]
+        while left and self._num_comparisons <= MAX_COMPARISONS:
+            part = left.pop()
+            self._num_comparisons += 1
+            if isinstance(part, bool) or id(part) in parts:
+                continue
+            parts[id(part)] = part
+            if name := _name(part.get("$ref", "")):
+                left.append(self._definitions[name])
+            left.extend(part.get("allOf", ()))
+        return list(parts.values())
 
     def _simply_disjoint(self, left: dict[str, Any], right: dict[str, Any], depth: int) -> bool:
-        common = _types(left) & _types(right)
+        (left_types, lefts), (right_types, rights) = self._facts(left), self._facts(right)
+        common = left_types & right_types
         if not common:
             return True
-        lefts, rights = _constants(left), _constants(right)
-        if lefts is not None and rights is not None and not lefts & rights:
-            return True
+        if lefts is not None and rights is not None:
+            self._num_comparisons += min(len(lefts), len(rights)) // 10
+            if lefts.isdisjoint(rights):
+                return True
         if common != {"object"}:
             return False
-        for name in {*left.get("required", ()), *right.get("required", ())}:
-            if self._disjoint(_property(left, name), _property(right, name), depth + 1):
-                return True
-        return False
+        names = {*left.get("required", ()), *right.get("required", ())}
+        self._num_comparisons += len(names)
+        return any(self._disjoint(_property(left, name), _property(right, name), depth + 1) for name in names)
+
+    def _facts(self, schema: dict[str, Any]) -> tuple[set[str], set[str] | None]:
+        """The types and constants of a schema, read once."""
+        if id(schema) not in self._known_facts:
+            self._known_facts[id(schema)] = _types(schema), _constants(schema)
+        return self._known_facts[id(schema)]
 
     def _check_ends(self, clean: Clean, pointer: _Pointer) -> None:
         """Refuse what refers to itself without end: no value would match it, and the model would write for ever."""
@@ -666,6 +711,36 @@ def _property(schema: Mapping[str, Any], name: str) -> Clean:
     return rest
 
 
+def _other_names(names: Collection[str]) -> str:
+    """A pattern of all names but these: they leave one of them at some point, or stop before its end."""
+    following: dict[str, set[str]] = {}
+    for name in names:
+        for end, character in enumerate(name):
+            following.setdefault(name[:end], set()).add(_literally(character))
+        following.setdefault(name, set())
+    options = []
+    for start, characters in following.items():
+        departure = f"[^{''.join(sorted(characters))}]" if characters else "(?s:.)"
+        optional = "" if start in names else "?"
+        options.append(f"{''.join(map(_literally, start))}(?:{departure}(?s:.)*){optional}")
+    return _as_rust_regex(f"^(?:{'|'.join(options)})$")
+
+
+def _literally(character: str) -> str:
+    return (
+        character if character.isascii() and (character.isalnum() or character == "_") else f"\\x{{{ord(character):X}}}"
+    )
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one, and a float has room for it."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )
+
+
 def _is_read_exactly(value: float) -> bool:
     """Whether llguidance, whose reader of floats rounds carelessly, takes the same number from its text."""
     if not math.isfinite(value) or (value and abs(value) < 1e-12):
@@ -678,40 +753,88 @@ def _as_rust_regex(pattern: str) -> str:
 
     Raises ValueError for what neither reading has, or only one.
     """
-    written: list[str] = []
-    in_class = False
+    pieces = list(_pieces(pattern))
+    # To llguidance a set of characters with all controls, or all but the line feed, has the quote and the backslash in
+    # it as well. So U+0000 is taken out of sets without these, where they may come to have all the others.
+    narrow = [piece for piece in pieces if not _holds(piece, 0x22) or not _holds(piece, 0x5C)]
+    if not all(any(_holds(piece, code) for piece in narrow) for code in range(0x20) if code != 0x0A):
+        return "".join(pieces)
+    for index, piece in enumerate(pieces):
+        if piece in narrow and _holds(piece, 0):
+            if piece[0] != "[" and piece[1:2] not in ("p", "P"):
+                raise ValueError("beside other control characters U+0000 cannot be told from a quote")
+            pieces[index] = f"[{piece}&&[^\\x00]]"
+    return "".join(pieces)
+
+
+def _pieces(pattern: str) -> Iterator[str]:
+    """A pattern's classes, escapes and other characters, in Rust's syntax."""
+    last = ""
     rest = iter(pattern)
     for character in rest:
+        piece = character
         if character == "\\":
-            escaped = next(rest, "")
-            if not escaped:
-                raise ValueError("it ends in a backslash")
-            if escaped in "aAzZQEGKX<>":
-                raise ValueError(f"'\\{escaped}' does not mean the same to all readers of patterns")
-            character += escaped
-        elif not in_class and character == "[":
-            in_class = True
-            written.append(character)
-            character = next(rest, "")
-            if character == "^":
-                written.append(character)
-                character = next(rest, "")
-            if character in ("]", ""):
-                raise ValueError("a class of characters cannot be empty")
-            if character == "\\":
-                character += next(rest, "")
-            elif character in "[&~":
-                character = f"\\{character}"
-        elif in_class and character == "]":
-            in_class = False
-        elif in_class and character in "[&~":
-            character = f"\\{character}"
-        elif in_class and character == "-" and written[-1] == "-":
-            raise ValueError("'--' in a class of characters does not mean the same to all readers of patterns")
-        elif not in_class and character == "+" and written and written[-1] in ("*", "+", "?", "}"):
+            piece = _escape(rest)
+        elif character == "[":
+            piece = _class(rest)
+        elif character == "+" and last in ("*", "+", "?", "}"):
             raise ValueError("possessive quantifiers are not in ECMA-262")
+        yield piece
+        last = piece
+
+
+def _escape(rest: Iterator[str]) -> str:
+    escaped = next(rest, "")
+    if not escaped:
+        raise ValueError("it ends in a backslash")
+    if escaped in "aAzZQEGKX<>":
+        raise ValueError(f"'\\{escaped}' does not mean the same to all readers of patterns")
+    width = {"x": 2, "u": 4, "p": 1, "P": 1}.get(escaped, 0)
+    written = f"\\{escaped}"
+    if width:
+        written += (first := next(rest, ""))
+        if first == "{":
+            while not written.endswith("}") and (character := next(rest, "")):
+                written += character
+        else:
+            written += "".join(islice(rest, width - 1))
+    return written
+
+
+def _class(rest: Iterator[str]) -> str:
+    """What follows the bracket that opens a class, and the brackets."""
+    written = ["["]
+    character = next(rest, "")
+    if character == "^":
         written.append(character)
-    return "".join(written)
+        character = next(rest, "")
+    if character in ("]", ""):
+        raise ValueError("a class of characters cannot be empty")
+    while character not in ("]", ""):
+        if character == "\\":
+            character = _escape(rest)
+        elif character in "[&~":
+            character = f"\\{character}"
+        elif character == "-" and written[-1] == "-":
+            raise ValueError("'--' in a class of characters does not mean the same to all readers of patterns")
+        written.append(character)
+        character = next(rest, "")
+    return "".join((*written, character))
+
+
+def _holds(piece: str, code: int) -> bool:
+    """Whether a piece of a pattern can match this character of ASCII; of what is not plain, every control can."""
+    if len(piece) == 1:
+        return piece == "." or ord(piece) == code
+    if "\\p" in piece or "\\P" in piece:
+        return code < 0x20
+    readable = re.sub(
+        r"\\[xu]\{([0-9A-Fa-f]{1,6})\}", lambda found: f"\\U{int(found[1], 16):08x}", piece.replace("||", "|")
+    )
+    try:
+        return re.compile(readable, re.ASCII).fullmatch(chr(code)) is not None
+    except (re.error, OverflowError):
+        return code < 0x20
 
 
 def _short(value: Any) -> str:
