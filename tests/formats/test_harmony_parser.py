@@ -608,6 +608,24 @@ def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str])
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param("to=functions.zipcode", id="names end in code"),
+        pytest.param("to=zipcode", id="with or without their namespace"),
+        pytest.param("to=functions.zipjson <|constrain|>json", id="the content type is elsewhere"),
+        pytest.param("to=functions.zipjson code", id="also in plain words"),
+        pytest.param("to=functions.zipjsonjson", id="and sticks to a name once"),
+    ],
+)
+def test_a_longer_name_is_not_the_offered_one(gpt_oss: Tokenizer, header: str) -> None:
+    offer = Offer(functions=(Tool(name="zip"),))
+    events, diagnostics = read(gpt_oss, f"<|channel|>commentary {header}<|message|>{{}}<|call|>", offer)
+    name = header.split()[0].removeprefix("to=")
+    assert calls(events) == [(name, "{}", "not offered")]
+    assert diagnostics == ["recipient not offered"]
+
+
+@pytest.mark.parametrize(
     "leak", ["<|channel|>commentary", "<|constrain|>json", "<|channel|>commentary <|constrain|>json"]
 )
 def test_markup_that_leaked_into_a_recipient_as_characters_is_cut_off(gpt_oss: Tokenizer, leak: str) -> None:
