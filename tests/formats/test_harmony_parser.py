@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from freehold.formats.chat import choose
 from freehold.formats.conversation import Conversation, Message, Role, Text, Tool, ToolNamespace, text_message
 from freehold.formats.events import (
     ArgumentsDelta,
@@ -26,6 +27,7 @@ from freehold.formats.events import (
     TextDelta,
     TurnDone,
 )
+from freehold.formats.harmony.grammar import JsonObject
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
 from freehold.formats.harmony.render import render
@@ -826,6 +828,24 @@ def test_a_call_that_got_back_to_its_control_tokens_is_one(gpt_oss: Tokenizer) -
     events, diagnostics = read_ids(gpt_oss, [*ids(ANALYSIS), *leak, *ids(f"<|message|>{ARGUMENTS}<|call|>")])
     assert calls(events) == [CALL]
     assert diagnostics == ["leaked header"] * 2  # the header itself, and <|channel|> missing in it
+
+
+@pytest.mark.parametrize("leak", ["Done.|assistant|final|Yes", "Done.|assistant|commentary| to=functions.now json{}"])
+def test_under_a_grammar_text_stays_text(gpt_oss: Tokenizer, leak: str) -> None:
+    """A header in plain words would be an answer in no response format, or a call where there may be none."""
+    ids = gpt_oss.encode_with_control
+    turn = [*ids(ANALYSIS), *plain(gpt_oss, leak)]
+    turn += ids("<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>")
+    conversation = Conversation(messages=(text_message("user", "q"),))
+    made = choose(gpt_oss, None, ()).turn(conversation, tool_choice="none", response_format=JsonObject())
+    assert made.grammar is not None and isinstance(made.reader, HarmonyParser)
+    constraint = made.grammar()
+    for id_ in turn:
+        constraint.accept(id_)  # raises where the grammar does not allow it
+    events = parsed(made.reader, turn)
+    assert messages(events) == [("analysis", None, leak.replace("|", "")), ("final", None, "{}")]
+    assert made.reader.diagnostics == ()
+    assert calls(events) == []
 
 
 def test_answers_may_say_assistantfinal(gpt_oss: Tokenizer) -> None:

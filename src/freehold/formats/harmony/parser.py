@@ -32,9 +32,18 @@ _HEADER_BYTES = 256  # and the longest recipient: what goes on for longer withou
 
 class HarmonyParser:
     """Feed it what comes after the prompt; `role` is the one that the prompt's last header names, None where the ids
-    begin with a header of their own. `offer` is who can be called."""
+    begin with a header of their own. `offer` is who can be called. `plain_headers`: whether a header in plain words, in
+    the middle of a text, begins a message. Where a grammar sees to it that headers have their control tokens, such
+    words are text: read otherwise, they would be an answer or a call that the grammar never saw."""
 
-    def __init__(self, tokenizer: Tokenizer, *, offer: Offer | None = None, role: Role | None = _ASSISTANT) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        offer: Offer | None = None,
+        role: Role | None = _ASSISTANT,
+        plain_headers: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._seen_texts = tokenizer.seen_texts
         self._known = known = HarmonyVocabulary.of(tokenizer)
@@ -44,6 +53,7 @@ class HarmonyParser:
         self._offer = offer or Offer()
         self._header_bytes = _HEADER_BYTES + max(map(len, self._offer.callees), default=0)
         self._is_reply = role == _ASSISTANT
+        self._plain_headers = plain_headers
 
         self._position = 0  # of the token that is being fed
         self._events: list[Event] = []
@@ -271,7 +281,7 @@ class HarmonyParser:
     # --- bodies ---
 
     def _in_body(self, body: Body, token_id: int, position: int) -> None:
-        if body.may_leak and self._is_plain(token_id):
+        if self._plain_headers and body.may_leak and self._is_plain(token_id):
             self._watch(body, token_id, position)
         elif self._is_plain(token_id):
             self._events += body.feed(token_id)
