@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from freehold.formats.chat import choose
-from freehold.formats.conversation import Conversation, Message, Role, Text, Tool, ToolNamespace, text_message
+from freehold.formats.conversation import (
+    ROLES,
+    Conversation,
+    Message,
+    Role,
+    Text,
+    Tool,
+    ToolNamespace,
+    text_message,
+)
 from freehold.formats.events import (
     ArgumentsDelta,
     CallDone,
@@ -331,6 +340,15 @@ def test_whole_conversations_parse_back(gpt_oss: Tokenizer) -> None:
     assert tuple(event.message for event in events if isinstance(event, MessageDone)) == original
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_messages_of_any_role_are_read(gpt_oss: Tokenizer, role: Role) -> None:
+    ids = gpt_oss.encode_with_control("<|message|>42<|end|>")
+    events = parsed(HarmonyParser(gpt_oss, role=role), ids)
+    check(gpt_oss, ids, events)
+    (message,) = [event.message for event in events if isinstance(event, MessageDone)]
+    assert (message.role, message.name, message.text) == (role, "tool" if role == "tool" else None, "42")
+
+
 # --- recovery: text -----------------------------------------------------------------------------------------
 
 FINAL = ("final", None, "Yes")
@@ -476,9 +494,9 @@ FINAL = ("final", None, "Yes")
         ),
         pytest.param(
             "<|channel|>final to=user<|message|>Yes<|return|>",
-            [("final", "user", "Yes")],
+            [FINAL],
             [],
-            id="what is sent to the user is no call",
+            id="what is sent to the user is no call, in history neither",
         ),
         pytest.param(
             "<|channel|>final to=somebody<|message|>Yes<|return|>",
@@ -606,6 +624,7 @@ CALL = ("functions.get_weather", ARGUMENTS, None)
 def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str]) -> None:
     events, diagnostics = read(gpt_oss, f"{header}<|message|>{ARGUMENTS}<|call|>")
     assert calls(events) == [CALL]
+    assert messages(events) == [("commentary", *CALL[:2])]  # its header mended
     assert diagnostics == codes
 
 
@@ -942,9 +961,11 @@ def test_no_stream_breaks_the_parser(request: pytest.FixtureRequest, vocabulary:
     tokenizer: Tokenizer = request.getfixturevalue(vocabulary)
     turns, random = list(real_turns(tokenizer)), Random(os.environ.get("FREEHOLD_FUZZ_SEED", "2"))
     offers = (OFFER, Offer(), PYTHON_FUNCTION)
+    roles: list[Role | None] = ["assistant"] * 5
+    roles += [*ROLES, None]
     for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "20000")) // 2):
         ids = fuzzed(tokenizer, random, turns)
-        role: Role | None = random.choice(["assistant", "assistant", "user", None])
+        role = random.choice(roles)
         parser = HarmonyParser(tokenizer, offer=random.choice(offers), role=role)
         events = parsed(parser, ids)
         try:

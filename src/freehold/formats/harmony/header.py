@@ -186,7 +186,7 @@ class _Words:
         if self.author is None:
             if self.bare and self.bare[0] == role:
                 del self.bare[0]
-            return role, None
+            return role, "tool" if role == "tool" else None  # a tool has a name
         written, _, name = self.author.partition(":")
         for known in ROLES:
             if written == known:
