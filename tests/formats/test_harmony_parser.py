@@ -116,8 +116,9 @@ def check(tokenizer: Tokenizer, ids: Sequence[int], events: list[Event]) -> None
             case MessageDone(message=message):
                 assert start is not None and not isinstance(call, CallStart)
                 assert call is not None or message.text == text
-                for name in (start.recipient, start.name, message.recipient, message.name):
-                    assert name is None or "<|" not in name
+                form = (start.content_type or "").removeprefix("<|constrain|>")
+                for word in (start.channel, start.recipient, start.name, form, message.recipient, message.name):
+                    assert not any(name in (word or "") for name in tokenizer.control_tokens)
                 message.text.encode()
                 dones.append(event)
                 start = None
@@ -563,6 +564,17 @@ def test_a_character_waits_also_behind_a_misplaced_control_token(gpt_oss: Tokeni
     assert diagnostics == ["misplaced control token", "broken off"]
 
 
+@pytest.mark.parametrize("name", ["<repo_name>", "<file_sep>", "<|im_start|>"])
+@pytest.mark.parametrize("header", ["commentary{} to=functions.now", "commentary to={}functions.now{} json"])
+def test_no_control_token_is_a_word_of_a_header(grown: Tokenizer, header: str, name: str) -> None:
+    events, diagnostics = read(grown, f"<|channel|>{header.replace('{}', name)}<|message|>{{}}<|call|>")
+    assert calls(events) == [("functions.now", "{}", None)]
+    assert set(diagnostics) <= {"misplaced control token", "recipient mended"}
+    events, diagnostics = read(grown, f"<|channel|>{name}<|message|>Yes<|return|>")
+    assert messages(events) == [("final", None, "Yes")]
+    assert diagnostics == ["misplaced control token", "missing channel"]
+
+
 @pytest.mark.parametrize("id_", [-1, 201_088, 2**70])
 def test_ids_outside_of_the_vocabulary_are_reported_wherever_they_stand(gpt_oss: Tokenizer, id_: int) -> None:
     ids = gpt_oss.encode_with_control
@@ -912,7 +924,8 @@ def grown(default_folder: Path) -> Tokenizer:
 
 def fuzzed(tokenizer: Tokenizer, random: Random, turns: list[list[int]]) -> list[int]:
     """A random stream, or a real turn that was damaged in a few places."""
-    control = [*(tokenizer.control_id(name) for name in MARKUP), tokenizer.vocab_size, tokenizer.vocab_size + 7, -1]
+    named = [tokenizer.control_id(name) for name in MARKUP]
+    control = [*named * 5, *tokenizer.control_tokens.values(), tokenizer.vocab_size, tokenizer.vocab_size + 7, -1]
     words = [
         id_ for text in ("assistant", "final", "analysis", " to=", " json", "{}", "é") for id_ in tokenizer.encode(text)
     ]

@@ -48,6 +48,7 @@ class HarmonyParser:
         self._seen_texts = tokenizer.seen_texts
         self._known = known = HarmonyVocabulary.of(tokenizer)
         self._stops = {known.end, known.return_, known.call}
+        self._named_in_headers = {known.start, known.message, known.channel, known.constrain}
         self._of_headers = {known.start, known.channel, known.constrain}
         self._end_of_text = tokenizer.control_tokens.get(_END_OF_TEXT)
         self._offer = offer or Offer()
@@ -186,11 +187,14 @@ class HarmonyParser:
                 self._begin_without_message(header)
 
     def _piece(self, token_id: int) -> str:
-        """How a token reads in a header: control tokens by name. No name has characters that are split over tokens."""
+        """How a token reads in a header. No name there has characters that are split over tokens.
+
+        Harmony's control tokens read by name, others as markup with their id: whatever theirs is, it is no word.
+        """
         name = self._tokenizer.control_name(token_id)
-        if name is None and not self._tokenizer.is_token(token_id):
-            return ""
-        return name or self._tokenizer.decode((token_id,))
+        if name is not None:
+            return name if token_id in self._named_in_headers else f"<|{token_id}|>"
+        return self._tokenizer.decode((token_id,)) if self._tokenizer.is_token(token_id) else ""
 
     def _pieces(self, tokens: Iterable[int]) -> list[str]:
         return [self._piece(token) for token in tokens]
