@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from freehold.formats.conversation import Conversation, Message, Role, Text, Tool, ToolNamespace, text_message
+from freehold.formats.chat import choose
+from freehold.formats.conversation import (
+    ROLES,
+    Conversation,
+    Message,
+    Role,
+    Text,
+    Tool,
+    ToolNamespace,
+    text_message,
+)
 from freehold.formats.events import (
     ArgumentsDelta,
     CallDone,
@@ -26,6 +36,7 @@ from freehold.formats.events import (
     TextDelta,
     TurnDone,
 )
+from freehold.formats.harmony.grammar import JsonObject
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
 from freehold.formats.harmony.render import render
@@ -105,8 +116,9 @@ def check(tokenizer: Tokenizer, ids: Sequence[int], events: list[Event]) -> None
             case MessageDone(message=message):
                 assert start is not None and not isinstance(call, CallStart)
                 assert call is not None or message.text == text
-                for name in (start.recipient, start.name, message.recipient, message.name):
-                    assert name is None or "<|" not in name
+                form = (start.content_type or "").removeprefix("<|constrain|>")
+                for word in (start.channel, start.recipient, start.name, form, message.recipient, message.name):
+                    assert not any(name in (word or "") for name in tokenizer.control_tokens)
                 message.text.encode()
                 dones.append(event)
                 start = None
@@ -329,6 +341,15 @@ def test_whole_conversations_parse_back(gpt_oss: Tokenizer) -> None:
     assert tuple(event.message for event in events if isinstance(event, MessageDone)) == original
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_messages_of_any_role_are_read(gpt_oss: Tokenizer, role: Role) -> None:
+    ids = gpt_oss.encode_with_control("<|message|>42<|end|>")
+    events = parsed(HarmonyParser(gpt_oss, role=role), ids)
+    check(gpt_oss, ids, events)
+    (message,) = [event.message for event in events if isinstance(event, MessageDone)]
+    assert (message.role, message.name, message.text) == (role, "tool" if role == "tool" else None, "42")
+
+
 # --- recovery: text -----------------------------------------------------------------------------------------
 
 FINAL = ("final", None, "Yes")
@@ -474,9 +495,9 @@ FINAL = ("final", None, "Yes")
         ),
         pytest.param(
             "<|channel|>final to=user<|message|>Yes<|return|>",
-            [("final", "user", "Yes")],
+            [FINAL],
             [],
-            id="what is sent to the user is no call",
+            id="what is sent to the user is no call, in history neither",
         ),
         pytest.param(
             "<|channel|>final to=somebody<|message|>Yes<|return|>",
@@ -543,6 +564,17 @@ def test_a_character_waits_also_behind_a_misplaced_control_token(gpt_oss: Tokeni
     assert diagnostics == ["misplaced control token", "broken off"]
 
 
+@pytest.mark.parametrize("name", ["<repo_name>", "<file_sep>", "<|im_start|>"])
+@pytest.mark.parametrize("header", ["commentary{} to=functions.now", "commentary to={}functions.now{} json"])
+def test_no_control_token_is_a_word_of_a_header(grown: Tokenizer, header: str, name: str) -> None:
+    events, diagnostics = read(grown, f"<|channel|>{header.replace('{}', name)}<|message|>{{}}<|call|>")
+    assert calls(events) == [("functions.now", "{}", None)]
+    assert set(diagnostics) <= {"misplaced control token", "recipient mended"}
+    events, diagnostics = read(grown, f"<|channel|>{name}<|message|>Yes<|return|>")
+    assert messages(events) == [("final", None, "Yes")]
+    assert diagnostics == ["misplaced control token", "missing channel"]
+
+
 @pytest.mark.parametrize("id_", [-1, 201_088, 2**70])
 def test_ids_outside_of_the_vocabulary_are_reported_wherever_they_stand(gpt_oss: Tokenizer, id_: int) -> None:
     ids = gpt_oss.encode_with_control
@@ -604,7 +636,26 @@ CALL = ("functions.get_weather", ARGUMENTS, None)
 def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str]) -> None:
     events, diagnostics = read(gpt_oss, f"{header}<|message|>{ARGUMENTS}<|call|>")
     assert calls(events) == [CALL]
+    assert messages(events) == [("commentary", *CALL[:2])]  # its header mended
     assert diagnostics == codes
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param("to=functions.zipcode", id="names end in code"),
+        pytest.param("to=zipcode", id="with or without their namespace"),
+        pytest.param("to=functions.zipjson <|constrain|>json", id="the content type is elsewhere"),
+        pytest.param("to=functions.zipjson code", id="also in plain words"),
+        pytest.param("to=functions.zipjsonjson", id="and sticks to a name once"),
+    ],
+)
+def test_a_longer_name_is_not_the_offered_one(gpt_oss: Tokenizer, header: str) -> None:
+    offer = Offer(functions=(Tool(name="zip"),))
+    events, diagnostics = read(gpt_oss, f"<|channel|>commentary {header}<|message|>{{}}<|call|>", offer)
+    name = header.split()[0].removeprefix("to=")
+    assert calls(events) == [(name, "{}", "not offered")]
+    assert diagnostics == ["recipient not offered"]
 
 
 @pytest.mark.parametrize(
@@ -810,6 +861,24 @@ def test_a_call_that_got_back_to_its_control_tokens_is_one(gpt_oss: Tokenizer) -
     assert diagnostics == ["leaked header"] * 2  # the header itself, and <|channel|> missing in it
 
 
+@pytest.mark.parametrize("leak", ["Done.|assistant|final|Yes", "Done.|assistant|commentary| to=functions.now json{}"])
+def test_under_a_grammar_text_stays_text(gpt_oss: Tokenizer, leak: str) -> None:
+    """A header in plain words would be an answer in no response format, or a call where there may be none."""
+    ids = gpt_oss.encode_with_control
+    turn = [*ids(ANALYSIS), *plain(gpt_oss, leak)]
+    turn += ids("<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>")
+    conversation = Conversation(messages=(text_message("user", "q"),))
+    made = choose(gpt_oss, None, ()).turn(conversation, tool_choice="none", response_format=JsonObject())
+    assert made.grammar is not None and isinstance(made.reader, HarmonyParser)
+    constraint = made.grammar()
+    for id_ in turn:
+        constraint.accept(id_)  # raises where the grammar does not allow it
+    events = parsed(made.reader, turn)
+    assert messages(events) == [("analysis", None, leak.replace("|", "")), ("final", None, "{}")]
+    assert made.reader.diagnostics == ()
+    assert calls(events) == []
+
+
 def test_answers_may_say_assistantfinal(gpt_oss: Tokenizer) -> None:
     ids = gpt_oss.encode_with_control
     turn = [*ids("<|channel|>final<|message|>"), *plain(gpt_oss, "Done.|assistant|final|Yes"), *ids("<|return|>")]
@@ -855,7 +924,8 @@ def grown(default_folder: Path) -> Tokenizer:
 
 def fuzzed(tokenizer: Tokenizer, random: Random, turns: list[list[int]]) -> list[int]:
     """A random stream, or a real turn that was damaged in a few places."""
-    control = [*(tokenizer.control_id(name) for name in MARKUP), tokenizer.vocab_size, tokenizer.vocab_size + 7, -1]
+    named = [tokenizer.control_id(name) for name in MARKUP]
+    control = [*named * 5, *tokenizer.control_tokens.values(), tokenizer.vocab_size, tokenizer.vocab_size + 7, -1]
     words = [
         id_ for text in ("assistant", "final", "analysis", " to=", " json", "{}", "é") for id_ in tokenizer.encode(text)
     ]
@@ -904,9 +974,11 @@ def test_no_stream_breaks_the_parser(request: pytest.FixtureRequest, vocabulary:
     tokenizer: Tokenizer = request.getfixturevalue(vocabulary)
     turns, random = list(real_turns(tokenizer)), Random(os.environ.get("FREEHOLD_FUZZ_SEED", "2"))
     offers = (OFFER, Offer(), PYTHON_FUNCTION)
+    roles: list[Role | None] = ["assistant"] * 5
+    roles += [*ROLES, None]
     for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "20000")) // 2):
         ids = fuzzed(tokenizer, random, turns)
-        role: Role | None = random.choice(["assistant", "assistant", "user", None])
+        role = random.choice(roles)
         parser = HarmonyParser(tokenizer, offer=random.choice(offers), role=role)
         events = parsed(parser, ids)
         try:

@@ -81,7 +81,8 @@ def without_past_analysis(conversation: Conversation) -> Conversation:
     kept: list[Message] = []
     is_answered = False
     for message in reversed(conversation.messages):
-        is_answered = is_answered or (message.role == "assistant" and message.channel == "final")
+        is_answer = message.role == "assistant" and message.channel == "final" and message.recipient is None
+        is_answered = is_answered or is_answer
         if not (is_answered and message.channel == "analysis"):
             kept.append(message)
     return Conversation(messages=tuple(reversed(kept)))
@@ -276,6 +277,11 @@ def test_reasoning_is_kept_until_a_final_answer_follows(gpt_oss: Tokenizer) -> N
     assert "drop" not in text
     assert "<|start|>assistant<|channel|>analysis<|message|>keep<|end|>" in text
     assert text.endswith("<|channel|>analysis<|message|>and this<|end|>")
+
+
+def test_a_call_on_the_answers_channel_closes_no_reasoning(gpt_oss: Tokenizer) -> None:
+    work = (thought("keep"), call("functions.f", "{}", "final"), result("functions.f", "1"))
+    assert "keep" in said(gpt_oss, text_message("user", "q"), *work)
 
 
 def test_what_built_in_tools_heard_and_said_goes_with_the_reasoning(gpt_oss: Tokenizer) -> None:

@@ -137,7 +137,7 @@ class HarmonyFormat:
             prompt=render(whole, self._tokenizer),
             stop_ids=self._stop_ids if made is None else made.stop_ids,
             grammar=made,
-            reader=HarmonyParser(self._tokenizer, offer=offer),
+            reader=HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
         )
 
     def _whole(self, conversation: Conversation) -> Conversation:

@@ -139,26 +139,25 @@ class Body:
     def message(self) -> Message:
         """The message as history keeps it."""
         start = self._start
-        is_ours = start.role == "assistant"
-        kept = self.is_call or not is_ours or start.recipient in NOT_TOOLS
+        is_addressed = self.is_call or start.role != "assistant"  # a reply is the user's, whatever its header says
         return Message(
             role=start.role,
             parts=(Text(text="".join(self.text)),),
             channel=self._channel(),
-            recipient=start.recipient if kept else None,
+            recipient=start.recipient if is_addressed else None,
             content_type=start.content_type,
             name=start.name,
         )
 
     def _channel(self) -> Channel | None:
+        if self._callee is not None:
+            return self._callee.channel
         for known in CHANNELS:
             if known == self._start.channel:
                 return known
         if self._start.role != "assistant":
             return None
-        if not self.is_call:
-            return "final"
-        return self._callee.channel if self._callee is not None else FUNCTION_CHANNEL
+        return FUNCTION_CHANNEL if self.is_call else "final"
 
     # --- a call's arguments ---
 

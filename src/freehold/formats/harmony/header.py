@@ -167,7 +167,7 @@ class _Words:
         content_type = self._content_type()
         recipient = self._recipient()
         if recipient is not None and role == "assistant" and recipient not in NOT_TOOLS:
-            recipient = self._offered(recipient, offer)
+            recipient = self._offered(recipient, offer, is_typed=content_type is not None)
         for word in self.bare:
             self._report("junk in header", f"{word!r} was left out")
         return Header(
@@ -186,7 +186,7 @@ class _Words:
         if self.author is None:
             if self.bare and self.bare[0] == role:
                 del self.bare[0]
-            return role, None
+            return role, "tool" if role == "tool" else None  # a tool has a name
         written, _, name = self.author.partition(":")
         for known in ROLES:
             if written == known:
@@ -240,10 +240,10 @@ class _Words:
             self._report("recipient mended", f"{words!r} was read as {name and name[0]!r}")
         return name[0] if name else None
 
-    def _offered(self, recipient: str, offer: Offer) -> str:
+    def _offered(self, recipient: str, offer: Offer, *, is_typed: bool) -> str:
         if recipient in offer.callees:
             return recipient
-        callee = offer.meant(recipient)
+        callee = offer.meant(recipient, is_typed=is_typed)
         if callee is None:
             self._report("recipient not offered", f"nobody is called {recipient!r}")
             return recipient

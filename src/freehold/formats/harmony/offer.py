@@ -63,10 +63,15 @@ class Offer:
             builtins=tuple(space for part in parts if isinstance(part, SystemContent) for space in part.tools),
         )
 
-    def meant(self, written: str) -> Callee | None:
+    def meant(self, written: str, *, is_typed: bool = True) -> Callee | None:
         """Whom a recipient names that models write with small mistakes: with a namespace too few or too many, or with
-        the content type stuck to it. None where that is nobody."""
+        its content type, "json", stuck to it. None where that is nobody.
+
+        Where the header `is_typed`, that type is not missing, and "json" belongs to the name. "code" always does: too
+        many names end in it ("zipcode") for a call of "zip" to be told from one of somebody who was not offered.
+        """
         bare = written.removeprefix(f"{FUNCTIONS}.")
         names = [written, f"{FUNCTIONS}.{written}", bare]
-        names += [name.removesuffix(suffix) for name in names for suffix in ("json", "code")]
+        if not is_typed:
+            names += [name.removesuffix("json") for name in names]
         return next((self.callees[name] for name in names if name in self.callees), None)

@@ -32,18 +32,29 @@ _HEADER_BYTES = 256  # and the longest recipient: what goes on for longer withou
 
 class HarmonyParser:
     """Feed it what comes after the prompt; `role` is the one that the prompt's last header names, None where the ids
-    begin with a header of their own. `offer` is who can be called."""
+    begin with a header of their own. `offer` is who can be called. `plain_headers`: whether a header in plain words, in
+    the middle of a text, begins a message. Where a grammar sees to it that headers have their control tokens, such
+    words are text: read otherwise, they would be an answer or a call that the grammar never saw."""
 
-    def __init__(self, tokenizer: Tokenizer, *, offer: Offer | None = None, role: Role | None = _ASSISTANT) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        offer: Offer | None = None,
+        role: Role | None = _ASSISTANT,
+        plain_headers: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._seen_texts = tokenizer.seen_texts
         self._known = known = HarmonyVocabulary.of(tokenizer)
         self._stops = {known.end, known.return_, known.call}
+        self._named_in_headers = {known.start, known.message, known.channel, known.constrain}
         self._of_headers = {known.start, known.channel, known.constrain}
         self._end_of_text = tokenizer.control_tokens.get(_END_OF_TEXT)
         self._offer = offer or Offer()
         self._header_bytes = _HEADER_BYTES + max(map(len, self._offer.callees), default=0)
         self._is_reply = role == _ASSISTANT
+        self._plain_headers = plain_headers
 
         self._position = 0  # of the token that is being fed
         self._events: list[Event] = []
@@ -176,11 +187,14 @@ class HarmonyParser:
                 self._begin_without_message(header)
 
     def _piece(self, token_id: int) -> str:
-        """How a token reads in a header: control tokens by name. No name has characters that are split over tokens."""
+        """How a token reads in a header. No name there has characters that are split over tokens.
+
+        Harmony's control tokens read by name, others as markup with their id: whatever theirs is, it is no word.
+        """
         name = self._tokenizer.control_name(token_id)
-        if name is None and not self._tokenizer.is_token(token_id):
-            return ""
-        return name or self._tokenizer.decode((token_id,))
+        if name is not None:
+            return name if token_id in self._named_in_headers else f"<|{token_id}|>"
+        return self._tokenizer.decode((token_id,)) if self._tokenizer.is_token(token_id) else ""
 
     def _pieces(self, tokens: Iterable[int]) -> list[str]:
         return [self._piece(token) for token in tokens]
@@ -271,7 +285,7 @@ class HarmonyParser:
     # --- bodies ---
 
     def _in_body(self, body: Body, token_id: int, position: int) -> None:
-        if body.may_leak and self._is_plain(token_id):
+        if self._plain_headers and body.may_leak and self._is_plain(token_id):
             self._watch(body, token_id, position)
         elif self._is_plain(token_id):
             self._events += body.feed(token_id)

@@ -61,11 +61,14 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, upto: Role | Non
 def _without_past_analysis(messages: Sequence[Message]) -> Iterator[Message]:
     """A final answer closes all reasoning before it; what comes after the last one belongs to an open turn.
 
-    What was said to built-in tools, and what they said, is part of the reasoning.
+    What was said to built-in tools, and what they said, is part of the reasoning. A call is no answer on any channel.
     """
-    finals = (i for i, message in enumerate(messages) if message.role == "assistant" and message.channel == "final")
-    last_final = max(finals, default=-1)
-    return (message for i, message in enumerate(messages) if i > last_final or message.channel != "analysis")
+    last_answer = max((i for i, message in enumerate(messages) if _is_answer(message)), default=-1)
+    return (message for i, message in enumerate(messages) if i > last_answer or message.channel != "analysis")
+
+
+def _is_answer(message: Message) -> bool:
+    return message.role == "assistant" and message.channel == "final" and message.recipient is None
 
 
 # --- headers ------------------------------------------------------------------------------------------------
