@@ -570,6 +570,21 @@ def test_schemas_are_enforced_to_the_letter(small_harmony: Tokenizer, schema: An
         ({"format": {}}, "/format"),
         ({"type": "number", "minimum": "1"}, "/minimum"),
         ({"type": "number", "multipleOf": 0}, "/multipleOf"),
+        ({"type": "number", "multipleOf": 0.07}, "/multipleOf"),
+        ({"type": "integer", "multipleOf": 999_983}, "/multipleOf"),
+        (
+            {"type": "integer", "allOf": [{"multipleOf": 97}, {"multipleOf": 89}, {"multipleOf": 83}]},
+            "/allOf/2/multipleOf",
+        ),
+        ({"items": {"multipleOf": 6000}, "properties": {"a": {"multipleOf": 6001}}}, "/items/multipleOf"),
+        ({"enum": ["a", "x" * 3_000_000]}, "/enum"),
+        # Nothing matches these; where a property is optional it would only be left out.
+        ({"properties": {"a": {"type": "array", "minItems": 3, "maxItems": 2}}}, "/properties/a/maxItems"),
+        ({"properties": {"a": {"minLength": 3, "maxLength": 2}}}, "/properties/a/maxLength"),
+        ({"properties": {"a": {"minimum": 3, "exclusiveMaximum": 2}}}, "/properties/a/exclusiveMaximum"),
+        ({"properties": {"a": {"type": "integer", "format": "uint8", "minimum": 256}}}, "/properties/a"),
+        ({"properties": {"a": {"const": "a", "enum": ["b"]}}}, "/properties/a/const"),
+        ({"properties": {"a": {"type": "string", "enum": [1]}}}, "/properties/a/enum"),
         ({"const": 2**53 + 1}, "/const"),
         ({"enum": [1, {"a": 0.1 + 0.2}]}, "/enum/1/a"),
         ({"const": float("nan")}, "/const"),
@@ -661,6 +676,34 @@ def test_whatever_is_no_schema_is_refused_as_one(small_harmony: Tokenizer) -> No
             answers(small_harmony, schema)
         except (SchemaError, UsageError) as error:
             assert len(str(error)) < 1000, schema
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"minimum": 0, "maximum": 9.99},
+        {"minimum": -9.99},
+        {"minimum": 1.25, "maximum": 1.75},
+        {"minimum": -2.25, "maximum": -1.75},
+        {"exclusiveMaximum": 9.95},
+        {"maximum": 9.999999999},
+        {"maximum": 9.05},
+        {"multipleOf": 0.25, "minimum": 0.5, "maximum": 2.5},
+        {"multipleOf": 0.125},
+        {"multipleOf": 0.75, "exclusiveMinimum": 0, "maximum": 9.75},
+        {"multipleOf": 0.01, "maximum": 9.99},
+        {"const": -0.0},
+        {"enum": [-0.0, 1.5]},
+    ],
+)
+def test_numbers_within_bounds_can_be_written(small_harmony: Tokenizer, bounds: dict[str, Any]) -> None:
+    judge = validator(bounds)
+    numbers = [*(step / 40 for step in range(100)), *(step / 20 for step in range(180, 202)), 9.99, 9.98, 9.999, 9.991]
+    for schema in ({"type": "number", **bounds}, {"type": ["number", "null"], "allOf": [bounds]}):
+        turns = answers(small_harmony, schema)
+        for number in (*numbers, *(-number for number in numbers if number)):
+            text = f"{number:g}"
+            assert _accepts(turns, small_harmony, text) == judge.is_valid(number), text
 
 
 def test_definitions_may_nest_far(small_harmony: Tokenizer) -> None:
