@@ -20,7 +20,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import combinations, islice
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import unquote
 
 from freehold.errors import SchemaError
@@ -32,10 +32,12 @@ MAX_NAMES = 50_000
 """Of the properties beside an `additionalProperties` with a schema: the squares of their lengths, added up."""
 MAX_COUNTED_PROPERTIES = 100
 """In a schema with `minProperties`: the grammar lists who comes first, for each property anew."""
+MAX_OPEN_PROPERTIES = 1_000
+"""Of all options of a choice: optional properties that may come next. The grammar follows each of them."""
 MAX_OPTIONS = 256
 MAX_COMPARISONS = 100_000
 """Of the parts of the options of `oneOf`, in search of what tells them apart."""
-MAX_REFERENCE_LEVELS = 800
+MAX_REFERENCE_LEVELS = 400
 """Of the parts that are referred to, added up: llguidance follows references on its stack, which would overflow."""
 MAX_MULTIPLE = 10_000
 """`multipleOf`, without its decimal point, in all: the grammar has a state for every remainder."""
@@ -164,6 +166,8 @@ class _Reader:
         self._bounded: list[tuple[dict[str, Any], str]] = []
         self._multiples: list[tuple[dict[str, Any], _Pointer]] = []
         self._merges = False
+        self._unions: list[tuple[dict[str, Any], _Pointer]] = []
+        self._known_widths: dict[int, _Width] = {}
         self._len_constants = 0
         self._choices: list[tuple[dict[str, Any], _Pointer]] = []
         self._open_objects: list[tuple[dict[str, Any], _Pointer]] = []
@@ -188,6 +192,11 @@ class _Reader:
         for choice, where in self._choices:
             self._one_of(choice, where)
         self._check_ends(clean, pointer)
+        for union, where in self._unions:
+            if self._width(union).num_open > MAX_OPEN_PROPERTIES:
+                raise self._refuse(
+                    where, "too many optional properties in all options; let each begin with a required one of its own"
+                )
         self._move_bounds()
         self._check_multiples()
         for node in {id(node): node for node, _ in (*self._bounded, *self._multiples)}.values():
@@ -240,6 +249,8 @@ class _Reader:
         if "allOf" in clean or ({"$ref", "anyOf", "oneOf"} & clean.keys() and len(clean) > 1):
             self._merges = True
         self._check_sense(node, pointer, clean)
+        if {"anyOf", "oneOf"} & clean.keys():
+            self._unions.append((clean, pointer))
         if "oneOf" in clean:
             self._choices.append((clean, (*pointer, "oneOf")))
         return clean
@@ -548,6 +559,22 @@ class _Reader:
             inside = float(f"{bound + sign * step:.15g}")
             node[plain] = pick(node.get(plain, inside), inside)
 
+    def _width(self, schema: Clean) -> "_Width":
+        """How many objects a schema comes to when its choices are written out, and what may come first in them."""
+        if isinstance(schema, bool):
+            return _Width(1, 0)
+        if id(schema) not in self._known_widths:
+            self._known_widths[id(schema)] = _Width(1, 0)  # for the part of it that refers to it
+            width = _Width(1, _num_open(schema))
+            name = _name(schema.get("$ref", ""))
+            for part in (*([self._definitions[name]] if name else []), *schema.get("allOf", ())):
+                width = width.times(self._width(part))
+            if options := [self._width(option) for option in schema.get("anyOf", ())]:
+                num_options, num_open = (sum(numbers) for numbers in zip(*options, strict=True))
+                width = width.times(_Width(num_options, num_open))
+            self._known_widths[id(schema)] = width
+        return self._known_widths[id(schema)]
+
     def _check_multiples(self) -> None:
         """llguidance has a state for each remainder, and counts in 32 bits."""
         if not self._multiples:
@@ -686,6 +713,26 @@ class _Reader:
                 raise self._refuse(target, "no value can match this: it requires itself, without end")
         if clean is not False and not _ends(clean, ending):
             raise self._refuse(pointer, "no value can match this schema")
+
+
+class _Width(NamedTuple):
+    num_options: int
+    num_open: int
+    """Properties of all options, of which any may come next."""
+
+    def times(self, other: "_Width") -> "_Width":
+        num_open = self.num_open * other.num_options + other.num_open * self.num_options
+        return _Width(min(self.num_options * other.num_options, 10**6), min(num_open, 10**6))
+
+
+def _num_open(schema: Mapping[str, Any]) -> int:
+    """The optional properties before the first required one; a constant there leaves one option of a choice."""
+    properties, required = schema.get("properties", {}), set(schema.get("required", ()))
+    first = next((index for index, name in enumerate(properties) if name in required), len(properties))
+    if first or not properties:
+        return first
+    tag = properties[next(iter(properties))]
+    return 0 if isinstance(tag, dict) and _constants(tag) else len(properties.keys() - required) // 2
 
 
 def _ends(schema: Clean, ending: set[str]) -> bool:
