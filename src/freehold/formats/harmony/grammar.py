@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _STYLE = {"whitespace_pattern": r" |\n[ \t]{0,40}", "json_allow_general_unicode_escapes": True}
 _ANY_OBJECT = {"type": "object", "x-guidance": _STYLE}
 
+_MAX_FORM_CHARACTERS = 20_000
+
 _CHARACTER_TOKENS = 4
 """A character has at most so many bytes, and so tokens."""
 
@@ -177,6 +179,7 @@ class TurnGrammar:
         except UsageError:
             parts.blame(vocabulary)
             raise
+        parts.rehearse(vocabulary)
 
     def __call__(self) -> "TurnConstraint":
         first, *after_reasoning = self._prototypes
@@ -389,9 +392,11 @@ class _Parts:
                 what = "the response format"
                 body = self._part("answer", _json(enforceable(schema, what)), what, schema)
             case Regex(pattern=pattern):
+                _check_length("the regex", pattern)
                 lark = f"start: ANSWER\nANSWER: /{_in_lark(pattern)}/"
                 body = self._part("answer", {"lark_grammar": lark}, f"the regex {pattern!r:.80}")
             case Lark(text=text):
+                _check_length("the Lark grammar", text)
                 _check_lark(text)
                 body = self._part("answer", {"lark_grammar": text}, "the Lark grammar")
         yield f'answer: <|channel|> "final" <|message|> {body} <|return|>'
@@ -409,6 +414,17 @@ class _Parts:
                 raise locate(schema, what, lambda part: _complaint(vocabulary, _json(part)))
             raise UsageError(f"{what} cannot be enforced: {complaint}")
 
+    def rehearse(self, vocabulary: "llguidance.LLTokenizer") -> None:
+        """Raise UsageError for a regex or a Lark grammar that gives up, or leads nowhere, at the very beginning."""
+        for name, (what, _) in self._sources.items():
+            if "lark_grammar" not in self._named[name]:
+                continue
+            matcher = _compile(vocabulary, json.dumps({"grammars": [self._named[name]]}))
+            matcher.compute_bitmask()
+            if matcher.is_error():
+                reason = _first_line(matcher.get_error()).replace("NoExtensionBias", "no text matches it")
+                raise UsageError(f"{what} cannot be enforced: {reason}")
+
 
 def _json(clean: Clean) -> dict[str, Any]:
     return {"json_schema": {**_as_dict(clean), "x-guidance": _STYLE}}
@@ -418,6 +434,13 @@ def _as_dict(clean: Clean) -> dict[str, Any]:
     if isinstance(clean, dict):
         return clean
     return {} if clean else {"allOf": [False]}
+
+
+def _check_length(what: str, text: str) -> None:
+    if len(text) > _MAX_FORM_CHARACTERS:
+        raise UsageError(
+            f"{what} has {len(text):,} characters; {_MAX_FORM_CHARACTERS:,} are the most that can be followed"
+        )
 
 
 def _in_lark(pattern: str) -> str:

@@ -6,8 +6,9 @@ is a schema that it would take for ever over. Annotations and unknown words, whi
 References are followed inside of the schema only: nothing is ever fetched. Called by `grammar.py`.
 
 What is taken more strictly than written: an object's properties come in the order in which the schema lists them,
-before any others; numbers with bounds are written without exponents. Patterns are ECMA-262's, so `\\d` and `\\w` are
-ASCII. Dates are dates of the calendar. `nullable` beside `type` adds null, as in OpenAPI 3.0.
+before any others; numbers with bounds are written without exponents; where a class like `[^"]` allows every control
+character, U+0000 is left out. Patterns are ECMA-262's, so `\\d` and `\\w` are ASCII. Dates are dates of the calendar.
+What is taken more loosely: `nullable` beside `type` adds null, as in OpenAPI 3.0; JSON Schema has no such word.
 """
 
 import json
@@ -17,8 +18,9 @@ import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import combinations, islice
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import unquote
 
 from freehold.errors import SchemaError
@@ -30,11 +32,17 @@ MAX_NAMES = 50_000
 """Of the properties beside an `additionalProperties` with a schema: the squares of their lengths, added up."""
 MAX_COUNTED_PROPERTIES = 100
 """In a schema with `minProperties`: the grammar lists who comes first, for each property anew."""
+MAX_OPEN_PROPERTIES = 1_000
+"""Of all options of a choice: optional properties that may come next. The grammar follows each of them."""
 MAX_OPTIONS = 256
 MAX_COMPARISONS = 100_000
 """Of the parts of the options of `oneOf`, in search of what tells them apart."""
-MAX_REFERENCE_LEVELS = 800
+MAX_REFERENCE_LEVELS = 400
 """Of the parts that are referred to, added up: llguidance follows references on its stack, which would overflow."""
+MAX_MULTIPLE = 10_000
+"""`multipleOf`, without its decimal point, in all: the grammar has a state for every remainder."""
+MAX_CONSTANTS = 200_000
+"""Characters of all constants: the grammar goes through them for every token."""
 MAX_COUNT = 1_000_000
 """Of items, properties and characters: counts beyond this mean "many", and cost the grammar memory."""
 
@@ -45,6 +53,8 @@ _EXACT = 2**53
 
 _FAR = 2**62
 """Bounds beyond it are brought here: llguidance's integers have 64 bits. It forbids nothing that anybody means."""
+
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
@@ -154,6 +164,11 @@ class _Reader:
         self._unread: list[_Pointer] = []
         self._definitions: dict[str, Clean] = {}
         self._bounded: list[tuple[dict[str, Any], str]] = []
+        self._multiples: list[tuple[dict[str, Any], _Pointer]] = []
+        self._merges = False
+        self._unions: list[tuple[dict[str, Any], _Pointer]] = []
+        self._known_widths: dict[int, _Width] = {}
+        self._len_constants = 0
         self._choices: list[tuple[dict[str, Any], _Pointer]] = []
         self._open_objects: list[tuple[dict[str, Any], _Pointer]] = []
         self._len_names = 0
@@ -177,7 +192,15 @@ class _Reader:
         for choice, where in self._choices:
             self._one_of(choice, where)
         self._check_ends(clean, pointer)
+        for union, where in self._unions:
+            if self._width(union).num_open > MAX_OPEN_PROPERTIES:
+                raise self._refuse(
+                    where, "too many optional properties in all options; let each begin with a required one of its own"
+                )
         self._move_bounds()
+        self._check_multiples()
+        for node in {id(node): node for node, _ in (*self._bounded, *self._multiples)}.values():
+            self._spell_out(node)
         for node, where in self._open_objects:
             self._close(node, where)
         if isinstance(clean, dict) and self._definitions:
@@ -223,6 +246,11 @@ class _Reader:
                     self._schema(option, (*pointer, keyword, index), depth + 1)
                     for index, option in enumerate(self._options(node[keyword], (*pointer, keyword)))
                 )
+        if "allOf" in clean or ({"$ref", "anyOf", "oneOf"} & clean.keys() and len(clean) > 1):
+            self._merges = True
+        self._check_sense(node, pointer, clean)
+        if {"anyOf", "oneOf"} & clean.keys():
+            self._unions.append((clean, pointer))
         if "oneOf" in clean:
             self._choices.append((clean, (*pointer, "oneOf")))
         return clean
@@ -276,9 +304,10 @@ class _Reader:
             self._bounded.append((clean, keyword))
         if "multipleOf" in node:
             value = self._number(node["multipleOf"], (*pointer, "multipleOf"))
-            if not 0 < value <= _EXACT:
+            if value <= 0:
                 raise self._refuse((*pointer, "multipleOf"), f"expected a number above 0, got {_short(value)}")
             clean["multipleOf"] = value
+            self._multiples.append((clean, (*pointer, "multipleOf")))
 
     def _bound(self, value: Any, pointer: _Pointer, inward: float) -> float:
         number = self._number(value, pointer)
@@ -401,17 +430,38 @@ class _Reader:
 
     # --- values ---
 
+    def _check_sense(self, node: Mapping[str, Any], pointer: _Pointer, clean: dict[str, Any]) -> None:
+        """Refuse what nothing matches, where that is plain: llguidance would leave such a property out."""
+        for least, most in (
+            *(("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties")),
+            *((least, most) for least in _BOUNDS[:2] for most in _BOUNDS[2:]),
+        ):
+            if least in clean and most in clean and clean[least] > clean[most]:
+                where = (*pointer, most) if most in node else pointer
+                raise self._refuse(where, f"no value can match this: {least} is above {most}")
+        constants = {"const", "enum"} & node.keys()
+        if constants and not _types(clean):
+            raise self._refuse((*pointer, min(constants)), "no value can match this: it is not of the type")
+        if len(constants) == 2 and (_constants({"const": node["const"]}) or set()).isdisjoint(
+            _constants({"enum": node["enum"]}) or ()
+        ):
+            raise self._refuse((*pointer, "const"), "no value can match this: it is not in the enum")
+
     def _values(self, node: Mapping[str, Any], pointer: _Pointer, clean: dict[str, Any]) -> None:
         if "const" in node:
             self._check_value(node["const"], (*pointer, "const"))
-            clean["const"] = node["const"]
+            clean["const"] = _whole(node["const"])
         if "enum" in node:
             values = node["enum"]
             if not isinstance(values, list) or not values:
                 raise self._refuse((*pointer, "enum"), f"expected a list of values, got {_short(values)}")
             for index, value in enumerate(values):
                 self._check_value(value, (*pointer, "enum", index))
-            clean["enum"] = values
+            clean["enum"] = _whole(values)
+        for keyword in {"const", "enum"} & node.keys():
+            self._len_constants += len(json.dumps(node[keyword]))
+            if self._len_constants > MAX_CONSTANTS:
+                raise self._refuse((*pointer, keyword), f"constants can have {MAX_CONSTANTS:,} characters in all")
 
     def _check_value(self, value: Any, pointer: _Pointer, depth: int = 0) -> None:
         """llguidance writes a value's text, and counts in floats."""
@@ -508,6 +558,60 @@ class _Reader:
             plain, pick = ("minimum", max) if sign > 0 else ("maximum", min)
             inside = float(f"{bound + sign * step:.15g}")
             node[plain] = pick(node.get(plain, inside), inside)
+
+    def _width(self, schema: Clean) -> "_Width":
+        """How many objects a schema comes to when its choices are written out, and what may come first in them."""
+        if isinstance(schema, bool):
+            return _Width(1, 0)
+        if id(schema) not in self._known_widths:
+            self._known_widths[id(schema)] = _Width(1, 0)  # for the part of it that refers to it
+            width = _Width(1, _num_open(schema))
+            name = _name(schema.get("$ref", ""))
+            for part in (*([self._definitions[name]] if name else []), *schema.get("allOf", ())):
+                width = width.times(self._width(part))
+            if options := [self._width(option) for option in schema.get("anyOf", ())]:
+                num_options, num_open = (sum(numbers) for numbers in zip(*options, strict=True))
+                width = width.times(_Width(num_options, num_open))
+            self._known_widths[id(schema)] = width
+        return self._known_widths[id(schema)]
+
+    def _check_multiples(self) -> None:
+        """llguidance has a state for each remainder, and counts in 32 bits."""
+        if not self._multiples:
+            return
+        decimals = [_decimal(node["multipleOf"]) for node, _ in self._multiples]
+        places = max(places for _, places in decimals)
+        in_all, counted = 1, set[tuple[Any, ...]]()
+        for (node, pointer), (digits, own_places) in zip(self._multiples, decimals, strict=True):
+            in_all = math.lcm(in_all, digits * 10 ** (places - own_places))
+            counted.add((digits, own_places, *(node.get(keyword) for keyword in _BOUNDS)))
+            size = max(in_all if self._merges else digits, sum(key[0] for key in counted))
+            if not _is_multiple_read_exactly(node["multipleOf"]):
+                raise self._refuse(pointer, f"{node['multipleOf']} is not read exactly; multiples of it cannot be told")
+            if size > MAX_MULTIPLE:
+                raise self._refuse(
+                    pointer,
+                    f"divisors can be {MAX_MULTIPLE:,} at most, all together and without decimal points",
+                )
+
+    def _spell_out(self, node: dict[str, Any]) -> None:
+        """Add the spellings that llguidance leaves out: 9.9 below 9.99, and 0.5 as a multiple of 0.25."""
+        if _types(node).isdisjoint(("number",)):
+            return
+        kind = {"type": "number"} if node.get("type") == "number" else {}
+        bounds = {keyword: node[keyword] for keyword in _BOUNDS if keyword in node}
+        if prefixes := _prefixes(bounds):
+            for keyword in bounds:
+                del node[keyword]
+            node.setdefault("allOf", []).append(
+                {"anyOf": [{**kind, **bounds}, *({"const": value} for value in prefixes)]}
+            )
+        if "multipleOf" in node and not (self._merges and len({part["multipleOf"] for part, _ in self._multiples}) > 1):
+            digits, places = _decimal(node["multipleOf"])
+            shorter = [math.lcm(digits, 10 ** (places - kept)) / 10**places for kept in range(1, places)]
+            if shorter and math.gcd(digits, 10) > 1:
+                multiples = dict.fromkeys((node.pop("multipleOf"), *shorter))
+                node.setdefault("allOf", []).append({"anyOf": [{**kind, "multipleOf": value} for value in multiples]})
 
     def _close(self, node: dict[str, Any], pointer: _Pointer) -> None:
         """Write `additionalProperties` as a pattern that the other names match.
@@ -611,6 +715,26 @@ class _Reader:
             raise self._refuse(pointer, "no value can match this schema")
 
 
+class _Width(NamedTuple):
+    num_options: int
+    num_open: int
+    """Properties of all options, of which any may come next."""
+
+    def times(self, other: "_Width") -> "_Width":
+        num_open = self.num_open * other.num_options + other.num_open * self.num_options
+        return _Width(min(self.num_options * other.num_options, 10**6), min(num_open, 10**6))
+
+
+def _num_open(schema: Mapping[str, Any]) -> int:
+    """The optional properties before the first required one; a constant there leaves one option of a choice."""
+    properties, required = schema.get("properties", {}), set(schema.get("required", ()))
+    first = next((index for index, name in enumerate(properties) if name in required), len(properties))
+    if first or not properties:
+        return first
+    tag = properties[next(iter(properties))]
+    return 0 if isinstance(tag, dict) and _constants(tag) else len(properties.keys() - required) // 2
+
+
 def _ends(schema: Clean, ending: set[str]) -> bool:
     """Whether some finite value may match, given the definitions for which that is known."""
     if isinstance(schema, bool):
@@ -690,6 +814,7 @@ def _constants(schema: Mapping[str, Any]) -> set[str] | None:
 
 
 def _whole(value: Any) -> Any:
+    """The value with integers for floats that are whole: -0.0 would be written as "-0" only."""
     match value:
         case float() if value == int(value):
             return int(value)
@@ -730,6 +855,34 @@ def _literally(character: str) -> str:
     return (
         character if character.isascii() and (character.isalnum() or character == "_") else f"\\x{{{ord(character):X}}}"
     )
+
+
+def _decimal(value: float) -> tuple[int, int]:
+    """The digits of a number without its point, and how many of them come after it."""
+    _, digits, exponent = Decimal(str(value)).normalize().as_tuple()
+    number = int("".join(map(str, digits)))
+    assert isinstance(exponent, int)
+    return (number * 10**exponent, 0) if exponent > 0 else (number, -exponent)
+
+
+def _is_multiple_read_exactly(value: float) -> bool:
+    """Whether llguidance finds these decimals, which it looks for by multiplying with ten."""
+    digits, places = _decimal(value)
+    shifted = float(value)
+    for _ in range(places):
+        shifted *= 10.0
+    return shifted == digits and places < 9
+
+
+def _prefixes(bounds: Mapping[str, float]) -> list[float]:
+    """Numbers within the bounds that end early in the decimals of one: of 9.999 these are 9.9 and 9.99."""
+    least = max(bounds.get("minimum", -math.inf), bounds.get("exclusiveMinimum", -math.inf))
+    most = min(bounds.get("maximum", math.inf), bounds.get("exclusiveMaximum", math.inf))
+    found = set()
+    for far in (bound for bound in (least, most) if math.isfinite(bound) and bound != int(bound)):
+        whole, _, decimals = f"{Decimal(str(far)):f}".partition(".")
+        found |= {float(f"{whole}.{decimals[:kept]}") for kept in range(1, len(decimals))}
+    return sorted(value for value in found if least < value < most and value != int(value))
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
