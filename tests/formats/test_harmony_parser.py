@@ -390,6 +390,24 @@ FINAL = ("final", None, "Yes")
             id="a content type stuck to the channel comes off",
         ),
         pytest.param(
+            "<|channel|>ANALYSIS<|message|>Hm<|end|><|start|>assistant<|channel|>Final<|message|>Yes<|return|>",
+            [("analysis", None, "Hm"), FINAL],
+            ["junk in header"] * 2,
+            id="in any case",
+        ),
+        pytest.param(
+            "<|channel|>final-analysis<|message|>Hm<|end|>",
+            [("analysis", None, "Hm")],
+            ["junk in header"],
+            id="what may be reasoning is no answer",
+        ),
+        pytest.param(
+            " Analysis<|message|>Hm<|end|><|start|>Analysis<|message|>Hm<|end|>",
+            [("analysis", None, "Hm")] * 2,
+            ["leaked header"] * 2,
+            id="wherever it stands",
+        ),
+        pytest.param(
             "<|message|>Yes<|return|>", [FINAL], ["missing channel"], id="text without a channel is an answer"
         ),
         pytest.param(
@@ -631,6 +649,22 @@ CALL = ("functions.get_weather", ARGUMENTS, None)
         pytest.param(
             "<|channel|>commentary to=functions.get_weather!!", ["recipient mended"], id="other characters in it"
         ),
+        pytest.param('<|channel|>commentary to="functions.get_weather"', ["recipient mended"], id="quoted"),
+        pytest.param('<|channel|>commentary to= "functions.get_weather"', ["recipient mended"], id="quoted and apart"),
+        pytest.param("<|channel|>commentary TO=functions.get_weather", ["recipient mended"], id="TO="),
+        pytest.param(
+            "<|channel|>functions.get_weather <|constrain|>json",
+            ["recipient mended", "missing channel"],
+            id="in place of the channel",
+        ),
+        pytest.param(
+            "<|channel|>commentary <|constrain|>functions.get_weather",
+            ["recipient mended"],
+            id="in place of the content type",
+        ),
+        pytest.param(
+            "<|channel|>commentary to=get_weather to=functions.get_weather", ["recipient mended"], id="twice the same"
+        ),
     ],
 )
 def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str]) -> None:
@@ -638,6 +672,23 @@ def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str])
     assert calls(events) == [CALL]
     assert messages(events) == [("commentary", *CALL[:2])]  # its header mended
     assert diagnostics == codes
+
+
+@pytest.mark.parametrize(
+    ("recipients", "called"),
+    [
+        ("to=functions.get_weather to=functions.now", "functions.get_weather"),
+        ("to=functions.get_weather, to=functions.now", "functions.get_weather"),
+        ("to=functions.unknown to=functions.now", "functions.now"),
+        ("to=functions.now to=user", "functions.now"),
+        ("to=user to=functions.now", "functions.now"),
+    ],
+)
+@pytest.mark.parametrize("channel", ["commentary", "final"])
+def test_a_call_of_several_is_not_carried_out(gpt_oss: Tokenizer, channel: str, recipients: str, called: str) -> None:
+    events, diagnostics = read(gpt_oss, f"<|channel|>{channel} {recipients} json<|message|>{{}}<|call|>")
+    assert calls(events) == [(called, "{}", "several recipients")]
+    assert "several recipients" in diagnostics
 
 
 @pytest.mark.parametrize(

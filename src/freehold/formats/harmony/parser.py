@@ -18,7 +18,7 @@ Feed stop tokens as well: a call that nothing ends counts as broken off. Called 
 from collections.abc import Iterable, Sequence
 
 from freehold.formats.conversation import CHANNELS, ROLES, Message, Role
-from freehold.formats.events import Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart, TurnDone
+from freehold.formats.events import CallProblem, Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart, TurnDone
 from freehold.formats.harmony.body import Body, Report
 from freehold.formats.harmony.header import Header, header_length, leak_in, may_precede_leak, read_header
 from freehold.formats.harmony.offer import Offer
@@ -236,7 +236,8 @@ class HarmonyParser:
             position=header.position,
             tokens=tuple(tokens),
         )
-        self._header, self._body = None, Body(self._tokenizer, start, self._offer, is_leaked=is_leaked)
+        call_problem: CallProblem | None = "leaked" if is_leaked else read.call_problem
+        self._header, self._body = None, Body(self._tokenizer, start, self._offer, call_problem)
         self._events.append(start)
         self._pass_on(self._body.open(), header.position)
 
