@@ -4,8 +4,8 @@
 
 `read_header` makes sense of any string whatsoever and names every mending. Control tokens stand in it by name, and so
 those that leaked as plain characters read like real ones: harmless here, where nothing of it becomes text.
-`header_length` finds where a header ends that has no `<|message|>`, `leak_in` the header in plain words that a message
-may run into. Called by `parser.py`.
+`header_length` finds where a header ends that has no `<|message|>`, `leak_in` and `leak_at_end` the header in plain
+words that a message may run into. Called by `parser.py`.
 """
 
 import re
@@ -24,6 +24,8 @@ NOT_TOOLS = ("user", "assistant", "all")
 _LEAKS = tuple(f"assistant{channel}" for channel in CHANNELS)
 LEAK_BEGINNINGS = frozenset(leak[:length] for leak in _LEAKS for length in range(1, len(leak) + 1))
 """What the first token of a leaked header can read."""
+
+_LEAK_AT_END = re.compile(rf"assistant(?:{'|'.join(CHANNELS)})?(?=\s*\Z)")
 
 # A leak is stuck to the end of a sentence; "assistantfinal" in quotes, or in a path or a pattern, is spoken of.
 _BEFORE_A_MENTION = frozenset(" \t\"'`“‘«([{<|/\\_-=")
@@ -108,6 +110,12 @@ def leak_in(text: str) -> Literal["no", "maybe", "yes"]:
                 return "yes"
             return "no" if following[0] in _AFTER_A_MENTION else "yes"
     return "no"
+
+
+def leak_at_end(text: str) -> str:
+    """The header in plain words that `text` ends with, "" where it does not."""
+    found = _LEAK_AT_END.search(text)
+    return found[0] if found else ""
 
 
 def _goes_on_like_no_sentence(following: str) -> bool:
