@@ -390,6 +390,24 @@ FINAL = ("final", None, "Yes")
             id="a content type stuck to the channel comes off",
         ),
         pytest.param(
+            "<|channel|>ANALYSIS<|message|>Hm<|end|><|start|>assistant<|channel|>Final<|message|>Yes<|return|>",
+            [("analysis", None, "Hm"), FINAL],
+            ["junk in header"] * 2,
+            id="in any case",
+        ),
+        pytest.param(
+            "<|channel|>final-analysis<|message|>Hm<|end|>",
+            [("analysis", None, "Hm")],
+            ["junk in header"],
+            id="what may be reasoning is no answer",
+        ),
+        pytest.param(
+            " Analysis<|message|>Hm<|end|><|start|>Analysis<|message|>Hm<|end|>",
+            [("analysis", None, "Hm")] * 2,
+            ["leaked header"] * 2,
+            id="wherever it stands",
+        ),
+        pytest.param(
             "<|message|>Yes<|return|>", [FINAL], ["missing channel"], id="text without a channel is an answer"
         ),
         pytest.param(
@@ -499,6 +517,15 @@ FINAL = ("final", None, "Yes")
             [],
             id="what is sent to the user is no call, in history neither",
         ),
+        *(
+            pytest.param(
+                f"<|channel|>commentary to={recipient}<|message|>Yes<|end|>",
+                [("commentary", None, "Yes")],
+                [],
+                id=f"nor what is sent to {recipient}",
+            )
+            for recipient in ("user", "assistant", "all")
+        ),
         pytest.param(
             "<|channel|>final to=somebody<|message|>Yes<|return|>",
             [FINAL],
@@ -543,6 +570,26 @@ def test_a_long_text_without_any_header_does_not_wait_for_its_end(gpt_oss: Token
     parser = HarmonyParser(gpt_oss)
     events = [event for id_ in gpt_oss.encode("word " * 100) for event in parser.feed(id_)]
     assert sum(len(event.text) for event in events if isinstance(event, TextDelta)) == 500
+
+
+@pytest.mark.parametrize("longest", [0, 300])
+def test_a_header_may_be_as_long_as_its_recipient_makes_it(gpt_oss: Tokenizer, longest: int) -> None:
+    """And 256 characters longer; what the vocabulary does not have counts as one."""
+    offer = Offer(functions=(Tool(name="f" * (longest - len("functions."))),) if longest else ())
+    for id_ in (gpt_oss.encode(" ")[0], 201_088):
+        parser = HarmonyParser(gpt_oss, offer=offer)
+        silent = [id_] * (256 + longest)
+        assert [event for token in silent for event in parser.feed(token)] == []
+        assert isinstance(next(event for event in parser.feed(id_) if not isinstance(event, Diagnostic)), MessageStart)
+
+
+def test_tokens_after_the_flush_go_on_between_messages(gpt_oss: Tokenizer) -> None:
+    parser = HarmonyParser(gpt_oss)
+    ids = gpt_oss.encode_with_control
+    events = parsed(parser, ids("<|channel|>analysis<|message|>Hm"))
+    more = parsed(parser, ids("<|start|>assistant<|channel|>final<|message|>Yes<|return|>"))
+    assert messages(events + more) == [("analysis", None, "Hm"), FINAL]
+    assert [diagnostic.code for diagnostic in parser.diagnostics] == ["broken off"]
 
 
 def test_an_unfinished_character_ends_with_its_message(gpt_oss: Tokenizer) -> None:
@@ -631,6 +678,22 @@ CALL = ("functions.get_weather", ARGUMENTS, None)
         pytest.param(
             "<|channel|>commentary to=functions.get_weather!!", ["recipient mended"], id="other characters in it"
         ),
+        pytest.param('<|channel|>commentary to="functions.get_weather"', ["recipient mended"], id="quoted"),
+        pytest.param('<|channel|>commentary to= "functions.get_weather"', ["recipient mended"], id="quoted and apart"),
+        pytest.param("<|channel|>commentary TO=functions.get_weather", ["recipient mended"], id="TO="),
+        pytest.param(
+            "<|channel|>functions.get_weather <|constrain|>json",
+            ["recipient mended", "missing channel"],
+            id="in place of the channel",
+        ),
+        pytest.param(
+            "<|channel|>commentary <|constrain|>functions.get_weather",
+            ["recipient mended"],
+            id="in place of the content type",
+        ),
+        pytest.param(
+            "<|channel|>commentary to=get_weather to=functions.get_weather", ["recipient mended"], id="twice the same"
+        ),
     ],
 )
 def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str]) -> None:
@@ -638,6 +701,23 @@ def test_a_recipient_is_found(gpt_oss: Tokenizer, header: str, codes: list[str])
     assert calls(events) == [CALL]
     assert messages(events) == [("commentary", *CALL[:2])]  # its header mended
     assert diagnostics == codes
+
+
+@pytest.mark.parametrize(
+    ("recipients", "called"),
+    [
+        ("to=functions.get_weather to=functions.now", "functions.get_weather"),
+        ("to=functions.get_weather, to=functions.now", "functions.get_weather"),
+        ("to=functions.unknown to=functions.now", "functions.now"),
+        ("to=functions.now to=user", "functions.now"),
+        ("to=user to=functions.now", "functions.now"),
+    ],
+)
+@pytest.mark.parametrize("channel", ["commentary", "final"])
+def test_a_call_of_several_is_not_carried_out(gpt_oss: Tokenizer, channel: str, recipients: str, called: str) -> None:
+    events, diagnostics = read(gpt_oss, f"<|channel|>{channel} {recipients} json<|message|>{{}}<|call|>")
+    assert calls(events) == [(called, "{}", "several recipients")]
+    assert "several recipients" in diagnostics
 
 
 @pytest.mark.parametrize(
@@ -708,6 +788,12 @@ def test_markup_that_leaked_into_a_recipient_as_characters_is_cut_off(gpt_oss: T
             ("python", '{"a": 1}["a"]', None),
             [],
             id="but not out of what may be code",
+        ),
+        pytest.param(
+            '<|channel|>analysis to=python<|message|>{"code": "1", "a": 2}<|call|>',
+            ("python", '{"code": "1", "a": 2}', None),
+            [],
+            id="nor out of an object that holds more",
         ),
         pytest.param(
             "<|channel|>commentary to=functions.get_weather<|message|>{'city'}<|call|>",
@@ -859,6 +945,32 @@ def test_a_call_that_got_back_to_its_control_tokens_is_one(gpt_oss: Tokenizer) -
     events, diagnostics = read_ids(gpt_oss, [*ids(ANALYSIS), *leak, *ids(f"<|message|>{ARGUMENTS}<|call|>")])
     assert calls(events) == [CALL]
     assert diagnostics == ["leaked header"] * 2  # the header itself, and <|channel|> missing in it
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("Hm. assistantfinal", FINAL),
+        ("Hm.assistant", FINAL),
+        ("Hm.|assistant|final", FINAL),
+        ("Hm assistantfinal\n", FINAL),
+        ("Hm.assistantanalysis", ("analysis", None, "Yes")),
+        ("Hm.assistantcommentary", ("commentary", None, "Yes")),
+    ],
+)
+@pytest.mark.parametrize("plain_headers", [True, False])
+def test_message_behind_a_header_in_plain_words_begins_one(
+    gpt_oss: Tokenizer, end: str, expected: Any, plain_headers: bool
+) -> None:
+    """The words were handed out as text by then; what follows is not for the same channel."""
+    ids = gpt_oss.encode_with_control
+    turn = [*ids(ANALYSIS), *plain(gpt_oss, end), *ids("<|message|>Yes<|return|>")]
+    parser = HarmonyParser(gpt_oss, offer=OFFER, plain_headers=plain_headers)
+    events = parsed(parser, turn)
+    check(gpt_oss, turn, events)
+    assert messages(events) == [("analysis", None, end.replace("|", "")), expected]
+    codes = [diagnostic.code for diagnostic in parser.diagnostics]
+    assert codes == ["missing end", "missing channel" if end == "Hm.assistant" else "leaked header"]
 
 
 @pytest.mark.parametrize("leak", ["Done.|assistant|final|Yes", "Done.|assistant|commentary| to=functions.now json{}"])

@@ -60,7 +60,7 @@ class ArgumentsDelta:
     text: str
 
 
-CallProblem = Literal["not offered", "leaked", "not json", "not an object", "broken off"]
+CallProblem = Literal["not offered", "several recipients", "leaked", "not json", "not an object", "broken off"]
 """Why a call must not be carried out. "leaked": its header was plain text, which may as well be a quotation."""
 
 
@@ -104,6 +104,7 @@ DiagnosticCode = Literal[
     "text between messages",
     "recipient mended",
     "recipient not offered",
+    "several recipients",
     "content type mended",
     "wrong channel for a call",
     "wrong end of a call",

@@ -44,13 +44,13 @@ class Arguments(NamedTuple):
 
 
 class Body:
-    """What follows `start`, which must have been mended. `is_leaked`: not one control token stood in that header."""
+    """What follows `start`, which must have been mended; `problem` is the one that makes a call of it none to obey."""
 
-    __slots__ = ("_callee", "_detokenizer", "_doubt", "_is_leaked", "_start", "beginnings", "delta", "is_call", "text")
+    __slots__ = ("_callee", "_detokenizer", "_doubt", "_problem", "_start", "beginnings", "delta", "is_call", "text")
 
-    def __init__(self, tokenizer: Tokenizer, start: MessageStart, offer: Offer, *, is_leaked: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, start: MessageStart, offer: Offer, problem: CallProblem | None) -> None:
         self._start = start
-        self._is_leaked = is_leaked
+        self._problem = problem
         self._detokenizer = Detokenizer(tokenizer)
         self._callee = offer.callees.get(start.recipient or "") if start.role == "assistant" else None
         self.is_call = self._callee is not None or (
@@ -130,8 +130,8 @@ class Body:
         problem = arguments.problem
         if self._callee is None:
             problem = "not offered"
-        elif self._is_leaked:
-            problem = "leaked"
+        elif self._problem is not None:
+            problem = self._problem
         elif is_broken_off:
             problem = "broken off"
         yield CallDone(recipient=self._start.recipient or "", arguments=arguments.text, problem=problem)

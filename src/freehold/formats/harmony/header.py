@@ -4,8 +4,8 @@
 
 `read_header` makes sense of any string whatsoever and names every mending. Control tokens stand in it by name, and so
 those that leaked as plain characters read like real ones: harmless here, where nothing of it becomes text.
-`header_length` finds where a header ends that has no `<|message|>`, `leak_in` the header in plain words that a message
-may run into. Called by `parser.py`.
+`header_length` finds where a header ends that has no `<|message|>`, `leak_in` and `leak_at_end` the header in plain
+words that a message may run into. Called by `parser.py`.
 """
 
 import re
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from freehold.formats.conversation import CHANNELS, ROLES, Role, is_name
-from freehold.formats.events import DiagnosticCode
+from freehold.formats.conversation import CHANNELS, ROLES, Channel, Role, is_name
+from freehold.formats.events import CallProblem, DiagnosticCode
 from freehold.formats.harmony.offer import FUNCTIONS, Offer
 from freehold.formats.harmony.vocabulary import CHANNEL, CONSTRAIN, MESSAGE, START
 
@@ -24,6 +24,8 @@ NOT_TOOLS = ("user", "assistant", "all")
 _LEAKS = tuple(f"assistant{channel}" for channel in CHANNELS)
 LEAK_BEGINNINGS = frozenset(leak[:length] for leak in _LEAKS for length in range(1, len(leak) + 1))
 """What the first token of a leaked header can read."""
+
+_LEAK_AT_END = re.compile(rf"assistant(?:{'|'.join(CHANNELS)})?(?=\s*\Z)")
 
 # A leak is stuck to the end of a sentence; "assistantfinal" in quotes, or in a path or a pattern, is spoken of.
 _BEFORE_A_MENTION = frozenset(" \t\"'`“‘«([{<|/\\_-=")
@@ -35,8 +37,9 @@ _TYPE = r"[A-Za-z0-9_.\-/+]+"
 _MARKUP = re.compile(r"(<\|[^<>|\s]*\|>)")
 _ANY_CHANNEL = "|".join(CHANNELS)
 _ANY_TYPE = "|".join(_TYPES)
-_GLUED_CHANNEL = re.compile(rf"({_ANY_CHANNEL})(?:({_ANY_TYPE})|\W.*)", re.DOTALL)
-_GLUED_AUTHOR = re.compile(rf"((?:{re.escape(START)})?\s*assistant)(?:{_ANY_CHANNEL})")
+_GLUED_AUTHOR = re.compile(rf"((?:{re.escape(START)})?\s*assistant)(?i:{_ANY_CHANNEL})")
+_ANY_TO = re.compile(r"(?i:to=)")
+_ODD_TO = re.compile(r"\wto=|(?!to=)(?i:to=)")
 _TO = f"(?:\\s*to=(?P<%s>{_NAME}))?"
 _WRITTEN = re.compile(
     rf"(?P<start>{re.escape(START)}\s*)?(?P<author>(?:{'|'.join(ROLES)})(?::{_NAME})?)?{_TO % 'to'}"
@@ -47,23 +50,24 @@ _WRITTEN = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What a header says, and what was wrong with it."""
+    """What a header says, and what was wrong with it; `call_problem` is why a call must not be carried out."""
 
     role: Role
     name: str | None = None
     channel: str | None = None
     recipient: str | None = None
     content_type: str | None = None
+    call_problem: CallProblem | None = None
     problems: tuple[tuple[DiagnosticCode, str], ...] = ()
 
 
 def read_header(text: str, offer: Offer, *, role: Role) -> Header:
     """What `text` says; `role` is the speaker's where no `<|start|>` says that one is named."""
-    words = _Words(recipient_glued=re.search(r"\wto=", text) is not None)
+    words = _Words(has_odd_to=_ODD_TO.search(text) is not None)
     if leaked := _GLUED_AUTHOR.match(text):
         words.problems.append(("leaked header", f"{CHANNEL} is missing in {leaked[0]!r}"))
         text = f"{leaked[1]}{CHANNEL}{text[leaked.end(1) :]}"
-    words.read(text.replace("to=", " to="), expected="author" if text.startswith(START) else None)
+    words.read(_ANY_TO.sub(" to=", text), expected="author" if text.startswith(START) else None)
     return words.header(role, offer)
 
 
@@ -108,6 +112,12 @@ def leak_in(text: str) -> Literal["no", "maybe", "yes"]:
     return "no"
 
 
+def leak_at_end(text: str) -> str:
+    """The header in plain words that `text` ends with, "" where it does not."""
+    found = _LEAK_AT_END.search(text)
+    return found[0] if found else ""
+
+
 def _goes_on_like_no_sentence(following: str) -> bool:
     return following.isupper() or following in ("{", "[", "#", "*")
 
@@ -116,7 +126,7 @@ def _goes_on_like_no_sentence(following: str) -> bool:
 class _Words:
     """A header's words by what they are meant to be."""
 
-    recipient_glued: bool
+    has_odd_to: bool
     author: str | None = None
     channels: list[str] = field(default_factory=list)
     recipients: list[str] = field(default_factory=list)
@@ -154,20 +164,25 @@ class _Words:
 
     def header(self, role: Role, offer: Offer) -> Header:
         role, name = self._author(role, offer)
+        if role == "assistant" and not any(self.recipients):
+            self._find_recipient(offer)
         channel = self._channel()
         for word in list(self.bare):
-            if word in CHANNELS and channel is None:
+            if word.lower() in CHANNELS and channel is None:
                 self._report("leaked header", f"{CHANNEL} is missing before {word!r}")
-                channel = word
-                self.bare.remove(word)
-            elif not any(self.recipients) and (word.startswith(f"{FUNCTIONS}.") or word in offer.callees):
-                self._report("recipient mended", f"{word!r} was taken for the recipient")
-                self.recipients = [word]
+                channel = word.lower()
                 self.bare.remove(word)
         content_type = self._content_type()
-        recipient = self._recipient()
-        if recipient is not None and role == "assistant" and recipient not in NOT_TOOLS:
-            recipient = self._offered(recipient, offer, is_typed=content_type is not None)
+        recipients = self._recipients()
+        if role == "assistant":
+            is_typed = content_type is not None
+            recipients = [self._offered(recipient, offer, is_typed=is_typed) for recipient in recipients]
+        # What names somebody who can be called is a call, if one that must not be carried out.
+        recipient = max(recipients, key=lambda name: (name in offer.callees, name not in NOT_TOOLS), default=None)
+        call_problem: CallProblem | None = None
+        if len(set(recipients)) > 1:
+            call_problem = "several recipients"
+            self._report(call_problem, f"{' and '.join(recipients)}: it cannot be for all of them")
         for word in self.bare:
             self._report("junk in header", f"{word!r} was left out")
         return Header(
@@ -176,6 +191,7 @@ class _Words:
             channel=channel,
             recipient=recipient,
             content_type=content_type,
+            call_problem=call_problem,
             problems=tuple(self.problems),
         )
 
@@ -193,9 +209,9 @@ class _Words:
                 if name and not is_name(name):
                     self._report("junk in header", f"{name!r} is no name")
                 return known, name if is_name(name) else (known if known == "tool" else None)
-        if self.author in CHANNELS:
+        if self.author.lower() in CHANNELS:
             self._report("leaked header", f"a channel, {self.author!r}, where the role belongs")
-            self.channels.insert(0, self.author)
+            self.channels.insert(0, self.author.lower())
             return "assistant", None
         # A tool's message is headed by the tool's name alone.
         if is_name(self.author) and (self.recipients or "." in self.author or offer.meant(self.author)):
@@ -203,13 +219,26 @@ class _Words:
         self._report("unknown role", f"{self.author!r} was taken for the assistant")
         return "assistant", None
 
+    def _find_recipient(self, offer: Offer) -> None:
+        """Take a word without `to=` for the recipient that names somebody who can be called."""
+        for words in (self.bare, self.channels, self.types):
+            for word in words:
+                for name in re.findall(_NAME, word) if word not in (*CHANNELS, *_TYPES) else ():
+                    if name.startswith(f"{FUNCTIONS}.") or name in offer.callees:
+                        self._report("recipient mended", f"{word!r} was taken for the recipient")
+                        self.recipients = [name]
+                        words.remove(word)
+                        return
+
     def _channel(self) -> str | None:
         channel: str | None = None
         for word in self.channels:
-            if glued := _GLUED_CHANNEL.fullmatch(word):
-                self._report("junk in header", f"{word!r} was read as {glued[1]!r}")
-                word = glued[1]
-                self.types += [glued[2]] if glued[2] else []
+            known = _known_channel(word)
+            if known is not None and known != word:
+                self._report("junk in header", f"{word!r} was read as {known!r}")
+                behind = word.lower().partition(known)[2]
+                self.types += [behind] if behind in _TYPES else []
+                word = known
             if channel is not None and channel != word:
                 self._report("junk in header", f"channel {channel!r} was followed by {word!r}")
             if channel is None or word in CHANNELS:
@@ -230,18 +259,15 @@ class _Words:
         self.bare.remove(known[-1])
         return known[-1]
 
-    def _recipient(self) -> str | None:
-        if not self.recipients:
-            return None
-        written = self.recipients[-1]
-        name = re.match(_NAME, written)
-        if name is None or name[0] != written or len(set(self.recipients)) > 1 or self.recipient_glued:
+    def _recipients(self) -> list[str]:
+        names = [name[0] for word in self.recipients if (name := re.search(_NAME, word))]
+        if names != self.recipients or self.has_odd_to:
             words = " ".join(f"to={word}" for word in self.recipients)
-            self._report("recipient mended", f"{words!r} was read as {name and name[0]!r}")
-        return name[0] if name else None
+            self._report("recipient mended", f"{words!r} was read as {', '.join(names) or 'nobody'}")
+        return names
 
     def _offered(self, recipient: str, offer: Offer, *, is_typed: bool) -> str:
-        if recipient in offer.callees:
+        if recipient in offer.callees or recipient in NOT_TOOLS:
             return recipient
         callee = offer.meant(recipient, is_typed=is_typed)
         if callee is None:
@@ -249,3 +275,9 @@ class _Words:
             return recipient
         self._report("recipient mended", f"{recipient!r} was read as {callee.recipient!r}")
         return callee.recipient
+
+
+def _known_channel(word: str) -> Channel | None:
+    """The channel that a word is, or has in it. Reasoning first: what may be meant for nobody is shown to nobody."""
+    lower = word.lower()
+    return next((channel for channel in CHANNELS if channel in lower), None)

@@ -18,16 +18,17 @@ Feed stop tokens as well: a call that nothing ends counts as broken off. Called 
 from collections.abc import Iterable, Sequence
 
 from freehold.formats.conversation import CHANNELS, ROLES, Message, Role
-from freehold.formats.events import Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart, TurnDone
+from freehold.formats.events import CallProblem, Diagnostic, DiagnosticCode, Event, MessageDone, MessageStart, TurnDone
 from freehold.formats.harmony.body import Body, Report
-from freehold.formats.harmony.header import Header, header_length, leak_in, may_precede_leak, read_header
+from freehold.formats.harmony.header import Header, header_length, leak_at_end, leak_in, may_precede_leak, read_header
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.vocabulary import START, HarmonyVocabulary
 from freehold.formats.tokenizer import Tokenizer
 
 _ASSISTANT: Role = "assistant"
 _END_OF_TEXT = "<|endoftext|>"
-_HEADER_BYTES = 256  # and the longest recipient: what goes on for longer without <|message|> is text
+_HEADER_CHARS = 256  # and the longest recipient: what goes on for longer without <|message|> is text
+_LONGEST_LEAK = 32  # characters, and so pieces of text at most
 
 
 class HarmonyParser:
@@ -52,7 +53,7 @@ class HarmonyParser:
         self._of_headers = {known.start, known.channel, known.constrain}
         self._end_of_text = tokenizer.control_tokens.get(_END_OF_TEXT)
         self._offer = offer or Offer()
-        self._header_bytes = _HEADER_BYTES + max(map(len, self._offer.callees), default=0)
+        self._max_header_chars = _HEADER_CHARS + max(map(len, self._offer.callees), default=0)
         self._is_reply = role == _ASSISTANT
         self._plain_headers = plain_headers
 
@@ -89,7 +90,7 @@ class HarmonyParser:
         return self._take_events()
 
     def flush(self) -> list[Event]:
-        """Close whatever is open: no more tokens will come."""
+        """Close whatever is open: no more tokens will come. Any that do stand where a message may start."""
         self._break_off("no more tokens came", ())
         return self._take_events()
 
@@ -183,7 +184,7 @@ class HarmonyParser:
         else:
             header.tokens.append(token_id)
             header.size += len(self._piece(token_id)) or 1
-            if header.size > self._header_bytes:
+            if header.size > self._max_header_chars:
                 self._begin_without_message(header)
 
     def _piece(self, token_id: int) -> str:
@@ -211,7 +212,7 @@ class HarmonyParser:
     def _read(self, tokens: Sequence[int], header: "_Header") -> Header:
         text = "".join(self._pieces(tokens))
         if header.role is None and not text.startswith(START):
-            text = START + text
+            text = START + header.spoken + text
         return read_header(text, self._offer, role=header.role or _ASSISTANT)
 
     def _begin(self, tokens: Sequence[int], header: "_Header", *, is_leaked: bool = False) -> None:
@@ -236,7 +237,8 @@ class HarmonyParser:
             position=header.position,
             tokens=tuple(tokens),
         )
-        self._header, self._body = None, Body(self._tokenizer, start, self._offer, is_leaked=is_leaked)
+        call_problem: CallProblem | None = "leaked" if is_leaked else read.call_problem
+        self._header, self._body = None, Body(self._tokenizer, start, self._offer, call_problem)
         self._events.append(start)
         self._pass_on(self._body.open(), header.position)
 
@@ -296,6 +298,8 @@ class HarmonyParser:
             self._header = _Header([token_id], position)
         elif token_id == self._known.channel:
             self._begin_next(token_id, position)
+        elif token_id == self._known.message and body.may_leak and (words := self._leak_before_message(body)):
+            self._begin_after(words, token_id, position)
         elif token_id == self._end_of_text:
             self._break_off(f"{_END_OF_TEXT} was written", (token_id,))
         else:
@@ -309,6 +313,16 @@ class HarmonyParser:
         self._end(None)
         self._report("missing start", "a header began without <|start|>", position - len(role))
         self._header = _Header([*role, channel_id], position - len(role))
+
+    def _leak_before_message(self, body: Body) -> str:
+        """The header in plain words, of which only `<|message|>` is a control token."""
+        return leak_at_end("".join([*body.text[-_LONGEST_LEAK:], *self._pieces(self._held)]))
+
+    def _begin_after(self, words: str, message_id: int, position: int) -> None:
+        """Start the message whose header but for `<|message|>` is `words`, which were handed out as text and stay it:
+        what follows was meant for another channel, and may be the answer."""
+        self._end(None)
+        self._begin([message_id], _Header([], position, role=None, spoken=words))
 
     def _watch(self, body: Body, token_id: int, position: int) -> None:
         """Text that may run into a header whose control tokens are missing: "...done.assistantfinalThe answer".
@@ -373,13 +387,20 @@ class HarmonyParser:
 
 class _Header:
     """A header while it comes. `role` is who speaks, None where its first word says that without a `<|start|>` before
-    it. A stray one was begun by text between messages, and may be just that."""
+    it. A stray one was begun by text between messages, and may be just that. `spoken` are its first words where they
+    are text of the message before."""
 
-    __slots__ = ("is_stray", "position", "role", "size", "tokens")
+    __slots__ = ("is_stray", "position", "role", "size", "spoken", "tokens")
 
     def __init__(
-        self, tokens: list[int], position: int, *, role: Role | None = _ASSISTANT, is_stray: bool = False
+        self,
+        tokens: list[int],
+        position: int,
+        *,
+        role: Role | None = _ASSISTANT,
+        is_stray: bool = False,
+        spoken: str = "",
     ) -> None:
-        self.tokens, self.position = tokens, position
+        self.tokens, self.position, self.spoken = tokens, position, spoken
         self.role, self.is_stray = role, is_stray
         self.size = 0
