@@ -3,7 +3,8 @@
     python bench/harmony.py [--rounds 7]
 
 Turns of reasoning, a call and an answer are fed token by token, with all events made. openai-harmony's StreamableParser
-reads the same beside it. The median of the rounds.
+reads the same beside it. Then an answer alone, of characters that are split over several tokens. The median of the
+rounds.
 """
 
 import argparse
@@ -34,6 +35,7 @@ _TURN = (
     f"<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{_ARGUMENTS}<|call|>"
     f"<|start|>assistant<|channel|>final<|message|>{_ANSWER}<|return|>"
 )
+_SPLIT = f"<|channel|>final<|message|>{'𰻞🫨🧌🪿🫏 ' * 100}<|return|>"
 
 
 def main() -> None:
@@ -45,6 +47,8 @@ def main() -> None:
     _report("freehold", ids, lambda: _ours(tokenizer, ids), rounds)
     encoding, some = _oracle(), ids[: len(ids) // 20]
     _report("openai-harmony", some, lambda: _theirs(encoding, some), rounds)
+    split = tokenizer.encode_with_control(_SPLIT)
+    _report("freehold, split characters", split, lambda: _ours(tokenizer, split), rounds)
 
 
 def _ours(tokenizer: Tokenizer, ids: Sequence[int]) -> None:

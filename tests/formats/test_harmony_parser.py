@@ -720,6 +720,11 @@ def test_a_call_of_several_is_not_carried_out(gpt_oss: Tokenizer, channel: str, 
     assert "several recipients" in diagnostics
 
 
+def test_a_call_of_nobody_known_is_no_answer(gpt_oss: Tokenizer) -> None:
+    turn = "<|channel|>commentary to=user to=functions.unknown json<|message|>{}<|call|>"
+    assert calls(read(gpt_oss, turn)[0]) == [("functions.unknown", "{}", "not offered")]
+
+
 @pytest.mark.parametrize(
     "header",
     [

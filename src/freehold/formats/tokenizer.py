@@ -53,6 +53,7 @@ class Tokenizer:
         "_backend",
         "_control_names",
         "_control_pattern",
+        "_seen_parts",
         "_text_tokens",
         "_unwritable",
         "control_tokens",
@@ -83,6 +84,7 @@ class Tokenizer:
         self.control_tokens = MappingProxyType(dict(control))
         self.vocab_size = vocab_size
         self.seen_texts = {}
+        self._seen_parts: dict[int, bytes] = {}  # the same of tokens that are parts of characters
 
     # --- making one ---
 
@@ -198,18 +200,21 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str | None:
         """The text of a token: "" for a control token, None for parts of characters and for no token at all."""
         text = self.seen_texts.get(token_id)
-        if text is None:
-            try:
-                text = self.seen_texts[token_id] = self.token_bytes(token_id).decode()
-            except (UnicodeDecodeError, UsageError):
-                return None
+        if text is not None or token_id in self._seen_parts:
+            return text
+        try:
+            written = self.token_bytes(token_id)
+        except UsageError:
+            return None
+        try:
+            text = self.seen_texts[token_id] = written.decode()
+        except UnicodeDecodeError:
+            self._seen_parts[token_id] = written
         return text
 
     def is_token(self, token_id: int) -> bool:
         """Whether the vocabulary has a token of this id; models may have more rows than that."""
-        return self.token_text(token_id) is not None or (
-            0 <= token_id < self.vocab_size and self._backend.id_to_token(token_id) is not None
-        )
+        return self.token_text(token_id) is not None or token_id in self._seen_parts
 
     def all_token_bytes(self) -> list[bytes]:
         """`token_bytes` of every id below `vocab_size`, b"" for ids that are no tokens."""
@@ -231,6 +236,8 @@ class Tokenizer:
         return self._control_names.get(token_id)
 
     def _bytes(self, token_id: int, control: Control) -> bytes:
+        if part := self._seen_parts.get(token_id):
+            return part
         if name := self._control_names.get(token_id):
             return name.encode() if control == "show" else b""
         try:

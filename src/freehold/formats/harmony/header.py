@@ -31,6 +31,7 @@ _LEAK_AT_END = re.compile(rf"assistant(?:{'|'.join(CHANNELS)})?(?=\s*\Z)")
 _BEFORE_A_MENTION = frozenset(" \t\"'`“‘«([{<|/\\_-=")
 _AFTER_A_MENTION = frozenset(" \t\"'`”’»)]}>|/\\_-=.,;:!?")
 
+_QUOTES = "\"'`"
 _TYPES = ("json", "code", "text")
 _NAME = r"[A-Za-z0-9_.\-]+"
 _TYPE = r"[A-Za-z0-9_.\-/+]+"
@@ -260,7 +261,7 @@ class _Words:
         return known[-1]
 
     def _recipients(self) -> list[str]:
-        names = [name[0] for word in self.recipients if (name := re.search(_NAME, word))]
+        names = [name[0] for word in self.recipients if (name := re.match(_NAME, word.lstrip(_QUOTES)))]
         if names != self.recipients or self.has_odd_to:
             words = " ".join(f"to={word}" for word in self.recipients)
             self._report("recipient mended", f"{words!r} was read as {', '.join(names) or 'nobody'}")
