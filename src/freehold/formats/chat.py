@@ -5,7 +5,7 @@ of freehold.formats.events, whatever the format.
 """
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Literal, Protocol, TypedDict, Unpack
 
@@ -57,7 +57,8 @@ class TurnChoices(TypedDict, total=False):
 
 def _wishes(choices: TurnChoices) -> list[str]:
     """The choices that are not the default."""
-    return [name for name, value in choices.items() if value not in (None, False, "auto", "optional")]
+    defaults = {field.name: field.default for field in fields(TurnOptions)}
+    return [name for name, value in choices.items() if value != defaults[name]]
 
 
 class ChatFormat(Protocol):
