@@ -2,6 +2,7 @@
 
 import json
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,13 +235,12 @@ class _Reading:
         messages: list[Message | None] = [event.message for event in events if isinstance(event, MessageDone)]
         if not starts or starts[0] > 0:
             starts, messages = [0, *starts], [None, *messages]
-        found = [event for event in events if isinstance(event, Diagnostic)]
-        passages = []
-        for start, stop, message in zip(starts, [*starts[1:], len(ids)], messages, strict=True):
-            is_last = stop == len(ids)
-            inside = [d for d in found if start <= d.position and (d.position < stop or is_last)]
-            passages.append(_Passage(start, stop, message, inside))
-        return cls(ids, events, passages)
+        diagnostics: list[list[Diagnostic]] = [[] for _ in starts]
+        for event in events:
+            if isinstance(event, Diagnostic):
+                diagnostics[bisect_right(starts, event.position) - 1].append(event)
+        parts = zip(starts, [*starts[1:], len(ids)], messages, diagnostics, strict=True)
+        return cls(ids, events, [_Passage(*part) for part in parts])
 
     def facts(self) -> dict[str, Any]:
         from freehold.formats.events import CallDone, Diagnostic

@@ -214,8 +214,7 @@ class Model:
         What is None comes from `defaults`. `sampling` are the fields of freehold.sampling.Sampling: temperature 0 takes
         the likeliest token; the same seed gives the same tokens, and without one each call draws its own. `boundaries`
         are prefixes of the prompt that later ones may share, `constraint` says what may come next (both:
-        engine.request). Arguments are checked before anything
-        runs. Several may run at once, on one thread or many.
+        engine.request). Arguments are checked before anything runs. Several may run at once, on one thread or many.
         """
         request = self.request(
             token_ids,

@@ -154,7 +154,7 @@ class TurnGrammar:
     `stop_ids` are the tokens that end a turn: what the request is to stop on.
     """
 
-    __slots__ = ("_opening", "_prototypes", "_reasoning_tokens", "_tokenizer", "stop_ids")
+    __slots__ = ("_cutters", "_opening", "_prototypes", "_reasoning_tokens", "_tokenizer", "stop_ids")
 
     stop_ids: frozenset[int]
 
@@ -163,6 +163,8 @@ class TurnGrammar:
         known = HarmonyVocabulary.of(tokenizer)
         self._tokenizer = tokenizer
         self._reasoning_tokens = options.max_reasoning_tokens
+        # Here and not where a budget ends: the first time takes a tenth of a second.
+        self._cutters = b"" if options.max_reasoning_tokens is None else _character_cutters(tokenizer)
         self._opening = (known.end, known.start, *tokenizer.encode("assistant"))
         self.stop_ids = frozenset({known.return_} if options.parallel_tool_calls else {known.return_, known.call})
         vocabulary = prepare(tokenizer)
@@ -189,6 +191,7 @@ class TurnGrammar:
             reasoning_tokens=self._reasoning_tokens,
             tokenizer=self._tokenizer,
             opening=self._opening,
+            cutters=self._cutters,
         )
 
 
@@ -198,6 +201,7 @@ class TurnConstraint:
     __slots__ = (
         "_after_reasoning",
         "_closing",
+        "_cutters",
         "_header",
         "_known",
         "_left",
@@ -215,14 +219,17 @@ class TurnConstraint:
         reasoning_tokens: int | None,
         tokenizer: Tokenizer,
         opening: tuple[int, ...],
+        cutters: bytes,
     ) -> None:
-        """Made by `TurnGrammar`. `after_reasoning` matches what follows `opening` once the reasoning is over."""
+        """Made by `TurnGrammar`. `after_reasoning` matches what follows `opening` once the reasoning is over; `cutters`
+        are the tokens that must not be its last."""
         self._matcher = matcher
         self._after_reasoning = after_reasoning
         self._left = reasoning_tokens
         self._tokenizer = tokenizer
         self._known = HarmonyVocabulary.of(tokenizer)
         self._opening = opening
+        self._cutters = cutters
         self._closing: list[int] = []  # of the opening, what is still to come
         self._header: list[int] | None = []  # of the message, while it lasts
         self._tail: bytes | None = None  # of the reasoning, while it lasts: its last, unfinished character
@@ -235,7 +242,7 @@ class TurnConstraint:
             mask = self._matcher.compute_bitmask()
             self._check("compute what may come next")
             if self._left is not None and self._left <= 0 and self._tail:
-                mask = _without(mask, _character_cutters(self._tokenizer))
+                mask = _without(mask, self._cutters)
         words = memoryview(row).cast("B")
         words[: len(mask)] = mask[: len(words)]
         words[len(mask) :] = bytes(max(0, len(words) - len(mask)))

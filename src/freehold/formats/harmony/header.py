@@ -145,7 +145,7 @@ class _Words:
             elif piece == CONSTRAIN:
                 expected = "type"
             elif piece not in (START, MESSAGE):
-                self._report("misplaced control token", f"{piece} in a header was left out")
+                self._report("misplaced control token", f"{piece!r} in a header was left out")
 
     def _take(self, word: str, expected: str | None) -> str | None:
         """Sort a word in; returns what is expected next."""

@@ -49,8 +49,8 @@ class HarmonyParser:
         self._seen_texts = tokenizer.seen_texts
         self._known = known = HarmonyVocabulary.of(tokenizer)
         self._stops = {known.end, known.return_, known.call}
-        self._named_in_headers = {known.start, known.message, known.channel, known.constrain}
         self._of_headers = {known.start, known.channel, known.constrain}
+        self._named_in_headers = {*self._of_headers, known.message}
         self._end_of_text = tokenizer.control_tokens.get(_END_OF_TEXT)
         self._offer = offer or Offer()
         self._max_header_chars = _HEADER_CHARS + max(map(len, self._offer.callees), default=0)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import unquote
 
 from freehold.errors import SchemaError
+from freehold.formats.harmony.pointer import pointer_to, steps_of
 
 MAX_DEPTH = 48
 MAX_SUBSCHEMAS = 10_000
@@ -136,7 +137,7 @@ def locate(schema: Any, what: str, complaint: Callable[[Clean], str]) -> SchemaE
 
 
 def _refusal(what: str, pointer: _Pointer, reason: str) -> SchemaError:
-    written = "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in pointer)
+    written = pointer_to(pointer)
     return SchemaError(f"{what} at {written or '/'}: {reason}", pointer=written)
 
 
@@ -530,10 +531,9 @@ class _Reader:
             if path not in self._anchors:
                 raise self._refuse(pointer, f"nothing in the schema is called {reference!r:.80}")
             return self._anchors[path]
-        for part in path[1:].split("/"):
-            step: str | int = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, list) and part.isdecimal() and len(part) < 10:
-                step = int(part)
+        for name in steps_of(path):
+            is_index = isinstance(node, list) and name.isdecimal() and len(name) < 10
+            step = int(name) if is_index else name
             try:
                 node = node[step]
             except (KeyError, IndexError, TypeError):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from freehold.errors import UsageError
+from freehold.formats.harmony.pointer import pointer_to, steps_of
 
 Schema = Mapping[str, Any]
 
@@ -47,8 +48,7 @@ class _Place(NamedTuple):
     references: frozenset[str] = frozenset()
 
     def into(self, *steps: str | int) -> "_Place":
-        escaped = (str(step).replace("~", "~0").replace("/", "~1") for step in steps)
-        pointer = "/".join((self.pointer, *escaped))
+        pointer = self.pointer + pointer_to(steps)
         if self.depth == MAX_DEPTH:
             raise UsageError(f"the schema is nested more than {MAX_DEPTH} deep at {_shown(pointer)}; make it flatter")
         return _Place(pointer, self.depth + 1, self.references)
@@ -297,8 +297,7 @@ def _target(root: Any, reference: str) -> Any:
     if reference != "#" and not reference.startswith("#/"):
         return {}
     found = root
-    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
+    for step in steps_of(unquote(reference.removeprefix("#"))):
         if isinstance(found, Mapping) and step in found:
             found = found[step]
         elif isinstance(found, list | tuple) and step.isdecimal() and len(step) < 10 and int(step) < len(found):
