@@ -255,7 +255,7 @@ class Model:
         if sampling.get("stop_ids") is None:
             sampling["stop_ids"] = turn.stop_ids
         tokens = self.generate(turn.prompt.ids, boundaries=turn.prompt.boundaries, constraint=turn.grammar, **sampling)
-        return Reply(tokens, turn.reader, num_prompt_tokens=len(turn.prompt.ids))
+        return Reply(tokens, turn.new_reader(), num_prompt_tokens=len(turn.prompt.ids))
 
 
 def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -> Iterator[str]:
