@@ -10,21 +10,13 @@ import numpy as np
 import pytest
 
 from freehold.errors import RequestError, SchemaError, UsageError
+from freehold.formats import guidance
 from freehold.formats.conversation import Tool, ToolNamespace
-from freehold.formats.harmony import grammar
-from freehold.formats.harmony.grammar import (
-    JsonObject,
-    JsonSchema,
-    Lark,
-    NamedTool,
-    Regex,
-    TurnConstraint,
-    TurnGrammar,
-    TurnOptions,
-)
+from freehold.formats.forms import JsonObject, JsonSchema, Lark, Regex
+from freehold.formats.harmony.grammar import NamedTool, TurnConstraint, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
-from freehold.formats.harmony.schema import enforceable
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
+from freehold.formats.schema import enforceable
 from freehold.formats.tokenizer import Tokenizer
 from tests.schemas import SCHEMAS, validator
 
@@ -773,4 +765,4 @@ def test_arguments_that_can_be_no_object_are_refused(small_harmony: Tokenizer) -
 
 
 def test_the_vocabulary_is_prepared_once(small_harmony: Tokenizer) -> None:
-    assert grammar.prepare(small_harmony) is grammar.prepare(small_harmony)
+    assert guidance.prepare(small_harmony) is guidance.prepare(small_harmony)

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any, Literal, TypeVar, get_args
 
 from freehold.errors import UnsupportedError, UsageError
+from freehold.formats.forms import TextFormat
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["analysis", "commentary", "final"]
@@ -47,19 +48,28 @@ class Text:
 class Tool:
     """A function that the model may call; `parameters` is a JSON schema, None where it takes none.
 
-    The arguments of a `strict` one always match its schema.
+    The arguments of a `strict` one always match its schema. One with a `text_format` is sent plain text of that form
+    instead of JSON.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    text_format: TextFormat | None = None
 
     def __post_init__(self) -> None:
         _check_name("tool", self.name)
         _check_string(f"tool {self.name!r}: description", self.description)
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
             raise UsageError(f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}")
+        if not isinstance(self.text_format, TextFormat | None):
+            raise UsageError(
+                f"tool {self.name!r}: text_format must be FreeText(), Regex(...) or Lark(...), got "
+                f"{self.text_format!r:.80}"
+            )
+        if self.text_format is not None and (self.parameters is not None or self.strict):
+            raise UsageError(f"tool {self.name!r} takes plain text; parameters and strict are for JSON arguments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
