@@ -62,7 +62,7 @@ class MatcherConstraint:
         if not self._matcher.consume_token(token):
             raise RequestError(f"token {token} cannot come here: {_first_line(self._matcher.get_error())}")
         if self._matcher.is_stopped() and token not in self._ends:
-            raise RequestError("the grammar given for the answer leads nowhere from here")
+            raise RequestError("the grammar leads nowhere from here")
 
     def is_finished(self) -> bool:
         return self._matcher.is_stopped()
