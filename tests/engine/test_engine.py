@@ -17,6 +17,8 @@ import torch
 from freehold.engine.core import Engine
 from freehold.engine.pace import MOST_GUESSED
 from freehold.engine.request import Completion, Request
+from freehold.engine.runner import Result, Runner
+from freehold.engine.scheduler import Plan
 from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, UsageError
 from freehold.kernels import backends
 from freehold.model import simple
@@ -548,17 +550,18 @@ def test_prompt_logprobs_do_not_depend_on_who_else_runs(
     prompt = prompts(1, 200, seed=8)[0] + [1] * 200
     request = Request(prompt=prompt, max_tokens=30, sampling=GREEDY, prompt_logprobs=3, boundaries=[90, 150, 250])
     ((alone,),) = run(make_engine(), request)
-    forward, calls = Transformer.forward, 0
+    really_run, times = Runner.run, 0
 
-    def interrupted(self: Transformer, *arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls in (4, 9, 14):
+    def interrupted(self: Runner, plan: Plan) -> Result:
+        nonlocal times
+        times += any(work.sequence.request is request for work in plan.works)
+        if times in (3, 7, 10):
+            times += 1
             raise KeyboardInterrupt
-        return forward(self, *arguments)
+        return really_run(self, plan)
 
     engine = make_engine(kv_tokens=2 * CONTEXT, max_num_seqs=8, chunk=24)
-    monkeypatch.setattr(Transformer, "forward", interrupted)
+    monkeypatch.setattr(Runner, "run", interrupted)
     first = engine.submit(request)
     steps = []
     while engine.is_live(first):
@@ -572,7 +575,7 @@ def test_prompt_logprobs_do_not_depend_on_who_else_runs(
     while engine.has_work:
         engine.step()
     assert steps[-1].stats is not None
-    assert steps[-1].stats.num_preemptions > 0
+    assert steps[-1].stats.num_preemptions == 3
     assert [step.prompt_logprobs for step in steps] == [alone.prompt_logprobs] + [None] * (len(steps) - 1)
     assert [token for step in steps for token in step.tokens] == alone.tokens
 
