@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from itertools import chain
 
-from freehold.engine.core import Engine, EngineStats, Output
-from freehold.engine.metrics import EngineMetrics
+from freehold.engine.core import Engine, Output
+from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Completion, Request, Step
 from freehold.errors import ClosedError, FreeholdError, RequestError
 from freehold.log import logger
