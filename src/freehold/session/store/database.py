@@ -21,6 +21,7 @@ from freehold import paths
 from freehold.disk import exclusive
 from freehold.errors import BackendError, DiskError, DiskSpaceError, FreeholdError, StoreError, UsageError
 from freehold.session.store import migrate
+from freehold.session.store.schema import metadata
 
 _MIGRATING = 7233175204  # the advisory lock of those who look whether there is something to migrate
 _SQLITE_PRAGMAS = {
@@ -31,6 +32,8 @@ _SQLITE_PRAGMAS = {
     "secure_delete": "ON",  # what was deleted is not left lying in free pages
     "trusted_schema": "OFF",
 }
+
+_VACUUM_PAGES = 2000  # at a time
 
 
 class Database:
@@ -71,6 +74,26 @@ class Database:
         options = {"isolation_level": "AUTOCOMMIT"} if self.path is None else {"freehold_begin": None}
         with self.typed_errors(), self._writer.connect().execution_options(**options) as connection:
             yield connection
+
+    def give_back(self) -> None:
+        """The space of what was deleted: to the file system with SQLite, to rows to come with PostgreSQL."""
+        if self.path is None:
+            with self.session() as connection:
+                for table in metadata.sorted_tables:
+                    connection.exec_driver_sql(f"VACUUM {table.name}")
+            return
+        free = -1
+        while free != (free := self._vacuum_some()) and free:
+            pass
+        with self.session() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
+
+    def _vacuum_some(self) -> int:
+        """Cut some free pages off; returns how many are left. Others write in between."""
+        with self._in_line(), self.session() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")  # `execute` would stop after one page
+            return int(connection.exec_driver_sql("PRAGMA freelist_count").scalar() or 0)
 
     def close(self) -> None:
         """Let go of all connections. Closing twice is as good as once."""
