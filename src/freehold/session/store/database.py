@@ -152,13 +152,14 @@ class Database:
             import psycopg  # noqa: F401
         except ImportError:
             raise BackendError("PostgreSQL needs psycopg; run: pip install 'freehold[postgres]'") from None
-        lock_timeout = f"-c lock_timeout={round(self._patience_seconds * 1000)}"
+        patience_ms = round(self._patience_seconds * 1000)
         engine = sa.create_engine(
             url,
             isolation_level="READ COMMITTED",
             connect_args={
                 "connect_timeout": max(2, round(self._patience_seconds)),
-                "options": f"{url.query.get('options', '')} {lock_timeout}".strip(),
+                "options": f"{url.query.get('options', '')} -c lock_timeout={patience_ms}".strip(),
+                "tcp_user_timeout": patience_ms,  # a server that vanished is noticed
             },
             pool_timeout=self._patience_seconds,
             pool_pre_ping=True,  # a server that was restarted is found by the next transaction
@@ -168,6 +169,8 @@ class Database:
         self._writer = engine.execution_options()
         self._reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with self._closed_on_failure(), self.writing() as connection:
+            if (encoding := connection.exec_driver_sql("SHOW server_encoding").scalar()) != "UTF8":
+                raise StoreError(f"{self.name} keeps text as {encoding}; name a database made with ENCODING 'UTF8'")
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
             migrate.upgrade(connection, self.name)
 
