@@ -4,7 +4,7 @@
 of freehold.formats.events, whatever the format.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Literal, Protocol, TypedDict, Unpack
@@ -39,12 +39,13 @@ class ReplyReader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A turn of the assistant about to be made: `grammar` is what a request takes as its constraint, None for none."""
+    """A turn of the assistant about to be made: `grammar` is what a request takes as its constraint, None for none;
+    each sample of it has a reader of its own."""
 
     prompt: Rendered
     stop_ids: frozenset[int]
     grammar: TurnGrammar | TextGrammar | None
-    reader: ReplyReader
+    new_reader: Callable[[], ReplyReader]
 
 
 class TurnChoices(TypedDict, total=False):
@@ -145,7 +146,7 @@ class HarmonyFormat:
             prompt=render(whole, self._tokenizer),
             stop_ids=self._stop_ids if made is None else made.stop_ids,
             grammar=made,
-            reader=HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
+            new_reader=lambda: HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
         )
 
     def _whole(self, conversation: Conversation) -> Conversation:
@@ -220,7 +221,7 @@ class TemplateFormat:
             prompt=self.render(conversation),
             stop_ids=self._stop_ids,
             grammar=None if form is None else TextGrammar(self._tokenizer, form, self._stop_ids),
-            reader=_PlainReader(self._tokenizer, self._stop_ids),
+            new_reader=lambda: _PlainReader(self._tokenizer, self._stop_ids),
         )
 
 
