@@ -484,7 +484,7 @@ def test_choices_are_kept_or_refused(default: Model) -> None:
     assert re.fullmatch(r"[a-z]{3,5}( [a-z]{3,5}){2}", said)
     said = default.chat(question, choices=TurnChoices(response_format=choices["response_format"]), **options)
     assert re.fullmatch(r"[a-z]{3,5}( [a-z]{3,5}){2}", said)
-    with pytest.raises(UnsupportedError, match="^max_reasoning_tokens: that takes a model"):
+    with pytest.raises(UnsupportedError, match=r"^max_reasoning_tokens: that takes a model"):
         default.chat(question, choices=choices, **options)
     with pytest.raises(UsageError, match="max_reasoning_tokens: nothing keeps the model to it"):
         default.chat(question, harmony=True, grammar=False, choices=TurnChoices(max_reasoning_tokens=0), **options)
