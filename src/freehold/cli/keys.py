@@ -106,18 +106,18 @@ def _when(seconds: float | None) -> str | None:
 
 def _table(records: "list[KeyRecord]") -> str:
     rows = [("id", "name", "secret", "requests/min", "tokens/min", "created", "state")]
-    for record in records:
-        rows.append(
-            (
-                record.id,
-                "" if record.name == record.id else record.name,
-                f"{record.hint}…",
-                str(record.requests_per_minute or "no limit"),
-                str(record.tokens_per_minute or "no limit"),
-                (_when(record.created_at) or "")[:10],
-                "active" if record.revoked_at is None else f"revoked {(_when(record.revoked_at) or '')[:10]}",
-            )
+    rows += [
+        (
+            record.id,
+            "" if record.name == record.id else record.name,
+            f"{record.hint}…",
+            str(record.requests_per_minute or "no limit"),
+            str(record.tokens_per_minute or "no limit"),
+            (_when(record.created_at) or "")[:10],
+            "active" if record.revoked_at is None else f"revoked {(_when(record.revoked_at) or '')[:10]}",
         )
+        for record in records
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"

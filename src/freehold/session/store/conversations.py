@@ -64,8 +64,11 @@ def join(connection: sa.Connection, name: str, owner: str, given: Sequence[Mappi
     """
     if _lock(connection, name, owner):
         there = _ids(connection, name, owner)
-        new = {item["id"]: item for item in reversed(given) if item["id"] not in there}
-        rows = items.rows(owner, reversed(new.values()), conversation_id=name)
+        new: dict[str, Mapping[str, Any]] = {}
+        for item in given:
+            if item["id"] not in there:
+                new.setdefault(item["id"], item)
+        rows = items.rows(owner, new.values(), conversation_id=name)
         _grow(connection, name, owner, items.insert(connection, rows), now=now)
 
 

@@ -21,6 +21,7 @@ from freehold import paths
 from freehold.disk import exclusive
 from freehold.errors import BackendError, DiskError, DiskSpaceError, FreeholdError, StoreError, UsageError
 from freehold.session.store import migrate
+from freehold.session.store.schema import metadata
 
 _MIGRATING = 7233175204  # the advisory lock of those who look whether there is something to migrate
 _SQLITE_PRAGMAS = {
@@ -31,6 +32,8 @@ _SQLITE_PRAGMAS = {
     "secure_delete": "ON",  # what was deleted is not left lying in free pages
     "trusted_schema": "OFF",
 }
+
+_VACUUM_PAGES = 2000  # at a time
 
 
 class Database:
@@ -71,6 +74,26 @@ class Database:
         options = {"isolation_level": "AUTOCOMMIT"} if self.path is None else {"freehold_begin": None}
         with self.typed_errors(), self._writer.connect().execution_options(**options) as connection:
             yield connection
+
+    def give_back(self) -> None:
+        """The space of what was deleted: to the file system with SQLite, to rows to come with PostgreSQL."""
+        if self.path is None:
+            with self.session() as connection:
+                for table in metadata.sorted_tables:
+                    connection.exec_driver_sql(f"VACUUM {table.name}")
+            return
+        free = -1
+        while free != (free := self._vacuum_some()) and free:
+            pass
+        with self.session() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
+
+    def _vacuum_some(self) -> int:
+        """Cut some free pages off; returns how many are left. Others write in between."""
+        with self._in_line(), self.session() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")  # `execute` would stop after one page
+            return int(connection.exec_driver_sql("PRAGMA freelist_count").scalar() or 0)
 
     def close(self) -> None:
         """Let go of all connections. Closing twice is as good as once."""
@@ -129,13 +152,14 @@ class Database:
             import psycopg  # noqa: F401
         except ImportError:
             raise BackendError("PostgreSQL needs psycopg; run: pip install 'freehold[postgres]'") from None
-        lock_timeout = f"-c lock_timeout={round(self._patience_seconds * 1000)}"
+        patience_ms = round(self._patience_seconds * 1000)
         engine = sa.create_engine(
             url,
             isolation_level="READ COMMITTED",
             connect_args={
                 "connect_timeout": max(2, round(self._patience_seconds)),
-                "options": f"{url.query.get('options', '')} {lock_timeout}".strip(),
+                "options": f"{url.query.get('options', '')} -c lock_timeout={patience_ms}".strip(),
+                "tcp_user_timeout": patience_ms,  # a server that vanished is noticed
             },
             pool_timeout=self._patience_seconds,
             pool_pre_ping=True,  # a server that was restarted is found by the next transaction
@@ -145,6 +169,8 @@ class Database:
         self._writer = engine.execution_options()
         self._reader = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         with self._closed_on_failure(), self.writing() as connection:
+            if (encoding := connection.exec_driver_sql("SHOW server_encoding").scalar()) != "UTF8":
+                raise StoreError(f"{self.name} keeps text as {encoding}; name a database made with ENCODING 'UTF8'")
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATING)))
             migrate.upgrade(connection, self.name)
 

@@ -118,15 +118,14 @@ def append_events(connection: sa.Connection, name: str, owner: str, new: Iterabl
     bodies = {number: text.storable_json(event) for number, event in new}
     if not bodies:
         return
-    there = connection.scalars(
-        sa.select(events.c.sequence_number).where(
-            *_events_of(name, owner), events.c.sequence_number.between(min(bodies), max(bodies))
-        )
-    ).all()
-    rows = [
+    query = sa.select(events.c.sequence_number).where(
+        *_events_of(name, owner), events.c.sequence_number.between(min(bodies), max(bodies))
+    )
+    there = set(connection.scalars(query))
+    rows: list[dict[str, Any]] = [
         {"owner": owner, "response_id": name, "sequence_number": number, "num_bytes": items.size(body), "body": body}
         for number, body in bodies.items()
-        if number not in set(there)
+        if number not in there
     ]
     if rows:
         connection.execute(sa.insert(events), rows)

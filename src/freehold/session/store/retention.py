@@ -12,10 +12,9 @@ import sqlalchemy as sa
 
 from freehold.session.store.database import Database
 from freehold.session.store.records import UNFINISHED
-from freehold.session.store.schema import chains, conversations, metadata, responses
+from freehold.session.store.schema import chains, conversations, responses
 
 _BATCH = 100  # holders in a transaction: others write in between
-_VACUUM_PAGES = 2000
 
 
 def sweep(database: Database, *, max_age_seconds: float | None, max_bytes: int | None, now: float) -> int:
@@ -29,7 +28,7 @@ def sweep(database: Database, *, max_age_seconds: float | None, max_bytes: int |
         while count := _shrink(database, max_bytes):
             removed += count
     if removed:
-        _give_back(database)
+        database.give_back()
     return removed
 
 
@@ -77,23 +76,3 @@ def _forget(connection: sa.Connection, table: sa.Table, rows: Iterable[sa.Row[An
             removed += 1
         connection.execute(sa.delete(table).where(table.c.owner == row.owner, table.c.id == row.id))
     return removed
-
-
-def _give_back(database: Database) -> None:
-    """The space of what went: to the file system with SQLite, to later rows with PostgreSQL."""
-    if database.path is None:
-        with database.session() as connection:
-            for table in metadata.sorted_tables:
-                connection.exec_driver_sql(f"VACUUM {table.name}")
-        return
-    free = -1
-    while free != (free := _vacuum_some(database)) and free:
-        pass
-    with database.session() as connection:
-        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all()
-
-
-def _vacuum_some(database: Database) -> int:
-    with database.writing() as connection:
-        connection.exec_driver_sql(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").all()
-        return int(connection.exec_driver_sql("PRAGMA freelist_count").scalar() or 0)
