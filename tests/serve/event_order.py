@@ -7,8 +7,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from tests.serve.sdk import check
 
 _EVENTS = {
-    get_args(kind.model_fields["type"].annotation)[0]: kind
-    for kind in get_args(get_args(ResponseStreamEvent)[0])
+    get_args(kind.model_fields["type"].annotation)[0]: kind for kind in get_args(get_args(ResponseStreamEvent)[0])
 }
 _LAST = {
     "response.completed": {"completed"},

@@ -17,6 +17,8 @@ from tests.serve.event_order import EventOrder
 from tests.serve.responding import LOOK_UP, SUNNY, WEATHER, Responding, events_of, result_of
 from tests.serve.sdk import check
 
+pytestmark = pytest.mark.anyio
+
 
 async def test_every_parameter_of_the_sdk_is_known() -> None:
     assert set(get_type_hints(ResponseCreateParamsNonStreaming)) <= set(ResponseCreate.model_fields)
@@ -235,22 +237,22 @@ async def test_truncation_drops_the_oldest_whole_items_and_no_instructions(monke
     call = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": '{"city": "Rome"}'}
     long = [
         {"role": "developer", "content": "Never swear."},
-        {"role": "user", "content": "one " * 60_000},
+        {"role": "user", "content": "one " * 450},
         call,
-        {"type": "function_call_output", "call_id": "c", "output": "two " * 60_000},
+        {"type": "function_call_output", "call_id": "c", "output": "two " * 450},
         {"role": "assistant", "content": "three"},
-        {"role": "user", "content": "four " * 50_000},
+        {"role": "user", "content": "four " * 430},
     ]
-    async with Responding(SUNNY) as there:
+    async with Responding(SUNNY, context=1000) as there:
         prompts = prompts_of(there, monkeypatch)
         error = await there.refused(input=long)
-        assert error["code"] == "context_length_exceeded" and "131072" in error["message"]
+        assert error["code"] == "context_length_exceeded" and "1000" in error["message"]
         answer = await there.http.post("/v1/responses", json={"input": long, "truncation": "auto"})
         assert "lost its oldest" in answer.headers["x-freehold-warnings"]
         prompt = there.server.served.prompting.the_tokenizer().decode(prompts[-1], control="show")
         assert "Never swear." in prompt and "three" in prompt and "four" in prompt
         assert "one one" not in prompt and "two two" not in prompt and "get_weather" not in prompt
-        hopeless = [{"role": "user", "content": "x " * 140_000}]
+        hopeless = [{"role": "user", "content": "x " * 1100}]
         assert (await there.refused(input=hopeless, truncation="auto"))["param"] == "input"
 
 
