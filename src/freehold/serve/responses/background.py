@@ -101,9 +101,10 @@ class Run:
         await asyncio.to_thread(self._put, events)
         self._tell(events)
 
-    def start(self, reading: Batches) -> None:
+    def start(self, batches: Batches) -> None:
         """Set it going; whatever becomes of it is stored."""
-        self.task = asyncio.create_task(self._run(reading))
+        self._reading = asyncio.create_task(self._read(batches))
+        self.task = asyncio.create_task(self._run(self._reading, batches))
 
     async def cancel(self) -> None:
         """End it, and wait until that is stored."""
@@ -125,23 +126,19 @@ class Run:
             else:
                 await self._news.wait()
 
-    async def _run(self, reading: Batches) -> None:
-        self._reading = asyncio.create_task(self._read(reading))
+    async def _run(self, reading: asyncio.Task[None], batches: Batches) -> None:
         writing = asyncio.create_task(self._write())
         try:
-            await self._reading
-        except asyncio.CancelledError:
-            if not self._reading.cancelled():
-                raise  # it is the server that stops
-            self._stream.cancel()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the response failed by it
-            known = api_error(error)
-            if known.status == 500:
-                logger.error("a response in the background failed", exc_info=error)
-            self._stream.fail(known)
+            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                reading.cancel()  # what cannot be stored need not be made
+            await asyncio.wait((reading,))
+            await batches.aclose()
         finally:
             self._is_over = True
             self._to_write.set()
+            reading.cancel()  # where it is the server that stops
+        self._judge(reading)
         try:
             await writing
             last = numbered([*self._said, *self._stream.ended()])
@@ -154,16 +151,22 @@ class Run:
         self._tell(last)
         self._ended(self)
 
-    async def _read(self, reading: Batches) -> None:
-        try:
-            async for batch in reading:
-                if self._stream.response["status"] == "queued":
-                    self._said += self._stream.started()
-                for event in batch:
-                    self._said += self._stream.feed(event)
-                self._to_write.set()
-        finally:
-            await reading.aclose()
+    def _judge(self, reading: asyncio.Task[None]) -> None:
+        if reading.cancelled():
+            self._stream.cancel()
+        elif (error := reading.exception()) is not None:
+            known = api_error(error)
+            if known.status == 500:
+                logger.error("a response in the background failed", exc_info=error)
+            self._stream.fail(known)
+
+    async def _read(self, batches: Batches) -> None:
+        async for batch in batches:
+            if self._stream.response["status"] == "queued":
+                self._said += self._stream.started()
+            for event in batch:
+                self._said += self._stream.feed(event)
+            self._to_write.set()
 
     async def _write(self) -> None:
         """Whatever has been said while the last writing went on is written together; what comes last is left."""

@@ -62,6 +62,7 @@ class ResponseStream:
         self._clock = clock
         self._number = 0
         self._end: int | None = None
+        self._parting: list[Event] = []  # of what was cut short
         self._item: _Item | None = None
         self._closing: _Item | None = None  # its message is over; how, the next event tells
 
@@ -87,7 +88,7 @@ class ResponseStream:
         if self._end is None:
             self._end = self._number
         self._number = self._end
-        events = []
+        events = [*self._parting]
         if (error := self.response["error"]) is not None:
             events.append(self._event("error", code=error["code"], message=error["message"], param=None))
         return [*events, self._event(_ENDINGS[self.response["status"]], response=self._snapshot())]
@@ -105,9 +106,9 @@ class ResponseStream:
         if self.response["status"] == "failed" and status == "failed":
             return
         for item in (self._closing, self._item):
-            if item is not None:
-                item.finish("incomplete")
-        self._closing = self._item = None
+            self._closing = item
+            self._parting += self._close("incomplete")
+        self._item = None
         self.response |= {"status": status, "error": error, "completed_at": None, "incomplete_details": None}
 
     # --- while it is made ---------------------------------------------------------------------------------------
