@@ -1,0 +1,1 @@
+"""The server: what works with OpenAI's API, over HTTP."""
