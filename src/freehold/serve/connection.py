@@ -20,19 +20,19 @@ from uvicorn.server import ServerState
 from freehold.errors import UsageError
 from freehold.serve.refusal import RefusedError
 
-_SECONDS_TO_DISCARD = 2.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """Seconds a head may take to come, a client to go on reading, a connection to stay idle; and sizes.
+    """Seconds a head may take to come, a client to go on reading, a connection to stay idle, and a body that nobody
+    wants to end by itself; then sizes.
 
     Raises UsageError for values out of range.
     """
 
     head_seconds: float = 10.0
     write_seconds: float = 30.0
-    idle_seconds: int = 30
+    idle_seconds: float = 30.0
+    discard_seconds: float = 2.0
     head_bytes: int = 32 * 2**10
     headers: int = 100
     connections: int = 4096
@@ -51,6 +51,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state)
         self._limits = limits
+        self.timeout_keep_alive = limits.idle_seconds  # type: ignore[assignment]  # call_later takes parts of seconds
         self._in_head, self._head_bytes = True, 0
         self._refusal = RefusedError(400, "this is not an HTTP request")
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -98,6 +99,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(RefusedError(431, f"a request may have {self._limits.headers} headers"))
 
     def on_headers_complete(self) -> None:
+        if self.parser.get_http_version() not in ("1.0", "1.1"):  # 0.9: the parser takes a line without a version
+            self._refuse(self._refusal)
         self._in_head, self._head_bytes = False, 0
         self._stop("head")
         super().on_headers_complete()
@@ -149,7 +152,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._close()
         elif not self._in_head:  # a body that nobody wants any more; a small one is soon through
-            self._start("discard", _SECONDS_TO_DISCARD, self.transport.abort)
+            self._start("discard", self._limits.discard_seconds, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
         if self._answering() and self.cycle.response_started:  # nothing fits between the pieces of an answer

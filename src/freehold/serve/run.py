@@ -1,13 +1,14 @@
 """An ASGI app on sockets: bound, served by uvicorn, drained and closed.
 
-Binding comes first and apart (`bind`), so that the network can be closed in between (freehold.airgap) and a wrong port is
-known before a model is loaded. What would serve others than this machine without a key is refused before that
+Binding comes first and apart (`bind`), so that the network can be closed in between (freehold.airgap) and a wrong port
+is known before a model is loaded. What would serve others than this machine without a key is refused before that
 (`check_exposure`). SIGTERM and SIGINT drain: nobody new is accepted, requests that run may finish within
 `drain_timeout`, and the exit code is 0; a second signal ends it at once. No access log, no proxies' headers, no server
 header: who asks is the address that the connection came from.
 """
 
 import asyncio
+import dataclasses
 import errno
 import ipaddress
 import os
@@ -38,6 +39,7 @@ _LAST_SECONDS = 2.0
 _SEND_BUFFER = 256 * 2**10
 """Of each connection, in the kernel: how far a stream may run ahead of its reader before that is noticed."""
 _SPARE_DESCRIPTORS = 256
+_BACKLOG = 2048
 
 _BIND_ERRORS = {
     errno.EADDRINUSE: "is in use: choose another with --port, or --port 0 for any that is free",
@@ -68,16 +70,18 @@ def bind(host: str, port: int, *, write_seconds: float = ConnectionLimits().writ
             listener = socket.socket(family, socket.SOCK_STREAM)
             sockets.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # What is accepted inherits both: a dead or deaf client's connection ends even if nothing more is written.
+            # What is accepted inherits these: a dead or deaf client's connection ends even if nothing more is written.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if sys.platform == "linux":
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(write_seconds)))
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_seconds * 1000))
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
             listener.bind(
                 (address[0], sockets[0].getsockname()[1] if port == 0 and len(sockets) > 1 else port, *address[2:])
             )
-            listener.listen(2048)
+            listener.listen(_BACKLOG)
     except OSError as error:
         for listener in sockets:
             listener.close()
@@ -151,7 +155,7 @@ def serve(
 
 
 class Server(UvicornServer):
-    """uvicorn's, with its own start, its own end and its own signals. `should_exit = True` drains it as SIGTERM does."""
+    """uvicorn's, with a start, an end and signals of its own. `should_exit = True` drains it as SIGTERM does."""
 
     def __init__(
         self,
@@ -166,7 +170,7 @@ class Server(UvicornServer):
     ) -> None:
         self._limits = _within_descriptors(limits or ConnectionLimits())
         config = Config(
-            app,  # type: ignore[arg-type]  # starlette's types and uvicorn's say the same in other words
+            app,
             http=Connection,
             ws="none",
             loop=loop,
@@ -177,7 +181,6 @@ class Server(UvicornServer):
             proxy_headers=False,
             server_header=False,
             workers=1,
-            timeout_keep_alive=self._limits.idle_seconds,
         )
         super().__init__(config)
         quieten_uvicorn()
@@ -192,9 +195,11 @@ class Server(UvicornServer):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             raise FreeholdError("the server's app did not start; the log says why")
-        shutdown_seconds = {} if self._tls is None else {"ssl_handshake_timeout": self._limits.head_seconds}
+        handshake = None if self._tls is None else self._limits.head_seconds
         self.servers = [
-            await loop.create_server(self._connection, sock=listener, ssl=self._tls, backlog=2048, **shutdown_seconds)
+            await loop.create_server(
+                self._connection, sock=listener, ssl=self._tls, backlog=_BACKLOG, ssl_handshake_timeout=handshake
+            )
             for listener in sockets
         ]
         self.started = True
@@ -264,8 +269,6 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[s
 
 def _within_descriptors(limits: ConnectionLimits) -> ConnectionLimits:
     """As many connections as the process may have open files for, with some to spare for everything else."""
-    import dataclasses
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = limits.connections + _SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
