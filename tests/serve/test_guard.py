@@ -226,7 +226,7 @@ def test_websockets_are_closed() -> None:
     async def receive() -> Message:
         raise AssertionError("nothing is read")
 
-    asyncio.run(guarded(Endpoint())({"type": "websocket", "headers": [], "path": "/"}, receive, send))  # type: ignore[arg-type, func-returns-value]
+    asyncio.run(guarded(Endpoint())({"type": "websocket", "headers": [], "path": "/"}, receive, send))  # type: ignore[arg-type]
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
@@ -287,7 +287,7 @@ def test_without_keys_the_loopback_is_let_in_and_others_are_not() -> None:
 
 def test_keys_are_read_again_and_the_last_one_revoked_does_not_open_the_door() -> None:
     clock, stored, reads = Clock(), {digest(SECRET): Key(id="k")}, []
-    app = guarded(Endpoint(), keys_object=Keys(lambda: reads.append(1) or dict(stored), clock=clock))
+    app = guarded(Endpoint(), keys_object=Keys(lambda: reads.append(1) or dict(stored), clock=clock))  # type: ignore[func-returns-value]
     shown = {"authorization": f"Bearer {SECRET}"}
     assert [ask(app, headers=shown).status for _ in range(5)] == [200] * 5
     assert len(reads) == 1
