@@ -147,7 +147,7 @@ def _first_token(engine: Engine, request: Request) -> float:
 
 def _guess(model: Model, words: Sequence[int], rounds: int) -> list[str]:
     lines = []
-    chat_format = model.chat_format()
+    chat_format = model.prompting.chat_format()
     for what, question in _QUESTIONS.items():
         turn = chat_format.turn(Conversation.from_openai([{"role": "user", "content": question}]))
         request = Request(prompt=turn.prompt.ids, max_tokens=160, sampling=_GREEDY, stop_ids=turn.stop_ids, cache=False)

@@ -2,6 +2,7 @@
 
     FreeholdError
     ├── UsageError             a value given by the caller cannot be used; also a ValueError
+    │   └── ContextError       a prompt is longer than the context
     ├── ModelNotFoundError     a model's name or path leads to nothing
     ├── CheckpointError        a model file is truncated, corrupt or foreign
     ├── UnsupportedError       the file or request is sound, but Freehold does not do this
@@ -29,6 +30,15 @@ class FreeholdError(Exception):
 
 class UsageError(FreeholdError, ValueError):
     """A value given by the caller cannot be used."""
+
+
+class ContextError(UsageError):
+    """A prompt is longer than the context, both in tokens."""
+
+    def __init__(self, message: str, *, num_tokens: int, context: int) -> None:
+        super().__init__(message)
+        self.num_tokens = num_tokens
+        self.context = context
 
 
 class ModelNotFoundError(FreeholdError):

@@ -104,3 +104,15 @@ def _is_integer(value: object) -> bool:
 
 
 DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """What the model's folder asks for where the caller does not say.
+
+    Stop ids come from generation_config.json, else config.json, else the tokeniser's own end tokens.
+    """
+
+    stop_ids: frozenset[int] = frozenset()
+    sampling: Sampling = DEFAULT_SAMPLING
+    max_tokens: int | None = None

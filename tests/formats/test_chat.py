@@ -22,7 +22,7 @@ def prompt(chat: ChatFormat, tokenizer: Tokenizer, *messages: tuple[str, str]) -
 
 
 def read(chat: ChatFormat, ids: list[int]) -> tuple[list[Event], tuple[Message, ...]]:
-    reader = turn_of(chat).reader
+    reader = turn_of(chat).new_reader()
     events = [event for id_ in ids for event in reader.feed(id_)] + reader.flush()
     return events, reader.messages
 

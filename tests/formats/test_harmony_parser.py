@@ -986,13 +986,14 @@ def test_under_a_grammar_text_stays_text(gpt_oss: Tokenizer, leak: str) -> None:
     turn += ids("<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>")
     conversation = Conversation(messages=(text_message("user", "q"),))
     made = choose(gpt_oss, None, ()).turn(conversation, tool_choice="none", response_format=JsonObject())
-    assert made.grammar is not None and isinstance(made.reader, HarmonyParser)
+    reader = made.new_reader()
+    assert made.grammar is not None and isinstance(reader, HarmonyParser)
     constraint = made.grammar()
     for id_ in turn:
         constraint.accept(id_)  # raises where the grammar does not allow it
-    events = parsed(made.reader, turn)
+    events = parsed(reader, turn)
     assert messages(events) == [("analysis", None, leak.replace("|", "")), ("final", None, "{}")]
-    assert made.reader.diagnostics == ()
+    assert reader.diagnostics == ()
     assert calls(events) == []
 
 

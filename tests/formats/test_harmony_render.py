@@ -305,7 +305,7 @@ def test_an_open_turn_only_grows(gpt_oss: Tokenizer) -> None:
 
 def test_replies_end_like_all_messages_once_they_are_history(gpt_oss: Tokenizer) -> None:
     chat = choose(gpt_oss, None, [])
-    reader = chat.turn(Conversation(messages=()), grammar=False).reader
+    reader = chat.turn(Conversation(messages=()), grammar=False).new_reader()
     for id_ in gpt_oss.encode_with_control("<|channel|>final<|message|>Paris.<|return|>"):
         reader.feed(id_)
     reader.flush()

@@ -90,7 +90,7 @@ def test_transformers_reads_the_tokeniser_and_template(default_folder: Path) -> 
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     from freehold.formats.conversation import Conversation
 
-    chat_format = freehold.load(default_folder, device="cpu").chat_format()
+    chat_format = freehold.load(default_folder, device="cpu").prompting.chat_format()
     assert chat_format.render(Conversation.from_openai(messages)).ids == expected
 
 
@@ -112,7 +112,7 @@ def test_untrained_control_tokens_do_not_compete(default_folder: Path) -> None:
     """The output layer is tied: rows copied from <|im_end|> would split its probability."""
     model = freehold.load(default_folder, device="cpu")
     assert model.tokenizer is not None
-    prompt = model.chat_format().render(_question("What is the capital of Japan?")).ids
+    prompt = model.prompting.chat_format().render(_question("What is the capital of Japan?")).ids
     stops = model.defaults.stop_ids
     *_, last = model.generate(prompt, max_tokens=40)
     end = model.tokenizer.control_id("<|im_end|>")

@@ -11,8 +11,8 @@ from freehold.config import NAMED_CONFIGS
 from freehold.errors import CheckpointError
 from freehold.formats.templates import CHATML
 from freehold.formats.tokenizer import Tokenizer
-from freehold.hub.folder import GenerationDefaults, open_folder
-from freehold.sampling import Sampling
+from freehold.hub.folder import open_folder
+from freehold.sampling import GenerationDefaults, Sampling
 from freehold.weights.synth import write_random_checkpoint
 
 

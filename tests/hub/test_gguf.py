@@ -176,7 +176,7 @@ def test_the_same_greedy_text(llama_cpp: Any, reference_ops: None, default_folde
     theirs = opened(llama_cpp, tmp_path / "f32.gguf")
     ours = freehold.load(default_folder, device="cpu", dtype="float32")
     prompts = [
-        ours.chat_format().render(Conversation.from_openai([{"role": "user", "content": question}])).ids
+        ours.prompting.chat_format().render(Conversation.from_openai([{"role": "user", "content": question}])).ids
         for question in PROMPTS
     ]
     for prompt in (*prompts, *(ours.tokenizer.encode(text) for text in TEXTS[:2])):  # type: ignore[union-attr]

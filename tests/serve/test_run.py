@@ -198,12 +198,12 @@ def test_what_cannot_be_bound_is_named(host: str, port: int, says: str) -> None:
 
 def test_beyond_the_loopback_a_key_or_a_word_is_asked_for() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.7"):
-        with pytest.raises(UsageError, match=r"`freehold keys create`, or say --allow-no-auth"):
-            run.check_exposure(host, 0, has_keys=False, allow_no_auth=False)
-        run.check_exposure(host, 0, has_keys=True, allow_no_auth=False)
-        run.check_exposure(host, 0, has_keys=False, allow_no_auth=True)
+        with pytest.raises(UsageError, match=r"`freehold keys create`, or say --allow-no-key"):
+            run.check_exposure(host, 0, has_keys=False, allow_no_key=False)
+        run.check_exposure(host, 0, has_keys=True, allow_no_key=False)
+        run.check_exposure(host, 0, has_keys=False, allow_no_key=True)
     for host in ("localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]"):
-        run.check_exposure(host, 0, has_keys=False, allow_no_auth=False)
+        run.check_exposure(host, 0, has_keys=False, allow_no_key=False)
 
 
 def test_ipv6_serves_and_says_so() -> None:
@@ -238,20 +238,18 @@ def test_tls_files_that_will_not_do_are_refused_with_the_reason(certificate: tup
     subprocess.run(encrypt, check=True, capture_output=True)
     junk.write_text("no certificate")
     for given, says in (
-        ((None, key), "needs its certificate"),
         ((tmp_path / "none.pem", key), r"--tls-cert .*none\.pem cannot be read \(No such file"),
         ((cert, tmp_path / "none.pem"), r"--tls-key .*none\.pem cannot be read"),
         ((cert, other), "is not the one of the certificate"),
         ((cert, locked), "is encrypted"),
         ((junk, key), "not a certificate and its key in PEM"),
-        ((cert, None), "name the key's file with --tls-key"),
+        ((cert, cert), "not a certificate and its key in PEM"),
     ):
         with pytest.raises(UsageError, match=says):
             run.tls_context(*given)
     both = tmp_path / "both.pem"
     both.write_text(cert.read_text() + key.read_text())
-    assert run.tls_context(both, None) is not None
-    assert run.tls_context(None, None) is None
+    assert run.tls_context(both, both).get_ca_certs() == []
 
 
 # --- clients that dawdle ------------------------------------------------------------------------------------------
@@ -453,7 +451,7 @@ def draining():
     if sys.argv[2] == "finish":
         asyncio.get_running_loop().call_later(0.5, finish.set)
 
-gate = Gate(4, 4)
+gate = Gate(max_running=4, max_queue=4)
 journal.start_logging(as_json=True)
 sockets = run.bind("127.0.0.1", 0)
 if sys.argv[3] == "airgap":

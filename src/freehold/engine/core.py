@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from freehold.engine import sampler
 from freehold.engine.kv_store import KvStore, group_windows, page_counts
 from freehold.engine.lookup import Lookup
+from freehold.engine.metrics import EngineStats
 from freehold.engine.options import EngineOptions
 from freehold.engine.pace import Pace
 from freehold.engine.pages import Holding, Pages
@@ -46,28 +46,6 @@ OUT_OF_MEMORY = (
 class Output(NamedTuple):
     request_id: int
     step: Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Now, and since the engine was made. `pages_in_use` are those of sequences and cached prefixes, per group;
-    `kv_bytes` is what all pages take once they have been written."""
-
-    running: int
-    waiting: int
-    cached_prefixes: int
-    pages_in_use: tuple[int, ...]
-    pages: tuple[int, ...]
-    kv_bytes: int
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    guessed_tokens: int
-    right_guesses: int
-    preemptions: int
-    steps: int
-    busy_seconds: float
 
 
 class Engine:

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
-from freehold.engine.core import Engine, EngineStats, Output
-from freehold.engine.metrics import EngineMetrics
+from freehold.engine.core import Engine, Output
+from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Completion, Request, Step
 from freehold.errors import ClosedError, FreeholdError, RequestError
 from freehold.log import logger

@@ -1,6 +1,7 @@
 """What an engine does, for Prometheus: a registry of its own, read whenever somebody scrapes it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -12,15 +13,35 @@ from freehold.engine.request import Step
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-    from freehold.engine.core import EngineStats
-
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Now, and since the engine was made. `pages_in_use` are those of sequences and cached prefixes, per group;
+    `kv_bytes` is what all pages take once they have been written."""
+
+    running: int
+    waiting: int
+    cached_prefixes: int
+    pages_in_use: tuple[int, ...]
+    pages: tuple[int, ...]
+    kv_bytes: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    guessed_tokens: int
+    right_guesses: int
+    preemptions: int
+    steps: int
+    busy_seconds: float
 
 
 class EngineMetrics:
     """`registry` has everything; `observe` is called for each step of each request."""
 
-    def __init__(self, stats: Callable[[], "EngineStats"]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Now(stats))
 
@@ -52,7 +73,7 @@ class EngineMetrics:
 
 
 class _Now(Collector):
-    def __init__(self, stats: Callable[[], "EngineStats"]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
 
     def collect(self) -> Iterator["Metric"]:

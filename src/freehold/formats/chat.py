@@ -4,7 +4,7 @@
 of freehold.formats.events, whatever the format.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Literal, Protocol, TypedDict, Unpack
@@ -37,12 +37,13 @@ class ReplyReader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A turn of the assistant about to be made: `grammar` is what a request takes as its constraint, None for none."""
+    """A turn of the assistant about to be made: `grammar` is what a request takes as its constraint, None for none;
+    each sample of it has a reader of its own."""
 
     prompt: Rendered
     stop_ids: frozenset[int]
     grammar: TurnGrammar | None
-    reader: ReplyReader
+    new_reader: Callable[[], ReplyReader]
 
 
 class TurnChoices(TypedDict, total=False):
@@ -138,7 +139,7 @@ class HarmonyFormat:
             prompt=render(whole, self._tokenizer),
             stop_ids=self._stop_ids if made is None else made.stop_ids,
             grammar=made,
-            reader=HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
+            new_reader=lambda: HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
         )
 
     def _whole(self, conversation: Conversation) -> Conversation:
@@ -205,8 +206,12 @@ class TemplateFormat:
         """The structure is the template's own: there is none to enforce, and nothing to ask for."""
         if wishes := _wishes(choices):
             raise UnsupportedError(f"{', '.join(wishes)}: that takes a model that speaks Harmony")
-        reader = _PlainReader(self._tokenizer)
-        return Turn(prompt=self.render(conversation), stop_ids=self._stop_ids, grammar=None, reader=reader)
+        return Turn(
+            prompt=self.render(conversation),
+            stop_ids=self._stop_ids,
+            grammar=None,
+            new_reader=lambda: _PlainReader(self._tokenizer),
+        )
 
 
 def _after(prompt: Sequence[int], ends: Set[int]) -> list[int]:

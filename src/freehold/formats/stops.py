@@ -16,18 +16,23 @@ class StopStrings:
         if any(not isinstance(stop, str) or not stop for stop in self._stops):
             raise UsageError(f"stop strings must not be empty, got {list(self._stops)}")
         self._held = ""
-        self.stopped = False
-        """Whether one of them has come: nothing is passed on any more."""
+        self.found: str | None = None
+        """The one that has come: nothing is passed on any more."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def feed(self, text: str) -> str:
         """The text that surely comes before any stop string."""
         if self.stopped:
             return ""
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:  # the one that is complete first, as if the text came one character at a time
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.found = min(found)
+            self._held = ""
+            return text[:at]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -10,7 +10,7 @@ from freehold.formats import o200k
 from freehold.formats.harmony.vocabulary import CALL, RETURN
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub import default_model
-from freehold.sampling import DEFAULT_SAMPLING, Sampling
+from freehold.sampling import GenerationDefaults, Sampling
 from freehold.weights.files import read_json
 from freehold.weights.layouts import Checkpoint, open_checkpoint
 
@@ -21,18 +21,6 @@ SIDE_FILES = (
     "chat_template.jinja", "README.md", "LICENSE", "USAGE_POLICY",
 )  # fmt: skip
 """What belongs to a model besides config.json and tensors; conversions carry these along."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationDefaults:
-    """What the model's folder asks for where the caller does not say.
-
-    Stop ids come from generation_config.json, else config.json, else the tokeniser's own end tokens.
-    """
-
-    stop_ids: frozenset[int] = frozenset()
-    sampling: Sampling = DEFAULT_SAMPLING
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from freehold.errors import UsageError
-from freehold.serve.refusal import RefusedError
+from freehold.serve.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self.timeout_keep_alive = limits.idle_seconds  # type: ignore[assignment]  # call_later takes parts of seconds
         self._in_head, self._head_bytes = True, 0
-        self._refusal = RefusedError(400, "this is not an HTTP request")
+        self._refusal = ApiError(400, "this is not an HTTP request")
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     # What comes in
@@ -96,7 +96,7 @@ class Connection(HttpToolsProtocol):
         self._count(len(name) + len(value))
         super().on_header(name, value)
         if len(self.headers) > self._limits.headers:
-            self._refuse(RefusedError(431, f"a request may have {self._limits.headers} headers"))
+            self._refuse(ApiError(431, f"a request may have {self._limits.headers} headers"))
 
     def on_headers_complete(self) -> None:
         if self.parser.get_http_version() not in ("1.0", "1.1"):  # 0.9: the parser takes a line without a version
@@ -117,10 +117,10 @@ class Connection(HttpToolsProtocol):
         if self._head_size > self._limits.head_bytes:
             self._refuse(self._head_too_large())
 
-    def _head_too_large(self) -> RefusedError:
-        return RefusedError(431, f"a request's line and headers may have {self._limits.head_bytes} bytes together")
+    def _head_too_large(self) -> ApiError:
+        return ApiError(431, f"a request's line and headers may have {self._limits.head_bytes} bytes together")
 
-    def _refuse(self, refusal: RefusedError) -> None:
+    def _refuse(self, refusal: ApiError) -> None:
         """Out of the parser's callback; uvicorn answers what the parser fails at with `send_400_response`."""
         self._refusal = refusal
         raise refusal
@@ -129,7 +129,7 @@ class Connection(HttpToolsProtocol):
         if self._answering():  # bytes came while it ran: they wait until it is done
             return
         if self._head_bytes:
-            self._refusal = RefusedError(408, f"the request's head did not arrive in {self._limits.head_seconds:g} s")
+            self._refusal = ApiError(408, f"the request's head did not arrive in {self._limits.head_seconds:g} s")
             self.send_400_response("")
         else:
             self._close()
@@ -159,7 +159,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         refusal = self._refusal
-        content = json.dumps(refusal.body("/")).encode()
+        content = json.dumps(refusal.openai()).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(content)
         self.transport.write(STATUS_LINE[refusal.status] + head + content)
         self._close()

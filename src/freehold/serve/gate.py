@@ -1,66 +1,57 @@
-"""How many requests there may be. The gate only counts: waiting itself is the engine's, whose queue is fair."""
+"""How many requests are let in. Those that wait do so in the engine's own queue; here they are only counted."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-from freehold.errors import UsageError
-from freehold.serve.refusal import RefusedError, retry_after
+from freehold.serve.errors import ApiError
+from freehold.serve.refusal import retry_after
 
 _LONGEST_WAIT = 60.0
 _DRAINING_SECONDS = 10.0
 
 
 class Gate:
-    """For one event loop. Up to `max_running` requests run and `max_waiting` more wait; `draining` lets none in.
+    """Room for so many samples, running and waiting together. For one event loop.
 
-    `admit` is held for as long as a request takes. How long others took tells those who are refused when to return.
+    How fast others have left tells those who are sent away when to come again.
     """
 
-    def __init__(self, max_running: int, max_waiting: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        if max_running < 1 or max_waiting < 0:
-            raise UsageError(f"at least 1 request must run and 0 or more may wait, got {max_running} and {max_waiting}")
-        self._max_running, self._max_waiting, self._clock = max_running, max_waiting, clock
-        self._inside = 0
-        self._usual_seconds = 1.0
+    def __init__(self, *, max_running: int, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._room = max_running + max_queue
+        self._taken = 0
+        self._clock = clock
+        self._left_at = clock()
+        self._seconds_between = 1.0
         self.draining = False
-
-    @property
-    def inside(self) -> int:
-        """Requests that run or wait."""
-        return self._inside
 
     def drain(self) -> None:
         """Let nobody in any more."""
         self.draining = True
 
     def check_open(self) -> None:
-        """Raises RefusedError with 503 once the server is about to stop."""
+        """Raises a 503 where the server is closing."""
         if self.draining:
-            raise RefusedError(
-                503,
-                "this server is about to stop and takes no more requests",
-                code="draining",
-                headers=[retry_after(_DRAINING_SECONDS), (b"connection", b"close")],
-            )
+            raise ApiError(
+                503, "the server is shutting down; try again later",
+                code="draining", headers=retry_after(_DRAINING_SECONDS),
+            )  # fmt: skip
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Raises RefusedError: 503 while draining, 429 where as many run and wait as may."""
+    def enter(self, samples: int = 1) -> None:
+        """Take places. Raises a 429 where there are not that many left, a 503 where the server is closing."""
         self.check_open()
-        if self._inside >= self._max_running + self._max_waiting:
-            seconds = self._usual_seconds * (self._max_waiting + 1) / self._max_running
-            raise RefusedError(
-                429,
-                f"{self._max_running} requests run and {self._max_waiting} wait, which is as many as this server "
-                "takes: try again later",
-                code="queue_full",
-                headers=[retry_after(min(seconds, _LONGEST_WAIT))],
-            )
-        self._inside += 1
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            self._usual_seconds += 0.1 * (self._clock() - start - self._usual_seconds)
+        if self._taken + samples > self._room:
+            missing = self._taken + samples - self._room
+            raise ApiError(
+                429, f"the server's queue is full with {self._taken} requests; try again later",
+                code="queue_full", headers=retry_after(min(missing * self._seconds_between, _LONGEST_WAIT)),
+            )  # fmt: skip
+        if self._taken == 0:
+            self._left_at = self._clock()  # that nobody left while nobody was there tells nothing
+        self._taken += samples
+
+    def leave(self, samples: int = 1) -> None:
+        if samples:
+            now = self._clock()
+            self._seconds_between += 0.1 * ((now - self._left_at) / samples - self._seconds_between)
+            self._left_at = now
+        self._taken -= samples

@@ -12,11 +12,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freehold.serve.bodies import MAX_BODY_BYTES, READ_SECONDS, Bodies
+from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
 from freehold.serve.hosts import Hosts, origin
 from freehold.serve.journal import Journal
 from freehold.serve.keys import FREE_PATHS, KeyCheck, Keys
-from freehold.serve.refusal import RefusedError, answer
+from freehold.serve.refusal import answer
 
 _READABLE = (
     "x-request-id", "request-id", "retry-after", "x-freehold-warnings",
@@ -32,12 +33,12 @@ def guard(
     allowed_hosts: Iterable[str] = (),
     cors_origins: Iterable[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
-    read_timeout: float = READ_SECONDS,
+    receive_timeout: float = READ_SECONDS,
     log_content: bool = False,
 ) -> ASGIApp:
     """The app behind its guards. Raises UsageError for names and origins that are none."""
     origins = [*cors_origins]
-    app = Bodies(app, max_bytes=max_body_bytes, read_seconds=read_timeout)
+    app = Bodies(app, max_bytes=max_body_bytes, read_seconds=receive_timeout)
     app = KeyCheck(app, keys=keys)
     app = _Ending(app, gate=gate)
     if origins:
@@ -62,7 +63,8 @@ class _Ending:
         if scope["type"] == "http" and scope["path"] not in FREE_PATHS:
             try:
                 self._gate.check_open()
-            except RefusedError as refusal:
+            except ApiError as refusal:
+                refusal.headers["connection"] = "close"
                 return await answer(refusal, scope, send)
         return await self._app(scope, receive, send)
 

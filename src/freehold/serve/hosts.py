@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freehold.errors import UsageError
-from freehold.serve.refusal import RefusedError, answer, values
+from freehold.serve.errors import ApiError
+from freehold.serve.refusal import answer, values
 
 _HOST = re.compile(rb"(\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?)\.?(?::([0-9]{1,5}))?")
 _ORIGIN = re.compile(r"(https?)://([^/?#@\s]+)")
@@ -33,20 +34,20 @@ class Hosts:
         if scope["type"] == "http":
             try:
                 self._check_origin(scope, self._check_host(scope))
-            except RefusedError as refusal:
+            except ApiError as refusal:
                 return await answer(refusal, scope, send)
         return await self._app(scope, receive, send)
 
     def _check_host(self, scope: Scope) -> tuple[str, int | None]:
         given = values(scope, b"host")
         if len(given) != 1:
-            raise RefusedError(400, f"a request must have one Host header, and this one has {len(given) or 'none'}")
+            raise ApiError(400, f"a request must have one Host header, and this one has {len(given) or 'none'}")
         parts = _HOST.fullmatch(given[0].lower())
         if parts is None or (parts[2] is not None and int(parts[2]) > 65535):
-            raise RefusedError(400, "the Host header is not a host name, with or without a port")
+            raise ApiError(400, "the Host header is not a host name, with or without a port")
         name = parts[1].decode()
         if name not in self._allowed and name != _local_address(scope):
-            raise RefusedError(
+            raise ApiError(
                 421,
                 f"this server is not known as {name[:100]!r}: use localhost or its address, or start it with "
                 f"--allowed-host {name[:100]}",
@@ -64,12 +65,12 @@ class Hosts:
         except ValueError:  # two of them, not a web page's (`null`), or not in ASCII
             asked_by = None
         if asked_by is None:
-            raise RefusedError(403, "a request from a web page without an origin of its own is refused", code="origin")
+            raise ApiError(403, "a request from a web page without an origin of its own is refused", code="origin")
         name, port = host
         scheme = asked_by.partition(":")[0]
         if asked_by in self._origins or asked_by == _origin_text(scheme, name, port or _PORTS[scheme]):
             return
-        raise RefusedError(
+        raise ApiError(
             403,
             f"a web page of {asked_by[:200]} may not use this server unless it is started with "
             f"--cors-origin {asked_by[:200]}",

@@ -20,7 +20,8 @@ from typing import Any, TextIO
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freehold.log import NOTICE, logger
-from freehold.serve.refusal import RefusedError, answer, retry_after, speaks_anthropic, values
+from freehold.serve.errors import ApiError
+from freehold.serve.refusal import answer, retry_after, speaks_anthropic, values
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._:/@+=-]{1,128}")
 _GONE = 499  # what the log says where a client left before anything was sent; nobody reads it off the wire
@@ -64,14 +65,14 @@ class Journal:
             await self._app(scope, receive_noting if self._log_content else receive, send_noting)
         except asyncio.CancelledError:  # the server stops, and has waited long enough
             if status is None:
-                headers = [retry_after(10), (b"connection", b"close")]
+                headers = retry_after(10) | {"connection": "close"}
                 await answer(
-                    RefusedError(503, "this server stopped before it could answer", headers=headers), scope, send_noting
+                    ApiError(503, "this server stopped before it could answer", headers=headers), scope, send_noting
                 )
         except Exception as error:  # noqa: BLE001 — the last one who could say anything to the client
             logger.error("%s", _described(error, self._log_content), extra={"fields": {"request_id": request_id}})
             if status is None:
-                failure = RefusedError(
+                failure = ApiError(
                     500, f"the server failed at this request, whose id is {request_id}", code="internal_error"
                 )
                 await answer(failure, scope, send_noting)

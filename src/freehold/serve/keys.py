@@ -1,4 +1,4 @@
-"""Who may use the server, and how much: keys, and each key's requests and tokens per minute.
+"""Who may use the server: keys, and the caller that each stands for.
 
 `Keys` reads the store's keys again at most once a second, so that a revoked one soon ends. What a client shows is
 hashed and compared with every key's hash, in a time that tells nothing. Where there is no key at all, the loopback may
@@ -12,13 +12,15 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freehold.log import logger
-from freehold.serve.refusal import Headers, RefusedError, answer, retry_after, values
+from freehold.serve.caller import ANYONE, Caller
+from freehold.serve.errors import ApiError
+from freehold.serve.rates import Meter
+from freehold.serve.refusal import answer, retry_after, values
 
 FREE_PATHS = frozenset({"/health", "/ready"})
 FRESH_SECONDS, STALE_SECONDS = 1.0, 30.0
@@ -37,89 +39,6 @@ class KeyRecord(Protocol):
     def tokens_per_minute(self) -> int | None: ...
     @property
     def revoked_at(self) -> object: ...
-
-
-class Bucket:
-    """So much a minute, all of which may be used at once. Taking more than is there leaves a debt."""
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute = per_minute
-        self._level, self._at = float(per_minute), now
-
-    def level(self, now: float) -> float:
-        self._level = min(self.per_minute, self._level + max(0.0, now - self._at) * self.per_minute / 60)
-        self._at = max(now, self._at)
-        return self._level
-
-    def take(self, amount: float, now: float) -> None:
-        self._level = self.level(now) - amount
-
-    def seconds_until(self, level: float, now: float) -> float:
-        return max(0.0, (level - self.level(now)) * 60 / self.per_minute)
-
-
-class Meter:
-    """One key's use. It outlives the requests that hold it, and changed limits start it anew."""
-
-    def __init__(self, requests: int | None, tokens: int | None, clock: Callable[[], float]) -> None:
-        self.limits = (requests, tokens)
-        self._clock = clock
-        self._requests = Bucket(requests, clock()) if requests else None
-        self._tokens = Bucket(tokens, clock()) if tokens else None
-
-    def admit(self) -> None:
-        """Count a request. Raises RefusedError with 429 where the key has used up its minute."""
-        now = self._clock()
-        for bucket, kind in ((self._requests, "requests"), (self._tokens, "tokens")):
-            if bucket is not None and bucket.level(now) < 1:
-                seconds = bucket.seconds_until(1, now)
-                raise RefusedError(
-                    429,
-                    f"this key's {bucket.per_minute} {kind} per minute are used up: try again in {seconds:.1f} seconds",
-                    code="rate_limit_exceeded",
-                    kind=kind,
-                    headers=[retry_after(seconds)],
-                )
-        if self._requests is not None:
-            self._requests.take(1, now)
-
-    def charge(self, tokens: int) -> None:
-        if self._tokens is not None:
-            self._tokens.take(tokens, self._clock())
-
-    def headers(self) -> Headers:
-        """What is left, under OpenAI's names."""
-        now, made = self._clock(), []
-        for bucket, kind in ((self._requests, "requests"), (self._tokens, "tokens")):
-            if bucket is not None:
-                left, seconds = max(0, int(bucket.level(now))), bucket.seconds_until(bucket.per_minute, now)
-                made += [
-                    (f"x-ratelimit-limit-{kind}", str(bucket.per_minute)),
-                    (f"x-ratelimit-remaining-{kind}", str(left)),
-                    (f"x-ratelimit-reset-{kind}", f"{seconds:.3f}s"),
-                ]
-        return [(name.encode(), value.encode()) for name, value in made]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Caller:
-    """Who asks. `owner` is the key's id, and empty where there are no keys; what it stores is its own.
-
-    `salt` keeps one key's cached prefixes from another's. It is made from the secret's hash, cannot be guessed, tells
-    nothing of the secret, and is the same after a restart.
-    """
-
-    owner: str = ""
-    salt: str = ""
-    meter: Meter | None = None
-
-    def charge(self, tokens: int) -> None:
-        """Count tokens that were read and written for this caller, once they are known."""
-        if self.meter is not None:
-            self.meter.charge(tokens)
-
-
-NOBODY = Caller()
 
 
 class Keys:
@@ -143,12 +62,12 @@ class Keys:
         self._reading = asyncio.Lock()
 
     async def caller(self, scope: Scope) -> Caller:
-        """Who sends this request. Raises RefusedError: 401 for a wrong key, 403 for strangers while no key is."""
+        """Who sends this request. Raises ApiError: 401 for a wrong key, 403 for strangers while no key is."""
         await self._refresh()
         if not self._ever_any:
             if self._open_to_all or _from_loopback(scope):
-                return NOBODY
-            raise RefusedError(
+                return ANYONE
+            raise ApiError(
                 403,
                 "this server has no keys and so serves its own machine only: make one with `freehold keys create`",
                 code="no_keys",
@@ -176,7 +95,7 @@ class Keys:
                 logger.warning("keys could not be read (%s)", type(error).__name__)
                 if self._is_younger_than(STALE_SECONDS):
                     return
-                raise RefusedError(503, "the keys cannot be read at the moment", headers=[retry_after(5)]) from None
+                raise ApiError(503, "the keys cannot be read at the moment", headers=retry_after(5)) from None
             self._ever_any = self._ever_any or bool(loaded)  # the last one revoked must not open the door
             self._keys = {digest: record for digest, record in loaded.items() if record.revoked_at is None}
             ids = {record.id for record in self._keys.values()}
@@ -208,7 +127,7 @@ class KeyCheck:
         state = scope.setdefault("state", {})
         try:
             caller = state["caller"] = await self._keys.caller(scope)
-        except RefusedError as refusal:
+        except ApiError as refusal:
             return await answer(refusal, scope, send)
         meter = caller.meter
         if meter is None:
@@ -222,7 +141,7 @@ class KeyCheck:
         try:
             if scope["method"] == "POST":
                 meter.admit()
-        except RefusedError as refusal:
+        except ApiError as refusal:
             return await answer(refusal, scope, send_with_rates)
         return await self._app(scope, receive, send_with_rates)
 
@@ -258,5 +177,5 @@ def _secret(scope: Scope) -> bytes:
     return secret.strip()
 
 
-def _unauthorised(message: str) -> RefusedError:
-    return RefusedError(401, message, code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")])
+def _unauthorised(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})

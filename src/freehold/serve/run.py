@@ -48,15 +48,15 @@ _BIND_ERRORS = {
 }
 
 
-def check_exposure(host: str, port: int, *, has_keys: bool, allow_no_auth: bool) -> None:
+def check_exposure(host: str, port: int, *, has_keys: bool, allow_no_key: bool) -> None:
     """Raises UsageError for a host that others could reach, where nothing would be asked of them."""
-    if has_keys or allow_no_auth:
+    if has_keys or allow_no_key:
         return
     for _, address in _addresses(host, port):
         if not is_loopback(address[0]):
             raise UsageError(
                 f"--host {host} would let other machines use this server without a key: make one with "
-                "`freehold keys create`, or say --allow-no-auth if that is what you want"
+                "`freehold keys create`, or say --allow-no-key if that is what you want"
             )
 
 
@@ -101,33 +101,27 @@ def url_of(sockets: Sequence[socket.socket], *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
-def tls_context(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """From PEM files; the key may be in the certificate's. None where neither is given.
+def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
+    """From PEM files; one file may hold both.
 
     Raises UsageError for files that are missing, are no PEM, are encrypted, or do not belong together.
     """
-    if cert is None:
-        if key is not None:
-            raise UsageError(f"--tls-key {key} needs its certificate: name it with --tls-cert")
-        return None
     for option, path in (("--tls-cert", cert), ("--tls-key", key)):
-        if path is not None:
-            try:
-                path.open("rb").close()
-            except OSError as error:
-                raise UsageError(f"{option} {path} cannot be read ({error.strerror})") from None
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UsageError(f"{option} {path} cannot be read ({error.strerror})") from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
 
     def no_password() -> str:
-        raise UsageError(f"{key or cert} is encrypted: decrypt the key into a file that only you can read")
+        raise UsageError(f"{key} is encrypted: decrypt the key into a file that only you can read")
 
     try:
         context.load_cert_chain(cert, key, password=no_password)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise UsageError(f"the key in {key or cert} is not the one of the certificate in {cert}") from None
-        missing = f"; name the key's file with --tls-key unless it is in {cert}" if key is None else ""
-        raise UsageError(f"{cert} and {key or cert} are not a certificate and its key in PEM{missing}") from None
+            raise UsageError(f"the key in {key} is not the one of the certificate in {cert}") from None
+        raise UsageError(f"{cert} and {key} are not a certificate and its key in PEM") from None
     return context
 
 

@@ -4,12 +4,10 @@ Requests run on the calling thread, through the engine. What it was loaded from 
 tensor is used; a model is ready, or it is an error.
 """
 
-import operator
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -22,22 +20,22 @@ from freehold.engine.core import OUT_OF_MEMORY, Engine, is_out_of_memory
 from freehold.engine.loop import LocalEngine
 from freehold.engine.options import MAX_NUM_SEQS
 from freehold.engine.prefix_files import PrefixFiles
-from freehold.engine.request import Request, TokenConstraint
-from freehold.errors import CheckpointError, OutOfMemoryError, UsageError
-from freehold.formats import chat
-from freehold.formats.chat import ChatFormat, HarmonyFormat, ReplyReader, TurnChoices
-from freehold.formats.conversation import Conversation, Effort, Message, SystemContent
+from freehold.engine.request import TokenConstraint
+from freehold.errors import OutOfMemoryError, UsageError
+from freehold.formats.chat import ReplyReader, TurnChoices
+from freehold.formats.conversation import Conversation, Effort, Message
 from freehold.formats.events import Event, TextDelta
 from freehold.formats.stops import StopStrings
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.hub.find import DEFAULT, find_model
-from freehold.hub.folder import GenerationDefaults, ModelFolder, open_folder
+from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.transformer import Transformer
-from freehold.sampling import SamplingOptions
+from freehold.sampling import GenerationDefaults, SamplingOptions
 from freehold.session.memory import MemoryPlan, fitting_plan, free_memory, gib
 from freehold.session.policy import Policy, decide, instruction_set, use_threads
+from freehold.session.prompting import Prompting
 from freehold.weights.pack_file import load_packed, source_fingerprint
 
 
@@ -99,7 +97,8 @@ def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> Prefi
 
 
 class Model:
-    """See `load`. `tokenizer` is None for a folder without one; only token ids work then."""
+    """See `load`. `tokenizer` is None for a folder without one; only token ids work then. `prompting` makes requests
+    for `engine` out of text and conversations."""
 
     def __init__(
         self,
@@ -116,6 +115,16 @@ class Model:
         self._folder = folder
         self.policy = policy
         self.plan = plan
+        self.prompting = Prompting(
+            source=str(folder.path),
+            tokenizer=folder.tokenizer,
+            vocab_size=transformer.config.vocab_size,
+            context=plan.context,
+            longest=transformer.config.max_context,
+            defaults=folder.defaults,
+            chat_template=folder.chat_template,
+            template_variables=folder.template_variables,
+        )
 
     @property
     def path(self) -> Path:
@@ -148,7 +157,7 @@ class Model:
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits (T, V), float32, of each next token after each of the T given ones."""
-        tokens_T = torch.tensor(self._checked(token_ids), device=self._transformer.device)
+        tokens_T = torch.tensor(self.prompting.checked(token_ids), device=self._transformer.device)
         with _out_of_memory():
             cache = self._transformer.new_cache(len(tokens_T))
             return self._transformer.unembed(self._transformer.run(tokens_T, cache))
@@ -164,39 +173,6 @@ class Model:
     def new_engine(self) -> Engine:
         """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""
         return Engine(self._transformer, self.plan.options, prefix_files=self._prefix_files)
-
-    def request(
-        self,
-        token_ids: Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        stop_ids: Iterable[int] | None = None,
-        min_tokens: int = 0,
-        boundaries: Sequence[int] = (),
-        constraint: Callable[[], TokenConstraint] | None = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Request:
-        """A request for `engine`, with `defaults` for what is None, and no more tokens than the context has room for.
-
-        Raises UsageError for values out of range and for a prompt that fills the context or more.
-        """
-        tokens, defaults = self._checked(token_ids), self.defaults
-        asked = {name: value for name, value in sampling.items() if value is not None}
-        room = self.plan.context - len(tokens)
-        if not room:
-            raise UsageError(
-                f"the prompt has {len(tokens)} tokens and fills the whole context of {self.plan.context}; shorten it"
-            )
-        limit = defaults.max_tokens if max_tokens is None else max_tokens
-        return Request(
-            prompt=tokens,
-            max_tokens=room if limit is None else min(limit, room) if isinstance(limit, int) else limit,
-            min_tokens=min_tokens,
-            stop_ids=defaults.stop_ids if stop_ids is None else frozenset(stop_ids),
-            boundaries=boundaries,
-            constraint=constraint,
-            sampling=replace(defaults.sampling, **asked),  # type: ignore[arg-type]
-        )
 
     def generate(
         self,
@@ -216,7 +192,7 @@ class Model:
         are prefixes of the prompt that later ones may share, `constraint` says what may come next (both:
         engine.request). Arguments are checked before anything runs. Several may run at once, on one thread or many.
         """
-        request = self.request(
+        request = self.prompting.request(
             token_ids,
             max_tokens=max_tokens,
             stop_ids=stop_ids,
@@ -232,13 +208,8 @@ class Model:
 
         `options` are what `generate` takes. Raises CheckpointError where the model has no tokeniser.
         """
-        if self.tokenizer is None:
-            raise CheckpointError(
-                f"{self.path} has no tokenizer.json, so it cannot read text; add the one it was trained with"
-            )
-        stops = StopStrings(stop)
-        tokens = self.generate(self.tokenizer.encode(prompt), **options)
-        return _text(tokens, Detokenizer(self.tokenizer), stops)
+        tokenizer, stops = self.prompting.the_tokenizer(), StopStrings(stop)
+        return _text(self.generate(tokenizer.encode(prompt), **options), Detokenizer(tokenizer), stops)
 
     def chat(
         self,
@@ -278,53 +249,13 @@ class Model:
             conversation = messages
         else:
             conversation = Conversation.from_openai(messages, tools=tools)
-        turn = self.chat_format(reasoning_effort, harmony=harmony).turn(conversation, grammar=grammar, **choices or {})
+        turn = self.prompting.chat_format(reasoning_effort, harmony=harmony).turn(
+            conversation, grammar=grammar, **choices or {}
+        )
         if sampling.get("stop_ids") is None:
             sampling["stop_ids"] = turn.stop_ids
         tokens = self.generate(turn.prompt.ids, boundaries=turn.prompt.boundaries, constraint=turn.grammar, **sampling)
-        return Reply(tokens, turn.reader, num_prompt_tokens=len(turn.prompt.ids))
-
-    def chat_format(self, reasoning_effort: Effort | None = None, *, harmony: bool | None = None) -> ChatFormat:
-        """How this model writes conversations; in Harmony, or not, where that is given.
-
-        Raises CheckpointError where its folder does not say, or lacks what it takes.
-        """
-        if self.tokenizer is None:
-            raise CheckpointError(
-                f"{self._folder.path} has no tokenizer.json, so this model knows token ids only; add the tokeniser it "
-                "was trained with"
-            )
-        chosen = chat.choose(
-            self.tokenizer,
-            self._folder.chat_template,
-            self.defaults.stop_ids,
-            system=SystemContent.today(reasoning_effort),
-            variables=self._folder.template_variables,
-            harmony=harmony,
-        )
-        if reasoning_effort is not None and not isinstance(chosen, HarmonyFormat):
-            raise UsageError(
-                f"reasoning effort {reasoning_effort!r}: this model does not speak Harmony and has no such setting"
-            )
-        return chosen
-
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        if not len(token_ids):
-            raise UsageError("the prompt is empty; give at least one token")
-        if len(token_ids) > self.plan.context:
-            longer = "" if self.plan.context == self.config.max_context else ", or load with a larger one"
-            whose = "this model's context is" if not longer else "it was loaded with a context of"
-            raise UsageError(
-                f"the prompt has {len(token_ids)} tokens and {whose} {self.plan.context}; shorten it{longer}"
-            )
-        try:
-            tokens = [operator.index(token) for token in token_ids]
-        except TypeError as error:
-            raise UsageError(f"token ids are integers: {error}") from None
-        for token in tokens:
-            if not 0 <= token < self.config.vocab_size:
-                raise UsageError(f"token id {token} is outside this model's vocabulary of {self.config.vocab_size}")
-        return tokens
+        return Reply(tokens, turn.new_reader(), num_prompt_tokens=len(turn.prompt.ids))
 
 
 def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -> Iterator[str]:

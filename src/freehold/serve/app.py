@@ -1,0 +1,66 @@
+"""The application: a factory over a served model. Knows no sockets and no weights."""
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from freehold import __version__
+from freehold.errors import FreeholdError
+from freehold.log import logger
+from freehold.serve import models
+from freehold.serve.errors import ApiError, api_error
+from freehold.serve.gate import Gate
+from freehold.serve.server import Server
+from freehold.serve.settings import ServeSettings
+from freehold.serve.wire import invalid
+from freehold.session.served import Served
+
+
+def create_app(served: Served, settings: ServeSettings | None = None) -> FastAPI:
+    """All endpoints for this model."""
+    settings = settings or ServeSettings()
+    gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
+    server = Server(served=served, settings=settings, gate=gate)
+    app = FastAPI(
+        title="Freehold",
+        version=__version__,
+        description="gpt-oss on hardware you own, behind the APIs that clients know.",
+        docs_url=None,  # its page would fetch scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.server = server
+    for module in (models,):
+        app.include_router(module.router(server))
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(FreeholdError, _answer)
+    app.add_exception_handler(RequestValidationError, _answer)
+    app.add_exception_handler(HTTPException, _answer)
+    return app
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    """An error in the shape that the endpoint's clients expect."""
+    match error:
+        case RequestValidationError():
+            known = invalid(error)
+        case HTTPException():
+            known = ApiError(error.status_code, _unrouted(request, error), headers=error.headers)
+        case _:
+            known = api_error(error)
+    if known.status == 500:
+        logger.error("%s failed", request.url.path, exc_info=error)
+    is_anthropic = request.url.path.startswith("/v1/messages")
+    return JSONResponse(
+        known.anthropic() if is_anthropic else known.openai(), status_code=known.status, headers=known.headers
+    )
+
+
+def _unrouted(request: Request, error: HTTPException) -> str:
+    match error.status_code:
+        case 404:
+            return f"there is no {request.url.path} here; docs/api.md lists what there is"
+        case 405:
+            return f"{request.url.path} does not take {request.method}"
+    return str(error.detail)

@@ -1,0 +1,123 @@
+"""What all endpoints have in common: the model, the store, who is asking, and the way into the engine."""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from freehold.serve.caller import Caller
+from freehold.serve.errors import ApiError
+from freehold.serve.gate import Gate
+from freehold.serve.settings import ServeSettings
+from freehold.session.served import Served
+from freehold.session.turn import Ask, SampleDone, Turn, TurnEvent, prepare
+
+_T = TypeVar("_T")
+DEFAULT_NAME = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One server's parts. `created` is when it began, in seconds since 1970."""
+
+    served: Served
+    settings: ServeSettings
+    gate: Gate
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All that the model answers to, the name that it is listed under first."""
+        return tuple(dict.fromkeys((*self.settings.model_names, self.served.name, DEFAULT_NAME)))
+
+    def check_model(self, name: str) -> None:
+        """Raise a 404 for a model that is not here."""
+        if name not in self.model_names:
+            known = ", ".join(self.model_names)
+            message = f"The model '{name}' does not exist here; this server has {known}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def turn(self, caller: Caller, ask: Ask) -> Turn:
+        """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""
+        return await prepare(self.served, replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout))
+
+    def read(self, caller: Caller, turn: Turn) -> "Reading":
+        """Run a turn and read it; close or forget what this returns to end it.
+
+        Raises, at once, a 429 where the queue is full and a 503 where the server is closing. What goes wrong later
+        comes while it is read: a turn that ends for want of time, or because the server stops, is an error too.
+        """
+        self.gate.enter(turn.num_samples)
+        return Reading(self, caller, turn)
+
+
+class Reading:
+    """The events of a turn on their way to one caller, who is charged for the tokens; see `Server.read`."""
+
+    def __init__(self, server: Server, caller: Caller, turn: Turn) -> None:
+        self._server = server
+        self._caller = caller
+        self._places = turn.num_samples  # from now on, whatever happens
+        self._events = turn.events()
+        caller.charge(turn.num_prompt_tokens)
+
+    def __aiter__(self) -> "Reading":
+        return self
+
+    async def __anext__(self) -> list[TurnEvent]:
+        try:
+            batch = await anext(self._events)
+        except BaseException:
+            self._leave()
+            raise
+        for event in batch:
+            if isinstance(event, SampleDone):
+                self._caller.charge(event.num_tokens)
+                self._check_end(event)
+        return batch
+
+    async def aclose(self) -> None:
+        """End it, wherever it is."""
+        try:
+            await self._events.aclose()
+        finally:
+            self._leave()
+
+    def __del__(self) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._server.gate.leave(self._places)
+        self._places = 0
+
+    def _check_end(self, done: SampleDone) -> None:
+        match done.end:
+            case "deadline":
+                seconds = self._server.settings.request_timeout
+                message = f"the answer was not complete after {seconds:g} seconds; ask for less, or raise the limit"
+                raise ApiError(504, message, code="timeout", headers={"x-should-retry": "false"})
+            case "abort":
+                raise ApiError(503, "the server is shutting down; send the request again later")
+
+
+async def whole(request: Request, work: Awaitable[_T]) -> _T:
+    """The result of some work, which ends when the client goes away."""
+    doing = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ApiError(499, "the client has gone away")
+        return doing.result()
+    finally:
+        for task in (doing, gone):
+            task.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

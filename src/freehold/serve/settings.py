@@ -1,0 +1,52 @@
+"""How a server is set up. Values only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from freehold.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """Raises UsageError for values out of range.
+
+    Times are in seconds. `max_running` requests run at once and `max_queue` more wait; what comes then is sent away.
+    A request takes `request_timeout` at most, a client that stops reading is cut off after `send_timeout`, and on
+    SIGTERM running requests have `drain_timeout` to come to their end. Stored responses are kept for
+    `keep_days` and up to `keep_bytes`, the oldest go first; None keeps them for ever.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_names: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    allow_no_key: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    max_running: int = 32
+    max_queue: int = 256
+    max_body_bytes: int = 32 << 20
+    request_timeout: float = 3600.0
+    receive_timeout: float = 30.0
+    send_timeout: float = 30.0
+    drain_timeout: float = 60.0
+    keep_days: float | None = 30.0
+    keep_bytes: int | None = 4 << 30
+    log_json: bool = False
+    log_content: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"the port must be between 0 and 65535, got {self.port!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError("TLS takes both a certificate and its key; give --tls-cert and --tls-key")
+        for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be {least} or more, got {getattr(self, name)!r}")
+        for name in ("request_timeout", "receive_timeout", "send_timeout", "drain_timeout"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be more than 0 seconds, got {getattr(self, name)!r}")
+        for name in ("keep_days", "keep_bytes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be more than 0, got {getattr(self, name)!r}")

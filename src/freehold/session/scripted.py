@@ -1,0 +1,291 @@
+"""A model that says what a script says: for people who write clients, and for our own tests.
+
+A script is a JSONL file, one turn a line. `completion` is the turn as the model would write it, in Harmony, control
+tokens by name; `reasoning`, `calls` and `answer` are a shorter way to say the same. `match` is a regular expression:
+such a turn is given, as often as it fits, where it is found in the last message of the prompt. Turns without one are
+given in order, once each. `fault` makes the request fail after what the turn says.
+
+    {"match": "weather", "reasoning": "Look it up.", "calls": [{"name": "get_weather", "arguments": {"city": "Rome"}}]}
+    {"completion": "<|channel|>final<|message|>It is sunny.<|return|>"}
+
+Only the weights are missing: tokeniser, grammar, parser and everything above are the real ones, and a turn that the
+request's grammar does not allow is an error that says where. There is no sampling, so temperature and the like change
+nothing, and every logprob is 0.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import numpy.typing as npt
+
+from freehold.engine.metrics import EngineMetrics, EngineStats
+from freehold.engine.request import FinishReason, Request, RequestStats, Step, TokenConstraint, TokenLogprobs
+from freehold.errors import ClosedError, RequestError, UsageError
+from freehold.formats.harmony.vocabulary import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
+from freehold.formats.tokenizer import Tokenizer
+from freehold.sampling import GenerationDefaults
+from freehold.session.prompting import Prompting
+from freehold.session.served import Served
+
+_CONTEXT = 131_072
+_FIELDS = ("match", "completion", "reasoning", "calls", "answer", "fault")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptedTurn:
+    """One line of a script. Raises UsageError where it cannot be used."""
+
+    completion: str
+    match: re.Pattern[str] | None = None
+    fault: str | None = None
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "ScriptedTurn":
+        if not isinstance(raw, dict):
+            raise UsageError(f"a turn is an object, got {raw!r:.80}")
+        if unknown := [key for key in raw if key not in _FIELDS]:
+            raise UsageError(f"a turn has no field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+        for key in ("match", "completion", "reasoning", "answer", "fault"):
+            if not isinstance(raw.get(key), str | None):
+                raise UsageError(f"{key} is text, got {raw[key]!r:.80}")
+        if ("completion" in raw) == any(key in raw for key in ("reasoning", "calls", "answer")):
+            raise UsageError("a turn has either a completion, or reasoning, calls and answer")
+        try:
+            match = None if raw.get("match") is None else re.compile(raw["match"])
+        except re.error as error:
+            raise UsageError(f"match {raw['match']!r} is no regular expression: {error}") from None
+        completion = raw["completion"] if "completion" in raw else _spelled_out(raw)
+        if not completion:
+            raise UsageError("the completion is empty; a turn says at least one token")
+        return cls(completion=completion, match=match, fault=raw.get("fault"))
+
+
+def read_script(path: Path) -> list[ScriptedTurn]:
+    """Raises UsageError, naming the line, for a script that cannot be used."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    turns = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            turns.append(ScriptedTurn.from_json(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}, line {number}: {error}") from None
+    if not turns:
+        raise UsageError(f"{path} has no turns; give one JSON object a line")
+    return turns
+
+
+def _spelled_out(raw: dict[str, Any]) -> str:
+    messages = [f"{CHANNEL}analysis{MESSAGE}{raw['reasoning']}{END}"] if "reasoning" in raw else []
+    calls = raw.get("calls", [])
+    if not isinstance(calls, list):
+        raise UsageError(f"calls are a list, got {calls!r:.80}")
+    if calls and "answer" in raw:
+        messages.append(f"{CHANNEL}commentary{MESSAGE}{raw['answer']}{END}")
+    for call in calls:
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["name"], str):
+            raise UsageError(f"a call has a name and arguments, got {call!r:.80}")
+        arguments = call["arguments"] if isinstance(call["arguments"], str) else json.dumps(call["arguments"])
+        messages.append(f"{CHANNEL}commentary to=functions.{call['name']} {CONSTRAIN}json{MESSAGE}{arguments}{CALL}")
+    if not calls:
+        messages.append(f"{CHANNEL}final{MESSAGE}{raw.get('answer', '')}{RETURN}")
+    return f"{START}assistant".join(messages)
+
+
+def serve_script(turns: Sequence[ScriptedTurn], *, tokens_per_second: float | None = None) -> Served:
+    """A served model with gpt-oss's own tokeniser that says these turns, as fast as it can where no speed is given."""
+    if tokens_per_second is not None and not tokens_per_second > 0:
+        raise UsageError(f"tokens per second must be above 0, got {tokens_per_second!r}")
+    tokenizer = Tokenizer.o200k_harmony()
+    prompting = Prompting(
+        source="the script",
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        context=_CONTEXT,
+        longest=_CONTEXT,
+        defaults=GenerationDefaults(stop_ids=frozenset({tokenizer.control_tokens[RETURN]})),
+    )
+    runner = ScriptedRunner(turns, tokenizer, tokens_per_second)
+    return Served(name="scripted", prompting=prompting, runner=runner)
+
+
+class ScriptedRunner:
+    """Runs requests by a script; see served.AsyncRunner."""
+
+    def __init__(
+        self, turns: Sequence[ScriptedTurn], tokenizer: Tokenizer, tokens_per_second: float | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._by_match = [turn for turn in turns if turn.match is not None]
+        self._in_order = [turn for turn in turns if turn.match is None]
+        self._next = 0
+        self._pause = 0.0 if tokens_per_second is None else 1 / tokens_per_second
+        self._running: WeakSet[ScriptedSteps] = WeakSet()  # who forgets one ends it
+        self._closing = False
+        self._num_requests = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self.metrics = EngineMetrics(self.stats)
+
+    def submit(self, request: Request) -> "ScriptedSteps":
+        if self._closing:
+            raise ClosedError("the engine is closing down and takes no more requests")
+        turn = self._turn(request.prompt)
+        self._num_requests += 1
+        self._num_prompt_tokens += len(request.prompt)
+        steps = ScriptedSteps(lambda steps: self._play(request, turn, steps), self._running.discard)
+        self._running.add(steps)
+        return steps
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self._running),
+            waiting=0,
+            cached_prefixes=0,
+            pages_in_use=(),
+            pages=(),
+            kv_bytes=0,
+            requests=self._num_requests,
+            prompt_tokens=self._num_prompt_tokens,
+            cached_tokens=0,
+            generated_tokens=self._num_generated_tokens,
+            guessed_tokens=0,
+            right_guesses=0,
+            preemptions=0,
+            steps=self._num_generated_tokens,
+            busy_seconds=0.0,
+        )
+
+    async def drain(self, timeout: float | None = None) -> None:
+        self._closing = True
+        end = None if timeout is None else time.monotonic() + timeout
+        while self._running and (end is None or time.monotonic() < end):
+            await asyncio.sleep(0.02)
+        for steps in list(self._running):
+            steps.aborted = True
+
+    def _turn(self, prompt: Sequence[int]) -> ScriptedTurn:
+        last = self._last_message(prompt)
+        for turn in self._by_match:
+            if turn.match is not None and turn.match.search(last):
+                return turn
+        if self._next == len(self._in_order):
+            raise RequestError(f"the script has no turn left for {last!r:.80}; add one, or one that matches it")
+        self._next += 1
+        return self._in_order[self._next - 1]
+
+    def _last_message(self, prompt: Sequence[int]) -> str:
+        """The text of the last whole Harmony message; all of a prompt that has none."""
+        known = self._tokenizer.control_tokens
+        ids = list(prompt)
+        ends = [at for at, id_ in enumerate(ids) if id_ in (known[END], known[CALL], known[RETURN])]
+        if ends:
+            ids = ids[: ends[-1]]
+            ids = ids[len(ids) - ids[::-1].index(known[MESSAGE]) :] if known[MESSAGE] in ids else ids
+        return self._tokenizer.decode(ids)
+
+    async def _play(self, request: Request, turn: ScriptedTurn, steps: "ScriptedSteps") -> AsyncGenerator[Step]:
+        script = self._tokenizer.encode_with_control(turn.completion)
+        row = np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)
+        for index in range(request.n):
+            constraint = None if request.constraint is None else request.constraint()
+            began = time.monotonic()
+            for number, token in enumerate(script[: request.max_tokens], start=1):
+                await asyncio.sleep(max(0.0, began + number * self._pause - time.monotonic()))
+                finish: FinishReason | None = None
+                if steps.aborted:
+                    finish = "abort"
+                elif request.deadline is not None and time.monotonic() - began > request.deadline:
+                    finish = "deadline"
+                if finish is not None:
+                    yield self._step(request, index, (), finish, began, number - 1)
+                    break
+                self._check(token, number - 1, constraint, row)
+                self._num_generated_tokens += 1
+                if token in request.stop_ids or number == len(script) or (constraint and constraint.is_finished()):
+                    finish = "stop"
+                elif number == request.max_tokens:
+                    finish = "length"
+                if finish is not None and turn.fault is not None:
+                    yield self._step(request, index, (token,), None, began, number)
+                    raise RequestError(turn.fault)
+                yield self._step(request, index, (token,), finish, began, number)
+                if finish is not None:
+                    break
+
+    def _check(self, token: int, place: int, constraint: TokenConstraint | None, row: npt.NDArray[np.int32]) -> None:
+        """Hold a token against what the request allows."""
+        if constraint is None:
+            return
+        constraint.fill_mask(row)
+        if not row[token // 32] >> (token % 32) & 1:
+            said = self._tokenizer.decode([token], control="show")
+            raise RequestError(
+                f"the script says {said!r} as token {place} of its turn, where the request does not allow it; look at "
+                "its tools, tool_choice and response format"
+            )
+        constraint.accept(token)
+
+    def _step(
+        self,
+        request: Request,
+        index: int,
+        tokens: tuple[int, ...],
+        finish: FinishReason | None,
+        began: float,
+        num_tokens: int,
+    ) -> Step:
+        stats = None
+        if finish is not None:
+            stats = RequestStats(
+                num_prompt_tokens=len(request.prompt),
+                num_cached_tokens=0,
+                num_tokens=num_tokens,
+                num_preemptions=0,
+                queue_seconds=0.0,
+                first_token_seconds=self._pause if num_tokens else None,
+                total_seconds=time.monotonic() - began,
+            )
+        top = request.sampling.logprobs
+        scored = None if top is None else tuple(TokenLogprobs(0.0, ((id_, 0.0),) if top else ()) for id_ in tokens)
+        step = Step(index=index, tokens=tokens, logprobs=scored, finish=finish, stats=stats)
+        self.metrics.observe(step)
+        return step
+
+
+class ScriptedSteps:
+    """What a script makes of one request."""
+
+    def __init__(
+        self, play: Callable[["ScriptedSteps"], AsyncGenerator[Step]], ended: Callable[["ScriptedSteps"], None]
+    ) -> None:
+        self.aborted = False
+        self._steps = play(self)
+        self._ended = ended
+
+    def __aiter__(self) -> "ScriptedSteps":
+        return self
+
+    async def __anext__(self) -> Step:
+        try:
+            return await anext(self._steps)
+        except BaseException:  # its end, a fault, or that of who reads it
+            self._ended(self)
+            raise
+
+    async def aclose(self) -> None:
+        """End the request; nothing more comes."""
+        await self._steps.aclose()
+        self._ended(self)

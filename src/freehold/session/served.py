@@ -1,0 +1,60 @@
+"""A model that answers many at once: what a server and the agent loop need to know of one.
+
+`Served` joins how a model is asked (prompting) with who runs its requests: the engine on its own thread, or a script
+(freehold.session.scripted).
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from freehold.engine.metrics import EngineMetrics, EngineStats
+from freehold.engine.request import Request, Step
+from freehold.session.prompting import Prompting
+
+if TYPE_CHECKING:
+    from freehold.session.model import Model
+
+
+class Steps(Protocol):
+    """One request's steps, to be read with `async for`. `aclose` ends it, wherever it is."""
+
+    def __aiter__(self) -> AsyncIterator[Step]: ...
+
+    async def __anext__(self) -> Step: ...
+
+    async def aclose(self) -> None: ...
+
+
+class AsyncRunner(Protocol):
+    """Who runs requests; engine.loop.AsyncEngine is one."""
+
+    metrics: EngineMetrics
+
+    def submit(self, request: Request) -> Steps:
+        """Begin. Raises UsageError for a request that cannot run, ClosedError while or after draining."""
+
+    def stats(self) -> EngineStats: ...
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Take no more requests, let those that run come to their end, or end them after `timeout` seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
+    template; with `grammar`, replies are always well-formed."""
+
+    name: str
+    prompting: Prompting
+    runner: AsyncRunner
+    harmony: bool | None = None
+    grammar: bool = True
+
+
+def serve_model(model: "Model", *, name: str, harmony: bool | None = None, grammar: bool = True) -> Served:
+    """A loaded model with an engine on a thread of its own, which runs until it is drained."""
+    from freehold.engine.loop import AsyncEngine
+
+    runner = AsyncEngine(model.new_engine())
+    return Served(name=name, prompting=model.prompting, runner=runner, harmony=harmony, grammar=grammar)

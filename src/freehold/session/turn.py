@@ -1,0 +1,245 @@
+"""A turn of the assistant: from a conversation to events, through rendering, engine and parser.
+
+Everything that answers, for whichever client, goes through here: `prepare` says what will run, and reading the `Turn`
+runs it. What comes are the events of freehold.formats.events, each with the number of its sample, and for each sample
+one `SampleDone`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from freehold.engine.request import FinishReason, Request, RequestStats, Step, TokenLogprobs
+from freehold.errors import RequestError
+from freehold.formats.chat import ReplyReader, TurnChoices
+from freehold.formats.conversation import Conversation, Effort, Message, Text
+from freehold.formats.events import CallDone, Event, MessageDone, MessageStart, TextDelta
+from freehold.formats.stops import StopStrings
+from freehold.sampling import SamplingOptions
+from freehold.session.served import Served, Steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What is asked of a turn. None leaves it to the model's defaults.
+
+    A sample ends before the first of the `stop` strings in its answer, not in its reasoning. With `ignore_eos` no
+    token ends it, only `max_tokens` do. `deadline` is in seconds from when it begins.
+    """
+
+    conversation: Conversation
+    effort: Effort | None = None
+    choices: TurnChoices = field(default_factory=TurnChoices)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    cache_salt: str = ""
+    deadline: float | None = None
+
+
+class ScoredToken(NamedTuple):
+    """A token of the answer, and how likely it was."""
+
+    token: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An event of sample `index`. `scored` are the tokens that a TextDelta's text came from, where logprobs were asked
+    for: a token that only begins a character comes with the one that ends it."""
+
+    index: int
+    event: Event
+    scored: tuple[ScoredToken, ...] = ()
+
+
+SampleEnd = Literal["stop", "calls", "length", "deadline", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleDone:
+    """A sample is complete. `messages` are what history keeps of it. "calls": it ended in calls that wait for their
+    results; "stop": with an answer, and before `stop_string` if that is why."""
+
+    index: int
+    end: SampleEnd
+    messages: tuple[Message, ...]
+    num_tokens: int
+    num_reasoning_tokens: int
+    num_cached_tokens: int
+    stop_string: str | None = None
+    stats: RequestStats | None = None
+
+
+TurnEvent = Said | SampleDone
+
+
+async def prepare(served: Served, ask: Ask) -> "Turn":
+    """Render and compile, on another thread: that takes milliseconds, and tokenising a book much longer.
+
+    Raises UsageError (ContextError where the prompt is too long), UnsupportedError or SchemaError for what cannot be.
+    """
+    return await asyncio.to_thread(_prepare, served, ask)
+
+
+def _prepare(served: Served, ask: Ask) -> "Turn":
+    chat_format = served.prompting.chat_format(ask.effort, harmony=served.harmony)
+    grammar = served.grammar and not ask.ignore_eos  # a grammar ends where its turn does
+    turn = chat_format.turn(ask.conversation, grammar=grammar, **ask.choices)
+    request = served.prompting.request(
+        turn.prompt.ids,
+        max_tokens=ask.max_tokens,
+        min_tokens=ask.min_tokens,
+        stop_ids=frozenset() if ask.ignore_eos else turn.stop_ids,
+        n=ask.n,
+        boundaries=turn.prompt.boundaries,
+        constraint=turn.grammar,
+        cache_salt=ask.cache_salt,
+        deadline=ask.deadline,
+        **ask.sampling,
+    )
+    return Turn(served, request, [_Sample(index, turn.new_reader(), ask.stop) for index in range(ask.n)])
+
+
+class Turn:
+    """A turn that is ready to run."""
+
+    def __init__(self, served: Served, request: Request, samples: Sequence["_Sample"]) -> None:
+        self._served = served
+        self._request = request
+        self._samples = samples
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._request.prompt)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._samples)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most that a sample may have: as asked, and no more than the context has room for."""
+        return self._request.max_tokens
+
+    def events(self) -> AsyncGenerator[list[TurnEvent], None]:
+        """Submit the request, at once, and read it: what each step adds. Closing the iterator ends the request.
+
+        Raises ClosedError where the engine takes no more; RequestError out of the iterator where the request fails.
+        """
+        return self._read(self._served.runner.submit(self._request))
+
+    async def _read(self, steps: Steps) -> AsyncGenerator[list[TurnEvent], None]:
+        waiting = len(self._samples)
+        try:
+            while waiting:
+                step = await anext(steps, None)
+                if step is None:
+                    raise RequestError("the answer ended before it was complete; send the request again")
+                sample = self._samples[step.index]
+                if not sample.done and (events := sample.take(step)):
+                    waiting -= sample.done
+                    yield events
+        finally:
+            await steps.aclose()
+
+
+class _Sample:
+    """One sample while it is read."""
+
+    def __init__(self, index: int, reader: ReplyReader, stop: Sequence[str]) -> None:
+        self.done = False
+        self._index = index
+        self._reader = reader
+        self._stops = StopStrings(stop) if stop else None
+        self._num_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_reasoning_tokens = 0
+        self._reasons = False  # inside a message that is reasoning
+        self._called = False
+        self._scored: list[ScoredToken] = []  # of text that has not come yet
+        self._text: list[str] = []  # of the message, as far as it was passed on
+
+    def take(self, step: Step) -> list[TurnEvent]:
+        """What a step of this sample adds."""
+        result: list[TurnEvent] = []
+        for i, token in enumerate(step.tokens):
+            self._num_tokens += 1
+            self._num_reasoning_tokens += self._reasons
+            if step.logprobs is not None:
+                self._scored.append(ScoredToken(token, step.logprobs[i]))
+            self._pass_on(self._reader.feed(token), result)
+            if self._stopped:
+                break
+        if step.stats is not None:
+            self._num_cached_tokens = step.stats.num_cached_tokens
+        if self._stopped or step.finish is not None:
+            self.done = True
+            self._end(step, result)
+        return result
+
+    @property
+    def _stopped(self) -> bool:
+        return self._stops is not None and self._stops.stopped
+
+    def _pass_on(self, events: Sequence[Event], result: list[TurnEvent]) -> None:
+        for event in events:
+            match event:
+                case TextDelta(text=text):
+                    self._say(text if self._stops is None else self._stops.feed(text), result)
+                    if self._stopped:
+                        return
+                    continue
+                case MessageStart(channel=channel, recipient=recipient, tokens=tokens):
+                    self._reasons = channel == "analysis" and recipient is None
+                    self._num_reasoning_tokens += len(tokens) if self._reasons else 0
+                    self._text.clear()
+                case MessageDone():
+                    self._reasons = False
+                    self._say("" if self._stops is None else self._stops.flush(), result)
+                case CallDone():
+                    self._called = True
+            self._scored.clear()
+            result.append(Said(self._index, event))
+
+    def _say(self, text: str, result: list[TurnEvent]) -> None:
+        if text:
+            self._text.append(text)
+            result.append(Said(self._index, TextDelta(text), tuple(self._scored)))
+            self._scored.clear()
+
+    def _end(self, step: Step, result: list[TurnEvent]) -> None:
+        rest = self._reader.flush()
+        messages = self._reader.messages
+        stop_string = None if self._stops is None else self._stops.found
+        if stop_string is None:
+            self._pass_on(rest, result)
+        else:  # history keeps what was passed on, and nothing behind it
+            cut = replace(messages[-1], parts=(Text(text="".join(self._text)),))
+            messages = (*messages[:-1], cut)
+            result.append(Said(self._index, MessageDone(message=cut, stop_id=None)))
+        result.append(
+            SampleDone(
+                index=self._index,
+                end="stop" if stop_string is not None else self._kind_of_end(step.finish),
+                messages=messages,
+                num_tokens=self._num_tokens,
+                num_reasoning_tokens=self._num_reasoning_tokens,
+                num_cached_tokens=self._num_cached_tokens,
+                stop_string=stop_string,
+                stats=step.stats,
+            )
+        )
+
+    def _kind_of_end(self, finish: FinishReason | None) -> SampleEnd:
+        match finish:
+            case "stop":
+                return "calls" if self._called else "stop"
+            case "length" | "deadline" | "abort":
+                return finish
+        raise AssertionError(f"a sample cannot end with {finish!r}")
