@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 from openai import AsyncOpenAI
 from openai.types.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -64,7 +65,10 @@ class Responding:
         self.server: Server = app.state.server
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=Named(app)), base_url="http://127.0.0.1:8000")
         self.sdk = AsyncOpenAI(
-            api_key="none", base_url="http://127.0.0.1:8000/v1", http_client=self.http, max_retries=0
+            api_key="none",
+            base_url="http://127.0.0.1:8000/v1",
+            http_client=httpx2.AsyncClient(transport=httpx2.ASGITransport(app=Named(app))),
+            max_retries=0,
         )
 
     async def __aenter__(self) -> "Responding":
@@ -73,6 +77,7 @@ class Responding:
     async def __aexit__(self, *_: object) -> None:
         await self.server.background.finish()
         await self.http.aclose()
+        await self.sdk.close()
         if self.store is not None:
             self.store.close()
 

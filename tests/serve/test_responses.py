@@ -46,7 +46,7 @@ async def test_a_stream_tells_what_the_response_at_once_is() -> None:
         "<|return|>"
     }
     note = {"type": "custom", "name": "note", "description": "Takes notes"}
-    asked = {"input": "Weather?", "tools": [WEATHER, note], "include": ["message.output_text.logprobs"]}
+    asked: dict[str, Any] = {"input": "Weather?", "tools": [WEATHER, note], "include": ["message.output_text.logprobs"]}
     async with Responding(turn, turn) as there:
         whole, told = await there.make(**asked), await there.make(**asked, stream=True)
     drawn = ("id", "call_id", "created_at", "completed_at")
@@ -136,7 +136,7 @@ async def test_a_follow_up_begins_with_the_tokens_of_the_last_turn(
 
 async def test_what_codex_sends_is_answered() -> None:
     apply = {"name": "apply", "arguments": {"patch": "x"}}
-    turns = [{"reasoning": "Edit.", "calls": [{**apply, "name": "mcp__fs__apply"}]}, SUNNY]
+    turns: list[dict[str, Any]] = [{"reasoning": "Edit.", "calls": [{**apply, "name": "mcp__fs__apply"}]}, SUNNY]
     tools = [
         {**WEATHER, "strict": False},
         {
@@ -341,7 +341,7 @@ async def test_control_tokens_in_every_text_are_text(monkeypatch: pytest.MonkeyP
     result = {"type": "function_call_output", "call_id": evil, "output": evil}
     texts = [{"role": role, "content": evil} for role in ("user", "assistant", "developer", "system")]
     reasoning = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": evil}]}
-    asked = {"input": [*texts, reasoning, call, result], "instructions": evil, "tools": [tool]}
+    asked: dict[str, Any] = {"input": [*texts, reasoning, call, result], "instructions": evil, "tools": [tool]}
     async with Responding(SUNNY, SUNNY) as there:
         prompts = prompts_of(there, monkeypatch)
         await there.make(**asked)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.conversations import Message
 
 from freehold.session.store.store import Store
 from tests.serve.event_order import EventOrder
@@ -63,7 +64,7 @@ async def test_the_stream_of_a_response_in_the_background_resumes_anywhere_also_
     async with Responding(path=tmp_path) as there:
         assert await there.get(f"responses/{name}") == final
         for after in (None, 0, 5, len(events) - 2, len(events) - 1, 10_000):
-            query = {} if after is None else {"starting_after": after}
+            query: dict[str, Any] = {} if after is None else {"starting_after": after}
             told = events_of(await there.get(f"responses/{name}", stream="true", **query))
             assert told == events[0 if after is None else after + 1 :]
 
@@ -153,7 +154,7 @@ async def test_nobody_is_told_of_the_end_before_it_is_stored(tmp_path: Path, mon
         monkeypatch.setattr(Store, "put_response", note)
         for stream in (True, False):
             order.clear()
-            await asked(there, {"input": "Hello", "stream": stream}, lambda body, order=order: order.append(body))
+            await asked(there, {"input": "Hello", "stream": stream}, order.append)
             told = next(at for at, body in enumerate(order) if '"status":"completed","background"' in body)
             assert 0 <= order.index("stored") < told
 
@@ -223,10 +224,12 @@ async def test_items_can_be_referred_to_and_paged_through(tmp_path: Path) -> Non
                 break
             query["after"] = page["last_id"]
         assert seen == asc["data"][::-1]
-        for query in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"before": "x"}, {"include": "x"}):
+        wrong: list[dict[str, Any]] = [{"limit": 0}, {"limit": 101}, {"order": "up"}, {"before": "x"}, {"include": "x"}]
+        for query in wrong:
             await there.get(f"responses/{second['id']}/input_items", 400, **query)
         await there.get(f"responses/{second['id']}/input_items", 404, after="nothing")
-        sealed = await there.get(f"responses/{first['id']}", **{"include[]": "reasoning.encrypted_content"})
+        query = {"include[]": "reasoning.encrypted_content"}
+        sealed = await there.get(f"responses/{first["id"]}", **query)
         assert sealed["output"][0]["encrypted_content"]
 
 
@@ -277,9 +280,9 @@ async def test_a_conversation_collects_what_is_said_in_it(tmp_path: Path) -> Non
             "message", "message", "reasoning", "function_call", "function_call_output", "reasoning", "message",
         ]  # fmt: skip
         added = await conversations.items.create(made.id, items=[{"role": "user", "content": "Thanks."}])
-        item = await conversations.items.retrieve(added.data[0].id, conversation_id=made.id)
-        assert item == added.data[0]
-        assert (await conversations.items.delete(item.id or "", conversation_id=made.id)).id == made.id
+        item = await conversations.items.retrieve(str(added.data[0].id), conversation_id=made.id)
+        assert item == added.data[0] and isinstance(item, Message)
+        assert (await conversations.items.delete(item.id, conversation_id=made.id)).id == made.id
         await there.get(f"conversations/{made.id}/items/{item.id}", 404)
         assert (await conversations.update(made.id, metadata={"a": "b"})).metadata == {"a": "b"}
         assert (await conversations.retrieve(made.id)).metadata == {"a": "b"}

@@ -88,8 +88,9 @@ def _in_body(path: Sequence[int | str], body: Any, kind: str) -> list[int | str]
     """The path without the names of a union's branches, which pydantic puts into it: they are nowhere in the body."""
     result: list[int | str] = []
     for number, part in enumerate(path):
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
-            body = body[part]
+        inside = dict(enumerate(body)) if isinstance(body, list) else body
+        if isinstance(inside, dict) and part in inside:
+            body = inside[part]
         elif kind != "missing" or number < len(path) - 1:
             continue
         result.append(part)

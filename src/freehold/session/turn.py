@@ -133,12 +133,13 @@ class Turn:
         """The most that a sample may have: as asked, and no more than the context has room for."""
         return self._request.max_tokens
 
-    def events(self) -> AsyncGenerator[list[TurnEvent], None]:
+    def events(self) -> "TurnEvents":
         """Submit the request, at once, and read it: what each step adds. Closing the iterator ends the request.
 
         Raises ClosedError where the engine takes no more; RequestError out of the iterator where the request fails.
         """
-        return self._read(self._served.runner.submit(self._request))
+        steps = self._served.runner.submit(self._request)
+        return TurnEvents(self._read(steps), steps)
 
     async def _read(self, steps: Steps) -> AsyncGenerator[list[TurnEvent], None]:
         waiting = len(self._samples)
@@ -155,6 +156,24 @@ class Turn:
                     yield events
         finally:
             await steps.aclose()
+
+
+class TurnEvents:
+    """What a turn says, step by step. `aclose` ends it, also before any of it was read."""
+
+    def __init__(self, events: AsyncGenerator[list[TurnEvent], None], steps: Steps) -> None:
+        self._events = events
+        self._steps = steps
+
+    def __aiter__(self) -> "TurnEvents":
+        return self
+
+    async def __anext__(self) -> list[TurnEvent]:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+        await self._steps.aclose()  # a generator that was never begun has no end either
 
 
 class _Sample:

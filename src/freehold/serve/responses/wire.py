@@ -110,7 +110,7 @@ class Reasoning(Wire):
     """How the model thinks."""
 
     effort: Effort | None = Field(
-        None,
+        default=None,
         description="`none` leaves reasoning out; `minimal` is taken as `low`, `xhigh` and `max` as `high`, the words "
         "that gpt-oss knows. Models that do not reason take no notice, and `x-freehold-warnings` says so.",
     )
@@ -165,14 +165,16 @@ class StreamOptions(Wire):
 class InputTokens(Wire):
     """What a response's input consists of; also the body of `/v1/responses/input_tokens`."""
 
-    model: str | None = Field(None, description="Default: the model that is loaded.")
+    model: str | None = Field(default=None, description="Default: the model that is loaded.")
     input: Input = None
-    instructions: str | None = Field(None, description="For this response only, also with `previous_response_id`.")
+    instructions: str | None = Field(
+        default=None, description="For this response only, also with `previous_response_id`."
+    )
     previous_response_id: str | None = None
     conversation: Conversation = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: ToolChoice = None
-    parallel_tool_calls: bool | None = Field(None, description="Default: true.")
+    parallel_tool_calls: bool | None = Field(default=None, description="Default: true.")
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -207,7 +209,7 @@ class ResponseCreate(InputTokens):
         Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None,
         Hint("there is one tier, `default`"),
     ] = None
-    store: bool | None = Field(None, description="Default: true, where the server has a store.")
+    store: bool | None = Field(default=None, description="Default: true, where the server has a store.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -236,7 +238,7 @@ class FunctionTool(Wire):
     strict: bool | None = None
     allowed_callers: Annotated[Any, _DIRECT] = None
     defer_loading: Annotated[Any, _AT_ONCE] = None
-    async_: Annotated[Any, _IN_TURN] = Field(None, alias="async")
+    async_: Annotated[Any, _IN_TURN] = Field(default=None, alias="async")
     output_schema: Annotated[dict[str, Any] | None, Hint("the model reads results as they are")] = None
 
 
@@ -263,7 +265,7 @@ class CustomTool(Wire):
     format: Annotated[TextInput | GrammarInput, Field(discriminator="type")] | None = None
     allowed_callers: Annotated[Any, _DIRECT] = None
     defer_loading: Annotated[Any, _AT_ONCE] = None
-    async_: Annotated[Any, _IN_TURN] = Field(None, alias="async")
+    async_: Annotated[Any, _IN_TURN] = Field(default=None, alias="async")
 
 
 class NamespaceTool(Wire):
@@ -342,7 +344,7 @@ class FunctionCallItem(_Item):
     arguments: str
     parsed_arguments: Annotated[Any, _FROM_CLIENTS] = None
     caller: Annotated[Any, _CALLER] = None
-    async_: Annotated[Any, _IN_TURN] = Field(None, alias="async")
+    async_: Annotated[Any, _IN_TURN] = Field(default=None, alias="async")
 
 
 class CustomCallItem(_Item):
@@ -354,7 +356,7 @@ class CustomCallItem(_Item):
     namespace: Name | None = None
     input: str
     caller: Annotated[Any, _CALLER] = None
-    async_: Annotated[Any, _IN_TURN] = Field(None, alias="async")
+    async_: Annotated[Any, _IN_TURN] = Field(default=None, alias="async")
 
 
 class OutputItem(_Item):
