@@ -233,6 +233,31 @@ async def test_efforts_are_what_gpt_oss_knows(monkeypatch: pytest.MonkeyPatch) -
         assert "does not allow" in (await there.refused(500, input="Hello", reasoning={"effort": "none"}))["message"]
 
 
+CHATML = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+async def test_a_model_that_does_not_speak_harmony_answers_and_says_what_it_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "form", "schema": schema}
+    turns = [{"completion": said} for said in ("Hello.<|return|>", '{"a": 1}<|return|>', "No.<|return|>")]
+    async with Responding(*turns, template=CHATML) as there:
+        prompts = prompts_of(there, monkeypatch)
+        body = {"input": "Hi", "instructions": "Be kind.", "reasoning": {"effort": "high"}, "stream": True}
+        answer = await there.http.post("/v1/responses", json=body)
+        assert "does not reason" in answer.headers["x-freehold-warnings"]
+        response = EventOrder.of(events_of(answer.text))
+        assert (response["status"], response["reasoning"]["effort"]) == ("completed", None)
+        assert [item["status"] for item in response["output"]] == ["completed"]
+        prompt = there.server.served.prompting.the_tokenizer().decode(prompts[0])
+        assert prompt == "[system] Be kind.\n[user] Hi\n[assistant] "
+        formed = await there.make(input="Hi", text={"format": form})
+        assert formed["output"][0]["content"][0]["text"] == '{"a": 1}'
+        assert "does not allow" in (await there.refused(500, input="Hi", text={"format": form}))["message"]
+        assert "Harmony" in (await there.refused(input="x", tools=[WEATHER], tool_choice="required"))["message"]
+
+
 async def test_truncation_drops_the_oldest_whole_items_and_no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     call = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": '{"city": "Rome"}'}
     long = [

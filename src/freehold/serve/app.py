@@ -1,5 +1,9 @@
 """The application: a factory over a served model. Knows no sockets and no weights."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -28,12 +32,27 @@ def create_app(
     store: Store | None = None,
     sealer: Sealer | None = None,
 ) -> FastAPI:
-    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before."""
+    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before.
+
+    When it starts, what a server before it left unfinished is marked; when it ends, the engine drains, and what ran in
+    the background is stored.
+    """
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
     server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if store is not None:
+            await asyncio.to_thread(store.recover)
+        yield
+        gate.draining = True
+        await served.runner.drain(settings.drain_timeout)
+        await server.background.finish()
+
     app = FastAPI(
         title="Freehold",
+        lifespan=lifespan,
         version=__version__,
         description="gpt-oss on hardware you own, behind the APIs that clients know.",
         docs_url=None,  # its page would fetch scripts from elsewhere
