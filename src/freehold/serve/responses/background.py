@@ -162,11 +162,11 @@ class Run:
 
     async def _read(self, batches: Batches) -> None:
         async for batch in batches:
-            if self._stream.response["status"] == "queued":
-                self._said += self._stream.started()
-            for event in batch:
-                self._said += self._stream.feed(event)
-            self._to_write.set()
+            said = self._stream.started() if self._stream.response["status"] == "queued" else []
+            said += [told for event in batch for told in self._stream.feed(event)]
+            if self.keeps_events:  # nobody else could ask for them
+                self._said += said
+                self._to_write.set()
 
     async def _write(self) -> None:
         """Whatever has been said while the last writing went on is written together; what comes last is left."""
@@ -178,8 +178,7 @@ class Run:
             if said := self._said:
                 self._said = []
                 events = numbered(said)
-                if self.keeps_events:
-                    await asyncio.to_thread(self._store.append_events, self.key[1], self.key[0], events)
+                await asyncio.to_thread(self._store.append_events, self.key[1], self.key[0], events)
                 self._tell(events)
 
     def _put(self, events: Sequence[Numbered]) -> None:
