@@ -56,7 +56,7 @@ from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import EventStream, dumps, encode
 from freehold.session.turn import Ask, SampleDone, Turn
 
-_VERSION = "2023-06-01"
+_VERSIONS = ("2023-06-01", "2026-10-21")
 _EFFORTS: Mapping[str, Effort] = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _PING = encode({"type": "ping"}, "ping")
 _FUNCTIONS = "functions."
@@ -100,9 +100,10 @@ def router(server: Server) -> APIRouter:
 
 
 def _check_version(request: Request) -> None:
-    version = request.headers.get("anthropic-version", _VERSION)
-    if version != _VERSION:
-        raise ApiError(400, f"anthropic-version {version!r:.40} is not known here; send {_VERSION}")
+    """The versions differ in what they let a client send, and here all of it may be sent."""
+    version = request.headers.get("anthropic-version", _VERSIONS[0])
+    if version not in _VERSIONS:
+        raise ApiError(400, f"anthropic-version {version!r:.40} is not known here; send {' or '.join(_VERSIONS)}")
 
 
 # --- what is asked ------------------------------------------------------------------------------------------
