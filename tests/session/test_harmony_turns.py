@@ -15,15 +15,8 @@ from freehold.engine.options import EngineOptions
 from freehold.engine.request import Completion, Request, TokenConstraint
 from freehold.formats.byte_level import CHARACTERS
 from freehold.formats.conversation import Tool, ToolNamespace
-from freehold.formats.harmony.grammar import (
-    JsonObject,
-    JsonSchema,
-    Lark,
-    NamedTool,
-    Regex,
-    TurnGrammar,
-    TurnOptions,
-)
+from freehold.formats.forms import JsonObject, JsonSchema, Lark, Regex
+from freehold.formats.harmony.grammar import NamedTool, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS

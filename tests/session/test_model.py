@@ -23,7 +23,7 @@ from freehold.errors import (
 from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import Conversation
 from freehold.formats.events import CallDone, Diagnostic, TextDelta
-from freehold.formats.harmony.grammar import Regex
+from freehold.formats.forms import Regex
 from freehold.kernels import backends
 from freehold.kernels.kv import new_pages
 from freehold.session.model import Model
