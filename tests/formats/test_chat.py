@@ -292,7 +292,7 @@ def test_a_templates_answer_has_the_form_that_was_asked_for(small: Tokenizer) ->
         chat.turn(asked, grammar=False, response_format=JsonObject())
     for choices in ({"tool_choice": "none"}, {"reasoning": "required"}, {"max_reasoning_tokens": 0}):
         with pytest.raises(UnsupportedError, match=f"{next(iter(choices))}: that takes a model that speaks Harmony"):
-            chat.turn(asked, response_format=JsonObject(), **choices)  # type: ignore[arg-type]
+            chat.turn(asked, response_format=JsonObject(), **choices)
 
 
 def test_templates_know_no_tools_that_are_sent_text(small: Tokenizer) -> None:

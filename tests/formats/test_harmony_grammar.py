@@ -162,7 +162,7 @@ def test_some_of_the_tools_may_be_called(gpt_oss: Tokenizer) -> None:
     assert refused_at(gpt_oss, several, f"{stop}<|start|>assistant{stop}<|return|>") is None
     assert (
         refused_at(gpt_oss, several, f"{stop}<|start|>assistant{get}<|return|>")
-        == "get json<|message|>{}<|call|><|return|>"
+        == ".get json<|message|>{}<|call|><|return|>"
     )
 
 
@@ -430,8 +430,8 @@ def test_no_reasoning_at_all(gpt_oss: Tokenizer) -> None:
         (Regex("(?:yes|no)\n"), ["yes\n"], ["yes"]),
         (Regex(""), [""], ["x"]),
         (
-            Choice(("yes", "no", "no, never", '"\\\n<|call|>', "é🎉")),
-            ["no", "no, never", '"\\\n<|call|>', "é🎉"],
+            Choice(("yes", "no", "no, never", '"\\\n<|x|>', "é🎉")),
+            ["no", "no, never", '"\\\n<|x|>', "é🎉"],
             ["n", "no,", ""],
         ),
         (Lark('start: "yes" | "no" NUMBER\nNUMBER: /[0-9]+/ // comment "<|call|>"'), ["yes", "no12"], ["no", "maybe"]),

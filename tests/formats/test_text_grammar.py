@@ -36,6 +36,7 @@ def after(tokenizer: Tokenizer, form: Any, text: str, stop_ids: tuple[int, ...] 
         (Regex("[a-z]{2}/é"), "ab/é"),
         (Lark('start: "yes" | "no" /[0-9]/'), "no1"),
         (Choice(("yes", "no")), "yes"),
+        (Choice(('"<|im_end|>\\\n"', "x")), '"<|im_end|>\\\n"'),
     ],
 )
 def test_what_is_complete_ends(small: Tokenizer, form: Any, text: str) -> None:
