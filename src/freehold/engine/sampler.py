@@ -116,10 +116,22 @@ def draw(logits_V: Tensor, sequence: Sequence, masks: Masks) -> Drawn:
     return Drawn(token, None if sampling.logprobs is None else _logprobs(raw_V, token, sampling.logprobs))
 
 
+@torch.inference_mode()
+def score(logits_RV: Tensor, tokens: Rows[int], count: int) -> list[TokenLogprobs]:
+    """Of one given token for each row, and of the `count` likeliest. The logits are overwritten, and not copied: there
+    may be many."""
+    largest_R1 = logits_RV.amax(-1, keepdim=True)
+    chosen_R1 = logits_RV.gather(1, torch.tensor(tokens, device=logits_RV.device)[:, None])
+    top_RC, ids_RC = torch.topk(logits_RV, min(count, logits_RV.shape[1]))
+    total_R1 = logits_RV.sub_(largest_R1).exp_().sum(-1, keepdim=True).log_().add_(largest_R1)
+    rows = zip((chosen_R1 - total_R1).tolist(), ids_RC.tolist(), (top_RC - total_R1).tolist(), strict=True)
+    return [TokenLogprobs(chosen, tuple(zip(ids, top, strict=True))) for (chosen,), ids, top in rows]
+
+
 def append(sequence: Sequence, drawn: Drawn, vocab_size: int) -> None:
     """Give the sequence its token, and those that are then forced. Raises RequestError where its constraint fails."""
     try:
-        sequence.append(drawn.token)
+        sequence.append(drawn.token, drawn.logprobs)
     except BaseException as error:
         raise fault(f"the constraint failed on token {drawn.token}", error) from error
     append_forced(sequence, vocab_size)
@@ -128,9 +140,11 @@ def append(sequence: Sequence, drawn: Drawn, vocab_size: int) -> None:
 def append_forced(sequence: Sequence, vocab_size: int) -> None:
     """Append the tokens that the constraint leaves no choice about; they will be read in one go.
 
-    Where logprobs are wanted none are: each token's come from the step that would have drawn it. Raises RequestError.
+    Where logprobs are wanted none are: each token's come from the step that would have drawn it, and the prompt's from
+    one that would not be, were all that follows forced. Raises RequestError.
     """
-    if sequence.constraint is None or sequence.request.sampling.logprobs is not None:
+    asked = sequence.request.sampling.logprobs, sequence.request.prompt_logprobs
+    if sequence.constraint is None or asked != (None, None):
         return
     try:
         while sequence.finish is None and (forced := list(sequence.constraint.forced())):

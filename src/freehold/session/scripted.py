@@ -155,6 +155,7 @@ class ScriptedRunner:
             waiting=0,
             cached_prefixes=0,
             pages_in_use=(),
+            pages_held=(),
             pages=(),
             kv_bytes=0,
             requests=self._num_requests,
