@@ -203,6 +203,8 @@ class ScriptedRunner:
         for index in range(request.n):
             constraint = None if request.constraint is None else request.constraint()
             began = time.monotonic()
+            if not request.max_tokens:
+                yield self._step(request, index, (), "length", began, 0)
             for number, token in enumerate(script[: request.max_tokens], start=1):
                 await asyncio.sleep(max(0.0, began + number * self._pause - time.monotonic()))
                 finish: FinishReason | None = None
@@ -261,9 +263,24 @@ class ScriptedRunner:
             )
         top = request.sampling.logprobs
         scored = None if top is None else tuple(TokenLogprobs(0.0, ((id_, 0.0),) if top else ()) for id_ in tokens)
-        step = Step(index=index, tokens=tokens, logprobs=scored, finish=finish, stats=stats)
+        is_first = index == 0 and num_tokens == len(tokens)
+        step = Step(
+            index=index,
+            tokens=tokens,
+            logprobs=scored or None,
+            prompt_logprobs=_prompt_logprobs(request) if is_first else None,
+            finish=finish,
+            stats=stats,
+        )
         self.metrics.observe(step)
         return step
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...] | None:
+    if request.prompt_logprobs is None:
+        return None
+    top = bool(request.prompt_logprobs)
+    return (None, *(TokenLogprobs(0.0, ((id_, 0.0),) if top else ()) for id_ in request.prompt[1:]))
 
 
 class ScriptedSteps:
