@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
-from freehold.formats.chat import ChatFormat, HarmonyFormat, TurnChoices
+from freehold.formats.chat import ChatFormat, TurnChoices
 from freehold.formats.conversation import (
     Conversation,
     DeveloperContent,
@@ -37,8 +37,10 @@ from freehold.formats.conversation import (
     text_message,
 )
 from freehold.formats.events import ArgumentsDelta, CallStart, Event, MessageDone, ReasoningDelta, TextDelta
-from freehold.formats.harmony.grammar import JsonSchema, NamedTool
+from freehold.formats.forms import JsonSchema
+from freehold.formats.harmony.grammar import NamedTool
 from freehold.serve.caller import Caller, caller_of
+from freehold.serve.effort import speaks_harmony, thinking
 from freehold.serve.errors import ApiError
 from freehold.serve.messages_wire import (
     CountTokens,
@@ -57,7 +59,6 @@ from freehold.serve.sse import EventStream, dumps, encode
 from freehold.session.turn import Ask, SampleDone, Turn
 
 _VERSIONS = ("2023-06-01", "2026-10-21")
-_EFFORTS: Mapping[str, Effort] = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _PING = encode({"type": "ping"}, "ping")
 _FUNCTIONS = "functions."
 _MOST_CALLS = 4096
@@ -139,10 +140,11 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
     if developer.tools or developer.response_formats:
         messages.append(Message(role="developer", parts=(developer,)))
     messages += _History(caller, spellings, warnings).read(body.messages)
-    effort = body.output_config.effort if body.output_config is not None else None
+    asked_effort = body.output_config.effort if body.output_config is not None else None
+    effort = thinking(server.served, asked_effort, param="output_config.effort").effort
     return _Asked(
         conversation=Conversation(messages=tuple(messages)),
-        effort=None if effort is None else _EFFORTS[effort],
+        effort=effort,
         choices=_choices(server, body, form, tools),
         thinking=_display(body, has_tools=bool(tools)),
         warnings=warnings,
@@ -186,14 +188,14 @@ def _choices(server: Server, body: CountTokens, form: JsonFormat | None, tools: 
     match body.thinking:
         case None:
             pass
-        case thinking if (thinking.type == "enabled") != (thinking.budget_tokens is not None):
+        case asked if (asked.type == "enabled") != (asked.budget_tokens is not None):
             message = "goes with the type 'enabled', and with no other"
             raise ApiError(400, message, param="thinking.budget_tokens")
-        case thinking if thinking.type == "disabled":
-            if isinstance(_chat_format(server, None), HarmonyFormat):  # others do not think anyway
+        case asked if asked.type == "disabled":
+            if speaks_harmony(server.served):  # others do not think anyway
                 choices["max_reasoning_tokens"] = 0
-        case thinking if thinking.budget_tokens is not None:
-            choices["max_reasoning_tokens"] = thinking.budget_tokens
+        case asked if asked.budget_tokens is not None:
+            choices["max_reasoning_tokens"] = asked.budget_tokens
     return choices
 
 

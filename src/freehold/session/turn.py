@@ -8,7 +8,7 @@ one `SampleDone`.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from freehold.engine.request import FinishReason, Request, RequestStats, Step, TokenLogprobs
 from freehold.errors import RequestError
@@ -106,13 +106,29 @@ def _prepare(served: Served, ask: Ask) -> "Turn":
     return Turn(served, request, [_Sample(index, turn.new_reader(), ask.stop) for index in range(ask.n)])
 
 
-class Turn:
-    """A turn that is ready to run."""
+class Sample(Protocol):
+    """One sample while it is read."""
 
-    def __init__(self, served: Served, request: Request, samples: Sequence["_Sample"]) -> None:
+    done: bool
+
+    def take(self, step: Step) -> list[TurnEvent]:
+        """What a step of this sample adds."""
+
+
+class Turn:
+    """A turn that is ready to run. `prompt_logprobs` are there with the first events, where they were asked for."""
+
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+
+    def __init__(self, served: Served, request: Request, samples: Sequence[Sample]) -> None:
+        self.prompt_logprobs = None
         self._served = served
         self._request = request
         self._samples = samples
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self._request.prompt
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -142,6 +158,8 @@ class Turn:
                 if step is None:
                     raise RequestError("the answer ended before it was complete; send the request again")
                 sample = self._samples[step.index]
+                if step.prompt_logprobs is not None:
+                    self.prompt_logprobs = step.prompt_logprobs
                 if not sample.done and (events := sample.take(step)):
                     waiting -= sample.done
                     yield events
@@ -237,9 +255,11 @@ class _Sample:
         )
 
     def _kind_of_end(self, finish: FinishReason | None) -> SampleEnd:
-        match finish:
-            case "stop":
-                return "calls" if self._called else "stop"
-            case "length" | "deadline" | "abort":
-                return finish
-        raise AssertionError(f"a sample cannot end with {finish!r}")
+        return "calls" if finish == "stop" and self._called else kind_of_end(finish)
+
+
+def kind_of_end(finish: FinishReason | None) -> SampleEnd:
+    match finish:
+        case "stop" | "length" | "deadline" | "abort":
+            return finish
+    raise AssertionError(f"a sample cannot end with {finish!r}")
