@@ -132,7 +132,11 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
     form = _form(body)
     developer = DeveloperContent(
         tools=tuple(_tool(tool) for tool in tools),
-        response_formats=() if form is None else (ResponseFormat(name="answer", schema=form.schema_),),
+        response_formats=(
+            (ResponseFormat(name="answer", schema=form.schema_),)
+            if form is not None and speaks_harmony(server.served)  # others are only held to it
+            else ()
+        ),
     )
     messages: list[Message] = []
     if body.system:
