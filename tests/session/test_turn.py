@@ -127,7 +127,9 @@ def _said(text: str) -> str:
 
 @pytest.mark.parametrize("stop", [(), ("never",), ("sun",), ("sunny, and", "!?"), ("🗻",), ("\N{MOUNT FUJI} It is ",)])
 @pytest.mark.parametrize("sizes", [[1], [2], [3, 1, 4], [100]])
-def test_the_tokens_of_the_text_so_far_decode_to_it_wherever_steps_and_stop_strings_end(stop: tuple[str, ...], sizes: list[int]) -> None:
+def test_the_tokens_of_the_text_so_far_decode_to_it_wherever_steps_and_stop_strings_end(
+    stop: tuple[str, ...], sizes: list[int]
+) -> None:
     async def scenario() -> None:
         served, _ = _in_steps(_said(TEXT), sizes, logprobs=True)
         events = await _events(served, _asking(stop=stop, sampling=SamplingOptions(logprobs=0)))
