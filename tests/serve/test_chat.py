@@ -234,7 +234,9 @@ TEXTS = st.text(st.sampled_from('ab \n"\\{}é–😀\u2028\x07'), max_size=8)
 MESSAGES = st.one_of(
     TEXTS.map(lambda text: f"<|channel|>analysis<|message|>{text}<|end|>"),
     TEXTS.map(lambda text: f"<|channel|>commentary<|message|>{text}<|end|>"),
-    TEXTS.map(lambda text: f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{text}<|call|>"),
+    TEXTS.map(
+        lambda text: f"<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{text}<|call|>"
+    ),
     TEXTS.map(lambda text: f"<|channel|>final<|message|>{text}<|return|>"),
 )
 TURNS = st.lists(MESSAGES, min_size=1, max_size=4).map("<|start|>assistant".join)
@@ -324,7 +326,9 @@ def test_a_fault_in_a_stream_is_an_error_of_the_sdk() -> None:
                 pass
 
     with_sdk(served, use)
-    *_, fault, done, rest = post(scripted({**SUNNY, "fault": "the wires are cut"}), CHAT, ask(stream=True)).text.split("\n\n")
+    *_, fault, done, rest = post(scripted({**SUNNY, "fault": "the wires are cut"}), CHAT, ask(stream=True)).text.split(
+        "\n\n"
+    )
     assert json.loads(fault.removeprefix("data: "))["error"]["message"] == "the wires are cut"
     assert (done, rest) == ("data: [DONE]", "")
 
@@ -340,9 +344,10 @@ def test_logprobs_are_of_the_answer_with_bytes() -> None:
     assert bytes(byte for entry in logprobs.content for byte in entry.bytes or ()) == b"It is sunny."
     assert all(entry.top_logprobs[0].token == entry.token for entry in logprobs.content)
     streamed = joined(chunks_of(post(scripted(SUNNY), CHAT, ask(stream=True, logprobs=True, top_logprobs=1))))
-    assert streamed[0]["logprobs"] == post(
-        scripted(SUNNY), CHAT, ask(logprobs=True, top_logprobs=1)
-    ).json()["choices"][0]["logprobs"]
+    assert (
+        streamed[0]["logprobs"]
+        == post(scripted(SUNNY), CHAT, ask(logprobs=True, top_logprobs=1)).json()["choices"][0]["logprobs"]
+    )
 
 
 def test_an_answer_ends_at_a_stop_string_and_at_max_tokens() -> None:
@@ -440,7 +445,9 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
 
 
-@pytest.mark.parametrize(("choice", "may_answer"), [("none", 1), ("auto", 1), ("required", 0), (NAMED, 0), (ALLOWED, 0)])
+@pytest.mark.parametrize(
+    ("choice", "may_answer"), [("none", 1), ("auto", 1), ("required", 0), (NAMED, 0), (ALLOWED, 0)]
+)
 def test_tool_choice_is_kept_to(choice: Any, may_answer: int) -> None:
     tools = [WEATHER, PATCH]
     statuses = {
@@ -571,7 +578,14 @@ def test_harmless_values_of_what_is_refused_are_taken() -> None:
         if hasattr(extra, "unless")
     }
     assert len(harmless) > 30
-    answer(scripted(SUNNY), **harmless, user="me", safety_identifier="me", prompt_cache_key="k", response_format={"type": "text"})
+    answer(
+        scripted(SUNNY),
+        **harmless,
+        user="me",
+        safety_identifier="me",
+        prompt_cache_key="k",
+        response_format={"type": "text"},
+    )
 
 
 def test_every_parameter_of_the_sdk_is_known() -> None:
@@ -628,4 +642,3 @@ def test_who_goes_away_leaves_nothing_running(stream: bool) -> None:
         app.state.server.gate.enter(32 + 256)  # all places are free again
 
     asyncio.run(run())
-

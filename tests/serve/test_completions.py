@@ -94,7 +94,8 @@ def test_tokens_that_are_parts_of_characters_are_given_as_bytes() -> None:
     parts = [token for token in tokens if token.startswith("bytes:")]
     assert choice["text"] == text and parts and all(part[6:].count("\\x") for part in parts)
     written = b"".join(
-        bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode() for token in tokens
+        bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+        for token in tokens
     )
     assert written.decode() == text
     assert choice["logprobs"]["text_offset"][-1] == len(text) - len(" x")
@@ -149,7 +150,9 @@ def test_joining_a_stream_gives_the_whole_text(texts: list[str], stop: list[str]
     chunks = chunks_of(post(scripted(*turns), COMPLETIONS, {**body, "stream": True}))
     joined: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
-        assert fits({**chunk, "choices": [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in chunk["choices"]]})
+        assert fits(
+            {**chunk, "choices": [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in chunk["choices"]]}
+        )
         for choice in chunk["choices"]:
             sofar = joined.setdefault(choice["index"], {**choice, "text": "", "logprobs": {}})
             sofar["text"] += choice["text"]
