@@ -153,10 +153,7 @@ def _read(server: Server, caller: Caller, body: CompletionRequest, turn: Turn) -
 
 
 def _why_not(error: FreeholdError, body: CompletionRequest) -> ApiError:
-    known = blame(error, fields=type(body).model_fields, form=body.form(), prompt="prompt")
-    if known.param is None and known.status == 400 and str(error).startswith(("token id", "the prompt")):
-        known.param = "prompt"
-    return known
+    return blame(error, fields=type(body).model_fields, form=body.form(), prompt="prompt")
 
 
 class _Reply:
