@@ -24,6 +24,11 @@ class Gate:
         self._seconds_between = 1.0
         self.draining = False
 
+    @property
+    def taken(self) -> int:
+        """Places that are taken now."""
+        return self._taken
+
     def drain(self) -> None:
         """Let nobody in any more."""
         self.draining = True
