@@ -27,7 +27,9 @@ import numpy as np
 
 from freehold.engine.sampler import forbidden_tokens
 from freehold.formats.conversation import Tool, ToolNamespace
-from freehold.formats.harmony.grammar import JsonSchema, TurnGrammar, TurnOptions, prepare
+from freehold.formats.forms import JsonSchema
+from freehold.formats.guidance import prepare
+from freehold.formats.harmony.grammar import TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.tokenizer import Tokenizer
 

@@ -19,13 +19,15 @@ from freehold.kernels import backends
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models and downloads are the user's; packed weights of the tests' many models do not stay in the user's cache."""
+    """Models and downloads are the user's; packed weights of the tests' many models do not stay in the user's cache,
+    and nothing is stored among what the user keeps."""
     kept, ours = paths.cache_dir().absolute(), tmp_path_factory.mktemp("cache")
     for name in ("models", "downloads"):
         (kept / name).mkdir(parents=True, exist_ok=True)
         (ours / name).symlink_to(kept / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FREEHOLD_CACHE", str(ours))
+        patch.setenv("FREEHOLD_DATA", str(tmp_path_factory.mktemp("data") / "freehold"))
         yield
     shutil.rmtree(ours / "packed", ignore_errors=True)
 

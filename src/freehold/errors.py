@@ -4,12 +4,14 @@
     ├── UsageError             a value given by the caller cannot be used; also a ValueError
     │   └── ContextError       a prompt is longer than the context
     ├── ModelNotFoundError     a model's name or path leads to nothing
+    ├── NotFoundError          an id leads to nothing
     ├── CheckpointError        a model file is truncated, corrupt or foreign
     ├── UnsupportedError       the file or request is sound, but Freehold does not do this
     │   └── SchemaError        a part of a JSON schema that no grammar can hold a model to
     ├── DownloadError          something could not be fetched, or was not what its hash promised
     ├── DiskError              a file or folder cannot be written
     │   └── DiskSpaceError     the disk is full, or would be
+    ├── StoreError             the database of responses cannot be used, now or at all
     ├── OutOfMemoryError       memory ran out while a model was loaded or run
     ├── RequestError           one request failed while it ran; others go on
     ├── ClosedError            the engine takes no more requests
@@ -45,6 +47,10 @@ class ModelNotFoundError(FreeholdError):
     """A model's name or path leads to nothing."""
 
 
+class NotFoundError(FreeholdError):
+    """An id leads to nothing."""
+
+
 class CheckpointError(FreeholdError):
     """A model file is truncated, corrupt or foreign."""
 
@@ -67,6 +73,10 @@ class DownloadError(FreeholdError):
 
 class DiskError(FreeholdError):
     """A file or folder cannot be written."""
+
+
+class StoreError(FreeholdError):
+    """The database of responses cannot be used, now or at all."""
 
 
 class OutOfMemoryError(FreeholdError):

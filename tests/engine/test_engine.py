@@ -1,5 +1,6 @@
 """The engine against the simple loop: whatever is shared, cached, pushed out or interrupted, tokens stay the same."""
 
+import contextlib
 import math
 import random
 import threading
@@ -14,7 +15,10 @@ import pytest
 import torch
 
 from freehold.engine.core import Engine
+from freehold.engine.pace import MOST_GUESSED
 from freehold.engine.request import Completion, Request
+from freehold.engine.runner import Result, Runner
+from freehold.engine.scheduler import Plan
 from freehold.errors import FreeholdError, OutOfMemoryError, RequestError, UsageError
 from freehold.kernels import backends
 from freehold.model import simple
@@ -484,6 +488,181 @@ def test_a_constraint_that_leaves_nothing(engine: Engine) -> None:
     assert "no token may come next" in str(completion.error)
 
 
+# --- the prompt's own logprobs ----------------------------------------------------------------------------------------
+
+
+def scores(transformer: Transformer, prompt: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities (T, V) of each next token, the whole prompt at once."""
+    return torch.log_softmax(transformer.unembed(transformer.run(torch.tensor(prompt), transformer.new_cache())), -1)
+
+
+def check_scored(transformer: Transformer, request: Request, completion: Completion) -> None:
+    given, want, count = completion.prompt_logprobs, scores(transformer, request.prompt), request.prompt_logprobs
+    assert given is not None
+    assert count is not None
+    assert (len(given), given[0]) == (len(request.prompt), None)
+    for i, one in enumerate(given[1:]):
+        assert one is not None
+        assert one.logprob == pytest.approx(float(want[i, request.prompt[i + 1]]), abs=1e-4)
+        assert [value for _, value in one.top] == pytest.approx(want[i].topk(count).values.tolist(), abs=1e-4)
+        assert [float(want[i, token]) for token, _ in one.top] == pytest.approx([v for _, v in one.top], abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prompt_logprobs_are_the_model_s_own(transformer: Transformer, make_engine: MakeEngine, chunk: int) -> None:
+    """Beside others, of prompts that are cached or not, of one sample or more, with tokens to follow or none."""
+    engine = make_engine(chunk=chunk)
+    source = random.Random(chunk)
+    given = [*prompts(6, seed=chunk), [3], [4, 5]]
+    others = [Request(prompt=prompt, max_tokens=9, sampling=GREEDY, boundaries=[len(prompt)]) for prompt in given]
+    run(engine, *others)
+    scored = [
+        Request(
+            prompt=prompt,
+            max_tokens=source.choice([0, 0, 1, 6]),
+            sampling=GREEDY,
+            prompt_logprobs=source.choice([0, 1, 5, 20]),
+            n=source.choice([1, 1, 3]),
+            cache=source.random() < 0.6,
+        )
+        for prompt in given
+    ]
+    completions = run(engine, *(request for pair in zip(scored, others, strict=True) for request in pair))
+    for request, samples, (other,) in zip(scored, completions[::2], completions[1::2], strict=True):
+        check_scored(transformer, request, samples[0])
+        assert other.prompt_logprobs is None
+        assert samples[0].stats is not None
+        assert samples[0].stats.num_cached_tokens == 0
+        for sample in samples:
+            assert (sample.finish, len(sample.tokens)) == ("length", request.max_tokens)
+            assert sample.prompt_logprobs is None or sample is samples[0]
+            if backends.native() is not None:
+                assert sample.tokens == expected(transformer, request.prompt, request.max_tokens)
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(4))
+def test_prompt_logprobs_do_not_depend_on_who_else_runs(
+    transformer: Transformer, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Nor on being pushed out on the way and finding beginnings of the prompt cached: to the last bit, each once."""
+    source = random.Random(seed)
+    prompt = prompts(1, 200, seed=8)[0] + [1] * 200
+    request = Request(prompt=prompt, max_tokens=30, sampling=GREEDY, prompt_logprobs=3, boundaries=[90, 150, 250])
+    ((alone,),) = run(make_engine(), request)
+    really_run, times = Runner.run, 0
+
+    def interrupted(self: Runner, plan: Plan) -> Result:
+        nonlocal times
+        times += any(work.sequence.request is request for work in plan.works)
+        if times in (3, 7, 10):
+            times += 1
+            raise KeyboardInterrupt
+        return really_run(self, plan)
+
+    engine = make_engine(kv_tokens=2 * CONTEXT, max_num_seqs=8, chunk=24)
+    monkeypatch.setattr(Runner, "run", interrupted)
+    first = engine.submit(request)
+    steps = []
+    while engine.is_live(first):
+        if source.random() < 0.3:
+            beginning = prompt[: source.randint(1, len(prompt))]
+            engine.submit(Request(prompt=beginning, max_tokens=9, boundaries=[len(beginning)], priority=-1))
+        with contextlib.suppress(KeyboardInterrupt):
+            steps += [output.step for output in engine.step() if output.request_id == first]
+        engine.check_integrity()
+    monkeypatch.undo()
+    while engine.has_work:
+        engine.step()
+    assert steps[-1].stats is not None
+    assert steps[-1].stats.num_preemptions == 3
+    assert [step.prompt_logprobs for step in steps] == [alone.prompt_logprobs] + [None] * (len(steps) - 1)
+    assert [token for step in steps for token in step.tokens] == alone.tokens
+
+
+def test_a_scored_prompt_may_fill_the_context_and_serves_later_ones(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_tokens=2 * CONTEXT)
+    prompt = [5, 6] * (CONTEXT // 2)
+    ((scored,),) = run(engine, Request(prompt=prompt, max_tokens=0, prompt_logprobs=0))
+    assert (scored.tokens, scored.finish, len(scored.prompt_logprobs or ())) == ([], "length", CONTEXT)
+    ((next,),) = run(engine, Request(prompt=prompt[:-1], max_tokens=1))
+    assert next.stats is not None
+    assert next.stats.num_cached_tokens == 0  # nothing was left there
+    ((again,),) = run(engine, Request(prompt=prompt, max_tokens=0, prompt_logprobs=0, boundaries=[100]))
+    ((next,),) = run(engine, Request(prompt=prompt[:150], max_tokens=1))
+    assert again.prompt_logprobs == scored.prompt_logprobs
+    assert next.stats is not None
+    assert next.stats.num_cached_tokens == 100
+
+
+def test_a_prompt_is_scored_before_what_a_constraint_forces(transformer: Transformer, engine: Engine) -> None:
+    for max_tokens in (0, 1, 9):
+        request = Request(
+            prompt=[1, 2, 3], max_tokens=max_tokens, prompt_logprobs=1, n=2, constraint=lambda: Spell({3}, {4})
+        )
+        (samples,) = run(engine, request)
+        check_scored(transformer, request, samples[0])
+        assert [sample.tokens for sample in samples] == [[3, 4][:max_tokens]] * 2
+
+
+def test_scoring_takes_a_few_rows_of_logits_at_a_time(
+    transformer: Transformer, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than the memory plan has for drawing, however few sequences it is made for."""
+    engine = make_engine(max_num_seqs=1, chunk=512)
+    unembed, most = Transformer.unembed, 0
+
+    def counting(self: Transformer, hidden_TD: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(hidden_TD))
+        return unembed(self, hidden_TD)
+
+    monkeypatch.setattr(Transformer, "unembed", counting)
+    run(engine, Request(prompt=[7] * 500, max_tokens=1, prompt_logprobs=20))
+    assert 1 < most <= 1 + MOST_GUESSED
+
+
+# --- samples of one request are one answer ----------------------------------------------------------------------------
+
+
+class Brittle(Spell):
+    """Breaks on a token."""
+
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        if token == 7:
+            raise LookupError("no sevens")
+
+
+@needs_native
+def test_where_one_sample_fails_the_others_end_in_the_same_step(transformer: Transformer, engine: Engine) -> None:
+    """With what they have, and nobody else does; one that had ended before stays as it was."""
+    lengths = iter([30, 2, 30, 30])
+    choices = iter([{5, 6}, {5, 6}, {7, 8}, {5, 6}])
+
+    def constraint() -> Spell:
+        early = [{5, 6}] * 4
+        return Brittle(*[*early, next(choices), *[{5, 6}] * 30][: next(lengths)])
+
+    request = Request(prompt=[1, 2], max_tokens=40, n=4, constraint=constraint, sampling=Sampling(logit_bias={7: 100}))
+    good = engine.submit(Request(prompt=[1, 2, 3], max_tokens=20, sampling=GREEDY))
+    bad = engine.submit(request)
+    samples, fine, ends = [Completion() for _ in range(4)], Completion(), set()
+    while engine.has_work:
+        for request_id, step in engine.step():
+            (samples[step.index] if request_id == bad else fine).add(step)
+            if request_id == bad and step.error is not None:
+                ends.add(engine.stats().steps)
+                assert step.tokens == ()
+        engine.check_integrity()
+    assert len(ends) == 1
+    assert [sample.finish for sample in samples] == ["error", "stop", "error", "error"]
+    assert {str(samples[i].error) for i in (0, 2, 3)} == {"the constraint failed on token 7: LookupError: no sevens"}
+    assert [len(sample.tokens) for sample in samples][1:3] == [2, 4]
+    assert not engine.is_live(good)
+    assert fine.tokens == expected(transformer, [1, 2, 3], 20)
+
+
 # --- ends before the end ----------------------------------------------------------------------------------------------
 
 
@@ -600,6 +779,9 @@ def test_ctrl_c_between_the_lines_starts_anew(engine: Engine, monkeypatch: pytes
         ({"prompt": [-1]}, "token id -1 is outside"),
         ({"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
         ({"max_tokens": 2.0}, "got 2.0"),
+        ({"max_tokens": -1, "prompt_logprobs": 0}, "max_tokens must be an integer of at least 0, got -1"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be between 0 and 20, got 21"),
+        ({"prompt_logprobs": True}, "prompt_logprobs must be between 0 and 20, got True"),
         ({"min_tokens": 11}, "min_tokens 11 is more than max_tokens 10"),
         ({"n": 0}, "n must be an integer of at least 1"),
         ({"priority": 1.5}, "priority must be an integer, got 1.5"),

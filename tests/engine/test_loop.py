@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,126 @@ def test_clients_that_leave_stall_or_break(transformer: Transformer, engine: Eng
     on_loop(engine, scenario)
 
 
+@needs_native
+def test_who_reads_late_reads_few_steps(transformer: Transformer, engine: Engine) -> None:
+    """A request is done with its pages whether it is read or not; each token keeps its logprobs."""
+
+    async def scenario(running: AsyncEngine) -> None:
+        sampling = Sampling(temperature=0.0, logprobs=1)
+        request = Request(prompt=[1, 2, 3], max_tokens=40, n=3, prompt_logprobs=1, sampling=sampling)
+        late, alone = running.submit(request), running.submit(greedy([5, 6], 40))
+        first = await anext(alone)
+        await until(lambda: engine.num_live == 0)
+        await running.check_integrity()
+        await asyncio.sleep(0)  # the last steps arrive
+        (rest,) = [step async for step in alone]
+        assert [*first.tokens, *rest.tokens] == expected(transformer, [5, 6], 40)
+        steps = [step async for step in late]
+        assert [(step.index, step.finish, len(step.tokens)) for step in steps] == [(i, "length", 40) for i in range(3)]
+        for step in steps:
+            assert step.logprobs is not None
+            assert [one.top[0][0] for one in step.logprobs] == list(step.tokens)
+            assert (step.prompt_logprobs is not None) == (step.index == 0)
+
+    on_loop(engine, scenario)
+
+
+def test_an_error_comes_after_all_that_came_before_it(engine: Engine) -> None:
+    """For whoever reads late too; it ends all samples, and is counted for each of them."""
+
+    async def scenario(running: AsyncEngine) -> None:
+        lengths = iter([9, 6, 9])
+
+        def constraint() -> Spell:
+            return Spell(*[{1, 2}] * (next(lengths) - 1), set(), {1})
+
+        stream = running.submit(Request(prompt=[1], max_tokens=30, n=3, constraint=constraint))
+        await until(lambda: engine.stats().generated_tokens > 0 and engine.num_live == 0)
+        await asyncio.sleep(0)
+        tokens = Counter[int]()
+        with pytest.raises(RequestError, match="no token may come next"):
+            async for step in stream:
+                tokens[step.index] += len(step.tokens)
+        assert tokens == {0: 7, 1: 5, 2: 6}  # the first is a step ahead: the others waited for its prompt
+        assert [step async for step in stream] == []
+        await running.check_integrity()
+        assert 'freehold_finished_total{reason="error"} 3.0' in generate_latest(running.metrics.registry).decode()
+
+    on_loop(engine, scenario)
+
+
+def test_two_hundred_readers_of_whom_a_third_leave(make_engine: MakeEngine) -> None:
+    """At any moment, by closing, by cancellation or without a word; while they wait in line too."""
+    engine = make_engine(max_num_seqs=8, kv_tokens=2 * 640)
+    source = random.Random(1)
+    finished = 0
+
+    async def client(running: AsyncEngine, i: int) -> None:
+        nonlocal finished
+        request = Request(prompt=[i] * source.randint(1, 90), max_tokens=12, n=source.choice([1, 1, 1, 3]))
+        stream, leaves = running.submit(request), i % 3 == 0
+        for _ in range(source.randint(0, 6) if leaves else 100):
+            if await anext(stream, None) is None:
+                break
+        if leaves:
+            way = source.randrange(3)
+            if way == 0:
+                await stream.aclose()
+            elif way == 1:
+                reading = asyncio.ensure_future(anext(stream))
+                await asyncio.sleep(0)
+                reading.cancel()
+                await asyncio.wait([reading])
+            return
+        finished += 1
+
+    async def scenario(running: AsyncEngine) -> None:
+        before = asyncio.all_tasks()
+        await asyncio.gather(*(client(running, i) for i in range(200)))
+        gc.collect()
+        await until(lambda: engine.num_live == 0)
+        await running.check_integrity()
+        assert finished == 133
+        assert asyncio.all_tasks() == before
+        stats = running.stats()
+        assert (stats.running, stats.waiting, max(stats.pages_held)) == (0, 0, 0)
+        text = generate_latest(running.metrics.registry).decode()
+        assert "freehold_kv_cache_usage_ratio 0.0" in text
+        assert 'freehold_finished_total{reason="abort"}' in text
+        assert 'freehold_finished_total{reason="error"}' not in text
+
+    on_loop(engine, scenario)
+
+
+def test_who_leaves_the_line_is_gone_at_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=1)
+
+    async def scenario(running: AsyncEngine) -> None:
+        first, waiting = running.submit(greedy([1], 600)), running.submit(greedy([2], 600))
+        await anext(first)
+        await until(lambda: engine.stats().waiting == 1)
+        await waiting.aclose()
+        await running.check_integrity()  # commands are obeyed in order
+        stats = engine.stats()
+        assert (stats.running, stats.waiting) == (1, 0)
+        assert 0 < max(stats.pages_held) < min(stats.pages)
+        await first.aclose()
+        await running.check_integrity()
+        assert (engine.num_live, max(engine.stats().pages_held)) == (0, 0)
+
+    on_loop(engine, scenario)
+
+
+def test_one_stream_has_one_reader(engine: Engine) -> None:
+    async def scenario(running: AsyncEngine) -> None:
+        stream = running.submit(greedy([1], 30))
+        both = await asyncio.gather(anext(stream), anext(stream), return_exceptions=True)
+        assert [type(one) for one in both] == [Step, RuntimeError]
+        assert await tokens_of(stream)  # it can still be read
+
+    on_loop(engine, scenario)
+
+
 def test_a_reader_whose_loop_is_gone(engine: Engine) -> None:
     running = AsyncEngine(engine)
     kept = []
@@ -310,8 +431,9 @@ def test_an_engine_that_breaks_tells_everyone_and_goes_on(
         monkeypatch.setattr("freehold.engine.scheduler.Scheduler.schedule", broken)
         for _ in range(2):
             with pytest.raises(RequestError, match="the engine failed: ZeroDivisionError: a bug in the books"):
-                await tokens_of(running.submit(greedy([1])))
+                await tokens_of(running.submit(greedy([1], n=2)))
         monkeypatch.undo()
+        assert 'freehold_finished_total{reason="error"} 4.0' in generate_latest(running.metrics.registry).decode()
         for where in ("freehold.engine.core.Engine.submit", "freehold.engine.core.Engine.check_integrity"):
             monkeypatch.setattr(where, broken)
             with contextlib.suppress(RequestError):

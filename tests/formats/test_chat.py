@@ -4,11 +4,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freehold.errors import CheckpointError, UnsupportedError
+from freehold.errors import CheckpointError, UnsupportedError, UsageError
 from freehold.formats.chat import ChatFormat, Turn, choose
-from freehold.formats.conversation import Conversation, Message, SystemContent, Text, text_message
-from freehold.formats.events import ArgumentsDelta, Event, ReasoningDelta, TextDelta
+from freehold.formats.conversation import (
+    Channel,
+    Conversation,
+    DeveloperContent,
+    Message,
+    SystemContent,
+    Text,
+    Tool,
+    text_message,
+)
+from freehold.formats.events import ArgumentsDelta, Event, MessageDone, ReasoningDelta, TextDelta
+from freehold.formats.forms import Choice, FreeText, JsonObject, Lark, Regex
 from freehold.formats.harmony.builtins import PYTHON
+from freehold.formats.harmony.grammar import AllowedTools
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.templates import CHATML
 from freehold.formats.tokenizer import Tokenizer
@@ -183,6 +194,69 @@ def test_a_call_without_a_channel_is_no_answer(gpt_oss: Tokenizer) -> None:
     assert text.endswith("<|start|>assistant to=functions.f<|message|>{}<|call|><|start|>assistant")
 
 
+def test_tools_that_are_sent_text_are_described_as_such(gpt_oss: Tokenizer) -> None:
+    tools = (
+        Tool(name="note", description="Keeps a note.", text_format=FreeText()),
+        Tool(name="code", text_format=Regex("[A-Z]{2}")),
+        Tool(name="patch", text_format=Lark('start: a\na: "x"\n')),
+    )
+    conversation = Conversation(messages=(Message(role="developer", parts=(DeveloperContent(tools=tools),)),))
+    assert gpt_oss.decode(choose(gpt_oss, None, []).render(conversation).ids).endswith(
+        "namespace functions {\n\n"
+        "// Keeps a note.\n// Send plain text, not JSON.\ntype note = (_: string) => any;\n\n"
+        "// Send plain text, not JSON. All of it matches this regular expression:\n// [A-Z]{2}\n"
+        "type code = (_: string) => any;\n\n"
+        '// Send plain text, not JSON. It follows this Lark grammar:\n// start: a\n// a: "x"\n'
+        "type patch = (_: string) => any;\n\n} // namespace functionsassistant"
+    )
+
+
+def test_the_tools_that_may_be_called_change_no_prompt(gpt_oss: Tokenizer) -> None:
+    chat = choose(gpt_oss, None, [])
+    conversation = Conversation.from_openai(
+        [{"role": "user", "content": "q"}], tools=[{"type": "function", "name": name} for name in "fg"]
+    )
+    one = chat.turn(conversation, tool_choice=AllowedTools(recipients=("functions.g",), required=True))
+    assert one.prompt == chat.turn(conversation).prompt
+    assert one.grammar is not None
+    constraint = one.grammar()
+    for token in gpt_oss.encode_with_control("<|channel|>commentary to=functions"):
+        constraint.accept(token)
+    assert gpt_oss.decode(constraint.forced()) == ".g"
+
+
+def test_a_history_of_calls_and_their_results_in_any_order(gpt_oss: Tokenizer) -> None:
+    """Two calls in a row, answered the other way round; a built-in tool's, on its channel; results of several parts."""
+
+    def result(name: str, channel: Channel, *texts: str) -> Message:
+        parts = tuple(Text(text=text) for text in texts)
+        return Message(role="tool", name=name, channel=channel, recipient="assistant", parts=parts)
+
+    def call(recipient: str, channel: Channel, text: str) -> Message:
+        return Message(role="assistant", recipient=recipient, channel=channel, parts=(Text(text=text),))
+
+    conversation = Conversation(
+        messages=(
+            text_message("user", "q"),
+            call("functions.f", "commentary", "{}"),
+            call("functions.g", "commentary", "{}"),
+            result("functions.g", "commentary", "one", " two"),
+            result("functions.f", "commentary", "three"),
+            call("python", "analysis", "1"),
+            result("python", "analysis", "1"),
+        )
+    )
+    text = gpt_oss.decode(choose(gpt_oss, None, []).render(conversation).ids, control="show")
+    assert text.endswith(
+        "<|start|>assistant to=functions.f<|channel|>commentary<|message|>{}<|call|>"
+        "<|start|>assistant to=functions.g<|channel|>commentary<|message|>{}<|call|>"
+        "<|start|>functions.g to=assistant<|channel|>commentary<|message|>one two<|end|>"
+        "<|start|>functions.f to=assistant<|channel|>commentary<|message|>three<|end|>"
+        "<|start|>assistant to=python<|channel|>analysis<|message|>1<|call|>"
+        "<|start|>python to=assistant<|channel|>analysis<|message|>1<|end|><|start|>assistant"
+    )
+
+
 # --- templates
 # --------------------------------------------------------------------------------------------------
 
@@ -192,6 +266,41 @@ def test_a_templates_reply_is_all_answer(small: Tokenizer) -> None:
     events, messages = read(chat, [*small.encode("hello é<|im_end|>"), 2])
     assert joined(events, TextDelta) == "hello é<|im_end|>"
     assert messages == (text_message("assistant", "hello é<|im_end|>"),)
+
+
+def test_a_templates_reply_ends_in_the_token_that_it_was_stopped_by(small: Tokenizer) -> None:
+    for stop_id in (0, 2):
+        events, _ = read(choose(small, CHATML, [0, 2]), [*small.encode("hello"), stop_id])
+        assert events[-1] == MessageDone(message=text_message("assistant", "hello"), stop_id=stop_id)
+    events, _ = read(choose(small, CHATML, [2]), [*small.encode("hello"), 0])
+    assert events[-1] == MessageDone(message=text_message("assistant", "hello"), stop_id=None)
+    events, _ = read(choose(small, CHATML, small.encode("!")), small.encode("hello!"))
+    assert joined(events, TextDelta) == "hello"
+
+
+def test_a_templates_answer_has_the_form_that_was_asked_for(small: Tokenizer) -> None:
+    chat, asked = choose(small, CHATML, [2]), Conversation(messages=(text_message("user", "hello"),))
+    turn = chat.turn(asked, response_format=Choice(("yes",)))
+    assert turn.grammar is not None and turn.grammar.stop_ids == turn.stop_ids == {2}
+    constraint = turn.grammar()
+    for token in [*small.encode("yes"), 2]:
+        assert constraint.forced()[:1] == [token]
+        constraint.accept(token)
+    assert constraint.is_finished()
+    assert chat.turn(asked).grammar is None
+    with pytest.raises(UsageError, match="response_format: nothing keeps the model to it"):
+        chat.turn(asked, grammar=False, response_format=JsonObject())
+    for choices in ({"tool_choice": "none"}, {"reasoning": "required"}, {"max_reasoning_tokens": 0}):
+        with pytest.raises(UnsupportedError, match=f"{next(iter(choices))}: that takes a model that speaks Harmony"):
+            chat.turn(asked, response_format=JsonObject(), **choices)
+
+
+def test_templates_know_no_tools_that_are_sent_text(small: Tokenizer) -> None:
+    template = CHATML + "{% if tools %}{{ tools }}{% endif %}{# tool_calls #}"
+    tool = Tool(name="f", text_format=FreeText())
+    conversation = Conversation(messages=(Message(role="developer", parts=(DeveloperContent(tools=(tool,)),)),))
+    with pytest.raises(UnsupportedError, match="tool 'f' takes text"):
+        choose(small, template, [2]).render(conversation)
 
 
 def test_templates_are_spared_what_only_harmony_has(small: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from freehold.formats.conversation import (
     ToolNamespace,
     text_message,
 )
+from freehold.formats.forms import Choice, FreeText, Lark, Regex
 
 
 def test_openai_messages_are_read() -> None:
@@ -96,11 +97,86 @@ def test_openai_tools_are_offered_after_the_system_prompt() -> None:
     assert Conversation.from_openai([], tools=[flat]).messages[0].role == "developer"
 
 
+def custom(grammar: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "custom", "name": "f", "format": {"type": "grammar", **grammar}}
+
+
+def test_custom_tools_and_their_calls_are_text() -> None:
+    grammar = {"syntax": "regex", "definition": "a+"}
+    chats = {"type": "custom", "custom": {"name": "f", "format": {"type": "grammar", "grammar": grammar}}}
+    described = {"type": "custom", "name": "g", "description": "d"}
+    call = {"id": "c1", "type": "custom", "custom": {"name": "f", "input": "aa"}}
+    conversation = Conversation.from_openai(
+        [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "b"}],
+        tools=[chats, described, custom({"syntax": "lark", "definition": "start: A"}) | {"name": "h"}],
+    )
+    offered, called, result = conversation.messages
+    assert offered.parts == (
+        DeveloperContent(
+            tools=(
+                Tool(name="f", text_format=Regex("a+")),
+                Tool(name="g", description="d", text_format=FreeText()),
+                Tool(name="h", text_format=Lark("start: A")),
+            )
+        ),
+    )
+    assert (called.recipient, called.content_type, called.text) == ("functions.f", None, "aa")
+    assert (result.name, result.text) == ("functions.f", "b")
+
+
+def test_what_client_libraries_send_back_is_read() -> None:
+    """openai's `.parse()`, which keeps what it made of a message; litellm; OpenRouter's clients; cut-off replies."""
+    parsed = {"name": "f", "arguments": '{"a":1}', "parsed_arguments": {"a": 1}}
+    nothing: dict[str, Any] = {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
+    details = [{"type": "reasoning.text", "text": text, "signature": None, "index": 0} for text in ("h", "m")]
+    conversation = Conversation.from_openai(
+        [
+            {"role": "developer", "content": [TEXT | {"cache_control": {"type": "ephemeral"}}]},
+            {"role": "assistant", "content": '{"a":1}', "parsed": {"a": 1}, **nothing},
+            {"role": "assistant", "content": None, **nothing},
+            {"role": "assistant", "content": None, "refusal": "No."},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "Never."}]},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "type": "function", "function": parsed}]},
+            {"role": "tool", "content": "x", "tool_call_id": "c", "name": "f"},
+            {"role": "tool", "content": [TEXT, TEXT], "tool_call_id": "c"},
+            {
+                "role": "assistant",
+                "content": "a",
+                "reasoning": "hm",
+                "reasoning_details": details,
+                "provider_specific_fields": {"refusal": None, "reasoning_content": "hm"},
+            },
+        ]
+    )
+    assert [(m.role, m.channel or m.recipient, m.text) for m in conversation.messages] == [
+        ("developer", None, "x"),
+        ("assistant", None, '{"a":1}'),
+        ("assistant", None, ""),
+        ("assistant", None, "No."),
+        ("assistant", None, "Never."),
+        ("assistant", "commentary", '{"a":1}'),
+        ("tool", "commentary", "x"),
+        ("tool", "commentary", "xx"),
+        ("assistant", "analysis", "hm"),
+        ("assistant", None, "a"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "said", "tool"),
     [
         (UnsupportedError, "tool 1: type 'web_search' is not supported", {"type": "web_search"}),
-        (UnsupportedError, "tool 1: type 'custom'", {"type": "custom", "name": "f"}),
+        (UnsupportedError, "tool 1: format 'json'", {"type": "custom", "name": "f", "format": {"type": "json"}}),
+        (UsageError, "tool 1: unknown syntax 'ebnf'", custom({"syntax": "ebnf", "definition": ""})),
+        (UsageError, "tool 1: definition must be a string", custom({"syntax": "lark"})),
+        (UnsupportedError, "tool 1: field 'x'", custom({"syntax": "lark", "definition": "", "x": 1})),
+        (UnsupportedError, "tool 1: field 'parameters'", custom({}) | {"parameters": {"type": "object"}}),
         (UnsupportedError, "tool 1: field 'x'", {"type": "function", "name": "f", "x": 1}),
         (UnsupportedError, "tool 1: field 'name'", {"type": "function", "name": "f", "function": {"name": "f"}}),
         (UsageError, "tool 1: function must be an object", {"type": "function", "function": "f"}),
@@ -223,7 +299,43 @@ def test_openai_harmonys_dicts_that_cannot_be_honoured_are_refused(
         (UsageError, "message 1: tool calls must be a list", {"role": "assistant", "tool_calls": "f"}),
         (UsageError, "message 1: tool call 0: expected an object", {"role": "assistant", "tool_calls": ["f"]}),
         (UsageError, "message 1: tool call 0: function must be", {"role": "assistant", "tool_calls": [{"id": "1"}]}),
-        (UnsupportedError, "message 1: tool call 0: type 'custom'", called({"type": "custom"})),
+        (UnsupportedError, "message 1: tool call 0: type 'mcp'", called({"type": "mcp"})),
+        (UnsupportedError, "message 1: tool call 0: field 'function'", called({"type": "custom"})),
+        (
+            UsageError,
+            "message 1: tool call 0: input must be",
+            {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f"}}]},
+        ),
+        (
+            UsageError,
+            "message 1: the fields .* different",
+            {
+                "role": "assistant",
+                "reasoning": "a",
+                "reasoning_details": [{"type": "reasoning.text", "text": "b"}],
+            },
+        ),
+        (
+            UnsupportedError,
+            "message 1: reasoning detail 0: type 'reasoning.encrypted'",
+            {"role": "assistant", "content": "", "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
+        ),
+        (UsageError, "message 1: parsed is there", {"role": "assistant", "content": None, "parsed": {"a": 1}}),
+        (
+            UnsupportedError,
+            "message 1: provider_specific_fields: field 'citations'",
+            {"role": "assistant", "content": "x", "provider_specific_fields": {"citations": ["y"]}},
+        ),
+        (
+            UnsupportedError,
+            "message 1: part 0: cache_control .*1h",
+            {"role": "user", "content": [TEXT | {"cache_control": {"type": "ephemeral", "ttl": "1h"}}]},
+        ),
+        (
+            UnsupportedError,
+            "message 1: part 0: type 'refusal'",
+            {"role": "user", "content": [{"type": "refusal", "refusal": "no"}]},
+        ),
         (UnsupportedError, "message 1: tool call 0: field 'x'", called({"x": 1})),
         (UsageError, "message 1: tool call 0: id must be a string", called({"id": 7})),
         (UsageError, "message 1: tool call 0: arguments must be", called({"function": {"name": "f", "arguments": {}}})),
@@ -269,6 +381,12 @@ def test_messages_must_be_a_list(messages: Any) -> None:
         ("built-in tool name ''", ToolNamespace, {"name": ""}),
         ("tool name ''", Tool, {"name": ""}),
         ("must be a JSON schema", Tool, {"name": "f", "parameters": []}),
+        ("text_format must be", Tool, {"name": "f", "text_format": "a+"}),
+        ("takes plain text", Tool, {"name": "f", "text_format": FreeText(), "parameters": {}}),
+        ("takes plain text", Tool, {"name": "f", "text_format": FreeText(), "strict": True}),
+        ("a choice is a tuple", Choice, {"values": ()}),
+        ("a choice is a tuple", Choice, {"values": ["a"]}),
+        ("some text, got ''", Choice, {"values": ("a", "")}),
         ("tool 'f' is given 2 times", DeveloperContent, {"tools": (Tool(name="f"), Tool(name="f"))}),
         ("instructions must be a string", DeveloperContent, {"instructions": 5}),
         ("message 0 is a str", Conversation, {"messages": ("hello",)}),

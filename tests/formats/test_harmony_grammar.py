@@ -10,21 +10,16 @@ import numpy as np
 import pytest
 
 from freehold.errors import RequestError, SchemaError, UsageError
-from freehold.formats.conversation import Tool, ToolNamespace
-from freehold.formats.harmony import grammar
-from freehold.formats.harmony.grammar import (
-    JsonObject,
-    JsonSchema,
-    Lark,
-    NamedTool,
-    Regex,
-    TurnConstraint,
-    TurnGrammar,
-    TurnOptions,
-)
+from freehold.formats import guidance
+from freehold.formats.conversation import Conversation, Tool, ToolNamespace
+from freehold.formats.events import ArgumentsDelta, CallDone
+from freehold.formats.forms import Choice, FreeText, JsonObject, JsonSchema, Lark, Regex
+from freehold.formats.harmony.grammar import AllowedTools, NamedTool, TurnConstraint, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
-from freehold.formats.harmony.schema import enforceable
+from freehold.formats.harmony.parser import HarmonyParser
+from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
+from freehold.formats.schema import enforceable
 from freehold.formats.tokenizer import Tokenizer
 from tests.schemas import SCHEMAS, validator
 
@@ -148,6 +143,115 @@ def test_who_may_be_called(gpt_oss: Tokenizer) -> None:
     assert legal(tool_choice="required") == [False, True, True, False, True]
     assert legal(tool_choice=NamedTool("functions.stop")) == [False, True, False, False, True]
     assert legal(offer=Offer()) == [True, False, False, False, False]
+
+
+def test_some_of_the_tools_may_be_called(gpt_oss: Tokenizer) -> None:
+    answer = f"{FINAL}Hello.<|return|>"
+    stop, get = (f"{CALL}{name} json<|message|>{{}}<|call|>" for name in ("stop", "get"))
+    code = "<|channel|>analysis to=python code<|message|>1<|call|>"
+
+    def legal(*recipients: str, required: bool) -> list[bool]:
+        choice = AllowedTools(recipients=recipients, required=required)
+        return [is_legal(gpt_oss, turn, tool_choice=choice) for turn in (answer, stop, get, code)]
+
+    assert legal("functions.stop", "python", required=False) == [True, True, False, True]
+    assert legal("functions.stop", required=True) == [False, True, False, False]
+    several = TurnOptions(
+        offer=TOOLS, tool_choice=AllowedTools(recipients=("functions.stop",)), parallel_tool_calls=True
+    )
+    assert refused_at(gpt_oss, several, f"{stop}<|start|>assistant{stop}<|return|>") is None
+    assert (
+        refused_at(gpt_oss, several, f"{stop}<|start|>assistant{get}<|return|>")
+        == ".get json<|message|>{}<|call|><|return|>"
+    )
+
+
+# --- tools that are sent text ---------------------------------------------------------------------------------------
+
+PATCH = """start: "*** Begin Patch" LF hunk+ "*** End Patch" LF?
+hunk: "*** Add File: " /.+/ LF ("+" /.*/ LF)+ -> add
+    | "*** Delete File: " /.+/ LF
+%import common.LF
+"""
+TEXTS = Offer(
+    functions=(
+        Tool(name="note", text_format=FreeText()),
+        Tool(name="python", text_format=FreeText()),
+        Tool(name="code", text_format=Regex("[A-Z]{2}-[0-9]+")),
+        Tool(name="apply_patch", description="Changes files.", text_format=Lark(PATCH)),
+        Tool(name="get", parameters=WEATHER, strict=True),
+    )
+)
+ADD = "*** Begin Patch\n*** Add File: a/é.py\n+print('<|call|>')\n+\n*** End Patch"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("note", ""),
+        ("note", "{"),
+        ("note", '{"code": "1"}'),
+        ("note", "assistantfinal <|call|><|end|> 世界 🎉\n\n"),
+        ("python", "print(1)"),
+        ("python", '{"code": "1"}'),
+        ("code", "AB-123"),
+        ("apply_patch", ADD),
+        ("apply_patch", ADD + "\n"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", " code", " <|constrain|>code"])
+def test_text_for_a_tool_goes_there_and_back(gpt_oss: Tokenizer, name: str, text: str, kind: str) -> None:
+    """The grammar takes it, the parser hands it over as it is, and history writes the same tokens."""
+    header = gpt_oss.encode_with_control(f" to=functions.{name}<|channel|>commentary{kind}<|message|>")
+    tokens = [*header, *gpt_oss.encode(text), gpt_oss.control_id("<|call|>")]
+    constraint = TurnGrammar(gpt_oss, TurnOptions(offer=TEXTS))()
+    parser = HarmonyParser(gpt_oss, offer=TEXTS, plain_headers=False)
+    events = []
+    for token in tokens:
+        assert token in allowed(constraint, gpt_oss.vocab_size)
+        constraint.accept(token)
+        events += parser.feed(token)
+    assert constraint.is_finished()
+    assert not parser.flush() and not parser.diagnostics
+    assert "".join(event.text for event in events if isinstance(event, ArgumentsDelta)) == text
+    (done,) = [event for event in events if isinstance(event, CallDone)]
+    assert done == CallDone(recipient=f"functions.{name}", arguments=text)
+    written = render(Conversation(messages=parser.messages), gpt_oss, upto=None).ids
+    assert written == [*gpt_oss.encode_with_control("<|start|>assistant"), *tokens]
+
+
+@pytest.mark.parametrize(
+    ("turn", "rest"),
+    [
+        (f"{CALL}code<|message|>AB12<|call|>", "12<|call|>"),
+        (f"{CALL}code<|message|>AB-<|call|>", "<|call|>"),
+        (f"{CALL}code json<|message|>AB-1<|call|>", " json<|message|>AB-1<|call|>"),
+        (f"{CALL}apply_patch<|message|>{{}}<|call|>", "{}<|call|>"),
+        (f"{CALL}note<|message|>a<|end|>", "<|end|>"),
+        (f"{CALL}get<|message|>Rome<|call|>", "Rome<|call|>"),
+    ],
+)
+def test_text_that_a_tool_is_not_sent(gpt_oss: Tokenizer, turn: str, rest: str) -> None:
+    assert refused_at(gpt_oss, TurnOptions(offer=TEXTS), turn) == rest
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Regex("("), r"the regex '\(' of functions.f cannot be enforced: .*unclosed group"),
+        (Regex(r"[^\s\S]"), "of functions.f cannot be enforced: no text matches"),
+        (Regex("a" * 20_001), "the regex of functions.f has 20,001 characters"),
+        (Lark("start: missing"), 'the Lark grammar of functions.f .*unknown name: "missing"'),
+        (Lark("start: <|call|>"), "the Lark grammar of functions.f uses .* reaches beyond"),
+    ],
+)
+def test_tools_whose_text_cannot_be_enforced_are_named(gpt_oss: Tokenizer, form: Any, message: str) -> None:
+    offer = Offer(functions=(Tool(name="g"), Tool(name="f", text_format=form)))
+    with pytest.raises(UsageError, match=message):
+        TurnGrammar(gpt_oss, TurnOptions(offer=offer))
+
+
+# --- several calls --------------------------------------------------------------------------------------------------
 
 
 def test_parallel_calls(gpt_oss: Tokenizer) -> None:
@@ -325,6 +429,11 @@ def test_no_reasoning_at_all(gpt_oss: Tokenizer) -> None:
         (Regex('^"[^"]*"$'), ['"x/y"'], ["x"]),
         (Regex("(?:yes|no)\n"), ["yes\n"], ["yes"]),
         (Regex(""), [""], ["x"]),
+        (
+            Choice(("yes", "no", "no, never", '"\\\n<|x|>', "é🎉")),
+            ["no", "no, never", '"\\\n<|x|>', "é🎉"],
+            ["n", "no,", ""],
+        ),
         (Lark('start: "yes" | "no" NUMBER\nNUMBER: /[0-9]+/ // comment "<|call|>"'), ["yes", "no12"], ["no", "maybe"]),
         (Lark('start: "<|call|>"'), [], ["x"]),
     ],
@@ -349,6 +458,8 @@ def test_the_answer_has_the_form_that_was_asked_for(
         (Regex(r"(?-u:\xff)"), "invalid UTF-8"),
         (Regex(r"[^\s\S]"), "no text matches"),
         (Regex("a" * 200_000), "200,000 characters"),
+        (Choice(("a" * 10_000, "b" * 10_001)), "the choice has 20,001 characters"),
+        (Choice(("\ud800",)), "cannot be enforced"),
         (Lark(f'start: "{"a" * 200_000}"'), "200,009 characters"),
         (Lark("start: a\na: a"), "no text matches"),
         (Lark(""), "no start rule"),
@@ -381,9 +492,13 @@ def test_grammars_that_lead_nowhere_end_in_errors(gpt_oss: Tokenizer, text: str)
 
 
 def test_options_are_checked() -> None:
+    with pytest.raises(UsageError, match="one recipient at least"):
+        AllowedTools(recipients=())
     for options, message in (
         ({"tool_choice": NamedTool("functions.delete")}, "functions.delete"),
         ({"tool_choice": "always"}, "always"),
+        ({"tool_choice": AllowedTools(recipients=("functions.stop", "functions.x"))}, "functions.x"),
+        ({"response_format": FreeText()}, "response_format must be"),
         ({"offer": Offer(), "tool_choice": "required"}, "no tools"),
         ({"max_reasoning_tokens": -1}, "-1"),
         ({"max_reasoning_tokens": True}, "True"),
@@ -773,4 +888,4 @@ def test_arguments_that_can_be_no_object_are_refused(small_harmony: Tokenizer) -
 
 
 def test_the_vocabulary_is_prepared_once(small_harmony: Tokenizer) -> None:
-    assert grammar.prepare(small_harmony) is grammar.prepare(small_harmony)
+    assert guidance.prepare(small_harmony) is guidance.prepare(small_harmony)

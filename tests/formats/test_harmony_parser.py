@@ -36,7 +36,7 @@ from freehold.formats.events import (
     TextDelta,
     TurnDone,
 )
-from freehold.formats.harmony.grammar import JsonObject
+from freehold.formats.forms import JsonObject
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
 from freehold.formats.harmony.render import render

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,19 +15,14 @@ from freehold.engine.core import Engine
 from freehold.engine.options import EngineOptions
 from freehold.engine.request import Completion, Request, TokenConstraint
 from freehold.formats.byte_level import CHARACTERS
-from freehold.formats.conversation import Tool, ToolNamespace
-from freehold.formats.harmony.grammar import (
-    JsonObject,
-    JsonSchema,
-    Lark,
-    NamedTool,
-    Regex,
-    TurnGrammar,
-    TurnOptions,
-)
+from freehold.formats.conversation import Conversation, Message, Tool, ToolNamespace
+from freehold.formats.forms import Choice, FreeText, JsonObject, JsonSchema, Lark, Regex
+from freehold.formats.harmony.grammar import AllowedTools, NamedTool, ToolChoice, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
+from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
+from freehold.formats.text_grammar import TextGrammar
 from freehold.formats.tokenizer import Tokenizer
 from freehold.sampling import Sampling
 from freehold.weights.synth import write_random_checkpoint
@@ -78,11 +74,15 @@ def engine(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Engine]:
     engine.close()
 
 
+TEXTS: Sequence[FreeText | Regex | Lark] = (FreeText(), Regex("[a-f]{2,9}"), Lark('start: ("x" | "y")+ "]"'))
+
+
 def offers() -> list[Offer]:
-    """Of ten tools each, every other one strict, with built-in ones beside them."""
+    """Of ten strict tools each, and free ones and such that are sent text, with built-in ones beside them."""
     builtins = (ToolNamespace(name="python"), ToolNamespace(name="browser", tools=(Tool(name="search"),)))
     tools = [Tool(name=entry["name"], parameters=entry["schema"], strict=True) for entry in STRICT]
     free = [Tool(name=f"free_{i}", parameters={"type": "object"}) for i in range(3)]
+    free += [Tool(name=f"text_{i}", text_format=form) for i, form in enumerate(TEXTS)]
     return [Offer(functions=(*tools[i : i + 10], *free), builtins=builtins) for i in range(0, len(tools), 10)]
 
 
@@ -91,19 +91,29 @@ FORMS: Sequence[tuple[Any, Any]] = (
     (JsonObject(), lambda text: isinstance(json.loads(text), dict) or pytest.fail(text)),
     (JsonSchema(STRICT[0]["schema"]), lambda text: validate(STRICT[0]["schema"], text)),
     (Regex(r"[a-f]{2,9}-\d{1,3}"), lambda text: re.fullmatch(r"[a-f]{2,9}-\d{1,3}", text) or pytest.fail(text)),
+    (Choice(("yes", "no", "no, never")), lambda text: text in ("yes", "no", "no, never") or pytest.fail(text)),
     (Lark('start: "yes" | "no" (", " "no")*'), lambda text: re.fullmatch("yes|no(, no)*", text) or pytest.fail(text)),
 )
 
 
 def options_of(index: int, offer: Offer) -> TurnOptions:
-    choices = ("auto", "required", "none", NamedTool(next(iter(offer.callees))), "auto", "required")
+    texts = tuple(name for name in offer.callees if "text" in name)
+    choices: Sequence[ToolChoice] = (
+        *("auto", "required", "none", NamedTool(next(iter(offer.callees)))),
+        *(AllowedTools(recipients=texts), AllowedTools(recipients=texts, required=True), "required"),
+    )
     return TurnOptions(
         offer=offer,
-        tool_choice=choices[index % len(choices)],  # type: ignore[arg-type]
+        tool_choice=choices[index % len(choices)],
         parallel_tool_calls=index % 3 == 1,
         response_format=FORMS[index % len(FORMS)][0],
         max_reasoning_tokens=(None, 0, 7, 30)[index % 4],
     )
+
+
+def is_of_its_form(form: FreeText | Regex | Lark, text: str) -> None:
+    pattern = {FreeText: "(?s:.*)", Regex: "[a-f]{2,9}", Lark: r"[xy]+\]"}[type(form)]
+    assert re.fullmatch(pattern, text), text
 
 
 def validate(schema: Any, text: str) -> None:
@@ -126,7 +136,18 @@ def messages(tokenizer: Tokenizer, tokens: Sequence[int], offer: Offer) -> list[
         parser.feed(token)
     parser.flush()
     assert not parser.diagnostics
+    for message in parser.messages:
+        assert message.recipient is None or read_again(tokenizer, message, offer) == (message,)
     return [Said(message.channel, message.recipient, message.text) for message in parser.messages]
+
+
+def read_again(tokenizer: Tokenizer, message: Message, offer: Offer) -> tuple[Message, ...]:
+    """The message as history writes it, read by the same parser."""
+    parser = HarmonyParser(tokenizer, offer=offer, role=None)
+    for token in render(Conversation(messages=(message,)), tokenizer, upto=None).ids:
+        parser.feed(token)
+    parser.flush()
+    return parser.messages
 
 
 def their_messages(oracle: Any, shown: str) -> list[Said]:
@@ -160,7 +181,9 @@ def check(shown: str, said: Sequence[Said], options: TurnOptions, form: Any) -> 
         if recipient is not None:
             callee = {callee.recipient: callee for callee in options.callees}[recipient]
             assert (channel, match["end"]) == (callee.channel, "call")
-            if callee.tool is not None:
+            if callee.tool is not None and callee.tool.text_format is not None:
+                is_of_its_form(callee.tool.text_format, text)
+            elif callee.tool is not None:
                 assert isinstance(json.loads(text), dict)
                 if callee.tool.strict:
                     validate(callee.tool.parameters, text)
@@ -178,7 +201,7 @@ def check(shown: str, said: Sequence[Said], options: TurnOptions, form: Any) -> 
 def test_a_thousand_turns(engine: Engine, tokenizer: Tokenizer, oracle: Any) -> None:
     prompt = [tokenizer.control_tokens["<|start|>"], *tokenizer.encode("assistant")]
     # A random model would write for ever: what ends a text is as likely as all else together.
-    ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in '"}],')]
+    ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in '"}], ')]
     sampling = Sampling(temperature=2.0, seed=1, logit_bias=dict.fromkeys(ends, 8.0))
     all_options = [options_of(i, offer) for i, offer in enumerate(offers() * 2)]
     grammars = [TurnGrammar(tokenizer, options) for options in all_options]
@@ -225,6 +248,36 @@ def num_reasoning_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
     return count
 
 
+def test_plain_text_of_a_form(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Whatever the random model says has the form that was asked for, and then it ends."""
+    end = tokenizer.control_id("<|end|>")
+    ends = [end, *(tokenizer.encode(character)[0] for character in '"}],')]
+    sampling = Sampling(temperature=2.0, seed=1, logit_bias=dict.fromkeys(ends, 8.0))
+    forms = [*FORMS[1:], *((JsonSchema(entry["schema"]), partial(validate, entry["schema"])) for entry in STRICT[::12])]
+    requests = [
+        Request(
+            prompt=tokenizer.encode("to"),
+            max_tokens=CONTEXT - 16,
+            stop_ids=frozenset({end}),
+            sampling=sampling,
+            n=4,
+            cache=False,
+            constraint=TextGrammar(tokenizer, form, {end}),
+        )
+        for form, _ in forms
+    ]
+    completions, num_whole = run(engine, requests), 0
+    for i, completion in enumerate(completions):
+        if completion.finish == "stop":
+            assert completion.tokens[-1] == end and end not in completion.tokens[:-1]
+            forms[i // 4][1](tokenizer.decode(completion.tokens))
+            num_whole += 1
+        assert completion.finish in ("stop", "length")
+    assert num_whole >= 0.9 * len(completions)
+
+
 def test_a_constraint_is_what_the_engine_wants(tokenizer: Tokenizer) -> None:
     constraint: TokenConstraint = TurnGrammar(tokenizer, TurnOptions(offer=Offer()))()  # says the type checker
     assert list(constraint.forced()) == [tokenizer.control_tokens["<|channel|>"]]
+    constraint = TextGrammar(tokenizer, Choice(("<",)), {tokenizer.control_tokens["<|end|>"]})()
+    assert list(constraint.forced())[:1] == tokenizer.encode("<")

@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from freehold import __version__
-from freehold.cli import bench, cache, chat, convert, doctor, generate, harmony, inspect, pack, receipt, synth, terminal
+from freehold.cli import (
+    bench,
+    cache,
+    chat,
+    convert,
+    doctor,
+    generate,
+    harmony,
+    inspect,
+    keys,
+    pack,
+    receipt,
+    synth,
+    terminal,
+)
 from freehold.errors import FreeholdError, UsageError
 from freehold.log import NOTICE
 
@@ -27,6 +41,7 @@ for module in (chat, generate, inspect, bench, receipt, convert, synth, pack, do
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)
+app.add_typer(keys.app, name="keys", context_settings=HELP_OPTIONS)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,6 +13,15 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model fol
 Destination = Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; it appears when it is complete.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="sqlite:////folder/file.db or postgresql://user@host/name. Default: freehold.db in the data directory.",
+    ),
+]
+
 ReasoningEffort = Annotated[
     str | None,
     typer.Option(help="low, medium or high; for models that speak Harmony.", metavar="EFFORT"),

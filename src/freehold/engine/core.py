@@ -23,8 +23,8 @@ from freehold.engine.pace import Pace
 from freehold.engine.pages import Holding, Pages
 from freehold.engine.prefix import Prefix, PrefixCache, PrefixDigest
 from freehold.engine.prefix_files import PrefixFiles
-from freehold.engine.request import FinishReason, Request, Step, TokenLogprobs
-from freehold.engine.runner import Runner
+from freehold.engine.request import FinishReason, Request, RequestStats, Step
+from freehold.engine.runner import Result, Runner
 from freehold.engine.sampler import Masks
 from freehold.engine.scheduler import Plan, Scheduler, Work
 from freehold.engine.sequence import Sequence as Sample
@@ -75,21 +75,27 @@ class Engine:
         self._runner = Runner(transformer, self._store)
         self._masks = Masks(config.vocab_size)
         self._files = prefix_files
-        self.reset()
+        self._requests: dict[int, list[Sample]] = {}  # those that have not ended
         self._num_requests = 0
         self._totals: Counter[str] = Counter()
         self._busy_seconds = 0.0
+        self.reset()
 
     @property
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    @property
+    def num_live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
     def check(self, request: Request) -> None:
         """Raise UsageError for tokens that the model does not have, and for more of them than fit its context."""
         vocab, context = self.config.vocab_size, self.options.context
-        for token in request.prompt:
-            if not 0 <= token < vocab:
-                raise UsageError(f"token id {token} is outside this model's vocabulary of {vocab}")
+        if min(request.prompt) < 0 or max(request.prompt) >= vocab:  # a prompt may be long, and an event loop waits
+            token = next(token for token in request.prompt if not 0 <= token < vocab)
+            raise UsageError(f"token id {token} is outside this model's vocabulary of {vocab}")
         for name, ids in (("stop_ids", request.stop_ids), ("logit_bias", request.sampling.logit_bias)):
             for token in ids:
                 if not 0 <= token < vocab:
@@ -108,8 +114,9 @@ class Engine:
         self.check(request)
         request_id = self._num_requests
         samples = new_sequences(request, request_id, self._clock())
+        guesses = self.options.lookup and request.constraint is None and request.max_tokens > 0
         for sample in samples:
-            sample.lookup = Lookup() if self.options.lookup and request.constraint is None else None
+            sample.lookup = Lookup() if guesses else None
         if request.constraint is not None:
             try:
                 for sample in samples:
@@ -117,7 +124,7 @@ class Engine:
                     sampler.append_forced(sample, self.config.vocab_size)
             except BaseException as error:
                 raise sampler.fault("the constraint could not be made", error) from error
-        if self._files is not None and request.cache:
+        if self._files is not None and request.cache and request.prompt_logprobs is None:
             self._fetch_prefix(self._files, samples[0])
         self._num_requests += 1
         self._totals["prompt"] += len(request.prompt)
@@ -160,14 +167,14 @@ class Engine:
                 self._totals["cached"] += work.sequence.num_cached
         self._masks.start([work.sequence for work in plan.works if work.draws])
         try:
-            logits_SV = self._runner.run(plan)
+            result = self._runner.run(plan)
         except Exception as error:  # noqa: BLE001 - whoever was part of this step gets it; the others go on
             return outputs + self._failed(plan, error)
         except BaseException as interruption:  # noqa: BLE001 - it goes on to the caller
             for work in plan.works:  # what was half written will be computed again
                 self._scheduler.preempt(work.sequence)
             raise _Interrupted(interruption) from None
-        outputs += self._commit(plan, logits_SV)
+        outputs += self._commit(plan, result)
         seconds = self._clock() - start
         self._pace.observe(plan.num_decoding, plan.num_prefill, seconds)
         self._totals["steps"] += 1
@@ -178,9 +185,10 @@ class Engine:
         groups = self._pages.groups
         return EngineStats(
             running=len(self._scheduler.running),
-            waiting=sum(map(len, self._requests.values())) - len(self._scheduler.running),
+            waiting=max(0, sum(map(len, self._requests.values())) - len(self._scheduler.running)),
             cached_prefixes=len(self._prefixes),
             pages_in_use=tuple(group.pool.count - group.pool.num_free for group in groups),
+            pages_held=tuple(self._pages.num_held(self._scheduler.holdings())),
             pages=tuple(group.pool.count for group in groups),
             kv_bytes=self._store.num_bytes,
             requests=self._num_requests,
@@ -244,7 +252,9 @@ class Engine:
         self._pages = Pages(group_windows(self.config), self._counts, PAGE)
         self._prefixes = PrefixCache(self._pages)
         self._scheduler = Scheduler(self._pages, self._prefixes, self._pace, max_num_seqs=self.options.max_num_seqs)
-        self._requests: dict[int, list[Sample]] = {}  # those that have not ended
+        for samples in self._requests.values():
+            self._totals["preemptions"] += sum(sample.num_preemptions for sample in samples)
+        self._requests = {}
         self._store.forget_tables()
 
     def _fetch_prefix(self, files: PrefixFiles, sample: Sample) -> None:
@@ -298,25 +308,34 @@ class Engine:
                     ended.append(self._end(sample, "deadline"))
         return ended
 
-    def _commit(self, plan: Plan, logits_SV: Tensor) -> list[Output]:
+    def _commit(self, plan: Plan, result: Result) -> list[Output]:
         outputs, row = [], 0
-        for work in plan.works:
-            rows, row = row, row + work.num_rows
-            if work.num_rows:
-                outputs += self._draw(work, logits_SV[rows:row])
-            else:
+        failures: dict[int, FreeholdError] = {}
+        for work, prompt_logprobs in zip(plan.works, result.prompt_logprobs, strict=True):
+            sample, rows, row = work.sequence, row, row + work.num_rows
+            if sample.prompt_logprobs is not None:
+                sample.prompt_logprobs += prompt_logprobs
+            if not work.num_rows:
                 self._scheduler.commit(work)
-        return outputs
+                if not sample.pending:  # and nothing is to be drawn
+                    self._release_siblings(sample)
+                    outputs.append(self._end(sample, "length"))
+                continue
+            try:
+                outputs.append(self._draw(work, result.logits_SV[rows:row]))
+            except FreeholdError as error:
+                failures.setdefault(sample.request_id, error)
+        return outputs + [output for request_id in failures for output in self._fail(request_id, failures[request_id])]
 
-    def _draw(self, work: Work, logits_RV: Tensor) -> list[Output]:
-        sample, taken = work.sequence, []
-        right_guesses = 0
+    def _draw(self, work: Work, logits_RV: Tensor) -> Output:
+        """Raises FreeholdError where the sample cannot go on; what it has is not sent yet."""
+        sample, right_guesses = work.sequence, 0
         failure: FreeholdError | None = None
         try:
             for guess, logits_V in zip([*work.guesses, None], logits_RV, strict=True):
-                taken.append(sampler.draw(logits_V, sample, self._masks))
-                sampler.append(sample, taken[-1], self.config.vocab_size)
-                if taken[-1].token != guess or sample.finish is not None:
+                drawn = sampler.draw(logits_V, sample, self._masks)
+                sampler.append(sample, drawn, self.config.vocab_size)
+                if drawn.token != guess or sample.finish is not None:
                     break
                 right_guesses += 1
         except Exception as error:  # noqa: BLE001 - one sample's draw is nobody else's business
@@ -327,16 +346,19 @@ class Engine:
             self._totals["guessed"] += len(work.guesses)
             self._totals["guessed right"] += right_guesses
         if failure is not None:
-            return self._end_all([sample, *sample.siblings], failure)
+            raise failure
+        self._release_siblings(sample)
+        if sample.first_token is None:
+            sample.first_token = self._clock()
+        if sample.finish is not None:
+            return self._end(sample, sample.finish)
+        return self._send(sample)
+
+    def _release_siblings(self, sample: Sample) -> None:
+        """The prompt that they waited for has been read."""
         for sibling in sample.siblings:
             self._scheduler.add(sibling)
         sample.siblings = []
-        if sample.first_token is None:
-            sample.first_token = self._clock()
-        logprobs = tuple(drawn.logprobs for drawn in taken if drawn.logprobs is not None) or None
-        if sample.finish is not None:
-            return [self._end(sample, sample.finish, logprobs=logprobs)]
-        return [Output(sample.request_id, Step(index=sample.index, tokens=self._unsent(sample), logprobs=logprobs))]
 
     def _failed(self, plan: Plan, error: Exception) -> list[Output]:
         if is_out_of_memory(error):
@@ -346,19 +368,16 @@ class Engine:
         else:
             logger.error("a step of the engine failed", exc_info=error)
             typed = RequestError(f"the model failed: {type(error).__name__}: {error}")
-        return self._end_all([s for work in plan.works for s in (work.sequence, *work.sequence.siblings)], typed)
+        request_ids = dict.fromkeys(work.sequence.request_id for work in plan.works)
+        return [output for request_id in request_ids for output in self._fail(request_id, typed)]
 
-    def _end_all(self, samples: Sequence[Sample], error: FreeholdError) -> list[Output]:
-        return [self._end(sample, "error", error=error) for sample in samples]
+    def _fail(self, request_id: int, error: FreeholdError) -> list[Output]:
+        """End all samples of a request that have not ended, once their last tokens are on their way."""
+        samples = list(self._requests.get(request_id, ()))
+        last = [self._send(sample) for sample in samples if sample.num_sent < sample.num_generated]
+        return last + [self._end(sample, "error", error=error) for sample in samples]
 
-    def _end(
-        self,
-        sample: Sample,
-        reason: FinishReason,
-        *,
-        logprobs: tuple[TokenLogprobs, ...] | None = None,
-        error: FreeholdError | None = None,
-    ) -> Output:
+    def _end(self, sample: Sample, reason: FinishReason, *, error: FreeholdError | None = None) -> Output:
         """The sample's last output; nothing of it remains but what the prefix cache keeps."""
         sample.finish = reason
         if reason in ("stop", "length"):
@@ -377,18 +396,36 @@ class Engine:
         if not samples:
             del self._requests[sample.request_id]
             self._store.forget_tables()
-        self._totals["generated"] += sample.num_generated
         self._totals["preemptions"] += sample.num_preemptions
-        tokens = self._unsent(sample)
-        stats = sample.stats(self._clock())
-        step = Step(index=sample.index, tokens=tokens, logprobs=logprobs, finish=reason, stats=stats, error=error)
-        return Output(sample.request_id, step)
+        return self._send(sample, finish=reason, stats=sample.stats(self._clock()), error=error)
 
-    @staticmethod
-    def _unsent(sample: Sample) -> tuple[int, ...]:
+    def _send(
+        self,
+        sample: Sample,
+        *,
+        finish: FinishReason | None = None,
+        stats: RequestStats | None = None,
+        error: FreeholdError | None = None,
+    ) -> Output:
+        """What the caller does not have yet."""
         tokens = tuple(sample.tokens[len(sample.request.prompt) + sample.num_sent :])
         sample.num_sent += len(tokens)
-        return tokens
+        self._totals["generated"] += len(tokens)
+        logprobs, sample.unsent_logprobs = tuple(sample.unsent_logprobs), []
+        of_prompt = None
+        if sample.prompt_logprobs is not None and len(sample.prompt_logprobs) == len(sample.request.prompt):
+            of_prompt, sample.prompt_logprobs = tuple(sample.prompt_logprobs), None
+        step = Step(
+            index=sample.index,
+            tokens=tokens,
+            logprobs=logprobs or None,
+            prompt_logprobs=of_prompt,
+            num_cached_tokens=sample.num_cached,
+            finish=finish,
+            stats=stats,
+            error=error,
+        )
+        return Output(sample.request_id, step)
 
 
 class _Interrupted(BaseException):

@@ -8,7 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from itertools import chain
 
 from freehold.engine.core import Engine, Output
 from freehold.engine.metrics import EngineMetrics, EngineStats
@@ -86,12 +88,9 @@ class LocalEngine:
             self._mail[request_id] = deque()
         try:
             for step in self._steps(request_id, request.n):
-                if step.error is None:
-                    yield step
-                    continue
-                if step.tokens:
-                    yield _before_its_error(step)
-                raise step.error
+                if step.error is not None:
+                    raise step.error
+                yield step
         finally:
             self._forget(request_id)
 
@@ -136,7 +135,8 @@ class LocalEngine:
 class AsyncEngine:
     """Runs the engine on a thread of its own until `drain` or `close`.
 
-    A client that stops reading delays nobody: its steps wait for it, no more of them than it asked for tokens.
+    A client that stops reading delays nobody: its steps wait for it, no more of them than it asked for tokens, and what
+    has come of a sample in the meantime is read as one step.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -167,7 +167,7 @@ class AsyncEngine:
         if self._closing:
             raise ClosedError(_CLOSED)
         self._engine.check(request)
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = _Mailbox(asyncio.get_running_loop(), request.n)
         self._command(lambda: self._begin(request, mailbox))
         if self._ended.is_set():  # just now: nobody will read this command any more
             raise ClosedError(_CLOSED)
@@ -175,6 +175,25 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    async def check_integrity(self) -> None:
+        """Between two steps; raise AssertionError where the engine's books do not balance, or a request has no reader
+        or a reader no request."""
+        checked: Future[None] = Future()
+
+        def check() -> None:
+            try:
+                self._check()
+            except BaseException as error:  # noqa: BLE001 - it goes to who asked
+                checked.set_exception(error)
+            else:
+                checked.set_result(None)
+
+        self._command(check)
+        if self._ended.is_set():  # nothing changes any more, and nobody may come to read this command
+            self._check()
+        else:
+            await asyncio.wrap_future(checked)
 
     async def drain(self, timeout: float | None = None) -> None:
         """Take no more requests, let those that run come to their end, or end them after `timeout` seconds."""
@@ -252,43 +271,43 @@ class AsyncEngine:
             logger.error("a request could not be taken in", exc_info=error)
             _send_error(mailbox, RequestError(f"the engine failed: {type(error).__name__}: {error}"))
 
+    def _check(self) -> None:
+        self._engine.check_integrity()
+        orphans = [request_id for request_id in self._mail if not self._engine.is_live(request_id)]
+        assert not orphans, f"mailboxes of requests {orphans} were left behind"
+        assert len(self._mail) == self._engine.num_live, "a request runs that nobody reads"
+
     def _drop(self, mailbox: "_Mailbox") -> None:
         if mailbox.request_id is not None and self._mail.pop(mailbox.request_id, None) is not None:
-            self._count(self._engine.abort(mailbox.request_id))
+            self._deliver(self._engine.abort(mailbox.request_id))  # to the books alone
 
     def _stop(self) -> None:
         self._stopping = True
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
-        self._count(outputs)
         letters: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Step]]] = {}
         for request_id, step in outputs:
+            self.metrics.observe(step)
             mailbox = self._mail.get(request_id)
-            if mailbox is not None:
-                letters.setdefault(mailbox.loop, []).append((mailbox, step))
+            if mailbox is None:
+                continue
+            letters.setdefault(mailbox.loop, []).append((mailbox, step))
+            if step.finish is not None:
+                mailbox.num_samples -= 1
+                if not mailbox.num_samples:
+                    del self._mail[request_id]
         for loop, steps in letters.items():
             if not _send(loop, steps):
                 for mailbox, _ in steps:
                     self._drop(mailbox)
-        for request_id, _ in outputs:
-            if not self._engine.is_live(request_id):
-                self._mail.pop(request_id, None)
 
     def _fail_all(self, error: BaseException) -> None:
         typed = RequestError(f"the engine failed: {type(error).__name__}: {error}")
         for mailbox in self._mail.values():
+            self.metrics.lose(mailbox.num_samples)
             _send_error(mailbox, typed)
         self._mail.clear()
         self._engine.reset()
-
-    def _count(self, outputs: Sequence[Output]) -> None:
-        for _, step in outputs:
-            self.metrics.observe(step)
-
-
-def _before_its_error(step: Step) -> Step:
-    """The tokens that a sample had before it failed."""
-    return replace(step, finish=None, stats=None, error=None)
 
 
 def _tend(engine: Engine, unless: Callable[[], bool] = lambda: False) -> None:
@@ -305,17 +324,46 @@ def _tend(engine: Engine, unless: Callable[[], bool] = lambda: False) -> None:
 class _Mailbox:
     """Where one request's steps wait for their reader, on the reader's event loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    __slots__ = ("_arrival", "closed", "loop", "num_samples", "request_id", "steps")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, num_samples: int) -> None:
         self.loop = loop
-        self.request_id: int | None = None  # known to the engine's thread
+        self.request_id: int | None = None  # this and the next are the engine's thread's
+        self.num_samples = num_samples  # that have not ended
         self.closed = False
         self.steps: deque[Step] = deque()
-        self.arrived = asyncio.Event()
+        self._arrival: asyncio.Future[None] | None = None
 
     def put(self, step: Step) -> None:
         if not self.closed:
             self.steps.append(step)
-            self.arrived.set()
+            self.wake()
+
+    def wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    async def wait(self) -> None:
+        """Until something has come, or nothing will."""
+        if self._arrival is not None:
+            raise RuntimeError("two tasks cannot read one stream")
+        self._arrival = self.loop.create_future()
+        try:
+            await self._arrival
+        finally:
+            self._arrival = None
+
+    def take(self) -> Step:
+        """The first step, joined with what has come of the same sample since, up to an error, which ends them all."""
+        first = self.steps.popleft()
+        if not self.steps or first.error is not None:
+            return first
+        same, others = [first], deque[Step]()
+        while self.steps and self.steps[0].error is None:
+            step = self.steps.popleft()
+            (same if step.index == first.index else others).append(step)
+        self.steps.extendleft(reversed(others))
+        return _joined(same)
 
 
 class Stream(AsyncIterator[Step]):
@@ -331,16 +379,12 @@ class Stream(AsyncIterator[Step]):
         while not mailbox.steps:
             if mailbox.closed or not self._open:
                 raise StopAsyncIteration
-            mailbox.arrived.clear()
             try:
-                await mailbox.arrived.wait()
+                await mailbox.wait()
             except asyncio.CancelledError:
                 self._close()
                 raise
-        step = mailbox.steps.popleft()
-        if step.error is not None and step.tokens:
-            mailbox.steps.appendleft(replace(step, tokens=(), logprobs=None))
-            return _before_its_error(step)
+        step = mailbox.take()
         if step.finish is not None:
             self._open -= 1
         if step.error is not None:
@@ -353,17 +397,32 @@ class Stream(AsyncIterator[Step]):
         self._close()
 
     def __del__(self) -> None:
-        self._close()
+        self._leave()  # on whatever thread the garbage collector runs; nobody waits any more
 
     def _close(self) -> None:
+        self._leave()
+        self._mailbox.wake()
+
+    def _leave(self) -> None:
         mailbox = self._mailbox
         if not mailbox.closed:
             mailbox.closed = True
             mailbox.steps.clear()
-            mailbox.arrived.set()
             if self._open:
                 self._open = 0
                 self._abort(mailbox)
+
+
+def _joined(steps: Sequence[Step]) -> Step:
+    """Of one sample, in order."""
+    if len(steps) == 1:
+        return steps[0]
+    return replace(
+        steps[-1],
+        tokens=tuple(chain.from_iterable(step.tokens for step in steps)),
+        logprobs=tuple(chain.from_iterable(step.logprobs or () for step in steps)) or None,
+        prompt_logprobs=next((step.prompt_logprobs for step in steps if step.prompt_logprobs is not None), None),
+    )
 
 
 def _send_error(mailbox: _Mailbox, error: FreeholdError) -> None:

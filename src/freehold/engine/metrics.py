@@ -18,13 +18,15 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Now, and since the engine was made. `pages_in_use` are those of sequences and cached prefixes, per group;
-    `kv_bytes` is what all pages take once they have been written."""
+    """Now, and since the engine was made. `pages_in_use` are those of sequences and cached prefixes, per group,
+    `pages_held` those that running sequences need, so that nothing else could have them; `kv_bytes` is what all pages
+    take once they have been written. Taken while a step runs on another thread, they are nearly right."""
 
     running: int
     waiting: int
     cached_prefixes: int
     pages_in_use: tuple[int, ...]
+    pages_held: tuple[int, ...]
     pages: tuple[int, ...]
     kv_bytes: int
     requests: int
@@ -56,6 +58,10 @@ class EngineMetrics:
             "freehold_finished", "Sequences, by how they ended.", ["reason"], registry=self.registry
         )
 
+    def lose(self, num_samples: int) -> None:
+        """So many ended with an error that no step of theirs tells of."""
+        self._finished.labels("error").inc(num_samples)
+
     def observe(self, step: Step) -> None:
         if step.finish is None:
             return
@@ -82,6 +88,11 @@ class _Now(Collector):
             ("running", "Sequences in the batch.", stats.running),
             ("waiting", "Sequences that wait.", stats.waiting),
             ("cached_prefixes", "Prefixes that later prompts may go on from.", stats.cached_prefixes),
+            (
+                "kv_cache_usage_ratio",
+                "Of the KV cache's pages, the part that running sequences hold, in the group that is fullest.",
+                max((held / total for held, total in zip(stats.pages_held, stats.pages, strict=True)), default=0.0),
+            ),
         ):
             yield GaugeMetricFamily(f"freehold_{name}", text, value)
         pages = GaugeMetricFamily("freehold_pages", "Pages of the KV cache.", labels=["group"])
@@ -93,8 +104,8 @@ class _Now(Collector):
         for name, text, count in (
             ("requests", "Requests submitted.", stats.requests),
             ("prompt_tokens", "Tokens of their prompts.", stats.prompt_tokens),
-            ("cached_tokens", "Of these, tokens that were not computed again.", stats.cached_tokens),
-            ("generated_tokens", "Tokens generated, by sequences that have ended.", stats.generated_tokens),
+            ("cached_tokens", "Of these, tokens that the prefix cache spared.", stats.cached_tokens),
+            ("generated_tokens", "Tokens generated.", stats.generated_tokens),
             ("guessed_tokens", "Tokens guessed at, and read along.", stats.guessed_tokens),
             ("right_guesses", "Of these, tokens that were drawn.", stats.right_guesses),
             ("preemptions", "Sequences pushed out for want of pages, by those that have ended.", stats.preemptions),

@@ -197,12 +197,17 @@ class Pages:
         firsts = [group.first_in_sight(length, self.page_size) for group in self.groups]
         return self._leave([max(0, self._num_pages(length) - first) for first in firsts], others)
 
-    def _leave(self, needed: Sequence[int], holdings: Iterable[Holding]) -> bool:
+    def num_held(self, holdings: Iterable[Holding]) -> list[int]:
+        """Pages of these holdings, per group, each counted once."""
         held: list[set[int]] = [set() for _ in self.groups]
         for holding in holdings:
             for pages, table, first in zip(held, holding.tables, holding.firsts, strict=True):
                 pages.update(table[first:])
-        return all(g.pool.count - len(p) >= n for g, p, n in zip(self.groups, held, needed, strict=True))
+        return [len(pages - {HOLE}) for pages in held]
+
+    def _leave(self, needed: Sequence[int], holdings: Iterable[Holding]) -> bool:
+        held = self.num_held(holdings)
+        return all(g.pool.count - h >= n for g, h, n in zip(self.groups, held, needed, strict=True))
 
     def release(self, holding: Holding) -> None:
         for group, table, first in zip(self.groups, holding.tables, holding.firsts, strict=True):

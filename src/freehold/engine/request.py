@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from freehold.errors import FreeholdError, UsageError
-from freehold.sampling import DEFAULT_SAMPLING, Sampling
+from freehold.sampling import DEFAULT_SAMPLING, MOST_LOGPROBS, Sampling
 
 FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
@@ -46,7 +46,11 @@ class Request:
     that a later prompt may begin with: the ends of its messages. `cache` lets this request use what others left, and
     leave what it computed; only requests of the same `cache_salt` share. Of waiting requests that with the lowest
     `priority` goes first, then who came first. `deadline` is in seconds from submission. `constraint` is called once
-    for each of the `n` samples.
+    for each of the `n` samples, which are one answer: where one of them fails, all end with its error.
+
+    `prompt_logprobs` asks for the logprob of each token of the prompt, by the model's own logits, and for so many of
+    the likeliest in its place. All of the prompt is computed for that, whatever is cached of it. Nothing need be
+    generated then: `max_tokens` may be 0.
     """
 
     prompt: Sequence[int]
@@ -54,6 +58,7 @@ class Request:
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = DEFAULT_SAMPLING
+    prompt_logprobs: int | None = None
     n: int = 1
     boundaries: Sequence[int] = ()
     cache: bool = True
@@ -70,8 +75,11 @@ class Request:
                 raise UsageError(f"{name} must be whole numbers: {error}") from None
         if not len(self.prompt):
             raise UsageError("the prompt is empty; give at least one token")
+        asked = self.prompt_logprobs
+        if asked is not None and not (type(asked) is int and 0 <= asked <= MOST_LOGPROBS):
+            raise UsageError(f"prompt_logprobs must be between 0 and {MOST_LOGPROBS}, got {asked!r}")
         for name, value, least in (
-            ("max_tokens", self.max_tokens, 1),
+            ("max_tokens", self.max_tokens, 1 if asked is None else 0),
             ("min_tokens", self.min_tokens, 0),
             ("n", self.n, 1),
             ("priority", self.priority, None),
@@ -125,12 +133,17 @@ class RequestStats:
 class Step:
     """More of a request's sample `index`: usually one token, several where they were forced or guessed right.
 
-    The last one of a sample says why it ended and has its statistics; `error` is there where the reason is "error".
+    The last one of a sample says why it ended and has its statistics; where the reason is "error" it has that too, and
+    no tokens: those came before. Where they were asked for, `prompt_logprobs` come once, with the first step of sample
+    0: one entry per token of the prompt, None for the first, which nothing comes before. They are missing only where
+    that sample ended before its prompt had been read. `num_cached_tokens` of the prompt were not computed for it.
     """
 
     index: int
     tokens: tuple[int, ...]
+    num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish: FinishReason | None = None
     stats: RequestStats | None = None
     error: FreeholdError | None = None
@@ -142,6 +155,7 @@ class Completion:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish: FinishReason | None = None
     stats: RequestStats | None = None
     error: FreeholdError | None = None
@@ -149,5 +163,8 @@ class Completion:
     def add(self, step: Step) -> None:
         self.tokens += step.tokens
         if step.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + list(step.logprobs)
+            self.logprobs = self.logprobs or []
+            self.logprobs += step.logprobs
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = step.prompt_logprobs
         self.finish, self.stats, self.error = step.finish, step.stats, step.error

@@ -32,7 +32,18 @@ class Work:
 
     @property
     def draws(self) -> bool:
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.start + self.count == len(self.sequence.tokens) and self.sequence.request.max_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Positions in the prompt whose logits say how likely the next of its tokens was, where that is wanted still.
+
+        A sequence that was pushed out knows some of them already.
+        """
+        if self.sequence.prompt_logprobs is None:
+            return range(0)
+        first = max(self.start, len(self.sequence.prompt_logprobs) - 1)
+        return range(first, min(self.start + self.count, len(self.sequence.request.prompt) - 1))
 
     @property
     def tokens(self) -> list[int]:
@@ -128,12 +139,12 @@ class Scheduler:
         self.add(sequence)
 
     def holdings(self) -> Iterator[Holding]:
-        return (sequence.holding for sequence in self.running if sequence.holding is not None)
+        return (holding for sequence in self.running if (holding := sequence.holding) is not None)
 
     def _admit(self, sequence: Sequence, budget: int, plan: Plan) -> int:
         """The number of tokens planned; 0 where it has to wait."""
         sequence.plan_snapshots()
-        cached = self._prefixes.find(sequence.tokens, len(sequence.tokens) - 1, sequence.salt)
+        cached = self._prefixes.find(sequence.tokens, sequence.most_cached, sequence.salt)
         holding = self._pages.new_holding() if cached is None else self._pages.restore(cached.snapshot)
         count = min(len(sequence.tokens) - holding.length, budget)
         stop = holding.length + count

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from freehold.engine.lookup import Lookup
 from freehold.engine.pages import Holding
 from freehold.engine.prefix import PrefixDigest
-from freehold.engine.request import FinishReason, Request, RequestStats, TokenConstraint
+from freehold.engine.request import FinishReason, Request, RequestStats, TokenConstraint, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -29,8 +29,10 @@ class Sequence:
     constraint: TokenConstraint | None = None
     lookup: Lookup | None = None  # where guessing is allowed
     siblings: list["Sequence"] = field(default_factory=list)  # wait for this one's prompt
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # those known so far, until the caller has them
     counts: Counter[int] = field(default_factory=Counter)  # of tokens generated
     num_sent: int = 0  # generated tokens that the caller has
+    unsent_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the others, where they are wanted
     num_cached: int = 0
     num_preemptions: int = 0
     started: float | None = None
@@ -47,6 +49,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def most_cached(self) -> int:
+        """How much may come from a cached prefix: what is wanted of the logits in between is not cached."""
+        return len(self.tokens) - 1 if self.prompt_logprobs is None else len(self.prompt_logprobs) - 1
+
+    @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
@@ -55,11 +62,13 @@ class Sequence:
         """Who goes first: the lower."""
         return self.request.priority, self.arrival, self.index
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """One more token, drawn or forced. Sets `finish` where it is the last one. Raises what the constraint does."""
         if self.constraint is not None:
             self.constraint.accept(token)
         self.tokens.append(token)
+        if logprobs is not None:
+            self.unsent_logprobs.append(logprobs)
         self.counts[token] += 1
         if token in self.request.stop_ids or (self.constraint is not None and self.constraint.is_finished()):
             self.finish = "stop"
@@ -113,4 +122,5 @@ def new_sequences(request: Request, request_id: int, now: float) -> list[Sequenc
         for index in range(request.n)
     ]
     sequences[0].siblings = sequences[1:]
+    sequences[0].prompt_logprobs = None if request.prompt_logprobs is None else [None]
     return sequences

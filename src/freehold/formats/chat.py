@@ -12,12 +12,14 @@ from typing import Literal, Protocol, TypedDict, Unpack
 from freehold.errors import CheckpointError, UnsupportedError, UsageError
 from freehold.formats.conversation import Conversation, DeveloperContent, Message, SystemContent, text_message
 from freehold.formats.events import Event, MessageDone, MessageStart, TextDelta
-from freehold.formats.harmony.grammar import AnswerFormat, NamedTool, TurnGrammar, TurnOptions
+from freehold.formats.forms import AnswerFormat
+from freehold.formats.harmony.grammar import ToolChoice, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
 from freehold.formats.harmony.render import Rendered, render
 from freehold.formats.harmony.vocabulary import MESSAGE, START, HarmonyVocabulary, speaks_harmony
 from freehold.formats.templates import ChatTemplate
+from freehold.formats.text_grammar import TextGrammar
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 
 
@@ -42,14 +44,14 @@ class Turn:
 
     prompt: Rendered
     stop_ids: frozenset[int]
-    grammar: TurnGrammar | None
+    grammar: TurnGrammar | TextGrammar | None
     new_reader: Callable[[], ReplyReader]
 
 
 class TurnChoices(TypedDict, total=False):
     """What a caller may ask of a turn; see freehold.formats.harmony.grammar.TurnOptions."""
 
-    tool_choice: Literal["none", "auto", "required"] | NamedTool
+    tool_choice: ToolChoice
     parallel_tool_calls: bool
     response_format: AnswerFormat | None
     reasoning: Literal["optional", "required"]
@@ -60,6 +62,11 @@ def _wishes(choices: TurnChoices) -> list[str]:
     """The choices that are not the default."""
     defaults = {field.name: field.default for field in fields(TurnOptions)}
     return [name for name, value in choices.items() if value != defaults[name]]
+
+
+def _refuse_without_grammar(wishes: Sequence[str]) -> None:
+    if wishes:
+        raise UsageError(f"{', '.join(wishes)}: nothing keeps the model to it while the grammar is off")
 
 
 class ChatFormat(Protocol):
@@ -133,8 +140,8 @@ class HarmonyFormat:
         whole = self._whole(conversation)
         offer = Offer.of(whole)
         made = TurnGrammar(self._tokenizer, TurnOptions(offer=offer, **choices)) if grammar else None
-        if made is None and (wishes := _wishes(choices)):
-            raise UsageError(f"{', '.join(wishes)}: nothing keeps the model to it while the grammar is off")
+        if made is None:
+            _refuse_without_grammar(_wishes(choices))
         return Turn(
             prompt=render(whole, self._tokenizer),
             stop_ids=self._stop_ids if made is None else made.stop_ids,
@@ -203,14 +210,18 @@ class TemplateFormat:
         return Rendered(prompt, _after(prompt, self._stop_ids))
 
     def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
-        """The structure is the template's own: there is none to enforce, and nothing to ask for."""
-        if wishes := _wishes(choices):
-            raise UnsupportedError(f"{', '.join(wishes)}: that takes a model that speaks Harmony")
+        """The structure is the template's own, and there is none to enforce: an answer's form is all to ask for."""
+        wishes = _wishes(choices)
+        if beyond := [wish for wish in wishes if wish != "response_format"]:
+            raise UnsupportedError(f"{', '.join(beyond)}: that takes a model that speaks Harmony")
+        if not grammar:
+            _refuse_without_grammar(wishes)
+        form = choices.get("response_format")
         return Turn(
             prompt=self.render(conversation),
             stop_ids=self._stop_ids,
-            grammar=None,
-            new_reader=lambda: _PlainReader(self._tokenizer),
+            grammar=None if form is None else TextGrammar(self._tokenizer, form, self._stop_ids),
+            new_reader=lambda: _PlainReader(self._tokenizer, self._stop_ids),
         )
 
 
@@ -225,9 +236,11 @@ def _is_harmony_only(message: Message) -> bool:
 
 
 class _PlainReader:
-    """Everything is one message, an answer. Stop tokens are control tokens, and add nothing."""
+    """Everything is one message, an answer. Stop tokens add nothing to it, nor do other control tokens."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Set[int]) -> None:
+        self._stop_ids = stop_ids
+        self._stop_id: int | None = None
         self._detokenizer = Detokenizer(tokenizer)
         self._pieces: list[str] = []
         self._started = False
@@ -237,10 +250,13 @@ class _PlainReader:
         return (text_message("assistant", "".join(self._pieces)),)
 
     def feed(self, token_id: int) -> list[Event]:
+        if token_id in self._stop_ids:
+            self._stop_id = token_id
+            return self._say("")
         return self._say(self._detokenizer.feed(token_id))
 
     def flush(self) -> list[Event]:
-        return [*self._say(self._detokenizer.flush()), MessageDone(message=self.messages[0], stop_id=None)]
+        return [*self._say(self._detokenizer.flush()), MessageDone(message=self.messages[0], stop_id=self._stop_id)]
 
     def _say(self, text: str) -> list[Event]:
         events: list[Event] = [] if self._started else [MessageStart(role="assistant")]

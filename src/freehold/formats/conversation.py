@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any, Literal, TypeVar, get_args
 
 from freehold.errors import UnsupportedError, UsageError
+from freehold.formats.forms import FreeText, Lark, Regex, TextFormat
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Channel = Literal["analysis", "commentary", "final"]
@@ -47,19 +48,28 @@ class Text:
 class Tool:
     """A function that the model may call; `parameters` is a JSON schema, None where it takes none.
 
-    The arguments of a `strict` one always match its schema.
+    The arguments of a `strict` one always match its schema. One with a `text_format` is sent plain text of that form
+    instead of JSON.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    text_format: TextFormat | None = None
 
     def __post_init__(self) -> None:
         _check_name("tool", self.name)
         _check_string(f"tool {self.name!r}: description", self.description)
         if self.parameters is not None and not isinstance(self.parameters, Mapping):
             raise UsageError(f"tool {self.name!r}: parameters must be a JSON schema object, got {self.parameters!r}")
+        if not isinstance(self.text_format, TextFormat | None):
+            raise UsageError(
+                f"tool {self.name!r}: text_format must be FreeText(), Regex(...) or Lark(...), got "
+                f"{self.text_format!r:.80}"
+            )
+        if self.text_format is not None and (self.parameters is not None or self.strict):
+            raise UsageError(f"tool {self.name!r} takes plain text; parameters and strict are for JSON arguments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +222,10 @@ class Conversation:
     ) -> "Conversation":
         """Read `messages` and `tools` of OpenAI's chat API; text only.
 
-        Reasoning (`reasoning_content`, `reasoning`, `thinking`), content and each tool call become messages of their
-        own. The tools, also in the Responses API's flat form, are offered after the leading system messages.
+        Reasoning (`reasoning_content`, `reasoning`, `thinking`, the text of `reasoning_details`), content and each tool
+        call become messages of their own. The tools, functions and custom ones, also in the Responses API's flat form,
+        are offered after the leading system messages. Of several calls of one id the latest is the one that a result
+        answers. What client libraries add to the messages that they send back is taken where it says nothing new.
         """
         result = [*chain.from_iterable(_each(messages, "message", _OpenAIReader().messages))]
         if offered := tuple(_each(tools or (), "tool", _openai_tool)):
@@ -237,6 +249,8 @@ class Conversation:
 # --- OpenAI's chat dicts ------------------------------------------------------------------------------------
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_OF_LIBRARIES = ("parsed", "provider_specific_fields", "reasoning_details")
+"""What openai's `.parse()`, litellm and OpenRouter's clients leave in an assistant's message."""
 
 
 class _OpenAIReader:
@@ -257,24 +271,31 @@ class _OpenAIReader:
         return [Message(role=role, parts=_text_parts(raw.get("content")), name=raw.get("name"))]
 
     def _assistant(self, raw: Mapping[str, Any]) -> list[Message]:
-        _check_fields(raw, ("role", "content", "name", "tool_calls", *_REASONING))
-        name, content, calls = raw.get("name"), raw.get("content"), raw.get("tool_calls") or ()
+        _check_fields(raw, ("role", "content", "refusal", "name", "tool_calls", *_REASONING, *_OF_LIBRARIES))
+        name, calls = raw.get("name"), raw.get("tool_calls") or ()
         thoughts = [thought for field in _REASONING if (thought := raw.get(field))]
+        if details := _reasoning_details(raw.get("reasoning_details") or ()):
+            thoughts.append(details)
         if any(thought != thoughts[0] for thought in thoughts):
-            raise UsageError(f"the fields {', '.join(_REASONING)} say different things; give one of them")
+            raise UsageError(
+                f"the fields {', '.join(_REASONING)} and reasoning_details say different things; give one of them"
+            )
+        _check_says_nothing_new(raw)
+        content = _answer_parts(raw, may_be_missing=bool(calls or thoughts))
         said = []
         if thoughts:
             said.append(Message(role="assistant", parts=(Text(text=thoughts[0]),), channel="analysis", name=name))
-        if content or not (calls or thoughts):
+        if any(part.text for part in content) or not (calls or thoughts):
             channel: Channel | None = "commentary" if calls else None  # text before calls is a preamble
-            said.append(Message(role="assistant", parts=_text_parts(content), channel=channel, name=name))
+            said.append(Message(role="assistant", parts=content, channel=channel, name=name))
         return said + _each(calls, "tool call", lambda call: self._call(call, author=name))
 
     def _call(self, raw: Mapping[str, Any], *, author: str | None) -> Message:
-        _check_fields(raw, ("id", "type", "function", "index"))
-        function = _function(raw)
-        _check_fields(function, ("name", "arguments"))
-        callee, arguments = _string(function, "name"), _string(function, "arguments")
+        kind = "custom" if raw.get("type") == "custom" else "function"
+        _check_fields(raw, ("id", "type", kind, "index"))
+        function, field = _function(raw, kind), "input" if kind == "custom" else "arguments"
+        _check_fields(function, ("name", field) if kind == "custom" else ("name", field, "parsed_arguments"))
+        callee, arguments = _string(function, "name"), _string(function, field)
         if raw.get("id") is not None:
             self._callees[_string(raw, "id")] = callee
         return Message(
@@ -282,7 +303,7 @@ class _OpenAIReader:
             parts=(Text(text=arguments),),
             channel="commentary",
             recipient=f"functions.{callee}",
-            content_type="<|constrain|>json",
+            content_type=None if kind == "custom" else "<|constrain|>json",
             name=author,
         )
 
@@ -303,33 +324,99 @@ class _OpenAIReader:
         )
 
 
-def _text_parts(content: Any) -> tuple[Part, ...]:
+def _reasoning_details(raws: Any) -> str:
+    """The reasoning in OpenRouter's words. What is encrypted, or a summary, is none that can be given to a model."""
+
+    def text(raw: Mapping[str, Any]) -> str:
+        if _string(raw, "type") != "reasoning.text":
+            raise UnsupportedError(f"type {raw['type']!r} is not supported; reasoning.text is")
+        _check_fields(raw, ("type", "text", "signature", "id", "format", "index"))
+        return _string(raw, "text", missing="")
+
+    return "".join(_each(raws, "reasoning detail", text))
+
+
+def _check_says_nothing_new(raw: Mapping[str, Any]) -> None:
+    """`parsed` is what a library made of the content, and need not be read; a copy of fields is to be one."""
+    if raw.get("parsed") is not None and not raw.get("content"):
+        raise UsageError("parsed is there, but not the content that it was made of; give that")
+    if raw.get("provider_specific_fields") is not None:
+        for key, value in _mapping(raw, "provider_specific_fields").items():
+            if value not in (None, [], {}, *(raw.get(field) for field in (key, *_REASONING))):
+                raise UnsupportedError(f"provider_specific_fields: field {key!r} is not supported; leave it out")
+
+
+def _answer_parts(raw: Mapping[str, Any], *, may_be_missing: bool) -> tuple[Text, ...]:
+    """What an assistant's message says to the user. An explicit null is an empty answer, as of a reply that was cut off
+    while it was reasoning; a refusal is an answer as well."""
+    refusal = () if raw.get("refusal") is None else (Text(text=_string(raw, "refusal")),)
+    if raw.get("content") is None and (may_be_missing or refusal or "content" in raw):
+        return refusal or (Text(text=""),)
+    return (*_text_parts(raw.get("content"), read=_answer_part), *refusal)
+
+
+def _text_parts(content: Any, *, read: Callable[[Mapping[str, Any]], Text] | None = None) -> tuple[Text, ...]:
     if isinstance(content, str):
         return (Text(text=content),)
     if not isinstance(content, list | tuple):
         raise UsageError(f"content must be a string or a list of parts, got {type(content).__name__}")
-    return tuple(_each(content, "part", _text_part))
+    return tuple(_each(content, "part", read or _text_part))
 
 
 def _text_part(raw: Mapping[str, Any]) -> Text:
     if _string(raw, "type") != "text":
         raise UnsupportedError(f"type {raw['type']!r} is not supported; gpt-oss reads text only")
-    _check_fields(raw, ("type", "text"))
+    _check_fields(raw, ("type", "text", "cache_control"))
+    # It asks for what happens anyway: that a later prompt which begins alike is not computed anew.
+    if raw.get("cache_control") not in (None, {"type": "ephemeral"}):
+        raise UnsupportedError(f"cache_control {raw['cache_control']!r:.80} is not supported; leave it out")
     return Text(text=_string(raw, "text"))
+
+
+def _answer_part(raw: Mapping[str, Any]) -> Text:
+    if raw.get("type") != "refusal":
+        return _text_part(raw)
+    _check_fields(raw, ("type", "refusal"))
+    return Text(text=_string(raw, "refusal"))
 
 
 def _openai_tool(raw: Mapping[str, Any]) -> Tool:
     """In the form of the chat API, or of the Responses API, which has the function's fields beside its type."""
-    if "function" not in raw:
-        raw = {"type": raw.get("type"), "function": {key: value for key, value in raw.items() if key != "type"}}
-    _check_fields(raw, ("type", "function"))
-    return _tool(_function(raw))
+    kind = "custom" if raw.get("type") == "custom" else "function"
+    if kind not in raw:
+        raw = {"type": raw.get("type"), kind: {key: value for key, value in raw.items() if key != "type"}}
+    _check_fields(raw, ("type", kind))
+    return (_custom_tool if kind == "custom" else _tool)(_function(raw, kind))
 
 
-def _function(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    if raw.get("type") not in (None, "function"):
-        raise UnsupportedError(f"type {raw['type']!r} is not supported; functions are")
-    return _mapping(raw, "function")
+def _function(raw: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    if raw.get("type") not in (None, kind):
+        raise UnsupportedError(f"type {raw['type']!r} is not supported; functions and custom tools are")
+    return _mapping(raw, kind)
+
+
+def _custom_tool(raw: Mapping[str, Any]) -> Tool:
+    _check_fields(raw, ("name", "description", "format"))
+    return Tool(
+        name=_string(raw, "name"),
+        description=_string(raw, "description", missing=""),
+        text_format=FreeText() if raw.get("format") is None else _text_format(_mapping(raw, "format")),
+    )
+
+
+def _text_format(raw: Mapping[str, Any]) -> TextFormat:
+    match raw.get("type"):
+        case "text":
+            _check_fields(raw, ("type",))
+            return FreeText()
+        case "grammar":
+            if "grammar" in raw:
+                _check_fields(raw, ("type", "grammar"))
+                raw = {"type": "grammar", **_mapping(raw, "grammar")}
+            _check_fields(raw, ("type", "syntax", "definition"))
+            _check_known("syntax", raw.get("syntax", ""), ("lark", "regex"))
+            return (Lark if raw["syntax"] == "lark" else Regex)(_string(raw, "definition"))
+    raise UnsupportedError(f"format {raw.get('type')!r:.40} is not supported; text and grammar are")
 
 
 def _tool(raw: Mapping[str, Any]) -> Tool:

@@ -138,6 +138,8 @@ def _function(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Tool, say: Say) -> dict[str, Any]:
+    if tool.text_format is not None:
+        raise UnsupportedError(f"chat templates know functions of JSON arguments only; tool {tool.name!r} takes text")
     parameters = {"type": "object", "properties": {}} if tool.parameters is None else _said(tool.parameters, say)
     return {"name": say(tool.name), "description": say(tool.description), "parameters": parameters}
 

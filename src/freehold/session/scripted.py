@@ -155,6 +155,7 @@ class ScriptedRunner:
             waiting=0,
             cached_prefixes=0,
             pages_in_use=(),
+            pages_held=(),
             pages=(),
             kv_bytes=0,
             requests=self._num_requests,
@@ -202,6 +203,8 @@ class ScriptedRunner:
         for index in range(request.n):
             constraint = None if request.constraint is None else request.constraint()
             began = time.monotonic()
+            if not request.max_tokens:
+                yield self._step(request, index, (), "length", began, 0)
             for number, token in enumerate(script[: request.max_tokens], start=1):
                 await asyncio.sleep(max(0.0, began + number * self._pause - time.monotonic()))
                 finish: FinishReason | None = None
@@ -258,11 +261,24 @@ class ScriptedRunner:
                 first_token_seconds=self._pause if num_tokens else None,
                 total_seconds=time.monotonic() - began,
             )
-        top = request.sampling.logprobs
-        scored = None if top is None else tuple(TokenLogprobs(0.0, ((id_, 0.0),) if top else ()) for id_ in tokens)
-        step = Step(index=index, tokens=tokens, logprobs=scored, finish=finish, stats=stats)
+        of_prompt = None
+        if request.prompt_logprobs is not None and index == 0 and num_tokens == len(tokens):  # its first step
+            of_prompt = (None, *_certain(request.prompt[1:], request.prompt_logprobs))
+        step = Step(
+            index=index,
+            tokens=tokens,
+            logprobs=None if request.sampling.logprobs is None else _certain(tokens, request.sampling.logprobs),
+            prompt_logprobs=of_prompt,
+            finish=finish,
+            stats=stats,
+        )
         self.metrics.observe(step)
         return step
+
+
+def _certain(tokens: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
+    """Nothing else could have come."""
+    return tuple(TokenLogprobs(0.0, ((token, 0.0),) if top else ()) for token in tokens)
 
 
 class ScriptedSteps:

@@ -163,7 +163,9 @@ class Body:
 
     def _may_be_mended(self) -> bool:
         callee = self._callee
-        return callee is not None and (callee.tool is None or not callee.tool.parameters or _code_field(callee) != "")
+        if callee is None or _takes_any_text(callee):
+            return False
+        return callee.tool is None or not callee.tool.parameters or _code_field(callee) != ""
 
     def _must_be_mended(self, first: str) -> bool:
         """By the first character of the arguments."""
@@ -173,7 +175,7 @@ class Body:
 
     def _arguments(self) -> Arguments:
         text, callee = "".join(self.text), self._callee
-        if callee is None:
+        if callee is None or _takes_any_text(callee):
             return Arguments(text)
         if callee.tool is None:
             return _code(text) if self._doubt == "held" else Arguments(text)
@@ -183,6 +185,11 @@ class Body:
             mended = json.dumps({_code_field(callee): text}, ensure_ascii=False)
             return Arguments(mended, report=Report("code instead of json", f"it became {_code_field(callee)!r}"))
         return _checked(text)
+
+
+def _takes_any_text(callee: Callee) -> bool:
+    """Whether what is sent is its own affair. (Code has no tool; JSON for it is a mistake that can be mended.)"""
+    return callee.tool is not None and not callee.takes_json
 
 
 def _code_field(callee: Callee) -> str:

@@ -15,8 +15,8 @@ BUILTIN_CHANNEL: Channel = "analysis"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callee:
-    """Somebody to be called, under the full name that stands after `to=`. `tool` is None where code or plain text is
-    sent instead of JSON arguments."""
+    """Somebody to be called, under the full name that stands after `to=`. `tool` is None for a built-in tool that has
+    none inside, and is sent code."""
 
     recipient: str
     channel: Channel
@@ -25,6 +25,11 @@ class Callee:
     @property
     def is_function(self) -> bool:
         return self.recipient.startswith(f"{FUNCTIONS}.")
+
+    @property
+    def takes_json(self) -> bool:
+        """Whether JSON arguments are sent, and not code or plain text."""
+        return self.tool is not None and self.tool.text_format is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

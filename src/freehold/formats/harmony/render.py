@@ -23,6 +23,7 @@ from freehold.formats.conversation import (
     Tool,
     ToolNamespace,
 )
+from freehold.formats.forms import FreeText, Lark, Regex
 from freehold.formats.harmony.offer import FUNCTION_CHANNEL, FUNCTIONS, Offer
 from freehold.formats.harmony.typescript import compact_json, typescript
 from freehold.formats.harmony.vocabulary import CONSTRAIN, HarmonyVocabulary
@@ -155,9 +156,24 @@ def _namespace(namespace: ToolNamespace) -> str:
 def _function(tool: Tool) -> str:
     try:
         argument = "" if tool.parameters is None else f"_: {typescript(tool.parameters)}"
+        if tool.text_format is not None:
+            argument = "_: string"
     except UsageError as error:
         raise UsageError(f"tool {tool.name!r}: {error}") from None
-    return "\n".join([*_commented(tool.description), f"type {tool.name} = ({argument}) => any;\n"])
+    comments = [*_commented(tool.description), *_commented(_text_format(tool))]
+    return "\n".join([*comments, f"type {tool.name} = ({argument}) => any;\n"])
+
+
+def _text_format(tool: Tool) -> str:
+    """What there is to say about plain text that is sent instead of JSON arguments."""
+    match tool.text_format:
+        case FreeText():
+            return "Send plain text, not JSON."
+        case Regex(pattern=pattern):
+            return f"Send plain text, not JSON. All of it matches this regular expression:\n{pattern}"
+        case Lark(text=text):
+            return f"Send plain text, not JSON. It follows this Lark grammar:\n{text}"
+    return ""
 
 
 def _response_format(form: ResponseFormat) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from freehold.errors import UsageError
-from freehold.formats.harmony.pointer import pointer_to, steps_of
+from freehold.formats.pointer import pointer_to, steps_of
 
 Schema = Mapping[str, Any]
 

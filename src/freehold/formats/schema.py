@@ -3,7 +3,7 @@
 `enforceable` reads a client's schema and writes it anew with nothing but keywords that llguidance holds a model to;
 whatever it would pass over or only half enforce is refused (SchemaError) with the JSON pointer of that part, and so
 is a schema that it would take for ever over. Annotations and unknown words, which constrain nothing, are left out.
-References are followed inside of the schema only: nothing is ever fetched. Called by `grammar.py`.
+References are followed inside of the schema only: nothing is ever fetched. Called by `guidance.py`.
 
 What is taken more strictly than written: an object's properties come in the order in which the schema lists them,
 before any others; numbers with bounds are written without exponents; where a class like `[^"]` allows every control
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import unquote
 
 from freehold.errors import SchemaError
-from freehold.formats.harmony.pointer import pointer_to, steps_of
+from freehold.formats.pointer import pointer_to, steps_of
 
 MAX_DEPTH = 48
 MAX_SUBSCHEMAS = 10_000

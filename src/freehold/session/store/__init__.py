@@ -1,0 +1,1 @@
+"""What a server keeps: responses, conversations and API keys, in one database."""
