@@ -249,7 +249,10 @@ def test_tls_files_that_will_not_do_are_refused_with_the_reason(certificate: tup
             run.tls_context(*given)
     both = tmp_path / "both.pem"
     both.write_text(cert.read_text() + key.read_text())
-    assert run.tls_context(both, both).get_ca_certs() == []
+    assert run.tls_context(both, both) is not None
+    assert run.tls_context(None, None) is None
+    with pytest.raises(UsageError, match="both a certificate and its key"):
+        run.tls_context(cert, None)
 
 
 # --- clients that dawdle ------------------------------------------------------------------------------------------
