@@ -26,7 +26,7 @@ class Gate:
 
     @property
     def taken(self) -> int:
-        """Places that are taken now."""
+        """Places of those that run and wait."""
         return self._taken
 
     def drain(self) -> None:

@@ -41,7 +41,7 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             airgap.close_network()
         with Store.open(store_url) as store:
             check_exposure(
-                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_auth=settings.allow_no_key
+                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_key=settings.allow_no_key
             )
             for response_id in store.recover():
                 logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
