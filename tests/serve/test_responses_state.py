@@ -99,14 +99,12 @@ async def test_a_response_that_is_deleted_while_it_is_made_is_gone(tmp_path: Pat
 
 
 async def test_what_waits_in_the_background_counts_and_ends_with_the_server(tmp_path: Path) -> None:
-    async with Responding(
-        SLOW, SUNNY, path=tmp_path, tokens_per_second=200, max_running=1, max_queue=0, drain_timeout=0.01
-    ) as there:
+    async with Responding(SLOW, SUNNY, path=tmp_path, tokens_per_second=200, max_running=1, max_queue=0) as there:
         first = await there.make(input="Hello", background=True)
         assert (await there.refused(429, input="Hello", background=True))["code"] == "queue_full"
         assert (await there.refused(400, input="Hello", previous_response_id=first["id"]))["param"]
-        async with there.app.router.lifespan_context(there.app):
-            pass  # the server starts, and ends
+        await there.server.served.runner.drain(0)
+        await there.server.background.finish()
         failed = await there.get(f"responses/{first['id']}")
         assert failed["status"] == "failed" and "shutting down" in failed["error"]["message"]
 
@@ -120,7 +118,8 @@ async def test_a_server_that_was_killed_left_a_failed_response(tmp_path: Path) -
         assert there.store is not None
         there.store.close()  # as good as dead: nothing is written from now on
         await asked
-    async with Responding(path=tmp_path) as there, there.app.router.lifespan_context(there.app):
+    async with Responding(path=tmp_path) as there:
+        assert there.store is not None and there.store.recover() == [name]
         assert (await there.get(f"responses/{name}"))["status"] == "failed"
         final = EventOrder.of(events_of(await there.get(f"responses/{name}", stream="true")))
     assert final["status"] == "failed"

@@ -1,8 +1,7 @@
 """The application: a factory over a served model. Knows no sockets and no weights."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from freehold import __version__
 from freehold.errors import FreeholdError
 from freehold.log import logger
-from freehold.serve import conversations, models
+from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
 from freehold.serve.responses import routes as responses
@@ -31,35 +30,23 @@ def create_app(
     *,
     store: Store | None = None,
     sealer: Sealer | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before.
-
-    When it starts, what a server before it left unfinished is marked; when it ends, the engine drains, and what ran in
-    the background is stored.
-    """
+    `lifespan` is entered when serving begins, and left when it has ended."""
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
     server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer())
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if store is not None:
-            await asyncio.to_thread(store.recover)
-        yield
-        gate.draining = True
-        await served.runner.drain(settings.drain_timeout)
-        await server.background.finish()
-
     app = FastAPI(
         title="Freehold",
-        lifespan=lifespan,
         version=__version__,
         description="gpt-oss on hardware you own, behind the APIs that clients know.",
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
+        lifespan=lifespan,
     )
     app.state.server = server
-    for module in (models, responses, conversations):
+    for module in (responses, conversations, chat, completions, messages, models, tokens, operations):
         app.include_router(module.router(server))
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(FreeholdError, _answer)

@@ -14,6 +14,7 @@ from freehold.serve.gate import Gate
 from freehold.serve.responses.background import Background
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
+from freehold.session.completion import TextAsk, prepare_text
 from freehold.session.served import Served
 from freehold.session.store.store import Store
 from freehold.session.turn import Ask, SampleDone, Turn, TurnEvent, prepare
@@ -50,6 +51,19 @@ class Server:
     async def turn(self, caller: Caller, ask: Ask) -> Turn:
         """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""
         return await prepare(self.served, replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout))
+
+    async def text(self, caller: Caller, ask: TextAsk) -> Turn:
+        """The same for a text without a conversation around it."""
+        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
+        return await prepare_text(self.served, ask)
+
+    def check_room(self, samples: int, *, param: str) -> None:
+        """Raise a 400 for more samples than could ever be let in together."""
+        room = self.settings.max_running + self.settings.max_queue
+        if samples > room:
+            raise ApiError(
+                400, f"{samples} answers at once are more than this server's {room}; ask for fewer", param=param
+            )
 
     def read(self, caller: Caller, turn: Turn) -> "Reading":
         """Run a turn and read it; close or forget what this returns to end it.

@@ -53,16 +53,17 @@ class Prompting:
         constraint: Callable[[], TokenConstraint] | None = None,
         cache_salt: str = "",
         deadline: float | None = None,
+        prompt_logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Request:
         """A request with the model's defaults for what is None, and no more tokens than the context has room for.
 
-        Raises UsageError for values out of range; ContextError for a prompt that fills the context or more.
+        Raises UsageError for values out of range; ContextError for a prompt that leaves no room for what is asked.
         """
         tokens = self.checked(token_ids)
         asked = {name: value for name, value in sampling.items() if value is not None}
         room = self.context - len(tokens)
-        if not room:
+        if not room and max_tokens != 0:
             raise ContextError(
                 f"the prompt has {len(tokens)} tokens and fills the whole context of {self.context}; shorten it",
                 num_tokens=len(tokens),
@@ -79,6 +80,7 @@ class Prompting:
             constraint=constraint,
             cache_salt=cache_salt,
             deadline=deadline,
+            prompt_logprobs=prompt_logprobs,
             sampling=replace(self.defaults.sampling, **asked),  # type: ignore[arg-type]
         )
 

@@ -6,9 +6,10 @@ one `SampleDone`.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from freehold.engine.request import FinishReason, Request, RequestStats, Step, TokenLogprobs
 from freehold.errors import RequestError
@@ -51,7 +52,9 @@ class ScoredToken(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Said:
     """An event of sample `index`. `scored` are the tokens that a TextDelta's text came from, where logprobs were asked
-    for: a token that only begins a character comes with the one that ends it."""
+    for. In a row they decode to the text in a row: a token that only begins a character comes with the one that ends
+    it, one that may be part of a stop string when that is clear. Of the last before a stop string the text may be cut.
+    """
 
     index: int
     event: Event
@@ -106,14 +109,31 @@ def _prepare(served: Served, ask: Ask) -> "Turn":
     return Turn(served, request, [_Sample(index, turn.new_reader(), ask.stop) for index in range(ask.n)])
 
 
-class Turn:
-    """A turn that is ready to run."""
+class Sample(Protocol):
+    """One sample while it is read."""
 
-    def __init__(self, served: Served, request: Request, samples: Sequence["_Sample"]) -> None:
+    done: bool
+
+    def take(self, step: Step) -> list[TurnEvent]:
+        """What a step of this sample adds."""
+
+
+class Turn:
+    """A turn that is ready to run. `prompt_logprobs` are there with the first events, where they were asked for."""
+
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+
+    def __init__(self, served: Served, request: Request, samples: Sequence[Sample]) -> None:
+        self.prompt_logprobs = None
         self._served = served
         self._request = request
         self._samples = samples
         self._num_cached_tokens = 0
+        self._begun = False
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self._request.prompt
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -134,46 +154,55 @@ class Turn:
         return self._request.max_tokens
 
     def events(self) -> "TurnEvents":
-        """Submit the request, at once, and read it: what each step adds. Closing the iterator ends the request.
+        """Submit the request, at once, and read it: what each step adds. Closing or forgetting it ends the request.
+        To be called once.
 
-        Raises ClosedError where the engine takes no more; RequestError out of the iterator where the request fails.
+        Raises ClosedError where the engine takes no more; RequestError while it is read where the request fails.
         """
-        steps = self._served.runner.submit(self._request)
-        return TurnEvents(self._read(steps), steps)
+        assert not self._begun, "a turn is read once; prepare another one"
+        self._begun = True
+        return TurnEvents(self, self._served.runner.submit(self._request))
 
-    async def _read(self, steps: Steps) -> AsyncGenerator[list[TurnEvent], None]:
-        waiting = len(self._samples)
-        try:
-            while waiting:
-                step = await anext(steps, None)
-                if step is None:
-                    raise RequestError("the answer ended before it was complete; send the request again")
-                if step.index == 0:
-                    self._num_cached_tokens = step.num_cached_tokens
-                sample = self._samples[step.index]
-                if not sample.done and (events := sample.take(step)):
-                    waiting -= sample.done
-                    yield events
-        finally:
-            await steps.aclose()
+    def take(self, step: Step) -> list[TurnEvent]:
+        """What a step adds: nothing to a sample that has ended."""
+        if step.index == 0:
+            self._num_cached_tokens = step.num_cached_tokens
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = step.prompt_logprobs
+        sample = self._samples[step.index]
+        return [] if sample.done else sample.take(step)
+
+    @property
+    def is_done(self) -> bool:
+        return all(sample.done for sample in self._samples)
 
 
 class TurnEvents:
-    """What a turn says, step by step. `aclose` ends it, also before any of it was read."""
+    """A turn that runs, to be read with `async for`. No generator: closed before it was read, one would end nothing."""
 
-    def __init__(self, events: AsyncGenerator[list[TurnEvent], None], steps: Steps) -> None:
-        self._events = events
+    def __init__(self, turn: Turn, steps: Steps) -> None:
+        self._turn = turn
         self._steps = steps
 
     def __aiter__(self) -> "TurnEvents":
         return self
 
     async def __anext__(self) -> list[TurnEvent]:
-        return await anext(self._events)
+        try:
+            while not self._turn.is_done:
+                step = await anext(self._steps, None)
+                if step is None:
+                    raise RequestError("the answer ended before it was complete; send the request again")
+                if events := self._turn.take(step):
+                    return events
+            raise StopAsyncIteration
+        except BaseException:
+            await self.aclose()
+            raise
 
     async def aclose(self) -> None:
-        await self._events.aclose()
-        await self._steps.aclose()  # a generator that was never begun has no end either
+        """End the request, wherever it is."""
+        await self._steps.aclose()
 
 
 class _Sample:
@@ -189,6 +218,8 @@ class _Sample:
         self._reasons = False  # inside a message that is reasoning
         self._called = False
         self._scored: list[ScoredToken] = []  # of text that has not come yet
+        self._held: deque[tuple[str, tuple[ScoredToken, ...]]] = deque()  # until no stop string can begin in it
+        self._num_clear = 0  # so many of the held characters surely come before any stop string
         self._text: list[str] = []  # of the message, as far as it was passed on
 
     def take(self, step: Step) -> list[TurnEvent]:
@@ -197,9 +228,10 @@ class _Sample:
         for i, token in enumerate(step.tokens):
             self._num_tokens += 1
             self._num_reasoning_tokens += self._reasons
-            if step.logprobs is not None:
+            events = self._reader.feed(token)
+            if step.logprobs is not None and not any(isinstance(event, MessageDone) for event in events):
                 self._scored.append(ScoredToken(token, step.logprobs[i]))
-            self._pass_on(self._reader.feed(token), result)
+            self._pass_on(events, result)
             if self._stopped:
                 break
         if self._stopped or step.finish is not None:
@@ -215,7 +247,7 @@ class _Sample:
         for event in events:
             match event:
                 case TextDelta(text=text):
-                    self._say(text if self._stops is None else self._stops.feed(text), result)
+                    self._read(text, result)
                     if self._stopped:
                         return
                     continue
@@ -225,17 +257,38 @@ class _Sample:
                     self._text.clear()
                 case MessageDone():
                     self._reasons = False
-                    self._say("" if self._stops is None else self._stops.flush(), result)
+                    if self._stops is not None:
+                        self._clear(self._stops.flush(), result)
                 case CallDone():
                     self._called = True
             self._scored.clear()
             result.append(Said(self._index, event))
 
-    def _say(self, text: str, result: list[TurnEvent]) -> None:
+    def _read(self, text: str, result: list[TurnEvent]) -> None:
+        scored = tuple(self._scored)
+        self._scored.clear()
+        if self._stops is None:
+            self._say(text, scored, result)
+        else:
+            if scored:
+                self._held.append((text, scored))
+            self._clear(self._stops.feed(text), result)
+
+    def _clear(self, text: str, result: list[TurnEvent]) -> None:
+        """No stop string begins before the end of this: pass it on, tokens with logprobs as a whole."""
+        if not self._held:
+            self._say(text, (), result)
+            return
+        self._num_clear += len(text)
+        while self._held and (self._num_clear >= len(self._held[0][0]) or self._stopped):
+            whole, scored = self._held.popleft()
+            self._say(whole[: self._num_clear], scored, result)
+            self._num_clear = max(0, self._num_clear - len(whole))
+
+    def _say(self, text: str, scored: tuple[ScoredToken, ...], result: list[TurnEvent]) -> None:
         if text:
             self._text.append(text)
-            result.append(Said(self._index, TextDelta(text), tuple(self._scored)))
-            self._scored.clear()
+            result.append(Said(self._index, TextDelta(text), scored))
 
     def _end(self, step: Step, result: list[TurnEvent]) -> None:
         rest = self._reader.flush()
@@ -261,9 +314,11 @@ class _Sample:
         )
 
     def _kind_of_end(self, finish: FinishReason | None) -> SampleEnd:
-        match finish:
-            case "stop":
-                return "calls" if self._called else "stop"
-            case "length" | "deadline" | "abort":
-                return finish
-        raise AssertionError(f"a sample cannot end with {finish!r}")
+        return "calls" if finish == "stop" and self._called else kind_of_end(finish)
+
+
+def kind_of_end(finish: FinishReason | None) -> SampleEnd:
+    match finish:
+        case "stop" | "length" | "deadline" | "abort":
+            return finish
+    raise AssertionError(f"a sample cannot end with {finish!r}")
