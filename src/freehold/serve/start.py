@@ -45,8 +45,10 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             )
             for response_id in store.recover():
                 logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
+            served = load()
+            served.warm_up()
             sealer = Sealer.from_file(data_dir() / "sealing.key")
-            app = create_app(load(), settings, store=store, sealer=sealer, lifespan=_life)
+            app = create_app(served, settings, store=store, sealer=sealer, lifespan=_life)
             server: Server = app.state.server
             guarded = guard(
                 app,
