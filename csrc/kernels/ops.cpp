@@ -560,13 +560,22 @@ double count_from(const int32_t* keys, size_t V, int32_t key) {
     return count;
 }
 
+// `x` or 0, without a branch, which would be mispredicted half the time.
+float if_so(bool so, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits &= 0u - static_cast<uint32_t>(so);
+    std::memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
 double mass_from(const int32_t* keys, const float* weights, size_t V, int32_t key) {
     double total = 0;
     for (size_t start = 0; start < V; start += 1024) {
         float lanes[16] = {};
         const size_t end = std::min(V, start + 1024), whole = start + (end - start) / 16 * 16;
         for (size_t i = start; i < whole; i += 16)
-            for (size_t lane = 0; lane < 16; ++lane) lanes[lane] += keys[i + lane] >= key ? weights[i + lane] : 0.0f;
+            for (size_t lane = 0; lane < 16; ++lane) lanes[lane] += if_so(keys[i + lane] >= key, weights[i + lane]);
         for (size_t i = whole; i < end; ++i) lanes[0] += keys[i] >= key ? weights[i] : 0.0f;
         for (float lane : lanes) total += lane;
     }
@@ -588,7 +597,8 @@ size_t Engine::sample(const float* logits, size_t V, float temperature, size_t t
     const Kernels& k = kernels();
     constexpr size_t run = 256;  // tokens that are skipped at once when looking for the one to take
     const size_t runs = ceil_div(V, run);
-    workspace_.reset(Workspace::size_of<float>(runs * run) + Workspace::size_of<int32_t>(V));
+    workspace_.reset(Workspace::size_of<float>(runs * run) + Workspace::size_of<float>(V) +
+                     2 * Workspace::size_of<int32_t>(V));
     float* weights = workspace_.take<float>(runs * run);
     std::fill(weights + V, weights + runs * run, 0.0f);
     const size_t likeliest = k.argmax(logits, V);
@@ -610,8 +620,19 @@ size_t Engine::sample(const float* logits, size_t V, float temperature, size_t t
         drop_below(weights, keys, V, key, [&](float) { return room-- > 0; });
     }
     if (top_p < 1) {
-        const double wanted = top_p * mass();
-        auto reached = [&](int32_t key) { return mass_from(keys, weights, V, key); };
+        const double total = mass(), wanted = top_p * total;
+        // Tokens so light that all V of them would weigh less than what may be missing are none of those that are kept;
+        // few are left to search. Half of that, so that rounding does not matter.
+        const float light = static_cast<float>((1 - top_p) * total / static_cast<double>(V) / 2);
+        float* heavy_weights = workspace_.take<float>(V);
+        int32_t* heavy_keys = workspace_.take<int32_t>(V);
+        size_t heavy = 0;
+        for (size_t i = 0; i < V; ++i) {
+            heavy_weights[heavy] = weights[i];
+            heavy_keys[heavy] = keys[i];
+            heavy += weights[i] >= light;
+        }
+        auto reached = [&](int32_t key) { return mass_from(heavy_keys, heavy_weights, heavy, key); };
         const int32_t key = find_key(reached, wanted);
         double missing = wanted - (key == INT32_MAX ? 0 : reached(key + 1));
         drop_below(weights, keys, V, key, [&](float weight) {

@@ -74,7 +74,7 @@ def engine(tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Engine]:
     engine.close()
 
 
-TEXTS: Sequence[FreeText | Regex | Lark] = (FreeText(), Regex("[a-f]{2,9}"), Lark('start: ("x" | "y,")+ "."'))
+TEXTS: Sequence[FreeText | Regex | Lark] = (FreeText(), Regex("[a-f]{2,9}"), Lark('start: ("x" | "y")+ "]"'))
 
 
 def offers() -> list[Offer]:
@@ -112,7 +112,7 @@ def options_of(index: int, offer: Offer) -> TurnOptions:
 
 
 def is_of_its_form(form: FreeText | Regex | Lark, text: str) -> None:
-    pattern = {FreeText: "(?s:.*)", Regex: "[a-f]{2,9}", Lark: r"(x|y,)+\."}[type(form)]
+    pattern = {FreeText: "(?s:.*)", Regex: "[a-f]{2,9}", Lark: r"[xy]+\]"}[type(form)]
     assert re.fullmatch(pattern, text), text
 
 
@@ -201,7 +201,7 @@ def check(shown: str, said: Sequence[Said], options: TurnOptions, form: Any) -> 
 def test_a_thousand_turns(engine: Engine, tokenizer: Tokenizer, oracle: Any) -> None:
     prompt = [tokenizer.control_tokens["<|start|>"], *tokenizer.encode("assistant")]
     # A random model would write for ever: what ends a text is as likely as all else together.
-    ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in '"}],')]
+    ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in '"}], ')]
     sampling = Sampling(temperature=2.0, seed=1, logit_bias=dict.fromkeys(ends, 8.0))
     all_options = [options_of(i, offer) for i, offer in enumerate(offers() * 2)]
     grammars = [TurnGrammar(tokenizer, options) for options in all_options]

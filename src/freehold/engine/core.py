@@ -93,9 +93,9 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise UsageError for tokens that the model does not have, and for more of them than fit its context."""
         vocab, context = self.config.vocab_size, self.options.context
-        for token in request.prompt:
-            if not 0 <= token < vocab:
-                raise UsageError(f"token id {token} is outside this model's vocabulary of {vocab}")
+        if min(request.prompt) < 0 or max(request.prompt) >= vocab:  # a prompt may be long, and an event loop waits
+            token = next(token for token in request.prompt if not 0 <= token < vocab)
+            raise UsageError(f"token id {token} is outside this model's vocabulary of {vocab}")
         for name, ids in (("stop_ids", request.stop_ids), ("logit_bias", request.sampling.logit_bias)):
             for token in ids:
                 if not 0 <= token < vocab:
@@ -420,6 +420,7 @@ class Engine:
             tokens=tokens,
             logprobs=logprobs or None,
             prompt_logprobs=of_prompt,
+            num_cached_tokens=sample.num_cached,
             finish=finish,
             stats=stats,
             error=error,

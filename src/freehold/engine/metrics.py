@@ -91,7 +91,7 @@ class _Now(Collector):
             (
                 "kv_cache_usage_ratio",
                 "Of the KV cache's pages, the part that running sequences hold, in the group that is fullest.",
-                max(held / total for held, total in zip(stats.pages_held, stats.pages, strict=True)),
+                max((held / total for held, total in zip(stats.pages_held, stats.pages, strict=True)), default=0.0),
             ),
         ):
             yield GaugeMetricFamily(f"freehold_{name}", text, value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from freehold.engine.request import TokenConstraint, TokenLogprobs
 from freehold.engine.sequence import Sequence
-from freehold.errors import FreeholdError, RequestError
+from freehold.errors import FreeholdError, RequestError, UsageError
 from freehold.kernels import ops
 
 _WORD_BITS = 32
@@ -81,11 +81,11 @@ class Masks:
 def forbidden_tokens(constraint: TokenConstraint, vocab_size: int) -> npt.NDArray[np.bool_]:
     """Which tokens a constraint does not allow next, (V,)."""
     row = np.zeros(-(-vocab_size // _WORD_BITS), dtype=np.int32)
+    words = row.shape
     constraint.fill_mask(row)
-    forbidden: npt.NDArray[np.bool_] = np.unpackbits(row.view(np.uint8), count=vocab_size, bitorder="little") == 0
-    if forbidden.shape != (vocab_size,):
+    if row.shape != words:
         raise ValueError(f"a mask of {row.shape} words came back")
-    return forbidden
+    return np.unpackbits((~row).view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 @torch.inference_mode()
@@ -103,16 +103,19 @@ def draw(logits_V: Tensor, sequence: Sequence, masks: Masks) -> Drawn:
         logits_V.masked_fill_(forbidden_V, -torch.inf)
     if sequence.num_generated < sequence.request.min_tokens and sequence.request.stop_ids:
         _hold_back(logits_V, list(sequence.request.stop_ids), may_end=forbidden_V is not None)
-    if (forbidden_V is not None or sequence.request.min_tokens) and bool((logits_V == -torch.inf).all()):
-        raise RequestError("no token may come next: the constraint or min_tokens leave none")
-    token = ops.sample(
-        logits_V,
-        uniform=sequence.random.random() if sampling.temperature else 0.0,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-    )
+    try:
+        token = ops.sample(
+            logits_V,
+            uniform=sequence.random.random() if sampling.temperature else 0.0,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+    except UsageError:
+        if (forbidden_V is not None or sequence.request.min_tokens) and _is_empty(logits_V):
+            raise RequestError("no token may come next: the constraint or min_tokens leave none") from None
+        raise
     return Drawn(token, None if sampling.logprobs is None else _logprobs(raw_V, token, sampling.logprobs))
 
 
@@ -170,8 +173,13 @@ def _hold_back(logits_V: Tensor, stops: list[int], *, may_end: bool) -> None:
     """No stop token yet; but where a constraint leaves nothing else, its end is the end."""
     kept = logits_V[stops]
     logits_V[stops] = -torch.inf
-    if may_end and bool((logits_V == -torch.inf).all()):
+    if may_end and _is_empty(logits_V):
         logits_V[stops] = kept
+
+
+def _is_empty(logits_V: Tensor) -> bool:
+    """Whether every token is forbidden. By numpy: for a large vocabulary torch takes as long over it as over a draw."""
+    return bool(logits_V.numpy().max() == -np.inf)
 
 
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:

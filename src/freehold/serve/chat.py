@@ -25,7 +25,7 @@ from freehold.serve.generation import FINGERPRINT, usage
 from freehold.serve.logprobs import token_logprobs
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import DONE, EventStream, dumps, encode
-from freehold.session.turn import SampleDone, ScoredToken, TurnEvent
+from freehold.session.turn import SampleDone, ScoredToken, Turn, TurnEvent
 
 _BETWEEN_MESSAGES = "\n\n"
 
@@ -53,10 +53,10 @@ def _fault(error: Any) -> bytes:
 class _Reply:
     """One answer on its way: its events, and what every chunk of it says."""
 
-    def __init__(self, server: Server, body: ChatRequest, asked: Asked, reading: Reading, num_prompt_tokens: int):
+    def __init__(self, server: Server, body: ChatRequest, asked: Asked, turn: Turn, reading: Reading):
         self.body = body
         self.reading = reading
-        self.num_prompt_tokens = num_prompt_tokens
+        self.turn = turn
         self.tokenizer = server.served.prompting.the_tokenizer()
         self.samples = [
             _Sample(asked, shows_reasoning=body.include_reasoning is not False) for _ in range(body.num_samples)
@@ -72,10 +72,7 @@ class _Reply:
         }
 
     def usage(self) -> dict[str, Any]:
-        first = next((end for end in self.ends if end.index == 0), None)
-        return usage(
-            self.num_prompt_tokens, self.ends, num_cached_tokens=0 if first is None else first.num_cached_tokens
-        )
+        return usage(self.turn.num_prompt_tokens, self.ends, num_cached_tokens=self.turn.num_cached_tokens)
 
     def logprobs(self, scored: tuple[ScoredToken, ...]) -> list[dict[str, Any]]:
         return token_logprobs(self.tokenizer, scored)
@@ -89,7 +86,7 @@ async def _begin(server: Server, caller: Caller, body: ChatRequest) -> _Reply:
         reading = server.read(caller, turn)
     except FreeholdError as error:
         raise why_not(error, body, asked) from error
-    return _Reply(server, body, asked, reading, turn.num_prompt_tokens)
+    return _Reply(server, body, asked, turn, reading)
 
 
 # --- from the turn's events to pieces of an answer ----------------------------------------------------------

@@ -151,7 +151,8 @@ def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
 
 
 def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions) -> int:
-    """Activations of one step, the kernels' own form of them, partial results of attention, and logits."""
+    """Activations of one step, the kernels' own form of them, partial results of attention, and logits: those that
+    tokens are drawn from, which leave room for the few at a time that a prompt is scored by (engine.runner)."""
     T = _step_tokens(options)
     D, F, H, A = config.hidden_size, config.expert_width, config.head_dim, config.num_active_experts
     N, K = config.num_heads, config.num_kv_heads

@@ -261,14 +261,14 @@ class ScriptedRunner:
                 first_token_seconds=self._pause if num_tokens else None,
                 total_seconds=time.monotonic() - began,
             )
-        top = request.sampling.logprobs
-        scored = None if top is None else tuple(TokenLogprobs(0.0, ((id_, 0.0),) if top else ()) for id_ in tokens)
-        is_first = index == 0 and num_tokens == len(tokens)
+        of_prompt = None
+        if request.prompt_logprobs is not None and index == 0 and num_tokens == len(tokens):  # its first step
+            of_prompt = (None, *_certain(request.prompt[1:], request.prompt_logprobs))
         step = Step(
             index=index,
             tokens=tokens,
-            logprobs=scored or None,
-            prompt_logprobs=_prompt_logprobs(request) if is_first else None,
+            logprobs=None if request.sampling.logprobs is None else _certain(tokens, request.sampling.logprobs),
+            prompt_logprobs=of_prompt,
             finish=finish,
             stats=stats,
         )
@@ -276,11 +276,9 @@ class ScriptedRunner:
         return step
 
 
-def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...] | None:
-    if request.prompt_logprobs is None:
-        return None
-    top = bool(request.prompt_logprobs)
-    return (None, *(TokenLogprobs(0.0, ((id_, 0.0),) if top else ()) for id_ in request.prompt[1:]))
+def _certain(tokens: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
+    """Nothing else could have come."""
+    return tuple(TokenLogprobs(0.0, ((token, 0.0),) if top else ()) for token in tokens)
 
 
 class ScriptedSteps:

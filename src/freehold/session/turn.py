@@ -125,6 +125,7 @@ class Turn:
         self._served = served
         self._request = request
         self._samples = samples
+        self._num_cached_tokens = 0
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -133,6 +134,11 @@ class Turn:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._request.prompt)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, tokens that were not computed again: known once the first events have come."""
+        return self._num_cached_tokens
 
     @property
     def num_samples(self) -> int:
@@ -154,6 +160,8 @@ class Turn:
         """What a step adds: nothing to a sample that has ended."""
         if step.prompt_logprobs is not None:
             self.prompt_logprobs = step.prompt_logprobs
+        if step.index == 0:
+            self._num_cached_tokens = step.num_cached_tokens
         sample = self._samples[step.index]
         return [] if sample.done else sample.take(step)
 
@@ -199,7 +207,6 @@ class _Sample:
         self._reader = reader
         self._stops = StopStrings(stop) if stop else None
         self._num_tokens = 0
-        self._num_cached_tokens = 0
         self._num_reasoning_tokens = 0
         self._reasons = False  # inside a message that is reasoning
         self._called = False
@@ -217,8 +224,6 @@ class _Sample:
             self._pass_on(self._reader.feed(token), result)
             if self._stopped:
                 break
-        if step.stats is not None:
-            self._num_cached_tokens = step.stats.num_cached_tokens
         if self._stopped or step.finish is not None:
             self.done = True
             self._end(step, result)
@@ -271,7 +276,7 @@ class _Sample:
                 messages=messages,
                 num_tokens=self._num_tokens,
                 num_reasoning_tokens=self._num_reasoning_tokens,
-                num_cached_tokens=self._num_cached_tokens,
+                num_cached_tokens=step.num_cached_tokens,
                 stop_string=stop_string,
                 stats=step.stats,
             )
