@@ -9,7 +9,7 @@ from starlette.requests import Request
 from freehold import __version__
 from freehold.errors import FreeholdError
 from freehold.log import logger
-from freehold.serve import chat, completions, models, tokens
+from freehold.serve import chat, completions, messages, models, tokens
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
 from freehold.serve.server import Server
@@ -31,7 +31,7 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> FastAPI
         redoc_url=None,
     )
     app.state.server = server
-    for module in (models, chat, completions, tokens):
+    for module in (models, chat, completions, messages, tokens):
         app.include_router(module.router(server))
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(FreeholdError, _answer)

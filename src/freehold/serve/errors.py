@@ -64,7 +64,8 @@ class ApiError(Exception):
     def anthropic(self) -> dict[str, Any]:
         """The body of Anthropic's API."""
         kind = _ANTHROPIC_TYPES.get(self.status, self.type if self.status < 500 else "api_error")
-        message = self.message if self.param is None else f"{self.param}: {self.message}"
+        named = self.param is None or self.param in self.message
+        message = self.message if named else f"{self.param}: {self.message}"
         return {"type": "error", "error": {"type": kind, "message": message}}
 
 

@@ -35,7 +35,8 @@ def encode(data: Any, event: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what `chunks` yields, each a whole number of events. `fault` makes the last chunk of an error."""
+    """Sends what `chunks` yields, each a whole number of events. `fault` makes the last chunk of an error; `keep_alive`
+    is sent while there is nothing to say."""
 
     media_type = "text/event-stream"
 
@@ -46,12 +47,14 @@ class EventStream(Response):
         fault: Callable[[ApiError], bytes],
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
+        keep_alive: bytes = _KEEP_ALIVE,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self.background = background
         self._chunks = chunks
         self._fault = fault
+        self._still_here = keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._last = time.monotonic()
@@ -87,7 +90,7 @@ class EventStream(Response):
         while True:
             await asyncio.sleep(_KEEP_ALIVE_SECONDS)
             if time.monotonic() - self._last >= _KEEP_ALIVE_SECONDS:
-                await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+                await send({"type": "http.response.body", "body": self._still_here, "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:

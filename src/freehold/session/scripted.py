@@ -3,7 +3,8 @@
 A script is a JSONL file, one turn a line. `completion` is the turn as the model would write it, in Harmony, control
 tokens by name; `reasoning`, `calls` and `answer` are a shorter way to say the same. `match` is a regular expression:
 such a turn is given, as often as it fits, where it is found in the last message of the prompt. Turns without one are
-given in order, once each. `fault` makes the request fail after what the turn says.
+given in order, once each. `fault` makes the request fail after what the turn says. Where a request asks for several
+samples, each says the same, a token each in turn.
 
     {"match": "weather", "reasoning": "Look it up.", "calls": [{"name": "get_weather", "arguments": {"city": "Rome"}}]}
     {"completion": "<|channel|>final<|message|>It is sunny.<|return|>"}
@@ -15,13 +16,13 @@ nothing, and every logprob is 0.
 
 import asyncio
 import json
+import math
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from weakref import WeakSet
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ import numpy.typing as npt
 from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import FinishReason, Request, RequestStats, Step, TokenConstraint, TokenLogprobs
 from freehold.errors import ClosedError, RequestError, UsageError
+from freehold.formats.conversation import is_name
 from freehold.formats.harmony.vocabulary import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from freehold.formats.tokenizer import Tokenizer
 from freehold.sampling import GenerationDefaults
@@ -53,13 +55,14 @@ class ScriptedTurn:
             raise UsageError(f"a turn is an object, got {raw!r:.80}")
         if unknown := [key for key in raw if key not in _FIELDS]:
             raise UsageError(f"a turn has no field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+        raw = {key: value for key, value in raw.items() if value is not None}
         for key in ("match", "completion", "reasoning", "answer", "fault"):
-            if not isinstance(raw.get(key), str | None):
+            if not isinstance(raw.get(key, ""), str):
                 raise UsageError(f"{key} is text, got {raw[key]!r:.80}")
         if ("completion" in raw) == any(key in raw for key in ("reasoning", "calls", "answer")):
             raise UsageError("a turn has either a completion, or reasoning, calls and answer")
         try:
-            match = None if raw.get("match") is None else re.compile(raw["match"])
+            match = re.compile(raw["match"]) if "match" in raw else None
         except re.error as error:
             raise UsageError(f"match {raw['match']!r} is no regular expression: {error}") from None
         completion = raw["completion"] if "completion" in raw else _spelled_out(raw)
@@ -71,7 +74,7 @@ class ScriptedTurn:
 def read_script(path: Path) -> list[ScriptedTurn]:
     """Raises UsageError, naming the line, for a script that cannot be used."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # only these end a line of JSONL
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     turns = []
@@ -95,7 +98,7 @@ def _spelled_out(raw: dict[str, Any]) -> str:
     if calls and "answer" in raw:
         messages.append(f"{CHANNEL}commentary{MESSAGE}{raw['answer']}{END}")
     for call in calls:
-        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not isinstance(call["name"], str):
+        if not isinstance(call, dict) or set(call) != {"name", "arguments"} or not _is_a_name(call["name"]):
             raise UsageError(f"a call has a name and arguments, got {call!r:.80}")
         arguments = call["arguments"] if isinstance(call["arguments"], str) else json.dumps(call["arguments"])
         messages.append(f"{CHANNEL}commentary to=functions.{call['name']} {CONSTRAIN}json{MESSAGE}{arguments}{CALL}")
@@ -104,7 +107,32 @@ def _spelled_out(raw: dict[str, Any]) -> str:
     return f"{START}assistant".join(messages)
 
 
-def serve_script(turns: Sequence[ScriptedTurn], *, tokens_per_second: float | None = None) -> Served:
+def _is_a_name(value: Any) -> bool:
+    return isinstance(value, str) and is_name(value)
+
+
+class Clock(Protocol):
+    """What tells a script the time, in seconds from any moment on."""
+
+    def now(self) -> float: ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class _RealClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+_REAL_CLOCK = _RealClock()
+
+
+def serve_script(
+    turns: Sequence[ScriptedTurn], *, tokens_per_second: float | None = None, clock: Clock = _REAL_CLOCK
+) -> Served:
     """A served model with gpt-oss's own tokeniser that says these turns, as fast as it can where no speed is given."""
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise UsageError(f"tokens per second must be above 0, got {tokens_per_second!r}")
@@ -117,7 +145,7 @@ def serve_script(turns: Sequence[ScriptedTurn], *, tokens_per_second: float | No
         longest=_CONTEXT,
         defaults=GenerationDefaults(stop_ids=frozenset({tokenizer.control_tokens[RETURN]})),
     )
-    runner = ScriptedRunner(turns, tokenizer, tokens_per_second)
+    runner = ScriptedRunner(turns, tokenizer, tokens_per_second, clock)
     return Served(name="scripted", prompting=prompting, runner=runner)
 
 
@@ -125,14 +153,20 @@ class ScriptedRunner:
     """Runs requests by a script; see served.AsyncRunner."""
 
     def __init__(
-        self, turns: Sequence[ScriptedTurn], tokenizer: Tokenizer, tokens_per_second: float | None = None
+        self,
+        turns: Sequence[ScriptedTurn],
+        tokenizer: Tokenizer,
+        tokens_per_second: float | None = None,
+        clock: Clock = _REAL_CLOCK,
     ) -> None:
         self._tokenizer = tokenizer
         self._by_match = [turn for turn in turns if turn.match is not None]
         self._in_order = [turn for turn in turns if turn.match is None]
         self._next = 0
         self._pause = 0.0 if tokens_per_second is None else 1 / tokens_per_second
-        self._running: WeakSet[ScriptedSteps] = WeakSet()  # who forgets one ends it
+        self._clock = clock
+        self._running: set[_Run] = set()
+        self._idle = asyncio.Event()  # what draining waits for
         self._closing = False
         self._num_requests = 0
         self._num_prompt_tokens = 0
@@ -145,9 +179,14 @@ class ScriptedRunner:
         turn = self._turn(request.prompt)
         self._num_requests += 1
         self._num_prompt_tokens += len(request.prompt)
-        steps = ScriptedSteps(lambda steps: self._play(request, turn, steps), self._running.discard)
-        self._running.add(steps)
-        return steps
+        run = _Run(request=request, turn=turn, began=self._clock.now())
+        self._running.add(run)
+        return ScriptedSteps(self._play(run), lambda: self._left(run))
+
+    def _left(self, run: "_Run") -> None:
+        self._running.discard(run)
+        if not self._running:
+            self._idle.set()
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -171,11 +210,11 @@ class ScriptedRunner:
 
     async def drain(self, timeout: float | None = None) -> None:
         self._closing = True
-        end = None if timeout is None else time.monotonic() + timeout
-        while self._running and (end is None or time.monotonic() < end):
-            await asyncio.sleep(0.02)
-        for steps in list(self._running):
-            steps.aborted = True
+        self._idle = asyncio.Event()
+        if self._running:
+            await _first(self._idle.wait(), *(() if timeout is None else (self._clock.sleep(timeout),)))
+        for run in self._running:
+            run.aborted.set()
 
     def _turn(self, prompt: Sequence[int]) -> ScriptedTurn:
         last = self._last_message(prompt)
@@ -183,7 +222,10 @@ class ScriptedRunner:
             if turn.match is not None and turn.match.search(last):
                 return turn
         if self._next == len(self._in_order):
-            raise RequestError(f"the script has no turn left for {last!r:.80}; add one, or one that matches it")
+            raise RequestError(
+                f"the script has no turn left: {len(self._in_order)} were given in order, and of {len(self._by_match)} "
+                "with a match none fits the last message; add one"
+            )
         self._next += 1
         return self._in_order[self._next - 1]
 
@@ -197,59 +239,68 @@ class ScriptedRunner:
             ids = ids[len(ids) - ids[::-1].index(known[MESSAGE]) :] if known[MESSAGE] in ids else ids
         return self._tokenizer.decode(ids)
 
-    async def _play(self, request: Request, turn: ScriptedTurn, steps: "ScriptedSteps") -> AsyncGenerator[Step]:
-        script = self._tokenizer.encode_with_control(turn.completion)
+    async def _play(self, run: "_Run") -> AsyncGenerator[Step]:
+        request = run.request
+        samples = range(request.n)
+        constraints = [None if request.constraint is None else request.constraint() for _ in samples]
         row = np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)
-        for index in range(request.n):
-            constraint = None if request.constraint is None else request.constraint()
-            began = time.monotonic()
-            if not request.max_tokens:
-                yield self._step(request, index, (), "length", began, 0)
-            for number, token in enumerate(script[: request.max_tokens], start=1):
-                await asyncio.sleep(max(0.0, began + number * self._pause - time.monotonic()))
-                finish: FinishReason | None = None
-                if steps.aborted:
-                    finish = "abort"
-                elif request.deadline is not None and time.monotonic() - began > request.deadline:
-                    finish = "deadline"
-                if finish is not None:
-                    yield self._step(request, index, (), finish, began, number - 1)
-                    break
-                self._check(token, number - 1, constraint, row)
+        script = self._tokenizer.encode_with_control(run.turn.completion)
+        if not request.max_tokens:
+            for index in samples:
+                yield self._step(run, index, (), "length", 0)
+        for number, token in enumerate(script[: request.max_tokens], start=1):
+            if (ending := await self._pace(run, number)) is not None:
+                for index in samples:
+                    yield self._step(run, index, (), ending, number - 1)
+                return
+            finish = self._finish(request, token, number, len(script))
+            for index, constraint in enumerate(constraints):
+                if constraint is not None:
+                    self._check(script[:number], constraint, row)
+                    finish = "stop" if constraint.is_finished() else finish
                 self._num_generated_tokens += 1
-                if token in request.stop_ids or number == len(script) or (constraint and constraint.is_finished()):
-                    finish = "stop"
-                elif number == request.max_tokens:
-                    finish = "length"
-                if finish is not None and turn.fault is not None:
-                    yield self._step(request, index, (token,), None, began, number)
-                    raise RequestError(turn.fault)
-                yield self._step(request, index, (token,), finish, began, number)
-                if finish is not None:
-                    break
+                yield self._step(run, index, (token,), None if run.turn.fault else finish, number)
+            if finish is not None:
+                break
+        if run.turn.fault is not None:
+            raise RequestError(run.turn.fault)
 
-    def _check(self, token: int, place: int, constraint: TokenConstraint | None, row: npt.NDArray[np.int32]) -> None:
-        """Hold a token against what the request allows."""
-        if constraint is None:
-            return
+    async def _pace(self, run: "_Run", number: int) -> FinishReason | None:
+        """Wait until this token is due; why it does not come, if it does not."""
+        due = run.began + number * self._pause
+        deadline = math.inf if run.request.deadline is None else run.began + run.request.deadline
+        if (wait := min(due, deadline) - self._clock.now()) > 0:
+            await _first(self._clock.sleep(wait), run.aborted.wait())
+        else:
+            await asyncio.sleep(0)  # others have their turn
+        if run.aborted.is_set():
+            return "abort"
+        return "deadline" if self._clock.now() >= deadline else None
+
+    def _finish(self, request: Request, token: int, number: int, length: int) -> FinishReason | None:
+        if token in request.stop_ids or number == length:
+            return "stop"
+        return "length" if number == request.max_tokens else None
+
+    def _check(self, said: Sequence[int], constraint: TokenConstraint, row: npt.NDArray[np.int32]) -> None:
+        """Hold the last token against what the request allows."""
+        *before, token = said
         constraint.fill_mask(row)
         if not row[token // 32] >> (token % 32) & 1:
-            said = self._tokenizer.decode([token], control="show")
+            what = self._tokenizer.decode([token], control="show")
+            where = self._tokenizer.decode(before[-12:], control="show")
             raise RequestError(
-                f"the script says {said!r} as token {place} of its turn, where the request does not allow it; look at "
-                "its tools, tool_choice and response format"
+                f"the script says {what!r} as token {len(before)} of its turn, after {where!r}, where the request does "
+                "not allow it; look at its tools, tool_choice and response format"
             )
         constraint.accept(token)
 
     def _step(
-        self,
-        request: Request,
-        index: int,
-        tokens: tuple[int, ...],
-        finish: FinishReason | None,
-        began: float,
-        num_tokens: int,
+        self, run: "_Run", index: int, tokens: tuple[int, ...], finish: FinishReason | None, num_tokens: int
     ) -> Step:
+        request, now = run.request, self._clock.now()
+        if num_tokens == 1 and run.first_token_seconds is None:
+            run.first_token_seconds = now - run.began
         stats = None
         if finish is not None:
             stats = RequestStats(
@@ -258,8 +309,8 @@ class ScriptedRunner:
                 num_tokens=num_tokens,
                 num_preemptions=0,
                 queue_seconds=0.0,
-                first_token_seconds=self._pause if num_tokens else None,
-                total_seconds=time.monotonic() - began,
+                first_token_seconds=run.first_token_seconds,
+                total_seconds=now - run.began,
             )
         of_prompt = None
         if request.prompt_logprobs is not None and index == 0 and num_tokens == len(tokens):  # its first step
@@ -276,19 +327,38 @@ class ScriptedRunner:
         return step
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Run:
+    """One request on its way."""
+
+    request: Request
+    turn: ScriptedTurn
+    began: float
+    first_token_seconds: float | None = None
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Wait for one of them, and for no other."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _certain(tokens: Sequence[int], top: int) -> tuple[TokenLogprobs, ...]:
     """Nothing else could have come."""
     return tuple(TokenLogprobs(0.0, ((token, 0.0),) if top else ()) for token in tokens)
 
 
 class ScriptedSteps:
-    """What a script makes of one request."""
+    """What a script makes of one request. When it is closed, cancelled or forgotten, so is the request."""
 
-    def __init__(
-        self, play: Callable[["ScriptedSteps"], AsyncGenerator[Step]], ended: Callable[["ScriptedSteps"], None]
-    ) -> None:
-        self.aborted = False
-        self._steps = play(self)
+    def __init__(self, steps: AsyncGenerator[Step], ended: Callable[[], None]) -> None:
+        self._steps = steps
         self._ended = ended
 
     def __aiter__(self) -> "ScriptedSteps":
@@ -298,10 +368,13 @@ class ScriptedSteps:
         try:
             return await anext(self._steps)
         except BaseException:  # its end, a fault, or that of who reads it
-            self._ended(self)
+            self._ended()
             raise
 
     async def aclose(self) -> None:
         """End the request; nothing more comes."""
+        self._ended()
         await self._steps.aclose()
-        self._ended(self)
+
+    def __del__(self) -> None:
+        self._ended()

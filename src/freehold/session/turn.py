@@ -6,6 +6,7 @@ one `SampleDone`.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
@@ -51,7 +52,9 @@ class ScoredToken(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Said:
     """An event of sample `index`. `scored` are the tokens that a TextDelta's text came from, where logprobs were asked
-    for: a token that only begins a character comes with the one that ends it."""
+    for. In a row they decode to the text in a row: a token that only begins a character comes with the one that ends
+    it, one that may be part of a stop string when that is clear. Of the last before a stop string the text may be cut.
+    """
 
     index: int
     event: Event
@@ -126,6 +129,7 @@ class Turn:
         self._request = request
         self._samples = samples
         self._num_cached_tokens = 0
+        self._begun = False
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -150,18 +154,21 @@ class Turn:
         return self._request.max_tokens
 
     def events(self) -> "TurnEvents":
-        """Submit the request, at once, and read it: what each step adds. Closing the iterator ends the request.
+        """Submit the request, at once, and read it: what each step adds. Closing or forgetting it ends the request. To be
+        called once.
 
-        Raises ClosedError where the engine takes no more; RequestError out of the iterator where the request fails.
+        Raises ClosedError where the engine takes no more; RequestError while it is read where the request fails.
         """
+        assert not self._begun, "a turn is read once; prepare another one"
+        self._begun = True
         return TurnEvents(self, self._served.runner.submit(self._request))
 
     def take(self, step: Step) -> list[TurnEvent]:
         """What a step adds: nothing to a sample that has ended."""
-        if step.prompt_logprobs is not None:
-            self.prompt_logprobs = step.prompt_logprobs
         if step.index == 0:
             self._num_cached_tokens = step.num_cached_tokens
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = step.prompt_logprobs
         sample = self._samples[step.index]
         return [] if sample.done else sample.take(step)
 
@@ -211,6 +218,8 @@ class _Sample:
         self._reasons = False  # inside a message that is reasoning
         self._called = False
         self._scored: list[ScoredToken] = []  # of text that has not come yet
+        self._held: deque[tuple[str, tuple[ScoredToken, ...]]] = deque()  # until no stop string can begin in it
+        self._num_clear = 0  # so many of the held characters surely come before any stop string
         self._text: list[str] = []  # of the message, as far as it was passed on
 
     def take(self, step: Step) -> list[TurnEvent]:
@@ -219,9 +228,10 @@ class _Sample:
         for i, token in enumerate(step.tokens):
             self._num_tokens += 1
             self._num_reasoning_tokens += self._reasons
-            if step.logprobs is not None:
+            events = self._reader.feed(token)
+            if step.logprobs is not None and not any(isinstance(event, MessageDone) for event in events):
                 self._scored.append(ScoredToken(token, step.logprobs[i]))
-            self._pass_on(self._reader.feed(token), result)
+            self._pass_on(events, result)
             if self._stopped:
                 break
         if self._stopped or step.finish is not None:
@@ -237,7 +247,7 @@ class _Sample:
         for event in events:
             match event:
                 case TextDelta(text=text):
-                    self._say(text if self._stops is None else self._stops.feed(text), result)
+                    self._read(text, result)
                     if self._stopped:
                         return
                     continue
@@ -247,17 +257,38 @@ class _Sample:
                     self._text.clear()
                 case MessageDone():
                     self._reasons = False
-                    self._say("" if self._stops is None else self._stops.flush(), result)
+                    if self._stops is not None:
+                        self._clear(self._stops.flush(), result)
                 case CallDone():
                     self._called = True
             self._scored.clear()
             result.append(Said(self._index, event))
 
-    def _say(self, text: str, result: list[TurnEvent]) -> None:
+    def _read(self, text: str, result: list[TurnEvent]) -> None:
+        scored = tuple(self._scored)
+        self._scored.clear()
+        if self._stops is None:
+            self._say(text, scored, result)
+        else:
+            if scored:
+                self._held.append((text, scored))
+            self._clear(self._stops.feed(text), result)
+
+    def _clear(self, text: str, result: list[TurnEvent]) -> None:
+        """No stop string begins before the end of this: pass it on, tokens with logprobs as a whole."""
+        if not self._held:
+            self._say(text, (), result)
+            return
+        self._num_clear += len(text)
+        while self._held and (self._num_clear >= len(self._held[0][0]) or self._stopped):
+            whole, scored = self._held.popleft()
+            self._say(whole[: self._num_clear], scored, result)
+            self._num_clear = max(0, self._num_clear - len(whole))
+
+    def _say(self, text: str, scored: tuple[ScoredToken, ...], result: list[TurnEvent]) -> None:
         if text:
             self._text.append(text)
-            result.append(Said(self._index, TextDelta(text), tuple(self._scored)))
-            self._scored.clear()
+            result.append(Said(self._index, TextDelta(text), scored))
 
     def _end(self, step: Step, result: list[TurnEvent]) -> None:
         rest = self._reader.flush()
