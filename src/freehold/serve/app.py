@@ -9,20 +9,29 @@ from starlette.requests import Request
 from freehold import __version__
 from freehold.errors import FreeholdError
 from freehold.log import logger
-from freehold.serve import chat, completions, messages, models, tokens
+from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
+from freehold.serve.responses import routes as responses
+from freehold.serve.responses.seal import Sealer
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
 from freehold.serve.wire import invalid
 from freehold.session.served import Served
+from freehold.session.store.store import Store
 
 
-def create_app(served: Served, settings: ServeSettings | None = None) -> FastAPI:
-    """All endpoints for this model."""
+def create_app(
+    served: Served,
+    settings: ServeSettings | None = None,
+    *,
+    store: Store | None = None,
+    sealer: Sealer | None = None,
+) -> FastAPI:
+    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before."""
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
-    server = Server(served=served, settings=settings, gate=gate)
+    server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer())
     app = FastAPI(
         title="Freehold",
         version=__version__,
@@ -31,7 +40,7 @@ def create_app(served: Served, settings: ServeSettings | None = None) -> FastAPI
         redoc_url=None,
     )
     app.state.server = server
-    for module in (models, chat, completions, messages, tokens):
+    for module in (responses, conversations, chat, completions, messages, models, tokens, operations):
         app.include_router(module.router(server))
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(FreeholdError, _answer)
