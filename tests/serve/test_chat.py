@@ -28,10 +28,9 @@ from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
 from freehold.session.served import Served
 from tests.serve.http import Recorder, chunks_of, post, requests_of, scripted, vanish, with_sdk
-from tests.serve.sdk_types import checked
+from tests.serve.sdk import check
 
 CHAT = "/v1/chat/completions"
-OURS = ("reasoning", "reasoning_content")
 HI = [{"role": "user", "content": "hi"}]
 SUNNY = {"reasoning": "Look out.", "answer": "It is sunny."}
 WEATHER = {
@@ -60,7 +59,8 @@ def ask(**fields: Any) -> dict[str, Any]:
 def answer(served: Served, **fields: Any) -> ChatCompletion:
     response = post(served, CHAT, ask(**fields))
     assert response.status_code == 200, response.text
-    return checked(ChatCompletion, response.json(), ours=OURS)
+    check(ChatCompletion, response.json())
+    return ChatCompletion.model_validate(response.json())
 
 
 def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def test_every_chunk_is_one_of_openais_and_usage_comes_last() -> None:
     body = ask(stream=True, n=2, tools=[WEATHER], logprobs=True, stream_options={"include_usage": True})
     chunks = chunks_of(post(scripted(PREAMBLE_AND_CALL), CHAT, body))
     for chunk in chunks:
-        checked(ChatCompletionChunk, chunk, ours=OURS)
+        check(ChatCompletionChunk, chunk)
         assert {key: chunk[key] for key in ("id", "created", "model")} == {
             key: chunks[0][key] for key in ("id", "created", "model")
         }
@@ -276,7 +276,7 @@ def test_joining_a_stream_gives_the_whole_answer_however_it_was_cut(
     body = ask(n=len(samples), stop=stop, tools=[WEATHER])
     whole = post(served, CHAT, body)
     assert whole.status_code == 200, whole.text
-    checked(ChatCompletion, whole.json(), ours=OURS)
+    check(ChatCompletion, whole.json())
     streamed = joined(chunks_of(post(served, CHAT, {**body, "stream": True})))
     assert comparable(streamed) == comparable(whole.json()["choices"])
 
@@ -395,9 +395,12 @@ def test_fields_reach_the_engine() -> None:
     [("minimal", "low"), ("low", "low"), ("medium", "medium"), ("high", "high"), ("xhigh", "high"), ("max", "high")],
 )
 def test_reasoning_effort_is_the_nearest_that_gpt_oss_has(effort: str, line: str) -> None:
-    served = scripted(SUNNY)
+    served = scripted({**SUNNY, "match": ""})
     (request,) = requests_of(served, CHAT, [ask(reasoning_effort=effort)])
     assert f"Reasoning: {line}" in served.prompting.the_tokenizer().decode(request.prompt)
+    for stream in (False, True):
+        warning = post(served, CHAT, ask(reasoning_effort=effort, stream=stream)).headers.get("x-freehold-warnings")
+        assert warning == (None if effort == line else f"reasoning_effort {effort} was taken as {line}")
 
 
 def test_no_effort_leaves_no_room_for_reasoning() -> None:
@@ -413,6 +416,7 @@ def test_a_model_without_harmony_has_no_effort_but_answers() -> None:
     assert message.content == "It is sunny."
     error = post(template, CHAT, ask(reasoning_effort="low")).json()["error"]
     assert error["param"] == "reasoning_effort" and "does not speak Harmony" in error["message"]
+    assert post(template, CHAT, ask(tools=[WEATHER])).json()["error"]["param"] == "tools"
     assert answer(template, guided_choice=["It is sunny.", "No."]).choices[0].message.content == "It is sunny."
 
 

@@ -21,6 +21,7 @@ from freehold.formats.events import ArgumentsDelta, CallStart, MessageStart, Rea
 from freehold.formats.harmony.offer import FUNCTIONS
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.chat_wire import Asked, ChatRequest, understand, why_not
+from freehold.serve.errors import ApiError
 from freehold.serve.generation import FINGERPRINT, usage
 from freehold.serve.logprobs import token_logprobs
 from freehold.serve.server import Reading, Server, whole
@@ -40,13 +41,14 @@ def router(server: Server) -> APIRouter:
         includes_usage = body.includes_usage
         reply = await _begin(server, caller_of(request), body)
         if body.stream:
-            return EventStream(_stream(reply, includes_usage=includes_usage), fault=_fault)
-        return JSONResponse(await whole(request, _answer(reply)))
+            chunks = _stream(reply, includes_usage=includes_usage)
+            return EventStream(chunks, fault=_fault, headers=reply.headers)
+        return JSONResponse(await whole(request, _answer(reply)), headers=reply.headers)
 
     return routes
 
 
-def _fault(error: Any) -> bytes:
+def _fault(error: ApiError) -> bytes:
     return encode(error.openai()) + DONE
 
 
@@ -62,6 +64,7 @@ class _Reply:
             _Sample(asked, shows_reasoning=body.include_reasoning is not False) for _ in range(body.num_samples)
         ]
         self.ends: list[SampleDone] = []
+        self.headers = {"x-freehold-warnings": "; ".join(asked.warnings)} if asked.warnings else {}
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",

@@ -42,7 +42,9 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
                 settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_auth=settings.allow_no_key
             )
             for response_id in store.recover():
-                logger.log(NOTICE, "response %s was being made when the server stopped; it counts as failed", response_id)
+                logger.log(
+                    NOTICE, "response %s was being made when the server stopped; it counts as failed", response_id
+                )
             app = create_app(load(), settings, store=store, lifespan=_life)
             server: Server = app.state.server
             guarded = guard(
