@@ -166,7 +166,6 @@ class _Reply:
         self.turns = turns
         self.readings = readings
         self.ends: list[SampleDone] = []
-        self.num_cached_tokens = 0
         self.choices = [_Choice(body, turn, tokenizer) for turn in turns for _ in range(body.num_samples)]
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -183,12 +182,14 @@ class _Reply:
             for event in batch:
                 if isinstance(event, SampleDone):
                     self.ends.append(event)
-                    self.num_cached_tokens += event.num_cached_tokens if event.index == 0 else 0
             yield [(place * n + event.index, event) for event in batch]
 
     def usage(self) -> dict[str, Any]:
-        num_prompt_tokens = sum(turn.num_prompt_tokens for turn in self.turns)
-        return usage(num_prompt_tokens, self.ends, num_cached_tokens=self.num_cached_tokens)
+        return usage(
+            sum(turn.num_prompt_tokens for turn in self.turns),
+            self.ends,
+            num_cached_tokens=sum(turn.num_cached_tokens for turn in self.turns),
+        )
 
 
 async def _merged(readings: Sequence[Reading]) -> AsyncGenerator[tuple[int, list[TurnEvent]], None]:
