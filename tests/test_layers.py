@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "freehold"
 LAYERS = [
-    {"errors", "config", "paths", "log", "machine", "disk", "sampling"},
+    {"errors", "config", "paths", "log", "machine", "disk", "sampling", "airgap"},
     {"weights"},
     {"kernels"},
     {"model"},

@@ -296,6 +296,16 @@ def test_doctor(default_folder: Path) -> None:
         assert words in text
 
 
+def test_doctor_proves_the_air_gap(default_folder: Path) -> None:
+    gap = json.loads(_invoke("doctor", "--offline", "--json").stdout)["air_gap"]
+    assert gap["holds"] is (gap["trouble"] is None)
+    assert len(gap["attempts"]) > 10 or gap["trouble"]
+    assert any("pip fetches one wheel" in reason for reason in gap["connections_ever_opened_for"])
+    text = _invoke("doctor", "--offline").stdout
+    assert ("TCP by a child process: refused" in text) is gap["holds"]
+    assert "pip fetches one wheel" in text
+
+
 def test_doctor_names_trouble(default_folder: Path) -> None:
     environment = dict(os.environ, FREEHOLD_CPU="sse9")
     done = subprocess.run([*FREEHOLD, "doctor", "--json"], capture_output=True, text=True, env=environment, check=True)

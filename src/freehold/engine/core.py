@@ -420,6 +420,7 @@ class Engine:
             tokens=tokens,
             logprobs=logprobs or None,
             prompt_logprobs=of_prompt,
+            num_cached_tokens=sample.num_cached,
             finish=finish,
             stats=stats,
             error=error,

@@ -136,11 +136,12 @@ class Step:
     The last one of a sample says why it ended and has its statistics; where the reason is "error" it has that too, and
     no tokens: those came before. Where they were asked for, `prompt_logprobs` come once, with the first step of sample
     0: one entry per token of the prompt, None for the first, which nothing comes before. They are missing only where
-    that sample ended before its prompt had been read.
+    that sample ended before its prompt had been read. `num_cached_tokens` of the prompt were not computed for it.
     """
 
     index: int
     tokens: tuple[int, ...]
+    num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish: FinishReason | None = None

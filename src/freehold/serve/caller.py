@@ -4,17 +4,23 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from freehold.serve.rates import Meter
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """`owner` is whose responses and conversations are seen, "" where no keys are used. Requests share cached prefixes
-    only with those of the same `salt`."""
+    only with those of the same `salt`, which is made from the hash of the key's secret: nobody can guess it, it tells
+    nothing of the secret, and it is the same after a restart. `meter` counts for a key that has limits."""
 
     owner: str = ""
     salt: str = ""
+    meter: Meter | None = None
 
     def charge(self, num_tokens: int) -> None:
         """So many tokens were read and written for this caller."""
+        if self.meter is not None:
+            self.meter.charge(num_tokens)
 
 
 ANYONE = Caller()

@@ -128,6 +128,7 @@ class Turn:
         self._served = served
         self._request = request
         self._samples = samples
+        self._num_cached_tokens = 0
         self._begun = False
 
     @property
@@ -137,6 +138,11 @@ class Turn:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._request.prompt)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, tokens that were not computed again: known once the first events have come."""
+        return self._num_cached_tokens
 
     @property
     def num_samples(self) -> int:
@@ -164,6 +170,8 @@ class Turn:
                 step = await anext(steps, None)
                 if step is None:
                     raise RequestError("the answer ended before it was complete; send the request again")
+                if step.index == 0:
+                    self._num_cached_tokens = step.num_cached_tokens
                 sample = self._samples[step.index]
                 if step.prompt_logprobs is not None:
                     self.prompt_logprobs = step.prompt_logprobs
@@ -183,7 +191,6 @@ class _Sample:
         self._reader = reader
         self._stops = StopStrings(stop) if stop else None
         self._num_tokens = 0
-        self._num_cached_tokens = 0
         self._num_reasoning_tokens = 0
         self._reasons = False  # inside a message that is reasoning
         self._called = False
@@ -204,8 +211,6 @@ class _Sample:
             self._pass_on(events, result)
             if self._stopped:
                 break
-        if step.stats is not None:
-            self._num_cached_tokens = step.stats.num_cached_tokens
         if self._stopped or step.finish is not None:
             self.done = True
             self._end(step, result)
@@ -279,7 +284,7 @@ class _Sample:
                 messages=messages,
                 num_tokens=self._num_tokens,
                 num_reasoning_tokens=self._num_reasoning_tokens,
-                num_cached_tokens=self._num_cached_tokens,
+                num_cached_tokens=step.num_cached_tokens,
                 stop_string=stop_string,
                 stats=step.stats,
             )
