@@ -110,6 +110,7 @@ def _in_steps(completion: str, sizes: Sequence[int], *, logprobs: bool = False) 
                 index=0,
                 tokens=part,
                 logprobs=scored,
+                num_cached_tokens=5,
                 finish="stop" if ended else None,
                 stats=stats if ended else None,
             )
@@ -178,7 +179,7 @@ def test_a_stop_string_ends_the_answer_and_the_request_and_history_is_cut_there(
         done = _done(events)
         cut = TEXT[: TEXT.index("sunny, and")]
         assert "".join(_texts(events)) == cut
-        assert (done.end, done.stop_string) == ("stop", "sunny, and")
+        assert (done.end, done.stop_string, done.num_cached_tokens) == ("stop", "sunny, and", 5)
         assert [message.text for message in done.messages] == ["sunny?", cut]
         said = [event.event for event in events if isinstance(event, Said)]
         assert said[-1] == MessageDone(message=done.messages[-1], stop_id=None)
