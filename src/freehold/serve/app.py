@@ -1,5 +1,8 @@
 """The application: a factory over a served model. Knows no sockets and no weights."""
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -9,29 +12,41 @@ from starlette.requests import Request
 from freehold import __version__
 from freehold.errors import FreeholdError
 from freehold.log import logger
-from freehold.serve import chat, completions, messages, models, tokens
+from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
+from freehold.serve.responses import routes as responses
+from freehold.serve.responses.seal import Sealer
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
 from freehold.serve.wire import invalid
 from freehold.session.served import Served
+from freehold.session.store.store import Store
 
 
-def create_app(served: Served, settings: ServeSettings | None = None) -> FastAPI:
-    """All endpoints for this model."""
+def create_app(
+    served: Served,
+    settings: ServeSettings | None = None,
+    *,
+    store: Store | None = None,
+    sealer: Sealer | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before.
+    `lifespan` is entered when serving begins, and left when it has ended."""
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
-    server = Server(served=served, settings=settings, gate=gate)
+    server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer())
     app = FastAPI(
         title="Freehold",
         version=__version__,
         description="gpt-oss on hardware you own, behind the APIs that clients know.",
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
+        lifespan=lifespan,
     )
     app.state.server = server
-    for module in (models, chat, completions, messages, tokens):
+    for module in (responses, conversations, chat, completions, messages, models, tokens, operations):
         app.include_router(module.router(server))
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(FreeholdError, _answer)

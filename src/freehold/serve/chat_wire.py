@@ -162,7 +162,7 @@ def read_conversation(messages: list[dict[str, Any]], tools: list[dict[str, Any]
     try:
         return Conversation.from_openai(messages, tools=tools)
     except FreeholdError as error:
-        raise api_error(error, param=_place(str(error))) from None
+        raise api_error(error, param=_place(str(error)) or ("messages" if messages else "tools")) from None
 
 
 def _place(text: str) -> str:
@@ -173,7 +173,7 @@ def _place(text: str) -> str:
         at = found.end()
     field = _FIELD.match(text, at)
     name = field and (field[1] or field[2])
-    return f"{param}.{name}" if param and name else param or "messages"
+    return f"{param}.{name}" if param and name else param
 
 
 def read_tools(tools: list[dict[str, Any]] | None) -> tuple[dict[str, Tool], dict[str, str]]:

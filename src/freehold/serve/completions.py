@@ -19,6 +19,7 @@ from freehold.errors import FreeholdError
 from freehold.formats.events import TextDelta
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.sampling import MOST_LOGPROBS
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.errors import ApiError
 from freehold.serve.generation import FINGERPRINT, GenerationFields, blame, usage
@@ -72,7 +73,7 @@ class CompletionRequest(GenerationFields):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/completions", tags=["Completions"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/completions", tags=["Completions"])
 
     @routes.post("", response_model=None)
     async def create(request: Request, body: CompletionRequest) -> Response:
@@ -153,10 +154,7 @@ def _read(server: Server, caller: Caller, body: CompletionRequest, turn: Turn) -
 
 
 def _why_not(error: FreeholdError, body: CompletionRequest) -> ApiError:
-    known = blame(error, fields=type(body).model_fields, form=body.form(), prompt="prompt")
-    if known.param is None and known.status == 400 and str(error).startswith(("token id", "the prompt")):
-        known.param = "prompt"
-    return known
+    return blame(error, fields=type(body).model_fields, form=body.form(), prompt="prompt")
 
 
 class _Reply:

@@ -12,8 +12,10 @@ from freehold.errors import (
     ContextError,
     DiskError,
     FreeholdError,
+    NotFoundError,
     OutOfMemoryError,
     SchemaError,
+    StoreError,
     UnsupportedError,
     UsageError,
 )
@@ -80,10 +82,14 @@ def api_error(error: BaseException, *, param: str | None = None) -> ApiError:
             return ApiError(400, str(error), param=param, code="invalid_json_schema")
         case UsageError() | UnsupportedError():
             return ApiError(400, str(error), param=param)
+        case NotFoundError():
+            return ApiError(404, str(error), param=param, code="not_found")
         case ClosedError():
             return ApiError(503, "the server is shutting down; try again later", headers={"retry-after": "5"})
         case OutOfMemoryError():
             return ApiError(503, "the server is out of memory; try again later", headers={"retry-after": "5"})
+        case StoreError():
+            return ApiError(503, str(error), headers={"retry-after": "5"})
         case DiskError():
             return ApiError(507, str(error))
         case FreeholdError():

@@ -223,6 +223,7 @@ def _bias(given: Mapping[str, float], vocab_size: int) -> dict[int, float]:
 # --- which field an error is about --------------------------------------------------------------------------
 
 _OF_FORMS = ("the response format", "the regex", "the Lark grammar", "the choice")
+_OF_PROMPTS = ("the prompt", "the text holds", "token id")
 _OF_FUNCTION = re.compile(r"\bfunctions\.([\w.\-]+?)(?=[:\s,]|$)")
 
 
@@ -236,14 +237,14 @@ def blame(
 ) -> ApiError:
     """What a client is told of an error that came when its request was put together.
 
-    `fields` are the body's; `tools` has where each function is described. What is about nothing else is about the
-    `prompt`, where it is about a length, and otherwise about no field in particular.
+    `fields` are the body's names, `prompt` that of the one that holds the text; `tools` has where each function is
+    described.
     """
     text = str(error)
     first = text.split(maxsplit=1)[0].rstrip(":,") if text.strip() else ""
     called = _OF_FUNCTION.search(text)
     param = None
-    if isinstance(error, ContextError):
+    if isinstance(error, ContextError) or text.startswith(_OF_PROMPTS):
         param = prompt
     elif called and tools and called[1] in tools and first not in fields:
         param = tools[called[1]]

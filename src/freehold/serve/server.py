@@ -11,9 +11,12 @@ from starlette.requests import Request
 from freehold.serve.caller import Caller
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
+from freehold.serve.responses.background import Background
+from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
 from freehold.session.completion import TextAsk, prepare_text
 from freehold.session.served import Served
+from freehold.session.store.store import Store
 from freehold.session.turn import Ask, SampleDone, Turn, TurnEvent, prepare
 
 _T = TypeVar("_T")
@@ -22,11 +25,15 @@ DEFAULT_NAME = "default"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """One server's parts. `created` is when it began, in seconds since 1970."""
+    """One server's parts. Without a `store` nothing is kept. `sealer` seals what clients keep for it; `created` is when
+    it began, in seconds since 1970."""
 
     served: Served
     settings: ServeSettings
     gate: Gate
+    store: Store | None = None
+    sealer: Sealer = field(default_factory=Sealer)
+    background: Background = field(default_factory=Background)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

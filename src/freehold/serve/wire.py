@@ -5,15 +5,17 @@ says why, a `Hint` is taken for what it is. What has neither is honoured. Fields
 docs/api.md is made of these models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from freehold.serve.errors import ApiError
+
+_LONGEST_PARAM = 200
 
 
 class Wire(BaseModel):
@@ -49,11 +51,27 @@ class Hint:
 
 
 def invalid(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in OpenAI's words, with the field as `param`."""
+    """The first thing that is wrong with a request, in OpenAI's words, with the field as `param`."""
     first, *_ = error.errors()
-    path = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    where, *path = first["loc"]
+    return _complaint(first, _in_body(path, error.body, first["type"]) if where == "body" else path)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def read(model: type[_Model], value: Any, param: str) -> _Model:
+    """A part of a body whose kind has just been made out. Raises ApiError; `param` is where the part is."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first, *_ = error.errors()
+        raise _complaint(first, [param, *_in_body(first["loc"], value, first["type"])]) from None
+
+
+def _complaint(error: Mapping[str, Any], path: Sequence[int | str]) -> ApiError:
     param = _param(path)
-    match first["type"]:
+    match error["type"]:
         case "extra_forbidden":
             return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
         case "missing":
@@ -61,17 +79,27 @@ def invalid(error: RequestValidationError) -> ApiError:
                 400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
             )
         case "refused":
-            return ApiError(400, f"'{param}' {first['msg']}.", param=param, code="unsupported_parameter")
-    message = first["msg"].removeprefix("Value error, ")
+            return ApiError(400, f"'{param}' {error['msg']}.", param=param, code="unsupported_parameter")
+    message = error["msg"].removeprefix("Value error, ")
     return ApiError(400, f"Invalid value for '{param}': {message}." if param else message, param=param or None)
 
 
+def _in_body(path: Sequence[int | str], body: Any, kind: str) -> list[int | str]:
+    """The path without the names of a union's branches, which pydantic puts into it: they are nowhere in the body."""
+    result: list[int | str] = []
+    for number, part in enumerate(path):
+        inside = dict(enumerate(body)) if isinstance(body, list) else body
+        if isinstance(inside, dict) and part in inside:
+            body = inside[part]
+        elif kind != "missing" or number < len(path) - 1:
+            continue
+        result.append(part)
+    return result
+
+
 def _param(path: Sequence[int | str]) -> str:
-    """`input[0].content`; the names of a union's branches, which pydantic puts into paths, are left out."""
+    """`input[0].content`."""
     text = ""
     for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part.isidentifier() or part.replace("-", "_").isidentifier():
-            text += f".{part}" if text else part
-    return text
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text[:_LONGEST_PARAM]

@@ -5,6 +5,7 @@ one that ended the text among them: such a delta's text may be empty. The rest i
 """
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,6 +79,9 @@ class _Text:
         self._stop_ids = stop_ids
         self._num_tokens = 0
         self._scored: list[ScoredToken] = []  # of text that has not come yet
+        self._begins: list[int] = []  # where the text of each of them does
+        self._length = 0
+        self._passed_on = 0
 
     def take(self, step: Step) -> list[TurnEvent]:
         """What a step adds: at most one piece of text, and the end."""
@@ -86,17 +90,25 @@ class _Text:
             self._num_tokens += 1
             if step.logprobs is not None:
                 self._scored.append(ScoredToken(token, step.logprobs[i]))
+                self._begins.append(self._length)
             if token not in self._stop_ids:
-                pieces.append(self._stops.feed(self._detokenizer.feed(token)))
+                text = self._detokenizer.feed(token)
+                self._length += len(text)
+                pieces.append(self._stops.feed(text))
             if self._stops.stopped:
                 break
         self.done = self._stops.stopped or step.finish is not None
         if self.done and not self._stops.stopped:
             pieces += [self._stops.feed(self._detokenizer.flush()), self._stops.flush()]
         events: list[TurnEvent] = []
-        if (text := "".join(pieces)) or (self.done and self._scored):
+        text = "".join(pieces)
+        self._passed_on += len(text)
+        if self._stops.stopped:  # a stop string's own tokens are no part of the text
+            self._scored = self._scored[: bisect_left(self._begins, self._passed_on)]
+        if text or (self.done and self._scored):
             events.append(Said(self._index, TextDelta(text), tuple(self._scored)))
             self._scored.clear()
+            self._begins.clear()
         if self.done:
             events.append(self._end(step))
         return events

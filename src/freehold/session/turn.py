@@ -7,7 +7,7 @@ one `SampleDone`.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -153,33 +153,56 @@ class Turn:
         """The most that a sample may have: as asked, and no more than the context has room for."""
         return self._request.max_tokens
 
-    def events(self) -> AsyncGenerator[list[TurnEvent], None]:
-        """Submit the request, at once, and read it: what each step adds. Closing or forgetting the iterator ends the
-        request. To be called once.
+    def events(self) -> "TurnEvents":
+        """Submit the request, at once, and read it: what each step adds. Closing or forgetting it ends the request.
+        To be called once.
 
-        Raises ClosedError where the engine takes no more; RequestError out of the iterator where the request fails.
+        Raises ClosedError where the engine takes no more; RequestError while it is read where the request fails.
         """
         assert not self._begun, "a turn is read once; prepare another one"
         self._begun = True
-        return self._read(self._served.runner.submit(self._request))
+        return TurnEvents(self, self._served.runner.submit(self._request))
 
-    async def _read(self, steps: Steps) -> AsyncGenerator[list[TurnEvent], None]:
-        waiting = len(self._samples)
+    def take(self, step: Step) -> list[TurnEvent]:
+        """What a step adds: nothing to a sample that has ended."""
+        if step.index == 0:
+            self._num_cached_tokens = step.num_cached_tokens
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = step.prompt_logprobs
+        sample = self._samples[step.index]
+        return [] if sample.done else sample.take(step)
+
+    @property
+    def is_done(self) -> bool:
+        return all(sample.done for sample in self._samples)
+
+
+class TurnEvents:
+    """A turn that runs, to be read with `async for`. No generator: closed before it was read, one would end nothing."""
+
+    def __init__(self, turn: Turn, steps: Steps) -> None:
+        self._turn = turn
+        self._steps = steps
+
+    def __aiter__(self) -> "TurnEvents":
+        return self
+
+    async def __anext__(self) -> list[TurnEvent]:
         try:
-            while waiting:
-                step = await anext(steps, None)
+            while not self._turn.is_done:
+                step = await anext(self._steps, None)
                 if step is None:
                     raise RequestError("the answer ended before it was complete; send the request again")
-                if step.index == 0:
-                    self._num_cached_tokens = step.num_cached_tokens
-                sample = self._samples[step.index]
-                if step.prompt_logprobs is not None:
-                    self.prompt_logprobs = step.prompt_logprobs
-                if not sample.done and (events := sample.take(step)):
-                    waiting -= sample.done
-                    yield events
-        finally:
-            await steps.aclose()
+                if events := self._turn.take(step):
+                    return events
+            raise StopAsyncIteration
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def aclose(self) -> None:
+        """End the request, wherever it is."""
+        await self._steps.aclose()
 
 
 class _Sample:

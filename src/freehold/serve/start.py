@@ -1,0 +1,98 @@
+"""From settings to a server that listens: everything is checked and bound before a model is loaded.
+
+The order is the point: what is wrong with addresses, certificates or the store is known at once; the network is closed,
+where that is asked for, after the sockets are bound and before a model or any foreign library runs.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from freehold import airgap
+from freehold.log import NOTICE, logger
+from freehold.paths import data_dir
+from freehold.serve.app import create_app
+from freehold.serve.connection import ConnectionLimits
+from freehold.serve.guard import guard
+from freehold.serve.keys import Keys
+from freehold.serve.responses.seal import Sealer
+from freehold.serve.run import bind, check_exposure, serve, tls_context
+from freehold.serve.server import Server
+from freehold.serve.settings import ServeSettings
+from freehold.session.served import Served
+from freehold.session.store.store import Store
+
+_HOUSEKEEPING_SECONDS = 600.0
+_DAY = 86_400.0
+
+
+def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str | None, no_network: bool) -> int:
+    """Serve until a signal; returns the exit code. `load` makes the model when everything else is in order.
+
+    Raises UsageError, StoreError, DiskError and whatever `load` does.
+    """
+    tls = tls_context(settings.tls_cert, settings.tls_key)
+    airgap.stay_offline()
+    sockets = bind(settings.host, settings.port, write_seconds=settings.send_timeout)
+    try:
+        if no_network:
+            airgap.close_network()
+        with Store.open(store_url) as store:
+            check_exposure(
+                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_key=settings.allow_no_key
+            )
+            for response_id in store.recover():
+                logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
+            sealer = Sealer.from_file(data_dir() / "sealing.key")
+            app = create_app(load(), settings, store=store, sealer=sealer, lifespan=_life)
+            server: Server = app.state.server
+            guarded = guard(
+                app,
+                keys=Keys(store.active_keys, open_to_all=settings.allow_no_key),
+                gate=server.gate,
+                allowed_hosts=settings.allowed_hosts,
+                cors_origins=settings.cors_origins,
+                max_body_bytes=settings.max_body_bytes,
+                receive_timeout=settings.receive_timeout,
+                log_content=settings.log_content,
+            )
+            return serve(
+                guarded,
+                sockets,
+                tls=tls,
+                limits=ConnectionLimits(write_seconds=settings.send_timeout),
+                drain_timeout=settings.drain_timeout,
+                on_drain=server.gate.drain,
+            )
+    finally:
+        for socket in sockets:
+            socket.close()
+
+
+@asynccontextmanager
+async def _life(app: FastAPI) -> AsyncIterator[None]:
+    """While the server runs its store is kept tidy; then what is still being made comes to an end, and is stored."""
+    server: Server = app.state.server
+    tidying = asyncio.create_task(_tidy(server))
+    try:
+        yield
+    finally:
+        tidying.cancel()
+        with suppress(asyncio.CancelledError):
+            await tidying
+        await server.background.finish(server.settings.drain_timeout)
+        await server.served.runner.drain(0)
+        await server.background.finish()
+
+
+async def _tidy(server: Server) -> None:
+    settings = server.settings
+    while server.store is not None:
+        try:
+            max_age = None if settings.keep_days is None else settings.keep_days * _DAY
+            await asyncio.to_thread(server.store.sweep, max_age_seconds=max_age, max_bytes=settings.keep_bytes)
+        except Exception as error:  # noqa: BLE001 - the next time may go better, and serving goes on
+            logger.warning("the store could not be tidied: %s", error)
+        await asyncio.sleep(_HOUSEKEEPING_SECONDS)
