@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from freehold.formats.events import MessageDone, ReasoningDelta, TextDelta
 from freehold.sampling import SamplingOptions
 from freehold.session.scripted import ScriptedTurn, serve_script
 from freehold.session.served import Served
-from freehold.session.turn import Ask, Said, SampleDone, TurnEvent, prepare
+from freehold.session.turn import Ask, Said, SampleDone, TurnEvent, TurnEvents, prepare
 
 TEXT = "Grüße aus 東京! 🌋🗻 It is sunny, sunny, and warm."
 ASK = Ask(conversation=Conversation(messages=(text_message("user", "Hello"),)))
@@ -281,19 +281,19 @@ def test_steps_that_just_stop_are_an_error() -> None:
     _run(scenario())
 
 
-async def _first(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+async def _first(events: TurnEvents) -> None:
     assert await anext(events)
 
 
 def test_who_leaves_in_the_middle_frees_everything() -> None:
-    async def closed(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+    async def closed(events: TurnEvents) -> None:
         await _first(events)
         await events.aclose()
 
-    async def unread(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+    async def unread(events: TurnEvents) -> None:
         pass
 
-    async def cancelled(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+    async def cancelled(events: TurnEvents) -> None:
         async def read() -> None:
             async for _ in events:
                 pass
