@@ -521,7 +521,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.5}, "seed"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
-    ({"stop": ""}, "stop[0]"),
+    ({"stop": ""}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": 3}, "stop"),
     ({"max_tokens": 0}, "max_tokens"),
