@@ -28,7 +28,7 @@ class HttpServer:
         options = ["--model", model, "--port", "0", "--threads", str(threads), *arguments]
         with log.open("wb") as words:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "freehold.cli.main", "serve", *options],
+                [sys.executable, "-m", "freehold", "serve", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=words,

@@ -91,14 +91,17 @@ asyncio.run(serve())
 def test_behind_the_gap_no_socket_opens_by_any_way_and_one_that_listens_still_accepts() -> None:
     with subprocess.Popen([sys.executable, "-c", INSIDE], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        outcomes = json.loads(process.stdout.readline())
-        assert outcomes.pop("before") == 0
-        assert {name: code for name, code in outcomes.items() if code != errno.EACCES} == {}
-        assert len(outcomes) > 150
-        with socket.create_connection(("127.0.0.1", int(process.stdout.readline())), timeout=30) as client:
-            client.sendall(b"still here\n")
-            assert client.makefile("rb").read() == b"still here\n"
-        assert process.wait(30) == 0
+        try:
+            outcomes = json.loads(process.stdout.readline())
+            assert outcomes.pop("before") == 0
+            assert {name: code for name, code in outcomes.items() if code != errno.EACCES} == {}
+            assert len(outcomes) > 150
+            with socket.create_connection(("127.0.0.1", int(process.stdout.readline())), timeout=30) as client:
+                client.sendall(b"still here\n")
+                assert client.makefile("rb").read() == b"still here\n"
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
     assert not airgap.is_closed()  # the child's gap is the child's
 
 

@@ -537,7 +537,7 @@ def _lines(log: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_a_request_is_one_line_without_contents(log: io.StringIO) -> None:
-    endpoint = Endpoint(act=lambda scope: scope["state"].update(tokens=42))
+    endpoint = Endpoint(act=lambda scope: scope["state"]["caller"].charge(42))
     app = guarded(endpoint, {digest(SECRET): Key(id="key_1")})
     answer = post(app, b'{"input":"a private matter"}', x_api_key=SECRET, x_request_id="their-id.1")
     assert answer.headers["x-request-id"] == "their-id.1" == endpoint.states[0]["request_id"]

@@ -229,7 +229,7 @@ async def test_items_can_be_referred_to_and_paged_through(tmp_path: Path) -> Non
             await there.get(f"responses/{second['id']}/input_items", 400, **query)
         await there.get(f"responses/{second['id']}/input_items", 404, after="nothing")
         query = {"include[]": "reasoning.encrypted_content"}
-        sealed = await there.get(f"responses/{first["id"]}", **query)
+        sealed = await there.get(f"responses/{first['id']}", **query)
         assert sealed["output"][0]["encrypted_content"]
 
 

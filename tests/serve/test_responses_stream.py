@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from freehold.formats.events import ArgumentsDelta, ReasoningDelta, TextDelta
-from freehold.serve.caller import ANYONE
+from freehold.serve.caller import Caller
 from freehold.serve.errors import ApiError
 from freehold.serve.responses.plan import plan
 from freehold.serve.responses.stream import ResponseStream
@@ -27,7 +27,7 @@ TURN = {
 
 async def events_and_stream(there: Responding) -> tuple[list[TurnEvent], Any]:
     """What the turn says, and what makes new streams for it."""
-    made = await plan(there.server, ANYONE, ResponseCreate(input="Weather?", tools=[WEATHER]))
+    made = await plan(there.server, Caller(), ResponseCreate(input="Weather?", tools=[WEATHER]))
     events = [event async for batch in made.turn.events() for event in batch]
 
     def stream() -> ResponseStream:

@@ -22,6 +22,7 @@ from freehold.cli import (
     keys,
     pack,
     receipt,
+    serve,
     synth,
     terminal,
 )
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and so answers twice as fast
     context_settings=HELP_OPTIONS,
 )
-for module in (chat, generate, inspect, bench, receipt, convert, synth, pack, doctor):
+for module in (chat, serve, generate, inspect, bench, receipt, convert, synth, pack, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)
@@ -62,6 +63,7 @@ def _main(
     \b
     freehold chat "What is the capital of France?"
     freehold chat                      a conversation
+    freehold serve                     the same for clients of OpenAI's API
     freehold inspect default           what the model is made of
     freehold doctor                    what runs on this machine
     """

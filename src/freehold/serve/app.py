@@ -1,5 +1,8 @@
 """The application: a factory over a served model. Knows no sockets and no weights."""
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -27,8 +30,10 @@ def create_app(
     *,
     store: Store | None = None,
     sealer: Sealer | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
-    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before."""
+    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before.
+    `lifespan` is entered when serving begins, and left when it has ended."""
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
     server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer())
@@ -38,6 +43,7 @@ def create_app(
         description="gpt-oss on hardware you own, behind the APIs that clients know.",
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
+        lifespan=lifespan,
     )
     app.state.server = server
     for module in (responses, conversations, chat, completions, messages, models, tokens, operations):

@@ -19,6 +19,7 @@ from freehold.errors import FreeholdError
 from freehold.formats.conversation import Channel
 from freehold.formats.events import ArgumentsDelta, CallStart, MessageStart, ReasoningDelta, TextDelta
 from freehold.formats.harmony.offer import FUNCTIONS
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.chat_wire import Asked, ChatRequest, understand, why_not
 from freehold.serve.errors import ApiError
@@ -32,7 +33,7 @@ _BETWEEN_MESSAGES = "\n\n"
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/chat/completions", tags=["Chat Completions"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/chat/completions", tags=["Chat Completions"])
 
     @routes.post("", response_model=None)
     async def create(request: Request, body: ChatRequest) -> Response:

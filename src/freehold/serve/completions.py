@@ -19,6 +19,7 @@ from freehold.errors import FreeholdError
 from freehold.formats.events import TextDelta
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.sampling import MOST_LOGPROBS
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.errors import ApiError
 from freehold.serve.generation import FINGERPRINT, GenerationFields, blame, usage
@@ -77,7 +78,7 @@ class CompletionRequest(GenerationFields):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/completions", tags=["Completions"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/completions", tags=["Completions"])
 
     @routes.post("", response_model=None)
     async def create(request: Request, body: CompletionRequest) -> Response:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.errors import ApiError
 from freehold.serve.responses.items import Item, read_items
@@ -19,7 +20,7 @@ _PARAM = "conversation_id"
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/conversations", tags=["Conversations"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/conversations", tags=["Conversations"])
 
     @routes.post("")
     async def create_conversation(request: Request, body: ConversationCreate) -> dict[str, Any]:

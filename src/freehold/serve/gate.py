@@ -24,6 +24,11 @@ class Gate:
         self._seconds_between = 1.0
         self.draining = False
 
+    @property
+    def taken(self) -> int:
+        """Places of those that run and wait."""
+        return self._taken
+
     def drain(self) -> None:
         """Let nobody in any more."""
         self.draining = True

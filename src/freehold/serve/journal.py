@@ -29,7 +29,7 @@ _MOST_CONTENT = 64 * 2**10
 
 
 class Journal:
-    """Middleware, outermost. Puts `request_id` into `scope["state"]`; at the end reads `caller` and `tokens` there."""
+    """Middleware, outermost. Puts `request_id` into `scope["state"]`; at the end reads `caller` there."""
 
     def __init__(
         self, app: ASGIApp, *, log_content: bool = False, clock: Callable[[], float] = time.perf_counter
@@ -144,7 +144,7 @@ def _log_request(scope: Scope, status: int, milliseconds: float) -> None:
         "path": _printable(scope.get("raw_path") or scope["path"])[:200],
         "status": status,
         "ms": milliseconds,
-        "tokens": state.get("tokens"),
+        "tokens": None if caller is None else caller.tally.tokens or None,
         "key": getattr(caller, "owner", "") or None,
         "request_id": state["request_id"],
     }

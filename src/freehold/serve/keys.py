@@ -17,7 +17,7 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freehold.log import logger
-from freehold.serve.caller import ANYONE, Caller
+from freehold.serve.caller import Caller
 from freehold.serve.errors import ApiError
 from freehold.serve.rates import Meter
 from freehold.serve.refusal import answer, retry_after, values
@@ -66,7 +66,7 @@ class Keys:
         await self._refresh()
         if not self._ever_any:
             if self._open_to_all or _from_loopback(scope):
-                return ANYONE
+                return Caller()
             raise ApiError(
                 403,
                 "this server has no keys and so serves its own machine only: make one with `freehold keys create`",

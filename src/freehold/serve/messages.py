@@ -39,6 +39,7 @@ from freehold.formats.conversation import (
 from freehold.formats.events import ArgumentsDelta, CallStart, Event, MessageDone, ReasoningDelta, TextDelta
 from freehold.formats.forms import JsonSchema
 from freehold.formats.harmony.grammar import NamedTool
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.effort import speaks_harmony, thinking
 from freehold.serve.errors import ApiError
@@ -66,7 +67,7 @@ _MOST_CALL_CHARACTERS = 16 << 20
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/messages", tags=["Messages"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/messages", tags=["Messages"])
     spellings = _Spellings()
 
     @routes.post("")

@@ -3,11 +3,12 @@
 from fastapi import APIRouter
 from openai.types import Model
 
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.server import Server
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/models", tags=["Models"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/models", tags=["Models"])
 
     def model(name: str) -> dict[str, object]:
         described = Model(id=name, created=server.created, object="model", owned_by="freehold")

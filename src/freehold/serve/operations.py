@@ -13,11 +13,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.server import Server
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["Operation"])
+    routes = APIRouter(route_class=StrictRoute, tags=["Operation"])
     ours = CollectorRegistry()
     ours.register(_Now(server))
     ProcessCollector(registry=ours)

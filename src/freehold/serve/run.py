@@ -101,11 +101,15 @@ def url_of(sockets: Sequence[socket.socket], *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
-def tls_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """From PEM files; one file may hold both.
+def tls_context(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """From PEM files; one file may hold both. None where neither is given.
 
     Raises UsageError for files that are missing, are no PEM, are encrypted, or do not belong together.
     """
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise UsageError("TLS takes both a certificate and its key; give --tls-cert and --tls-key")
     for option, path in (("--tls-cert", cert), ("--tls-key", key)):
         try:
             path.open("rb").close()

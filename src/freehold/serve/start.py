@@ -12,10 +12,12 @@ from fastapi import FastAPI
 
 from freehold import airgap
 from freehold.log import NOTICE, logger
+from freehold.paths import data_dir
 from freehold.serve.app import create_app
 from freehold.serve.connection import ConnectionLimits
 from freehold.serve.guard import guard
 from freehold.serve.keys import Keys
+from freehold.serve.responses.seal import Sealer
 from freehold.serve.run import bind, check_exposure, serve, tls_context
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
@@ -39,13 +41,14 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             airgap.close_network()
         with Store.open(store_url) as store:
             check_exposure(
-                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_auth=settings.allow_no_key
+                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_key=settings.allow_no_key
             )
             for response_id in store.recover():
-                logger.log(
-                    NOTICE, "response %s was being made when the server stopped; it counts as failed", response_id
-                )
-            app = create_app(load(), settings, store=store, lifespan=_life)
+                logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
+            served = load()
+            served.warm_up()
+            sealer = Sealer.from_file(data_dir() / "sealing.key")
+            app = create_app(served, settings, store=store, sealer=sealer, lifespan=_life)
             server: Server = app.state.server
             guarded = guard(
                 app,
@@ -81,6 +84,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         tidying.cancel()
         with suppress(asyncio.CancelledError):
             await tidying
+        await server.background.finish(server.settings.drain_timeout)
         await server.served.runner.drain(0)
         await server.background.finish()
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from freehold.errors import FreeholdError
 from freehold.formats.tokenizer import Tokenizer
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.chat_wire import read_conversation
 from freehold.serve.effort import ReasoningEffort, thinking
 from freehold.serve.errors import ApiError, api_error
@@ -51,7 +52,7 @@ class DetokenizeRequest(Wire):
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(tags=["Tokens"])
+    routes = APIRouter(route_class=StrictRoute, tags=["Tokens"])
 
     @routes.post("/v1/tokenize", include_in_schema=False)
     @routes.post("/tokenize")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request, Step
+from freehold.formats.guidance import prepare
 from freehold.session.prompting import Prompting
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Served:
     runner: AsyncRunner
     harmony: bool | None = None
     grammar: bool = True
+
+    def warm_up(self) -> None:
+        """Do now what the first request would wait for: reading a large vocabulary takes more than a second."""
+        prepare(self.prompting.the_tokenizer())
 
 
 def serve_model(model: "Model", *, name: str, harmony: bool | None = None, grammar: bool = True) -> Served:

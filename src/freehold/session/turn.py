@@ -154,8 +154,8 @@ class Turn:
         return self._request.max_tokens
 
     def events(self) -> "TurnEvents":
-        """Submit the request, at once, and read it: what each step adds. Closing or forgetting it ends the request. To be
-        called once.
+        """Submit the request, at once, and read it: what each step adds. Closing or forgetting it ends the request.
+        To be called once.
 
         Raises ClosedError where the engine takes no more; RequestError while it is read where the request fails.
         """

@@ -50,9 +50,10 @@ class Background:
     def find(self, owner: str, name: str) -> "Run | None":
         return self._runs.get((owner, name))
 
-    async def finish(self) -> None:
-        """Wait for all of them; they end when the engine does, if not before."""
-        await asyncio.gather(*(run.task for run in self._runs.values() if run.task is not None))
+    async def finish(self, timeout: float | None = None) -> None:
+        """Wait for all of them, so many seconds at most; they end when the engine does, if not before."""
+        if tasks := [run.task for run in self._runs.values() if run.task is not None]:
+            await asyncio.wait(tasks, timeout=timeout)
 
     def _forget(self, run: "Run") -> None:
         self._runs.pop(run.key, None)

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from freehold.errors import NotFoundError
 from freehold.log import logger
+from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import caller_of
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.responses.background import Numbered, Run
@@ -32,7 +33,7 @@ _ENCRYPTED = "reasoning.encrypted_content"
 
 
 def router(server: Server) -> APIRouter:
-    routes = APIRouter(prefix="/v1/responses", tags=["Responses"])
+    routes = APIRouter(route_class=StrictRoute, prefix="/v1/responses", tags=["Responses"])
 
     @routes.post("")
     async def create_response(request: Request, body: ResponseCreate) -> Response:

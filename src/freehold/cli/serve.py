@@ -1,0 +1,146 @@
+"""`freehold serve`: a model behind the APIs that clients know."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from freehold.cli import terminal
+from freehold.cli.options import (
+    Context,
+    Dense,
+    Device,
+    Dtype,
+    KvDtype,
+    ModelOption,
+    PrefixCacheDir,
+    StoreOption,
+    Threads,
+)
+from freehold.errors import UsageError
+
+if TYPE_CHECKING:
+    from freehold.session.served import Served
+
+
+def command(
+    model: ModelOption = "default",
+    host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Listen on this port; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Another name that the model answers to; may be given again.")
+    ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="No model: say what this JSONL file says, for who writes a client.")
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="How fast a script is said. Default: as fast as it goes.")
+    ] = None,
+    harmony: Annotated[
+        bool | None,
+        typer.Option(help="Speak Harmony, or the model's template. Default: what the model was made for."),
+    ] = None,
+    store: StoreOption = None,
+    keep_days: Annotated[
+        float | None, typer.Option(help="Forget stored responses after so many days; 0 keeps them.", show_default="30")
+    ] = None,
+    keep_bytes: Annotated[
+        int | None, typer.Option(help="Forget the oldest beyond so many bytes; 0 keeps them.", show_default="4 GiB")
+    ] = None,
+    allow_no_key: Annotated[
+        bool, typer.Option("--allow-no-key", help="Serve other machines although there is no key.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which clients reach this machine; may be given again.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A web page's origin that may use this server; may be given again.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="A certificate in PEM: serve over TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, where that is another file.")] = None,
+    airgap: Annotated[
+        bool, typer.Option("--airgap", help="Let neither this process nor its children open any connection.")
+    ] = False,
+    max_concurrency: Annotated[int, typer.Option(help="So many answers are written at once.")] = 32,
+    max_queue: Annotated[int, typer.Option(help="So many more may wait; who comes then is sent away.")] = 256,
+    max_body_bytes: Annotated[int, typer.Option(help="The largest request.", show_default="32 MiB")] = 32 << 20,
+    request_timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 3600.0,
+    send_timeout: Annotated[float, typer.Option(help="Seconds that a client may stop reading.")] = 30.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that answers have to end on SIGTERM.")] = 60.0,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
+    log_content: Annotated[bool, typer.Option("--log-content", help="Log what is asked and answered, too.")] = False,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that all conversations together have room for. Default: one context.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    dense: Dense = None,
+    kv_dtype: KvDtype = None,
+    context: Context = None,
+    threads: Threads = None,
+    prefix_cache_dir: PrefixCacheDir = None,
+) -> None:
+    """Serve a model to clients of OpenAI's and Anthropic's APIs.
+
+    \b
+    freehold serve
+    freehold serve --model /data/gpt-oss-20b --port 8080
+    freehold serve --script turns.jsonl --tokens-per-second 50
+    """
+    if script is None and tokens_per_second is not None:
+        raise UsageError("--tokens-per-second is for a --script; a model is as fast as it is")
+    from freehold.serve.journal import start_logging
+    from freehold.serve.settings import ServeSettings
+    from freehold.serve.start import start
+
+    defaults = ServeSettings()
+    settings = dataclasses.replace(
+        defaults,
+        host=host,
+        port=port,
+        model_names=tuple(served_model_name or ()),
+        allowed_hosts=tuple(allowed_host or ()),
+        cors_origins=tuple(cors_origin or ()),
+        allow_no_key=allow_no_key,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        max_running=max_concurrency,
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        request_timeout=request_timeout,
+        send_timeout=send_timeout,
+        drain_timeout=drain_timeout,
+        keep_days=defaults.keep_days if keep_days is None else keep_days or None,
+        keep_bytes=defaults.keep_bytes if keep_bytes is None else keep_bytes or None,
+        log_json=log_json,
+        log_content=log_content,
+    )
+
+    def load() -> "Served":
+        if script is not None:
+            from freehold.session.scripted import read_script, serve_script
+
+            return serve_script(read_script(script), tokens_per_second=tokens_per_second)
+        from freehold.session import model as models
+        from freehold.session.served import serve_model
+
+        with terminal.progress_bars() as progress:
+            loaded = models.load(
+                model,
+                device=device,
+                dtype=dtype,
+                dense=dense,
+                kv_dtype=kv_dtype,
+                context=context,
+                kv_tokens=kv_tokens,
+                max_num_seqs=max_concurrency,
+                threads=threads,
+                prefix_cache_dir=prefix_cache_dir,
+                progress=progress,
+            )
+        return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
+
+    start_logging(as_json=log_json)
+    sys.exit(start(load, settings, store_url=store, no_network=airgap))
