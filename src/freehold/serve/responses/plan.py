@@ -189,10 +189,10 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
     if body.input is None and body.previous_response_id is None and body.conversation is None:
         raise ApiError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     history = await asyncio.to_thread(_history, server, caller.owner, body)
-    stored = {
-        name: await asyncio.to_thread(_found, server, caller.owner, name, param)
-        for name, param in references(body.input).items()
-    }
+    referred = references(body.input)
+    stored = await asyncio.to_thread(
+        lambda: {name: _found(server, caller.owner, name, param) for name, param in referred.items()}
+    )
     own = await asyncio.to_thread(
         lambda: read_items(
             body.input,
@@ -201,7 +201,7 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
             stored=stored,
         )
     )
-    check_items(history, own)
+    check_items(history, own, whose="previous_response_id" if body.conversation is None else "conversation")
     if not (history or own):
         raise ApiError(400, "'input' is empty; send a text or at least one item.", param="input")
     return Context(history=tuple(history), own=tuple(own))
