@@ -421,7 +421,20 @@ WHOLE: dict[str, Any] = {
     "store": True,
     "truncation": "auto",
 }
-STRANGE = (None, 3, -1, "", [], {}, True, [[]], {"type": "x"}, "<|start|>", "'; DROP TABLE responses; --", "a" * 300)
+STRANGE: tuple[Any, ...] = (
+    None,
+    3,
+    -1,
+    "",
+    [],
+    {},
+    True,
+    [[]],
+    {"type": "x"},
+    "<|start|>",
+    "'; DROP TABLE responses; --",
+    "a" * 300,
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -446,5 +459,5 @@ async def test_whatever_stands_in_a_field_is_answered_or_refused_by_name(tmp_pat
                     check(Response, answer.json())
                 else:
                     assert answer.status_code in (400, 404), (path, answer.text)
-                    assert answer.json()["error"]["param"].startswith(str(path[0]).removesuffix("_choice")), answer.text
+                    assert answer.json()["error"]["param"].startswith((path[0], "tool")), (path, answer.text)
     assert statuses >= {200, 400}
