@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contest import ContestError, machine_line, positive
-from http_client import Answer, HttpServer, get, http_server, stream
+from http_client import Answer, HttpServer, ask, http_server, stream
 
 _TOPICS = ("the sea", "bread", "Rome", "clouds", "a bicycle", "the moon", "chess", "a garden", "tea", "the alphabet")
 
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 async def _state(server: HttpServer) -> State:
-    _, body = await get(server.port, "/metrics")
+    _, body = await ask(server.port, "/metrics")
     values: defaultdict[str, float] = defaultdict(float)
     for name, value in re.findall(r"^(freehold_\w+)(?:\{[^}]*\})? ([0-9.e+]+)$", body.decode(), re.MULTILINE):
         values[name] += float(value)
@@ -75,7 +75,7 @@ async def _client(server: HttpServer, number: int, until: float, counts: Counter
 async def _ask_for_health(server: HttpServer, seconds: list[float]) -> None:
     while True:
         start = time.perf_counter()
-        status, _ = await get(server.port, "/health")
+        status, _ = await ask(server.port, "/health")
         if status != 200:
             raise ContestError(f"/health answered {status}")
         seconds.append(time.perf_counter() - start)
