@@ -206,13 +206,18 @@ async def test_tool_choices_are_kept_to(choice: Any, calls: bool) -> None:
     assert response["tool_choice"] == choice
 
 
-async def test_a_turn_that_runs_out_of_tokens_is_incomplete_and_can_be_gone_on_from(tmp_path: Path) -> None:
+async def test_a_turn_that_runs_out_of_tokens_is_incomplete_and_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with Responding(LOOK_UP, SUNNY, path=tmp_path) as there:
+        prompts = prompts_of(there, monkeypatch)
         cut = await there.make(input="Weather?", tools=[WEATHER], max_output_tokens=24, stream=True)
         assert (cut["status"], cut["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
         assert (cut["output"][-1]["type"], cut["output"][-1]["status"]) == ("function_call", "incomplete")
         assert cut["completed_at"] is None
         again = await there.make(input="Go on.", previous_response_id=cut["id"], tools=[WEATHER])
+        prompt = there.server.served.prompting.the_tokenizer().decode(prompts[-1], control="show")
+        assert "Look it up." in prompt and "to=functions" not in prompt
     assert again["status"] == "completed"
 
 
