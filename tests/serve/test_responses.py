@@ -206,13 +206,18 @@ async def test_tool_choices_are_kept_to(choice: Any, calls: bool) -> None:
     assert response["tool_choice"] == choice
 
 
-async def test_a_turn_that_runs_out_of_tokens_is_incomplete_and_can_be_gone_on_from(tmp_path: Path) -> None:
+async def test_a_turn_that_runs_out_of_tokens_is_incomplete_and_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with Responding(LOOK_UP, SUNNY, path=tmp_path) as there:
+        prompts = prompts_of(there, monkeypatch)
         cut = await there.make(input="Weather?", tools=[WEATHER], max_output_tokens=24, stream=True)
         assert (cut["status"], cut["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
         assert (cut["output"][-1]["type"], cut["output"][-1]["status"]) == ("function_call", "incomplete")
         assert cut["completed_at"] is None
         again = await there.make(input="Go on.", previous_response_id=cut["id"], tools=[WEATHER])
+        prompt = there.server.served.prompting.the_tokenizer().decode(prompts[-1], control="show")
+        assert "Look it up." in prompt and "to=functions" not in prompt
     assert again["status"] == "completed"
 
 
@@ -421,7 +426,20 @@ WHOLE: dict[str, Any] = {
     "store": True,
     "truncation": "auto",
 }
-STRANGE = (None, 3, -1, "", [], {}, True, [[]], {"type": "x"}, "<|start|>", "'; DROP TABLE responses; --", "a" * 300)
+STRANGE: tuple[Any, ...] = (
+    None,
+    3,
+    -1,
+    "",
+    [],
+    {},
+    True,
+    [[]],
+    {"type": "x"},
+    "<|start|>",
+    "'; DROP TABLE responses; --",
+    "a" * 300,
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -446,5 +464,5 @@ async def test_whatever_stands_in_a_field_is_answered_or_refused_by_name(tmp_pat
                     check(Response, answer.json())
                 else:
                     assert answer.status_code in (400, 404), (path, answer.text)
-                    assert answer.json()["error"]["param"].startswith(str(path[0]).removesuffix("_choice")), answer.text
+                    assert answer.json()["error"]["param"].startswith((path[0], "tool")), (path, answer.text)
     assert statuses >= {200, 400}
