@@ -18,6 +18,7 @@ LAYERS = [
     {"serve", "train", "evals"},
     {"cluster"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PUBLIC_FACE = {"__init__", "_native"}  # the package's own attributes, and the extension module

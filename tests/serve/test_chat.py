@@ -27,7 +27,7 @@ from freehold.serve.chat_wire import ChatRequest
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
 from freehold.session.served import Served
-from tests.serve.http import Recorder, chunks_of, post, requests_of, scripted, vanish, with_sdk
+from tests.serve.http import Recorder, chunks_of, post, post_all, requests_of, scripted, vanish, with_sdk
 from tests.serve.sdk import check
 
 CHAT = "/v1/chat/completions"
@@ -274,10 +274,10 @@ def test_joining_a_stream_gives_the_whole_answer_however_it_was_cut(
 ) -> None:
     served = replace(BARE, runner=Spoken(BARE, samples, sizes, stops=stops))
     body = ask(n=len(samples), stop=stop, tools=[WEATHER])
-    whole = post(served, CHAT, body)
+    whole, stream = post_all(served, CHAT, [body, {**body, "stream": True}])
     assert whole.status_code == 200, whole.text
     check(ChatCompletion, whole.json())
-    streamed = joined(chunks_of(post(served, CHAT, {**body, "stream": True})))
+    streamed = joined(chunks_of(stream))
     assert comparable(streamed) == comparable(whole.json()["choices"])
 
 
@@ -575,8 +575,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_done_is_refused_by_name() -> None:
     served = scripted({**SUNNY, "match": ""})
     wrong = []
-    for fields, param in REFUSALS:
-        response = post(served, CHAT, ask(**fields))
+    responses = post_all(served, CHAT, [ask(**fields) for fields, _ in REFUSALS])
+    for (fields, param), response in zip(REFUSALS, responses, strict=True):
         error = response.json().get("error", {})
         if (response.status_code, error.get("param"), error.get("type")) != (400, param, "invalid_request_error"):
             wrong.append((fields, param, response.status_code, response.text[:300]))

@@ -11,6 +11,8 @@ import pytest
 from openai.types.conversations import ConversationItemList, Message
 from openai.types.responses import ResponseItemList
 
+from freehold.errors import DiskSpaceError
+from freehold.session.store.records import ResponseRecord
 from freehold.session.store.store import Store
 from tests.serve.event_order import EventOrder
 from tests.serve.responding import LOOK_UP, SUNNY, WEATHER, Responding, events_of, result_of
@@ -159,6 +161,27 @@ async def test_nobody_is_told_of_the_end_before_it_is_stored(tmp_path: Path, mon
             await asked(there, {"input": "Hello", "stream": stream}, order.append)
             told = next(at for at, body in enumerate(order) if '"status":"completed","background"' in body)
             assert 0 <= order.index("stored") < told
+
+
+@pytest.mark.parametrize("how", [{"stream": True}, {"background": True}, {"background": True, "stream": True}])
+async def test_what_could_not_be_stored_is_not_called_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    async with Responding(SUNNY, path=tmp_path) as there:
+        put = Store.put_response
+
+        def full(self: Store, record: ResponseRecord, *given: Any) -> None:
+            if record.finished:
+                raise DiskSpaceError("the disk is full")
+            put(self, record, *given)
+
+        monkeypatch.setattr(Store, "put_response", full)
+        made = await there.make(input="Hello", **how)
+        if how.get("stream"):
+            assert made["status"] == "failed" and "completed_at" in made
+        else:
+            await there.server.background.finish()
+            assert (await there.get(f"responses/{made['id']}"))["status"] == "queued"  # until the next start
 
 
 async def asked(there: Responding, body: dict[str, Any], sent: Callable[[str], None], *, leaves: bool = False) -> None:

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -50,13 +50,18 @@ def _is_ids(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)
 
 
+_Element = TypeVar("_Element")
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Several = Annotated[list[_Element], Field(min_length=1, max_length=_MOST_PROMPTS)]
+
+
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`."""
 
     prompt: Annotated[
-        list[Any],
-        BeforeValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
-        Field(max_length=_MOST_PROMPTS),
+        Annotated[list[Any], Field(max_length=_MOST_PROMPTS)],
+        BeforeValidator(_prompts, json_schema_input_type=_Text | _Ids | _Several[_Text] | _Several[_Ids]),
     ] = Field(description="Text, token ids, or a list of either. Control tokens' names in text stay text; give ids")
     max_tokens: int | None = Field(None, ge=0, description="16 where it is not given; 0 only with echo")
     echo: bool | None = Field(None, description="The prompt comes before its continuation, also in logprobs")

@@ -148,9 +148,17 @@ class Run:
             logger.error("a response could not be stored", exc_info=error)
             self._stream.fail(ApiError(500, "the response could not be stored; send it again"))
             last = numbered([*self._said, *self._stream.ended()])
+            await self._put_failure(last)
         self._is_told = True
         self._tell(last)
         self._ended(self)
+
+    async def _put_failure(self, last: Sequence[Numbered]) -> None:
+        """The store may have been busy for a moment; otherwise the next start will find what is not finished."""
+        try:
+            await asyncio.to_thread(self._put, last)
+        except Exception as error:  # noqa: BLE001 - it has been told of already
+            logger.warning("nor could its failure: %s", error)
 
     def _judge(self, reading: asyncio.Task[None]) -> None:
         if reading.cancelled():

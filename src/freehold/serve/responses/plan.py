@@ -201,7 +201,7 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
             stored=stored,
         )
     )
-    check_items(history, own)
+    check_items(history, own, whose="previous_response_id" if body.conversation is None else "conversation")
     if not (history or own):
         raise ApiError(400, "'input' is empty; send a text or at least one item.", param="input")
     return Context(history=tuple(history), own=tuple(own))
