@@ -80,7 +80,7 @@ class Client:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            env=_bare_environment() | dict(env or {}),
+            env=bare_environment() | dict(env or {}),
         )
 
     def __enter__(self) -> "Client":
@@ -104,7 +104,7 @@ class Client:
         assert failure is None, failure
 
 
-def _bare_environment() -> dict[str, str]:
+def bare_environment() -> dict[str, str]:
     """Without what could send a client elsewhere, lend it keys or lead it to our own modules."""
     foreign = ("OPENAI_", "ANTHROPIC_", "LITELLM_", "LLM_", "CODEX_", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}

@@ -48,5 +48,7 @@ TURNS: tuple[dict[str, Any], ...] = (
         "reasoning": "Now the edit.",
         "calls": [{"name": "exec_command", "arguments": {"cmd": f"apply_patch <<'EOF'\n{PATCH}\nEOF"}}],
     },
+    {"match": "^Close the agent", "reasoning": "Whose?", "calls": [{"name": "multi_agent_v1__close_agent", "arguments": {"target": "nobody"}}]},
+    {"match": "nobody", "answer": "There is no such agent."},
     {"match": "Success. Updated", "reasoning": "Done.", "answer": "The typo is fixed."},
 )  # fmt: skip

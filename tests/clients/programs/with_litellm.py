@@ -40,7 +40,9 @@ def reasoning_is_found(url: str) -> None:
         said += getattr(chunk.choices[0].delta, "reasoning_content", None) or ""
     assert said == "A greeting."
     thinking = {"type": "enabled", "budget_tokens": 1024}
-    message = litellm.completion(messages=HELLO, thinking=thinking, **anthropics).choices[0].message
+    # It does not know from a model's name of its own whether the model thinks.
+    asked = {"thinking": thinking, "allowed_openai_params": ["thinking"]}
+    message = litellm.completion(messages=HELLO, **asked, **anthropics).choices[0].message
     assert message.reasoning_content == "A greeting."
 
 
