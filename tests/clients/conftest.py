@@ -1,13 +1,19 @@
 """The servers that the clients call: one that says a script, one with the default model."""
 
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.clients.running import Serving, serving
+from tests.clients.running import Client, Serving, serving
 from tests.clients.turns import TURNS
+
+LITELLM_PYTHON = os.environ.get("FREEHOLD_TEST_LITELLM_PYTHON")
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +31,18 @@ def default(tmp_path_factory: pytest.TempPathFactory, default_folder: Path) -> I
     """The default model, in a small context."""
     with serving(tmp_path_factory.mktemp("default"), "--context", "2048") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def client_of() -> Iterator[Callable[[str, bool], Client]]:
+    """The process that runs a program's functions; with litellm and the openai 2.x that it brings, if asked for."""
+    with ExitStack() as stack:
+
+        @cache
+        def start(program: str, beside_litellm: bool = False) -> Client:
+            python = LITELLM_PYTHON if beside_litellm else sys.executable
+            if python is None:
+                pytest.skip("FREEHOLD_TEST_LITELLM_PYTHON names no interpreter with litellm")
+            return stack.enter_context(Client(program, python=python))
+
+        yield start

@@ -1,38 +1,38 @@
-"""The libraries that people reach a model by, each against a scripted server and once against the default model."""
+"""The libraries that people reach a model by, each against a scripted server and once against the default model.
 
-import os
-import sys
-from collections.abc import Iterator
+OpenAI's own in both versions that are in use: 3.x, and the 2.x that litellm and aider bring.
+"""
+
+from collections.abc import Callable
 
 import pytest
 
 from tests.clients.running import Client, Serving, steps_of
 
-PROGRAMS = ("with_agents", "with_anthropic", "with_langchain", "with_litellm")
-
-
-@pytest.fixture(scope="module")
-def client(request: pytest.FixtureRequest) -> Iterator[Client]:
-    python: str | None = sys.executable
-    if request.param == "with_litellm":
-        python = os.environ.get("FREEHOLD_TEST_LITELLM_PYTHON")
-    if python is None:
-        pytest.skip("FREEHOLD_TEST_LITELLM_PYTHON names no interpreter with litellm")
-    with Client(request.param, python=python) as client:
-        yield client
-
-
+LIBRARIES = {
+    "openai 3.x": ("with_openai", False),
+    "openai 2.x": ("with_openai", True),
+    "openai-agents": ("with_agents", False),
+    "anthropic": ("with_anthropic", False),
+    "langchain": ("with_langchain", False),
+    "litellm": ("with_litellm", True),
+}
 SMOKE = "smoke_of_the_default_model"
-STEPS = [(program, step) for program in PROGRAMS for step in steps_of(program)]
+STEPS = [(name, step) for name, (program, _) in LIBRARIES.items() for step in steps_of(program) if step != SMOKE]
+
+ClientOf = Callable[[str, bool], Client]
 
 
-@pytest.mark.parametrize(
-    ("client", "step"), [(program, step) for program, step in STEPS if step[0].islower() and step != SMOKE], indirect=["client"]
-)
-def test_library(client: Client, scripted: Serving, step: str) -> None:
-    client.does(step, scripted.url)
+@pytest.mark.parametrize(("library", "step"), STEPS)
+def test_library(client_of: ClientOf, scripted: Serving, library: str, step: str) -> None:
+    client_of(*LIBRARIES[library]).does(step, scripted.url)
 
 
-@pytest.mark.parametrize("client", PROGRAMS, indirect=True)
-def test_library_and_the_default_model(client: Client, default: Serving) -> None:
-    client.does(SMOKE, default.url)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_library_and_the_default_model(client_of: ClientOf, default: Serving, library: str) -> None:
+    client_of(*LIBRARIES[library]).does(SMOKE, default.url)
+
+
+def test_the_openai_libraries_are_the_versions_that_are_meant(client_of: ClientOf) -> None:
+    for version in ("3.x", "2.x"):
+        client_of(*LIBRARIES[f"openai {version}"]).does("_is_version", version[0])
