@@ -1,4 +1,4 @@
-"""The Codex CLI edits a file over the Responses wire: the program itself, where it is here, and what it sends, always."""
+"""The Codex CLI over the Responses wire: the program itself, where it is here, and what it sends, always."""
 
 import json
 import os

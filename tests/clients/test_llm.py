@@ -42,7 +42,14 @@ def test_llm_answers_whole_and_streamed_and_goes_on(scripted: Serving, tmp_path:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_llm_lets_the_model_call_its_tools(scripted: Serving, tmp_path: Path, stream: bool) -> None:
-    words = ["-m", "freehold", "-T", "llm_version", "Which version of llm is this?", *([] if stream else ["--no-stream"])]
+    words = [
+        "-m",
+        "freehold",
+        "-T",
+        "llm_version",
+        "Which version of llm is this?",
+        *([] if stream else ["--no-stream"]),
+    ]
     assert llm(tmp_path, scripted, *words) == "That is the version."
 
 

@@ -77,9 +77,9 @@ def errors_have_their_classes(url: str) -> None:
 
 
 async def the_asynchronous_client_streams(url: str) -> None:
-    async with AsyncAnthropic(base_url=url, api_key="unused", max_retries=0) as client:
-        async with client.messages.stream(model="default", max_tokens=500, messages=HELLO) as stream:
-            assert "".join([text async for text in stream.text_stream]) == "Hello there, friend."
+    client = AsyncAnthropic(base_url=url, api_key="unused", max_retries=0)
+    async with client, client.messages.stream(model="default", max_tokens=500, messages=HELLO) as stream:
+        assert "".join([text async for text in stream.text_stream]) == "Hello there, friend."
 
 
 def smoke_of_the_default_model(url: str) -> None:

@@ -69,7 +69,9 @@ def the_responses_api_works_whole_and_streamed(url: str) -> None:
     events = list(litellm.responses(input="Say hello", stream=True, **way))
     kinds = [str(getattr(event.type, "value", event.type)) for event in events]
     assert kinds[-1] == "response.completed", kinds
-    said = "".join(event.delta for event, kind in zip(events, kinds, strict=True) if kind == "response.output_text.delta")
+    said = "".join(
+        event.delta for event, kind in zip(events, kinds, strict=True) if kind == "response.output_text.delta"
+    )
     assert said == "Hello there, friend."
 
 

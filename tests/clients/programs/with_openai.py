@@ -215,9 +215,7 @@ def a_background_response_is_followed_left_and_resumed(url: str) -> None:
             break
     stream.close()
     identity = seen[0].response.id
-    rest: list[Any] = list(
-        client.responses.retrieve(identity, stream=True, starting_after=seen[-1].sequence_number)
-    )
+    rest: list[Any] = list(client.responses.retrieve(identity, stream=True, starting_after=seen[-1].sequence_number))
     assert rest[0].sequence_number == seen[-1].sequence_number + 1 and rest[-1].type == "response.completed"
     text = "".join(event.delta for event in seen + rest if event.type == "response.output_text.delta")
     assert text == client.responses.retrieve(identity).output_text and text.endswith(" 400")
