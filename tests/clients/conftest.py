@@ -18,12 +18,18 @@ LITELLM_PYTHON = os.environ.get("FREEHOLD_TEST_LITELLM_PYTHON")
 
 @pytest.fixture(scope="session")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Answers to `gpt-5.5` as well: Codex knows that name, and offers it a tool that it offers to no stranger."""
+    """Answers to `gpt-5.5` as well: Codex knows that name, and offers it a tool that it offers to no stranger.
+
+    Whatever clients do to it, nothing that was said stands in its log, and no fault but the scripted one.
+    """
     folder = tmp_path_factory.mktemp("scripted")
     script = folder / "turns.jsonl"
     script.write_text("".join(json.dumps(turn) + "\n" for turn in TURNS))
     with serving(folder, "--script", str(script), "--served-model-name", "gpt-5.5") as server:
         yield server
+    assert {record["message"] for record in server.records() if record["level"] != "notice"} <= {"a stream failed"}
+    log = server.log.read_text()
+    assert [word for word in ("Rome", "Ada", "friend", "greet.py", "degrees") if word in log] == []
 
 
 @pytest.fixture(scope="session")
