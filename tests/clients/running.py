@@ -93,6 +93,13 @@ class Client:
 
     def does(self, step: str, url: str) -> None:
         """Run one function against a server; raises AssertionError with what the client said if it fails."""
+        self._ask(step, url)
+
+    def runs(self, code: str) -> None:
+        """Run what somebody would type."""
+        self._ask("", code)
+
+    def _ask(self, step: str, url: str) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([step, url]) + "\n")
         self._process.stdin.flush()

@@ -9,20 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.clients.documented import shown
 from tests.clients.running import Serving, bare_environment
 
 CODEX = os.environ.get("FREEHOLD_TEST_CODEX")
-CONFIG = """\
-model = "{model}"
-model_provider = "freehold"
-check_for_update_on_startup = false
-[analytics]
-enabled = false
-[model_providers.freehold]
-name = "Freehold"
-base_url = "{url}/v1"
-wire_api = "responses"
-"""
+AT_HOME = "check_for_update_on_startup = false\n[analytics]\nenabled = false\n"
 GREET = 'def greet():\n    return "helo"\n'
 
 
@@ -33,11 +24,12 @@ def codex(folder: Path, server: Serving, *, model: str, task: str) -> tuple[list
     home, project = folder / "home", folder / "project"
     home.mkdir()
     project.mkdir()
-    (home / "config.toml").write_text(CONFIG.format(url=server.url, model=model))
+    first, table = shown("Codex CLI", "toml", server.url).split("[", 1)
+    (home / "config.toml").write_text(f"{first}{AT_HOME}[{table}")
     (project / "greet.py").write_text(GREET)
     subprocess.run(["git", "init", "-q"], cwd=project, check=True)
     done = subprocess.run(
-        [CODEX, "exec", "--dangerously-bypass-approvals-and-sandbox", "--json", task],
+        [CODEX, "exec", "--model", model, "--dangerously-bypass-approvals-and-sandbox", "--json", task],
         cwd=project,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.clients.documented import shown
 from tests.clients.running import Client, Serving, steps_of
 
 LIBRARIES = {
@@ -36,3 +37,20 @@ def test_library_and_the_default_model(client_of: ClientOf, default: Serving, li
 def test_the_openai_libraries_are_the_versions_that_are_meant(client_of: ClientOf) -> None:
     for version in ("3.x", "2.x"):
         client_of(*LIBRARIES[f"openai {version}"]).does("_is_version", version[0])
+
+
+@pytest.mark.parametrize(
+    ("library", "section"),
+    [
+        ("openai 3.x", "OpenAI SDK"),
+        ("openai 2.x", "OpenAI SDK"),
+        ("openai-agents", "OpenAI Agents SDK"),
+        ("anthropic", "Anthropic SDK"),
+        ("langchain", "LangChain"),
+        ("litellm", "litellm"),
+    ],
+)
+def test_what_the_page_about_clients_shows_runs(
+    client_of: ClientOf, scripted: Serving, library: str, section: str
+) -> None:
+    client_of(*LIBRARIES[library]).runs(shown(section, "python", scripted.url))

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.documented import shown
 from tests.clients.running import Serving, bare_environment
-
-MODELS = """\
-- model_id: freehold
-  model_name: default
-  api_base: {url}/v1
-  supports_tools: true
-  supports_schema: true
-"""
 
 
 def llm(folder: Path, server: Serving, *words: str) -> str:
     """What it prints."""
-    (folder / "extra-openai-models.yaml").write_text(MODELS.format(url=server.url))
+    (folder / "extra-openai-models.yaml").write_text(shown("llm", "yaml", server.url))
     done = subprocess.run(
         [sys.executable, "-m", "llm", *words],
         stdin=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ def _calling(name: str, **arguments: str) -> dict[str, Any]:
 
 
 TURNS: tuple[dict[str, Any], ...] = (
-    {"match": "^Say hello", "reasoning": "A greeting.", "answer": "Hello there, friend."},
+    {"match": "^(Say hello|Hello$)", "reasoning": "A greeting.", "answer": "Hello there, friend."},
     {"match": "weather in Rome", "reasoning": "Look it up.", **_calling("get_weather", city="Rome")},
     {"match": "^24 degrees", "reasoning": "Warm, then.", "answer": "It is 24 degrees in Rome."},
     {"match": "^Describe a city", "reasoning": "Rome will do.", "answer": '{"city": "Rome", "people": 3}'},
