@@ -11,6 +11,8 @@ import pytest
 
 from tests.clients.documented import shown
 from tests.clients.running import Serving, bare_environment
+from tests.serve.event_order import EventOrder
+from tests.serve.responding import events_of
 
 CODEX = os.environ.get("FREEHOLD_TEST_CODEX")
 AT_HOME = "check_for_update_on_startup = false\n[analytics]\nenabled = false\n"
@@ -92,11 +94,9 @@ def test_what_codex_sends_is_taken_turn_by_turn(scripted: Serving, kind: str) ->
         answer = httpx.post(f"{scripted.url}/v1/responses", json={**request, "input": history})
         assert answer.status_code == 200, answer.text
         assert "web_search" in answer.headers["x-freehold-warnings"]
-        *blocks, done, rest = answer.text.split("\n\n")
-        assert (done, rest) == ("data: [DONE]", "")
-        events = [json.loads(block.split("data: ", 1)[1]) for block in blocks]
+        events = events_of(answer.text)  # which ends in [DONE]
+        assert EventOrder.of(events)["status"] == "completed"
         output = [event["item"] for event in events if event["type"] == "response.output_item.done"]
-        assert events[-1]["type"] == "response.completed"
         assert [(item["type"], item.get("name"), item.get("namespace")) for item in output] == [
             tuple(item) for item in expected["output"]
         ]

@@ -21,8 +21,9 @@ def main(program: str, answers: TextIO) -> None:
         step, url = json.loads(line)
         failure = None
         try:
-            result = getattr(functions, step)(url) if step else exec(url, {})  # noqa: S102 - it is in our own docs
-            if inspect.iscoroutine(result):
+            if not step:
+                exec(url, {})  # noqa: S102 - it stands in our own docs
+            elif inspect.iscoroutine(result := getattr(functions, step)(url)):
                 loop.run_until_complete(result)
         except Exception:  # noqa: BLE001 - the test says which
             failure = traceback.format_exc()
