@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.clients.documented import shown
 from tests.clients.running import Serving, bare_environment
 
@@ -33,17 +31,9 @@ def test_llm_answers_whole_and_streamed_and_goes_on(scripted: Serving, tmp_path:
     assert llm(tmp_path, scripted, "-m", "freehold", "--continue", "Who am I?") == "You are Ada."
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_llm_lets_the_model_call_its_tools(scripted: Serving, tmp_path: Path, stream: bool) -> None:
-    words = [
-        "-m",
-        "freehold",
-        "-T",
-        "llm_version",
-        "Which version of llm is this?",
-        *([] if stream else ["--no-stream"]),
-    ]
-    assert llm(tmp_path, scripted, *words) == "That is the version."
+def test_llm_lets_the_model_call_its_tools(scripted: Serving, tmp_path: Path) -> None:
+    said = llm(tmp_path, scripted, "-m", "freehold", "-T", "llm_version", "Which version of llm is this?")
+    assert said == "That is the version."
 
 
 def test_llm_asks_for_a_schema(scripted: Serving, tmp_path: Path) -> None:
