@@ -11,10 +11,11 @@ from starlette.requests import Request
 
 from freehold import __version__
 from freehold.errors import FreeholdError
-from freehold.log import logger
 from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
+from freehold.serve.journal import log_failure
+from freehold.serve.refusal import body_of
 from freehold.serve.responses import routes as responses
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.server import Server
@@ -44,6 +45,7 @@ def create_app(
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,  # a path is what it says; nobody is sent elsewhere
     )
     app.state.server = server
     for module in (responses, conversations, chat, completions, messages, models, tokens, operations):
@@ -64,18 +66,14 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
             known = ApiError(error.status_code, _unrouted(request, error), headers=error.headers)
         case _:
             known = api_error(error)
-    if known.status == 500:
-        logger.error("%s failed", request.url.path, exc_info=error)
-    is_anthropic = request.url.path.startswith("/v1/messages")
-    return JSONResponse(
-        known.anthropic() if is_anthropic else known.openai(), status_code=known.status, headers=known.headers
-    )
+            log_failure("a request failed", error)
+    return JSONResponse(body_of(known, request.scope), status_code=known.status, headers=known.headers)
 
 
 def _unrouted(request: Request, error: HTTPException) -> str:
     match error.status_code:
         case 404:
-            return f"there is no {request.url.path} here; docs/api.md lists what there is"
+            return f"there is no {request.url.path[:200]} here; docs/api.md lists what there is"
         case 405:
-            return f"{request.url.path} does not take {request.method}"
+            return f"{request.url.path[:200]} does not take {request.method[:20]}"
     return str(error.detail)

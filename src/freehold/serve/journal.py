@@ -19,8 +19,9 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from freehold.errors import ClosedError, DiskError, StoreError
 from freehold.log import NOTICE, logger
-from freehold.serve.errors import ApiError
+from freehold.serve.errors import ApiError, api_error
 from freehold.serve.refusal import answer, retry_after, speaks_anthropic, values
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._:/@+=-]{1,128}")
@@ -103,6 +104,17 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {name}={_word(value)}" for name, value in getattr(record, "fields", {}).items())
         return f"{_time(record)} {_level(record)} {_printable(record.getMessage())}{fields}"
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """That something failed for a reason of the server's own; nothing where it was the client's, or the end of service.
+
+    The store's and the disk's errors name files and what is wrong with them, and nothing of what was to be written.
+    """
+    if isinstance(error, ApiError | ClosedError) or api_error(error).status < 500:
+        return
+    said = f"{type(error).__name__}: {error}" if isinstance(error, StoreError | DiskError) else _described(error, False)
+    logger.error("%s: %s", what, said)
 
 
 def start_logging(*, as_json: bool, level: int = NOTICE, stream: TextIO | None = None) -> None:

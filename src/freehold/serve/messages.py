@@ -42,7 +42,7 @@ from freehold.formats.harmony.grammar import NamedTool
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.effort import speaks_harmony, thinking
-from freehold.serve.errors import ApiError
+from freehold.serve.errors import ApiError, warning_headers
 from freehold.serve.messages_wire import (
     CountTokens,
     CreateMessage,
@@ -123,7 +123,7 @@ class _Asked:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"x-freehold-warnings": "; ".join(self.warnings)} if self.warnings else {}
+        return warning_headers(self.warnings)
 
 
 def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spellings") -> _Asked:

@@ -25,7 +25,7 @@ from freehold.formats.forms import AnswerFormat, JsonObject, JsonSchema
 from freehold.formats.harmony.typescript import compact_json
 from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
-from freehold.serve.errors import ApiError, api_error
+from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.responses.items import (
     Item,
     check_items,
@@ -127,11 +127,6 @@ class Plan:
             response=response,
             input=self.own,
         )
-
-
-def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """All warnings in one header, which is there only if there are any."""
-    return {"x-freehold-warnings": "; ".join(warnings)} if warnings else {}
 
 
 async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
