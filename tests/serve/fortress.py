@@ -74,7 +74,7 @@ class Fortress:
         self.runner = Recorder(served.runner)
         self.app = create_app(replace(served, runner=self.runner), ServeSettings(**settings), store=self.store)
         self.server: Server = self.app.state.server
-        self._guarded = guard(self.app, keys=Keys(self.store.active_keys), gate=self.server.gate)
+        self.guarded = guard(self.app, keys=Keys(self.store.active_keys), gate=self.server.gate)
         self._loop = asyncio.Runner()
 
     def __enter__(self) -> Self:
@@ -138,7 +138,7 @@ class Fortress:
                 gone.set()
             await asyncio.sleep(0)  # a client reads
 
-        await self._guarded(scope, receive, send)
+        await self.guarded(scope, receive, send)
         if not sent:
             return Told(0, {}, b"")
         got = {name.decode(): value.decode("latin-1") for name, value in sent[0]["headers"]}

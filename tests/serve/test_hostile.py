@@ -7,7 +7,10 @@ comes back is what was sent.
 
 import json
 import re
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from freehold.serve import run
 from tests.serve.fortress import Fortress, Told, logged
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -510,3 +514,101 @@ def test_a_query_is_checked_as_a_body_is(fortress: Fortress, log: Any, path: str
 def test_methods_that_a_path_does_not_take(fortress: Fortress, log: Any, method: str) -> None:
     for path in (RESPONSES, CHAT, MESSAGES, "/v1/models", "/tokenize"):
         strike(fortress, log, Attack(path=path, method=method, status=405, says="does not take"))
+
+
+# --- bytes on a socket ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, log: Any) -> Iterator[tuple[str, int, str]]:
+    """Where such a server listens, and a key for it."""
+    ready, sockets = threading.Event(), run.bind("127.0.0.1", 0)
+    with Fortress(tmp_path_factory.mktemp("sockets"), {"match": "", "answer": "ok"}) as built:
+        server = run.Server(built.guarded, drain_timeout=20, on_ready=lambda url: ready.set())
+        thread = threading.Thread(target=server.run, kwargs={"sockets": sockets})
+        thread.start()
+        assert ready.wait(20)
+        yield *sockets[0].getsockname(), built.alice
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive() and not server.server_state.tasks
+
+
+def exchange(address: tuple[str, int, str], head: bytes, body: bytes = b"", *, headers: bytes = b"") -> bytes:
+    """What is answered to this request line, until the server closes."""
+    sent = head + b"\r\nHost: localhost\r\nAuthorization: Bearer " + address[2].encode() + b"\r\n"
+    sent += b"Connection: close\r\n" + headers
+    if body:
+        sent += b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body)
+    with socket.create_connection(address[:2], 20) as client, suppress(ConnectionError):
+        client.sendall(sent + b"\r\n" + body)
+        received = b""
+        while data := client.recv(2**16):
+            received += data
+    return received
+
+
+INVALID = "uvicorn.error: Invalid HTTP request received."
+
+PATHS = (
+    b"/v1/responses/../models", b"/v1/../../etc/passwd", b"/v1/responses/%2e%2e/models", b"/v1/responses/..%2fmodels",
+    b"//v1/models", b"/v1//models", b"/v1/models/", b"/v1/responses/", b"/v1/messages/", b"/v1/responses/x/",
+    b"/V1/models", b"/v1/models%00", b"/v1/models;x=1", b"/v1/models%0d%0aset-cookie:%20a=b",
+    b"/v1/models/%0a", b"/v1/responses/%ff%fe", b"/v1/responses/%ed%a0%80", b"/v1/responses/%", b"/v1/responses/%zz",
+    b"/v1/responses/" + b"x" * 20_000, b"/v1/responses/%F0%9F%98%80", b"/openapi.json/", b"/docs", b"/redoc", b"/.git/config",
+    b"/v1/conversations/a/items/", b"/v1/conversations//items", b"/metrics/../v1/models", b"/health/", b"/%2e/health",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_that_is_none_is_a_404(address: tuple[str, int, str], log: Any, path: bytes) -> None:
+    log.seek(0)
+    log.truncate()
+    for method in (b"GET", b"POST"):
+        if method == b"POST" and path.count(b"/") == 3 and path.startswith(b"/v1/responses/") and path[-1:] != b"/":
+            continue  # a response's own path takes no POST
+        told = exchange(address, method + b" " + path + b" HTTP/1.1", b"" if method == b"GET" else b"{}")
+        status = int(told.split()[1])
+        assert status in (404, 405), told[:300]
+        assert b"location" not in told.lower() and b"set-cookie: a" not in told.partition(b"\r\n\r\n")[0].lower()
+        check_refusal(Attack(path=path.decode("ascii")), Told(status, {"content-type": "application/json"}, told.partition(b"\r\n\r\n")[2]))
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert {line["message"] for line in lines} == {"request"} and len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("head", "headers", "status"),
+    [
+        (b"GET /v1/models HTTP/1.1", b"X: " + b"y" * 40_000 + b"\r\n", 431),
+        (b"GET /v1/models HTTP/1.1", b"X: y\r\n" * 150, 431),
+        (b"GET /" + b"x" * 40_000 + b" HTTP/1.1", b"", 431),
+        (b"GET /v1/models HTTP/1.1", b"X : y\r\n", 400),
+        (b"GET /v1/models HTTP/1.1", b"X: a\x00b\r\n", 400),
+        (b"GET /v1/models HTTP/1.1", b"\xff: y\r\n", 400),
+        (b"GET /v1/models HTTP/1.1", b"Content-Length: 5\r\nContent-Length: 6\r\n", 400),
+        (b"GET /v1/models HTTP/1.1", b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", 400),
+        (b"POST /v1/responses HTTP/1.1", b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n", 400),
+        (b"POST /v1/responses HTTP/1.1", b"Transfer-Encoding: identity\r\n", 400),
+        (b"GET /v1/models HTTP/9.9", b"", 400),
+        (b"GET /v1/models", b"", 400),
+        (b"G\xc3T /v1/models HTTP/1.1", b"", 400),
+        (b"GET /v1/\xc3\xa9 HTTP/1.1", b"", 400),
+        (b"CONNECT evil.example:443 HTTP/1.1", b"", 400),
+        (b"OPTIONS * HTTP/1.1", b"", 404),
+        (b"PRI * HTTP/2.0", b"", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"", 400),
+        (b"GET /v1/models HTTP/1.1", b"Upgrade: websocket\r\nConnection: Upgrade\r\n", 200),
+    ],
+)
+def test_what_is_hardly_http_is_refused(
+    address: tuple[str, int, str], log: Any, head: bytes, headers: bytes, status: int
+) -> None:
+    log.seek(0)
+    log.truncate()
+    told = exchange(address, head, headers=headers)
+    assert int(told.split()[1]) == status, told[:300]
+    assert told.startswith(b"HTTP/1.1 ") and told.count(b"HTTP/1.1 ") == 1
+    if status != 200:
+        assert not PYTHON.search(json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"])
+    assert {json.loads(line)["message"] for line in log.getvalue().splitlines()} <= {"request", INVALID}
+    assert exchange(address, b"GET /health HTTP/1.1").startswith(b"HTTP/1.1 200")

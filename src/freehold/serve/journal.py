@@ -93,7 +93,7 @@ class JsonLines(logging.Formatter):
             "time": _time(record),
             "level": _level(record),
             "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            **_fields(record),
         }
         return json.dumps(fields)
 
@@ -102,7 +102,7 @@ class TextLines(logging.Formatter):
     """One line for each record, its fields as `name=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={_word(value)}" for name, value in getattr(record, "fields", {}).items())
+        fields = "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
         return f"{_time(record)} {_level(record)} {_printable(record.getMessage())}{fields}"
 
 
@@ -178,6 +178,13 @@ def _described(error: BaseException, in_full: bool) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = ", ".join(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}" if places else type(error).__name__
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """A record's own, and of its exception the type and the place."""
+    error = record.exc_info[1] if record.exc_info else None
+    failed = {} if error is None else {"error": _described(error, in_full=False)}
+    return {**getattr(record, "fields", {}), **failed}
 
 
 def _keep(kept: bytearray, message: Message) -> None:
