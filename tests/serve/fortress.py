@@ -5,7 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -81,7 +81,8 @@ class Fortress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.run(self.server.background.finish(30))
+        with suppress(RuntimeError):  # of another loop, where a server ran on one of its own
+            self._loop.run(self.server.background.finish(30))
         self._loop.close()
         self.store.close()
 

@@ -516,6 +516,31 @@ def test_methods_that_a_path_does_not_take(fortress: Fortress, log: Any, method:
         strike(fortress, log, Attack(path=path, method=method, status=405, says="does not take"))
 
 
+def test_null_is_the_same_as_nothing(fortress: Fortress, log: Any) -> None:
+    for path in (RESPONSES, CHAT, COMPLETIONS):
+        properties = fortress.app.openapi()["components"]["schemas"][
+            schema_of(fortress, path)["$ref"].rpartition("/")[2]
+        ]["properties"]
+        nulls = {name: None for name in properties if name not in VALID[path]}
+        strike(fortress, log, Attack(path=path, body=nulls | VALID[path], status=200))
+
+
+def test_a_bug_of_ours_is_told_as_such_and_its_message_to_nobody(
+    fortress: Fortress, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError(CANARY)
+
+    monkeypatch.setattr(fortress.store.__class__, "conversation", broken)
+    log.seek(0)
+    log.truncate()
+    told = fortress.ask(f"{CONVERSATIONS}/x", method="GET")
+    assert (told.status, told.error["code"]) == (500, "server_error") and CANARY.encode() not in told.body
+    failure, request = map(json.loads, log.getvalue().splitlines())
+    assert failure["message"].startswith("KeyError at ") and CANARY not in log.getvalue()
+    assert request["status"] == 500
+
+
 # --- bytes on a socket ----------------------------------------------------------------------------------------
 
 

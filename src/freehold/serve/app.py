@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import compile_path
 
 from freehold import __version__
 from freehold.errors import FreeholdError
 from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
+from freehold.serve.document import document
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
 from freehold.serve.journal import log_failure
@@ -54,6 +57,8 @@ def create_app(
     app.add_exception_handler(FreeholdError, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(Exception, _answer_for_a_bug)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 
 
@@ -64,10 +69,27 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
             known = invalid(error)
         case HTTPException():
             known = ApiError(error.status_code, _unrouted(request, error), headers=error.headers)
+            if known.status == 405 and (methods := _methods(request)):
+                known.headers["allow"] = ", ".join(methods)
         case _:
             known = api_error(error)
             log_failure("a request failed", error)
     return JSONResponse(body_of(known, request.scope), status_code=known.status, headers=known.headers)
+
+
+async def _answer_for_a_bug(request: Request, error: Exception) -> JSONResponse:
+    """The journal, outside of all this, has the error raised anew, and logs it."""
+    known = api_error(error)
+    return JSONResponse(body_of(known, request.scope), status_code=known.status, headers=known.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What this path takes, of all routes together: each of them knows its own."""
+    paths: dict[str, dict[str, Any]] = document(request.app)["paths"]
+    path: str = request.scope["path"]
+    if path not in paths:
+        path = next((known for known in paths if compile_path(known)[0].fullmatch(path)), "")
+    return sorted(method.upper() for method in paths.get(path, ()))
 
 
 def _unrouted(request: Request, error: HTTPException) -> str:

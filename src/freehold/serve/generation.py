@@ -48,6 +48,10 @@ Schema = Annotated[dict[str, Any], BeforeValidator(_parsed, json_schema_input_ty
 _Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
+_Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+_Stops = Annotated[list[_Stop], Field(max_length=_MOST_STOPS)]
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = Field(None, description="A last chunk without choices says how many tokens there were")
     include_obfuscation: Annotated[
@@ -102,9 +106,8 @@ class GenerationFields(Wire):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same tokens")
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES, description="How many answers; all count against the queue")
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]] | None,
-        BeforeValidator(_listed, json_schema_input_type=str | list[str] | None),
-        Field(max_length=_MOST_STOPS),
+        _Stops | None,
+        BeforeValidator(_listed, json_schema_input_type=_Stop | _Stops | None),
     ] = Field(None, description="The text ends before the first of these")
     min_tokens: int | None = Field(None, ge=0, description="vLLM's; no stop token comes before so many tokens")
     ignore_eos: bool | None = Field(None, description="vLLM's; only max_tokens ends the text. Not with a form")
