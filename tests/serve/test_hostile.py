@@ -11,14 +11,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from freehold.formats.tokenizer import Tokenizer
 from freehold.serve import run
+from freehold.session.scripted import ScriptedTurn, serve_script
 from tests.serve.fortress import Fortress, Told, logged
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -311,7 +313,9 @@ def test_what_was_sent_comes_back_as_it_was(fortress: Fortress, log: Any, kind: 
     items = strike(fortress, log, Attack(path=f"{RESPONSES}/{made['id']}/input_items", method="GET", status=200)).json
     assert items["data"][0]["content"] == [{"type": "input_text", "text": text}]
     item = {"id": text[:60], "role": "user", "content": text}
-    held = strike(fortress, log, Attack(path=CONVERSATIONS, body={"items": [item], "metadata": {"a": text}}, status=200))
+    held = strike(
+        fortress, log, Attack(path=CONVERSATIONS, body={"items": [item], "metadata": {"a": text}}, status=200)
+    )
     there = f"{CONVERSATIONS}/{held.json['id']}"
     assert held.json["metadata"] == {"a": text}
     (back,) = strike(fortress, log, Attack(path=f"{there}/items", method="GET", status=200)).json["data"]
@@ -412,10 +416,10 @@ def test_what_is_no_body_is_refused(fortress: Fortress, log: Any, kind: str, pat
         ({"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1"}, 200, ""),
     ],
 )
-def test_headers_open_no_door(
-    fortress: Fortress, log: Any, headers: dict[str, str], status: int, says: str
-) -> None:
-    told = strike(fortress, log, Attack(path=RESPONSES, body=VALID[RESPONSES], headers=headers, status=status, says=says))
+def test_headers_open_no_door(fortress: Fortress, log: Any, headers: dict[str, str], status: int, says: str) -> None:
+    told = strike(
+        fortress, log, Attack(path=RESPONSES, body=VALID[RESPONSES], headers=headers, status=status, says=says)
+    )
     assert not any(sign in value for value in told.headers.values() for sign in "\r\n\0")
 
 
@@ -442,10 +446,16 @@ def test_an_id_that_leads_nowhere_is_a_404_whatever_it_says(fortress: Fortress, 
         ("GET", f"/v1/models/{name}"),
     ):
         strike(fortress, log, Attack(path=path, method=method, status=404))
-    for body in ({"previous_response_id": name}, {"conversation": name}, {"input": [{"type": "item_reference", "id": name[:256]}]}):
+    for body in (
+        {"previous_response_id": name},
+        {"conversation": name},
+        {"input": [{"type": "item_reference", "id": name[:256]}]},
+    ):
         if isinstance(body.get("input"), list) and name == "é" * 300:
             continue  # too long for an id, which is a 400
-        strike(fortress, log, Attack(path=RESPONSES, body={"input": "Hello"} | body, status=404, param=next(iter(body))))
+        strike(
+            fortress, log, Attack(path=RESPONSES, body={"input": "Hello"} | body, status=404, param=next(iter(body)))
+        )
     strike(fortress, log, Attack(path=CHAT, body=VALID[CHAT] | {"model": name}, status=404, param="model"))
     strike(fortress, log, Attack(path=MESSAGES, body=VALID[MESSAGES] | {"model": name}, status=404))
 
@@ -541,6 +551,83 @@ def test_a_bug_of_ours_is_told_as_such_and_its_message_to_nobody(
     assert request["status"] == 500
 
 
+# --- too much -------------------------------------------------------------------------------------------------
+
+
+def test_a_text_far_beyond_the_context_is_refused_before_all_of_it_is_read(
+    tmp_path: Path, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\N{GRINNING FACE} " * 300_000
+    read = []
+    served = serve_script([ScriptedTurn.from_json({"answer": "ok"})])
+    served = replace(served, prompting=replace(served.prompting, context=2000))
+    encode = Tokenizer.encode
+
+    def reading(self: Any, text: str) -> list[int]:
+        read.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", reading)
+    user = [{"role": "user", "content": text}]
+    schema = {"type": "object", "description": text}
+    with Fortress(tmp_path, served=served) as built:
+        for path, fields in (
+            (RESPONSES, {"input": text}),
+            (RESPONSES, {"input": user * 2, "truncation": "auto"}),
+            (f"{RESPONSES}/input_tokens", {"input": text}),
+            (CHAT, {"messages": user}),
+            (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}),
+            (COMPLETIONS, {"prompt": text}),
+            (MESSAGES, {"messages": user}),
+            (f"{MESSAGES}/count_tokens", {"messages": user}),
+            ("/tokenize", {"prompt": text}),
+        ):
+            read.clear()
+            strike(built, log, Attack(path=path, body=VALID[path] | fields, says="about \\d+ tokens.* 2000"))
+            assert sum(read) < len(text) / 2
+
+
+def test_stop_strings_and_biases_are_no_longer_than_a_token_can_bear(fortress: Fortress, log: Any) -> None:
+    for path, fields, param in (
+        (CHAT, {"stop": ["x"] * 17}, "stop"),
+        (CHAT, {"stop": "x" * 1001}, "stop"),
+        (MESSAGES, {"stop_sequences": [f"stop {number}" for number in range(100_000)]}, "stop_sequences"),
+        (MESSAGES, {"stop_sequences": ["x" * 1001]}, "stop_sequences"),
+        (COMPLETIONS, {"logit_bias": {str(token): 1 for token in range(200_000)}}, "logit_bias"),
+    ):
+        strike(fortress, log, Attack(path=path, body=VALID[path] | fields, param=param))
+
+
+def test_warnings_fit_into_a_header(fortress: Fortress, log: Any) -> None:
+    tools = [{"type": f"web_search_{number}", "name": "web_search"} for number in range(5_000)]
+    told = strike(fortress, log, Attack(path=MESSAGES, body=VALID[MESSAGES] | {"tools": tools}, status=200))
+    assert told.headers["x-freehold-warnings"].endswith("; and 4984 more")
+    assert len(told.headers["x-freehold-warnings"]) < 4096
+
+
+def test_what_was_stored_is_read_in_bearable_pieces(
+    fortress: Fortress, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freehold.session.store.items.MOST_BYTES", 10_000)
+    large = [{"role": "user", "content": "x" * 4_000} for _ in range(5)]
+    held = fortress.ask(CONVERSATIONS, {"items": large}).json["id"]
+    seen: list[str] = []
+    while True:
+        after = f"&after={seen[-1]}" if seen else ""
+        page = fortress.ask(f"{CONVERSATIONS}/{held}/items", method="GET", query=f"order=asc{after}").json
+        assert 1 <= len(page["data"]) <= 2
+        seen += [item["id"] for item in page["data"]]
+        if not page["has_more"]:
+            break
+    assert len(seen) == len(set(seen)) == 5
+    said = "10,000 are the most"
+    body = {"input": "Hello", "conversation": held}
+    strike(fortress, log, Attack(path=RESPONSES, body=body, param="conversation", says=said))
+    name = fortress.ask(RESPONSES, {"input": large}).json["id"]
+    body = {"input": "Hello", "previous_response_id": name}
+    strike(fortress, log, Attack(path=RESPONSES, body=body, param="previous_response_id", says=said))
+
+
 # --- bytes on a socket ----------------------------------------------------------------------------------------
 
 
@@ -596,7 +683,10 @@ def test_a_path_that_is_none_is_a_404(address: tuple[str, int, str], log: Any, p
         status = int(told.split()[1])
         assert status in (404, 405), told[:300]
         assert b"location" not in told.lower() and b"set-cookie: a" not in told.partition(b"\r\n\r\n")[0].lower()
-        check_refusal(Attack(path=path.decode("ascii")), Told(status, {"content-type": "application/json"}, told.partition(b"\r\n\r\n")[2]))
+        check_refusal(
+            Attack(path=path.decode("ascii")),
+            Told(status, {"content-type": "application/json"}, told.partition(b"\r\n\r\n")[2]),
+        )
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert {line["message"] for line in lines} == {"request"} and len(lines) <= 2
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from freehold.session.store.store import Store
 from tests.serve.process import Process, write_script
 

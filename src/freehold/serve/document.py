@@ -48,9 +48,7 @@ _MESSAGE = _object(
 
 _ANSWERS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/responses/input_tokens"): _object(object={"const": "response.input_tokens"}, input_tokens=_NUMBER),
-    ("delete", "/v1/responses/{response_id}"): _object(
-        id=_TEXT, object={"const": "response"}, deleted={"const": True}
-    ),
+    ("delete", "/v1/responses/{response_id}"): _object(id=_TEXT, object={"const": "response"}, deleted={"const": True}),
     ("get", "/v1/responses/{response_id}/input_items"): _ITEMS,
     ("post", "/v1/conversations"): _CONVERSATION,
     ("get", "/v1/conversations/{conversation_id}"): _CONVERSATION,

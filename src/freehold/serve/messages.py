@@ -234,6 +234,7 @@ def _chat_format(server: Server, effort: Effort | None) -> ChatFormat:
 
 
 def _count(server: Server, asked: _Asked) -> int:
+    server.served.prompting.check_length(asked.conversation)
     return len(_chat_format(server, asked.effort).render(asked.conversation).ids)
 
 

@@ -312,8 +312,7 @@ class CreateMessage(CountTokens):
     max_tokens: int = Field(ge=1, description="Reasoning counts too.")
     stream: bool | None = None
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]] = Field(
-        default=[],
-        max_length=_MOST_STOPS, description="The answer, not the reasoning, ends before the first of them."
+        default=[], max_length=_MOST_STOPS, description="The answer, not the reasoning, ends before the first of them."
     )
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)

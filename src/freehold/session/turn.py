@@ -91,6 +91,7 @@ async def prepare(served: Served, ask: Ask) -> "Turn":
 
 
 def _prepare(served: Served, ask: Ask) -> "Turn":
+    served.prompting.check_length(ask.conversation)
     chat_format = served.prompting.chat_format(ask.effort, harmony=served.harmony)
     grammar = served.grammar and not ask.ignore_eos  # a grammar ends where its turn does
     turn = chat_format.turn(ask.conversation, grammar=grammar, **ask.choices)

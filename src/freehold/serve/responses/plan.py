@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from freehold.errors import ContextError, FreeholdError, NotFoundError, SchemaError
+from freehold.errors import ContextError, FreeholdError, NotFoundError, SchemaError, UsageError
 from freehold.formats.chat import ChatFormat, HarmonyFormat, TurnChoices
 from freehold.formats.conversation import (
     Conversation,
@@ -227,8 +227,8 @@ def _kept(server: Server, param: str, name: str, method: Callable[[Any], Callabl
         if server.store is None:
             raise NotFoundError(f"there is nothing called {name[:64]!r}: this server has no store")
         return method(server.store)(name, owner)
-    except NotFoundError as error:
-        raise ApiError(404, str(error), param=param, code="not_found") from None
+    except (NotFoundError, UsageError) as error:
+        raise api_error(error, param=param) from None
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
@@ -314,7 +314,12 @@ class _Asking:
         return places[min(low, len(places) - 1)] if places else None
 
     def _num_tokens(self, chat_format: ChatFormat, items: Sequence[Item]) -> int:
-        return len(chat_format.render(self._ask(items).conversation).ids)
+        conversation = self._ask(items).conversation
+        try:
+            self._server.served.prompting.check_length(conversation)
+        except ContextError as error:
+            return error.num_tokens
+        return len(chat_format.render(conversation).ids)
 
     @property
     def _harmony_effort(self) -> Effort | None:
