@@ -3,16 +3,17 @@
     python bench/crowd.py [--clients 200] [--seconds 180]
 
 Starts `freehold serve` with the default model. Every client asks, reads, and asks again; each third one stops reading
-after some events and cuts its connection. Somebody asks for /health ten times a second. In the end the server is left
-to itself, and its pages, requests, tasks, descriptors and memory are held against what they were after a short warm-up.
+after some events and cuts its connection. Another process asks for /health twenty times a second. In the end the server
+is left to itself, and its pages, requests, tasks, descriptors and memory are held against what they were after a short
+warm-up. Memory grows until every page of the KV cache has been used once.
 Exits with 1 where an answer that was read to its end was not whole, or something leaked.
 """
 
 import argparse
 import asyncio
-import contextlib
 import random
 import re
+import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contest import ContestError, machine_line, positive
-from http_client import Answer, HttpServer, get, http_server, stream
+from http_client import Answer, HttpServer, ask, http_server, stream
 
 _TOPICS = ("the sea", "bread", "Rome", "clouds", "a bicycle", "the moon", "chess", "a garden", "tea", "the alphabet")
+
+
+_FIGURES = ("freehold_running", "freehold_waiting", "freehold_kv_cache_usage_ratio", "freehold_tasks")
 
 
 class State(NamedTuple):
@@ -30,23 +34,25 @@ class State(NamedTuple):
 
     running: float
     waiting: float
-    pages: float
+    kv_usage: float
     tasks: float
     descriptors: int
     memory_mib: float
 
 
 async def _state(server: HttpServer) -> State:
-    _, body = await get(server.port, "/metrics")
+    _, body = await ask(server.port, "/metrics")
     values: defaultdict[str, float] = defaultdict(float)
+    missing = [name for name in _FIGURES if name.encode() not in body]
+    if missing:
+        raise ContestError(f"/metrics lacks {', '.join(missing)}")
     for name, value in re.findall(r"^(freehold_\w+)(?:\{[^}]*\})? ([0-9.e+]+)$", body.decode(), re.MULTILINE):
         values[name] += float(value)
     status = Path(f"/proc/{server.pid}/status").read_text()
     resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
     descriptors = len(list(Path(f"/proc/{server.pid}/fd").iterdir()))
-    names = ("freehold_running", "freehold_waiting", "freehold_pages_held", "freehold_tasks")
-    running, waiting, pages, tasks = (values[name] for name in names)
-    return State(running, waiting, pages, tasks, descriptors, resident / 1024)
+    running, waiting, kv_usage, tasks = (values[name] for name in _FIGURES)
+    return State(running, waiting, kv_usage, tasks, descriptors, resident / 1024)
 
 
 async def _client(server: HttpServer, number: int, until: float, counts: Counter[str]) -> None:
@@ -72,14 +78,23 @@ async def _client(server: HttpServer, number: int, until: float, counts: Counter
             counts[f"failed with status {answer.status}"] += 1
 
 
-async def _ask_for_health(server: HttpServer, seconds: list[float]) -> None:
-    while True:
+async def _probe(port: int) -> None:
+    """Ask for /health until the input ends, then print the seconds that each answer took. A process of its own: among
+    the crowd it would wait for the crowd."""
+    ended = asyncio.ensure_future(asyncio.to_thread(sys.stdin.read))
+    while not ended.done():
         start = time.perf_counter()
-        status, _ = await get(server.port, "/health")
-        if status != 200:
-            raise ContestError(f"/health answered {status}")
-        seconds.append(time.perf_counter() - start)
-        await asyncio.sleep(0.1)
+        status, _ = await ask(port, "/health")
+        sys.stdout.write(f"{status} {time.perf_counter() - start}\n")
+        await asyncio.sleep(0.05)
+
+
+def _seconds_of(answers: str) -> list[float]:
+    """In rising order."""
+    lines = [line.split() for line in answers.splitlines()]
+    if bad := [status for status, _ in lines if status != "200"]:
+        raise ContestError(f"/health answered {bad[0]}")
+    return sorted(float(seconds) for _, seconds in lines)
 
 
 async def _wait_until_idle(server: HttpServer) -> State:
@@ -97,15 +112,13 @@ async def _run(server: HttpServer, clients: int, seconds: float) -> bool:
     await asyncio.gather(*(_client(server, number, time.monotonic() + 10, warm) for number in range(clients)))
     before = await _wait_until_idle(server)
     counts: Counter[str] = Counter()
-    health: list[float] = []
-    asking = asyncio.ensure_future(_ask_for_health(server, health))
+    command = [sys.executable, __file__, "--probe", str(server.port)]
+    probe = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=2**24)
     until = time.monotonic() + seconds
     await asyncio.gather(*(_client(server, number, until, counts) for number in range(clients)))
-    asking.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await asking
+    answers, _ = await probe.communicate(b"")
+    health = _seconds_of(answers.decode())
     after = await _wait_until_idle(server)
-    health.sort()
     say = sys.stdout.write
     say(", ".join(f"{number} {what}" for what, number in counts.most_common()) + "\n")
     for share in (0.5, 0.99, 1.0):
@@ -123,10 +136,16 @@ def main() -> None:
     parser.add_argument("--clients", type=positive, default=200)
     parser.add_argument("--seconds", type=positive, default=180)
     parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--probe", type=positive, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.probe:
+        asyncio.run(_probe(options.probe))
+        return
     sys.stdout.write(machine_line(options.threads) + "\n")
     try:
-        with http_server(options.model, ["--context", "2048"], threads=options.threads) as server:
+        with http_server(
+            options.model, ["--context", "2048", "--kv-tokens", "32768"], threads=options.threads
+        ) as server:
             fine = asyncio.run(_run(server, options.clients, options.seconds))
     except ContestError as error:
         sys.exit(f"{Path(__file__).name}: {error}")

@@ -103,13 +103,16 @@ async def stream(
         writer.close()
 
 
-async def get(port: int, path: str) -> tuple[int, bytes]:
-    """Status and body."""
+async def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+    """Status and body of a GET, or of a POST where there is something to send."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = b"" if body is None else json.dumps(body).encode()
+    kind = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
     try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+        head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{kind}"
+        writer.write(f"{head}Connection: close\r\n\r\n".encode() + content)
         status = int((await reader.readline()).split()[1])
-        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        return status, body
+        _, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+        return status, answer
     finally:
         writer.close()

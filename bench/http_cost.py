@@ -5,12 +5,13 @@
 Both halves run in processes of their own with the same weights; one works while the other waits. The engine's half
 reads its own steps (bench/serving_worker.py); the other half's client sits in this process and takes its share of the
 cores, which is counted as HTTP's cost although a client is mostly elsewhere. Every stream asks for exactly --generate
-tokens after the same prompt, greedily. What is compared is the time from the first request to the last token, by the
-median of the ratios within one round.
+tokens, greedily; both halves get the same prompts, in turns one or the other first, and every round new ones. What is
+compared is the time from the first request to the last token, by the median of the ratios within one round.
 """
 
 import argparse
 import asyncio
+import json
 import statistics
 import sys
 import time
@@ -18,31 +19,46 @@ from pathlib import Path
 from typing import Any
 
 from contest import ContestError, Worker, machine_line, markdown, positive, spread
-from http_client import Answer, HttpServer, http_server, stream
+from http_client import Answer, HttpServer, ask, http_server, stream
 
 _WORKER = Path(__file__).with_name("serving_worker.py")
-_QUESTION = "Tell me a long story about a lighthouse, its keeper, a storm, and a ship that came too near. "
+_QUESTION = "Tell me a long story about a lighthouse, its keeper, a storm, and a ship that came too near."
 
 
-def _body(endpoint: str, prompt: list[int], generate: int, stream_number: int) -> tuple[str, dict[str, Any]]:
-    common = {"model": "default", "stream": True, "temperature": 0.0, "ignore_eos": True, "max_tokens": generate}
-    match endpoint:
-        case "completions":
-            return "/v1/completions", {**common, "prompt": [*prompt, stream_number + 1000]}
-        case "chat":
-            content = f"{_QUESTION} {stream_number}"
-            return "/v1/chat/completions", {**common, "messages": [{"role": "user", "content": content}]}
-    raise ContestError(f"no endpoint {endpoint!r}; chat and completions are known")
+class Prompts:
+    """The same prompts for both halves, none of which was there before: as messages, and as token ids."""
+
+    def __init__(self, server: HttpServer, endpoint: str) -> None:
+        self._server = server
+        self._endpoint = endpoint
+        self._count = 0
+
+    async def new(self, generate: int) -> tuple[tuple[str, dict[str, Any]], list[int]]:
+        """Where to send what, and the ids that the engine will see."""
+        self._count += 1
+        messages = [{"role": "user", "content": f"{self._count}. {_QUESTION}"}]
+        ids = await self._ids({"messages": messages})
+        common = {"model": "default", "stream": True, "temperature": 0.0, "ignore_eos": True, "max_tokens": generate}
+        match self._endpoint:
+            case "completions":
+                return ("/v1/completions", {**common, "prompt": ids}), ids
+            case "chat":
+                return ("/v1/chat/completions", {**common, "messages": messages}), ids
+        raise ContestError(f"no endpoint {self._endpoint!r}; chat and completions are known")
+
+    async def _ids(self, body: dict[str, Any]) -> list[int]:
+        status, answer = await ask(self._server.port, "/tokenize", body)
+        if status != 200:
+            raise ContestError(f"/tokenize answered {status}: {answer.decode(errors='replace')}")
+        ids: list[int] = json.loads(answer)["tokens"]
+        return ids
 
 
-async def _over_http(server: HttpServer, endpoint: str, prompt: list[int], streams: int, generate: int) -> float:
-    answers = [Answer() for _ in range(streams)]
+async def _over_http(server: HttpServer, requests: list[tuple[str, dict[str, Any]]]) -> float:
+    answers = [Answer() for _ in requests]
     start = time.perf_counter()
     await asyncio.gather(
-        *(
-            stream(server.port, *_body(endpoint, prompt, generate, number), answer)
-            for number, answer in enumerate(answers)
-        )
+        *(stream(server.port, *request, answer) for request, answer in zip(requests, answers, strict=True))
     )
     seconds = time.perf_counter() - start
     for answer in answers:
@@ -51,10 +67,14 @@ async def _over_http(server: HttpServer, endpoint: str, prompt: list[int], strea
     return seconds
 
 
-def _on_the_engine(worker: Worker, prompt: list[int], streams: int, generate: int) -> float:
-    prompts = [[*prompt, number + 1000] for number in range(streams)]
+def _on_the_engine(worker: Worker, prompts: list[list[int]], generate: int) -> float:
     replies = worker.ask({"do": "serve", "prompts": prompts, "generate": generate})["replies"]
     return max(float(reply["arrivals"][-1]) for reply in replies)
+
+
+async def _new_prompts(prompts: Prompts, streams: int, generate: int) -> tuple[list[Any], list[list[int]]]:
+    made = [await prompts.new(generate) for _ in range(streams)]
+    return [request for request, _ in made], [ids for _, ids in made]
 
 
 def main() -> None:
@@ -80,15 +100,22 @@ def _compare(options: argparse.Namespace, streams: int) -> list[str]:
     context, generate = 512, options.generate
     folder = find_model(options.model, lambda *_: None)
     command = [sys.executable, str(_WORKER), str(folder), "--threads", str(options.threads)]
-    worker = Worker("engine", [*command, "--streams", str(streams), "--context", str(context)], threads=options.threads)
+    worker = Worker(
+        "engine", [*command, "--streams", str(streams), "--context", str(context), "--cache"], threads=options.threads
+    )
     serving = ["--context", str(context), "--kv-tokens", str(streams * context), "--max-concurrency", str(streams)]
     try:
-        prompt = worker.ask({"do": "tokenize", "text": _QUESTION})["tokens"]
         with http_server(options.model, serving, threads=options.threads) as server:
+            prompts = Prompts(server, options.endpoint)
             engine, http = [], []
             for round_ in range(options.rounds + 1):
-                direct = _on_the_engine(worker, prompt, streams, generate)
-                over = asyncio.run(_over_http(server, options.endpoint, prompt, streams, generate))
+                requests, ids = asyncio.run(_new_prompts(prompts, streams, generate))
+                if round_ % 2:
+                    direct = _on_the_engine(worker, ids, generate)
+                    over = asyncio.run(_over_http(server, requests))
+                else:
+                    over = asyncio.run(_over_http(server, requests))
+                    direct = _on_the_engine(worker, ids, generate)
                 if round_:  # the first one warms up
                     engine.append(direct)
                     http.append(over)

@@ -54,8 +54,9 @@ async def serve(generate: Generate, prompts: Sequence[list[int]], *, streams: in
 
 
 @contextlib.asynccontextmanager
-async def freehold_requests(model: Any) -> AsyncIterator[Generate]:
-    """The model's engine. All that is known of engines here is in this function."""
+async def freehold_requests(model: Any, *, cache: bool) -> AsyncIterator[Generate]:
+    """The model's engine, whose requests share what their prompts have in common where `cache` says so. All that is
+    known of engines here is in this function."""
     loop = importlib.import_module("freehold.engine.loop")
     request = importlib.import_module("freehold.engine.request")
 
@@ -64,7 +65,7 @@ async def freehold_requests(model: Any) -> AsyncIterator[Generate]:
             prompt=prompt,
             sampling=request.Sampling(temperature=0.0),
             max_tokens=new_tokens,
-            cache=False,
+            cache=cache,
         )
         async for step in engine.submit(asked):
             if step.tokens:
@@ -74,8 +75,8 @@ async def freehold_requests(model: Any) -> AsyncIterator[Generate]:
         yield generate
 
 
-async def answer_all(model: Any, *, streams: int, say: Callable[[dict[str, Any]], None]) -> None:
-    async with freehold_requests(model) as generate:
+async def answer_all(model: Any, *, streams: int, cache: bool, say: Callable[[dict[str, Any]], None]) -> None:
+    async with freehold_requests(model, cache=cache) as generate:
         say(
             {
                 "version": importlib.import_module("freehold").__version__,
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--streams", type=int, required=True, help="requests that run at once")
     parser.add_argument("--context", type=int, required=True, help="positions that a request may need at most")
+    parser.add_argument("--cache", action="store_true", help="let requests share the beginnings of their prompts")
     arguments = parser.parse_args()
     replies = private_stdout()
 
@@ -118,7 +120,7 @@ def main() -> None:
         )
         if model.tokenizer is None:
             raise errors.UsageError(f"{arguments.model} has no tokenizer, which makes the prompts")
-        asyncio.run(answer_all(model, streams=arguments.streams, say=say))
+        asyncio.run(answer_all(model, streams=arguments.streams, cache=arguments.cache, say=say))
     except (ImportError, errors.FreeholdError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")
 

@@ -1,4 +1,4 @@
-"""The whole server without sockets, for two callers with keys: what it is sent, what it says, logs and holds afterwards."""
+"""The whole server without sockets, for two callers with keys: what it is sent, says, logs, and holds afterwards."""
 
 import asyncio
 import io

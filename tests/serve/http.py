@@ -27,13 +27,18 @@ def scripted(*turns: dict[str, Any], speed: float | None = None) -> Served:
 
 def post(served: Served, path: str, body: Any, **settings: Any) -> httpx.Response:
     """One request, to an application of its own."""
+    (response,) = post_all(served, path, [body], **settings)
+    return response
 
-    async def send() -> httpx.Response:
+
+def post_all(served: Served, path: str, bodies: Sequence[Any], **settings: Any) -> list[httpx.Response]:
+    """Requests one after the other, to one application."""
+
+    async def send() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app=create_app(served, ServeSettings(**settings)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
-            # Also what is no text: a lone surrogate can be written as an escape.
-            headers = {"content-type": "application/json"}
-            return await client.post(path, content=json.dumps(body), headers=headers)
+        headers = {"content-type": "application/json"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=headers) as client:
+            return [await client.post(path, content=json.dumps(body)) for body in bodies]
 
     return asyncio.run(send())
 
@@ -86,8 +91,7 @@ class Recorder:
 def requests_of(served: Served, path: str, bodies: Sequence[Any]) -> list[Request]:
     """What each of these bodies asks of the engine."""
     recorder = Recorder(served.runner)
-    for body in bodies:
-        response = post(replace(served, runner=recorder), path, body)
+    for response in post_all(replace(served, runner=recorder), path, bodies):
         assert response.status_code == 200, response.text
     return recorder.requests
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from freehold.engine.request import Step
+from freehold.engine.request import FinishReason, Step
 from freehold.session.scripted import ScriptedRunner, ScriptedTurn, serve_script
 from freehold.session.served import Served
 
@@ -40,7 +40,7 @@ class Obedient(ScriptedRunner):
                 token = stops[0] if stops else int(allowed[number % len(allowed)])
                 constraint.accept(token)
                 ended[index] = token in request.stop_ids or constraint.is_finished()
-                finish = "stop" if ended[index] else "length" if number == most else None
+                finish: FinishReason | None = "stop" if ended[index] else "length" if number == most else None
                 self._num_generated_tokens += 1
                 yield self._step(run, index, (token,), finish, number)
             if all(ended):

@@ -55,13 +55,17 @@ class Responding:
         sealer: Sealer | None = None,
         tokens_per_second: float | None = None,
         context: int | None = None,
+        template: str | None = None,
         **settings: Any,
     ) -> None:
         self.store = None if path is None else Store.open(f"sqlite:///{path / 'responses.db'}")
         served = serve_script([ScriptedTurn.from_json(turn) for turn in turns], tokens_per_second=tokens_per_second)
         if context is not None:
             served = replace(served, prompting=replace(served.prompting, context=context))
-        app = create_app(served, ServeSettings(**settings), store=self.store, sealer=sealer)
+        if template is not None:
+            prompting = replace(served.prompting, chat_template=template)
+            served = replace(served, prompting=prompting, harmony=False)
+        self.app = app = create_app(served, ServeSettings(**settings), store=self.store, sealer=sealer)
         self.server: Server = app.state.server
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=Named(app)), base_url="http://127.0.0.1:8000")
         self.sdk = AsyncOpenAI(

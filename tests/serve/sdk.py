@@ -10,6 +10,8 @@ from pydantic import TypeAdapter
 
 # What the API's documents have and the SDK's types do not (yet).
 _BEYOND_THE_SDK = {
+    "ChatCompletionMessage": {"reasoning", "reasoning_content"},
+    "ChoiceDelta": {"reasoning", "reasoning_content"},
     "Response": {"frequency_penalty", "presence_penalty", "store"},
     "ResponseFunctionCallArgumentsDoneEvent": {"name"},
     "ResponseCustomToolCall": {"status"},

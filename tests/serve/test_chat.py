@@ -18,6 +18,7 @@ from openai.types.chat.completion_create_params import (
 )
 from pydantic import BaseModel
 
+from freehold.engine.metrics import EngineStats
 from freehold.engine.request import Request, Step
 from freehold.formats.templates import CHATML
 from freehold.formats.tokenizer import Tokenizer
@@ -26,11 +27,10 @@ from freehold.serve.chat_wire import ChatRequest
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
 from freehold.session.served import Served
-from tests.serve.http import Recorder, chunks_of, post, requests_of, scripted, vanish, with_sdk
-from tests.serve.sdk_types import checked
+from tests.serve.http import Recorder, chunks_of, post, post_all, requests_of, scripted, vanish, with_sdk
+from tests.serve.sdk import check
 
 CHAT = "/v1/chat/completions"
-OURS = ("reasoning", "reasoning_content")
 HI = [{"role": "user", "content": "hi"}]
 SUNNY = {"reasoning": "Look out.", "answer": "It is sunny."}
 WEATHER = {
@@ -59,7 +59,8 @@ def ask(**fields: Any) -> dict[str, Any]:
 def answer(served: Served, **fields: Any) -> ChatCompletion:
     response = post(served, CHAT, ask(**fields))
     assert response.status_code == 200, response.text
-    return checked(ChatCompletion, response.json(), ours=OURS)
+    check(ChatCompletion, response.json())
+    return ChatCompletion.model_validate(response.json())
 
 
 def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,8 +136,9 @@ def test_reasoning_can_be_left_out() -> None:
 def test_calls_are_as_openai_writes_them_and_preambles_are_content() -> None:
     (choice,) = answer(scripted(PREAMBLE_AND_CALL), tools=[WEATHER]).choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "One moment."
-    (call,) = choice.message.tool_calls or ()
-    assert call.type == "function" and call.function.name == "get_weather"
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
     assert json.loads(call.function.arguments) == {"city": "Rome"}
     (alone,) = answer(scripted({"calls": [ROME]}), tools=[WEATHER]).choices
     assert alone.message.content is None
@@ -157,8 +159,9 @@ def test_where_a_form_is_asked_for_content_is_the_answer_alone() -> None:
 def test_calls_of_custom_tools_carry_their_text() -> None:
     said = {"completion": "<|channel|>commentary to=functions.patch<|message|>add a line<|call|>"}
     body = {"tools": [PATCH, WEATHER], "tool_choice": {"type": "custom", "custom": {"name": "patch"}}}
-    (call,) = answer(scripted(said), **body).choices[0].message.tool_calls or ()
-    assert call.type == "custom" and call.custom.name == "patch" and call.custom.input == "add a line"
+    (call,) = answer(scripted(said), **body).choices[0].message.tool_calls or []
+    assert call.type == "custom"
+    assert call.custom.name == "patch" and call.custom.input == "add a line"
     streamed = joined(chunks_of(post(scripted(said), CHAT, ask(stream=True, **body))))
     assert streamed[0]["message"]["tool_calls"][0]["custom"] == {"name": "patch", "input": "add a line"}
 
@@ -182,7 +185,7 @@ def test_every_chunk_is_one_of_openais_and_usage_comes_last() -> None:
     body = ask(stream=True, n=2, tools=[WEATHER], logprobs=True, stream_options={"include_usage": True})
     chunks = chunks_of(post(scripted(PREAMBLE_AND_CALL), CHAT, body))
     for chunk in chunks:
-        checked(ChatCompletionChunk, chunk, ours=OURS)
+        check(ChatCompletionChunk, chunk)
         assert {key: chunk[key] for key in ("id", "created", "model")} == {
             key: chunks[0][key] for key in ("id", "created", "model")
         }
@@ -203,6 +206,12 @@ class Spoken:
 
     def submit(self, request: Request) -> "_SpokenSteps":
         return _SpokenSteps(self._steps())
+
+    def stats(self) -> EngineStats:
+        raise NotImplementedError
+
+    async def drain(self, timeout: float | None = None) -> None:
+        raise NotImplementedError
 
     async def _steps(self) -> AsyncGenerator[Step, None]:
         rest = [list(tokens) for tokens in self._samples]
@@ -265,10 +274,10 @@ def test_joining_a_stream_gives_the_whole_answer_however_it_was_cut(
 ) -> None:
     served = replace(BARE, runner=Spoken(BARE, samples, sizes, stops=stops))
     body = ask(n=len(samples), stop=stop, tools=[WEATHER])
-    whole = post(served, CHAT, body)
+    whole, stream = post_all(served, CHAT, [body, {**body, "stream": True}])
     assert whole.status_code == 200, whole.text
-    checked(ChatCompletion, whole.json(), ours=OURS)
-    streamed = joined(chunks_of(post(served, CHAT, {**body, "stream": True})))
+    check(ChatCompletion, whole.json())
+    streamed = joined(chunks_of(stream))
     assert comparable(streamed) == comparable(whole.json()["choices"])
 
 
@@ -299,14 +308,13 @@ def test_the_sdk_parses_streams_and_calls() -> None:
         tools[0]["function"]["parameters"]["additionalProperties"] = False
         async with client.chat.completions.stream(model="default", messages=messages, tools=tools) as stream:
             done = [event async for event in stream if event.type == "tool_calls.function.arguments.done"]
-            final = await stream.get_final_completion()
+            called = await stream.get_final_completion()
         assert [json.loads(event.arguments) for event in done] == [{"city": "Rome"}]
         # What the client has is sent back as it is.
-        said = final.choices[0].message
-        result = {"role": "tool", "tool_call_id": (said.tool_calls or [])[0].id, "content": "sunny"}
-        again = await client.chat.completions.create(
-            model="default", messages=[*messages, said.model_dump(exclude_none=True), result], tools=tools
-        )
+        said = called.choices[0].message
+        result: Any = {"role": "tool", "tool_call_id": (said.tool_calls or [])[0].id, "content": "sunny"}
+        messages = [*messages, said.model_dump(exclude_none=True), result]
+        again = await client.chat.completions.create(model="default", messages=messages, tools=tools)
         assert again.choices[0].message.content == "It is sunny."
         plain = await client.chat.completions.create(model="default", messages=messages, stream=True)
         pieces = [chunk.choices[0].delta async for chunk in plain]
@@ -387,9 +395,12 @@ def test_fields_reach_the_engine() -> None:
     [("minimal", "low"), ("low", "low"), ("medium", "medium"), ("high", "high"), ("xhigh", "high"), ("max", "high")],
 )
 def test_reasoning_effort_is_the_nearest_that_gpt_oss_has(effort: str, line: str) -> None:
-    served = scripted(SUNNY)
+    served = scripted({**SUNNY, "match": ""})
     (request,) = requests_of(served, CHAT, [ask(reasoning_effort=effort)])
     assert f"Reasoning: {line}" in served.prompting.the_tokenizer().decode(request.prompt)
+    for stream in (False, True):
+        warning = post(served, CHAT, ask(reasoning_effort=effort, stream=stream)).headers.get("x-freehold-warnings")
+        assert warning == (None if effort == line else f"reasoning_effort {effort} was taken as {line}")
 
 
 def test_no_effort_leaves_no_room_for_reasoning() -> None:
@@ -405,6 +416,7 @@ def test_a_model_without_harmony_has_no_effort_but_answers() -> None:
     assert message.content == "It is sunny."
     error = post(template, CHAT, ask(reasoning_effort="low")).json()["error"]
     assert error["param"] == "reasoning_effort" and "does not speak Harmony" in error["message"]
+    assert post(template, CHAT, ask(tools=[WEATHER])).json()["error"]["param"] == "tools"
     assert answer(template, guided_choice=["It is sunny.", "No."]).choices[0].message.content == "It is sunny."
 
 
@@ -450,13 +462,14 @@ ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools
 )
 def test_tool_choice_is_kept_to(choice: Any, may_answer: int) -> None:
     tools = [WEATHER, PATCH]
+    turns: dict[str, dict[str, Any]] = {
+        "answer": SUNNY,
+        "weather": {"calls": [ROME]},
+        "patch": {"completion": "<|channel|>commentary to=functions.patch<|message|>a b<|call|>"},
+    }
     statuses = {
         name: post(scripted(turn), CHAT, ask(tools=tools, tool_choice=choice)).status_code
-        for name, turn in {
-            "answer": SUNNY,
-            "weather": {"calls": [ROME]},
-            "patch": {"completion": "<|channel|>commentary to=functions.patch<|message|>a b<|call|>"},
-        }.items()
+        for name, turn in turns.items()
     }
     assert (statuses["answer"] == 200) == bool(may_answer)
     assert (statuses["weather"] == 200) == (choice != "none")
@@ -521,7 +534,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.5}, "seed"),
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
-    ({"stop": ""}, "stop[0]"),
+    ({"stop": [""]}, "stop[0]"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stop": 3}, "stop"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -562,8 +575,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_done_is_refused_by_name() -> None:
     served = scripted({**SUNNY, "match": ""})
     wrong = []
-    for fields, param in REFUSALS:
-        response = post(served, CHAT, ask(**fields))
+    responses = post_all(served, CHAT, [ask(**fields) for fields, _ in REFUSALS])
+    for (fields, param), response in zip(REFUSALS, responses, strict=True):
         error = response.json().get("error", {})
         if (response.status_code, error.get("param"), error.get("type")) != (400, param, "invalid_request_error"):
             wrong.append((fields, param, response.status_code, response.text[:300]))

@@ -17,8 +17,8 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.serve.app import create_app
 from freehold.serve.completions import CompletionRequest
 from freehold.session.served import Served
-from tests.serve.http import Recorder, chunks_of, post, requests_of, scripted, vanish, with_sdk
-from tests.serve.sdk_types import checked
+from tests.serve.http import Recorder, chunks_of, post, post_all, requests_of, scripted, vanish, with_sdk
+from tests.serve.sdk import check
 
 COMPLETIONS = "/v1/completions"
 UPON = {"completion": " upon a time<|return|>", "match": "Once"}
@@ -32,17 +32,17 @@ def made(served: Served, prompt: Any = "Once", **fields: Any) -> dict[str, Any]:
     response = post(served, COMPLETIONS, ask(prompt, **fields))
     assert response.status_code == 200, response.text
     data: dict[str, Any] = response.json()
-    assert fits(data)
+    fits(data)
     return data
 
 
-def fits(data: dict[str, Any]) -> Completion:
+def fits(data: dict[str, Any]) -> None:
     """OpenAI has null for the logprob of a first token, and for what comes with it, whatever its types say."""
     known = json.loads(json.dumps(data))
     for logprobs in (choice["logprobs"] for choice in known["choices"] if choice["logprobs"]):
         for field, stand_in in (("token_logprobs", 0.0), ("top_logprobs", {})):
             logprobs[field] = [stand_in if value is None else value for value in logprobs[field]]
-    return checked(Completion, known)
+    check(Completion, known)
 
 
 def test_a_text_goes_on() -> None:
@@ -146,20 +146,18 @@ def test_a_fault_of_one_prompt_ends_all_of_them() -> None:
 def test_joining_a_stream_gives_the_whole_text(texts: list[str], stop: list[str], n: int, echo: bool) -> None:
     turns = [{"completion": text, "match": f"^{index}"} for index, text in enumerate(texts)]
     body = ask([str(index) for index in range(len(texts))], stop=stop, n=n, echo=echo, logprobs=1, max_tokens=8)
-    whole = post(scripted(*turns), COMPLETIONS, body).json()
-    chunks = chunks_of(post(scripted(*turns), COMPLETIONS, {**body, "stream": True}))
+    whole, stream = post_all(scripted(*turns), COMPLETIONS, [body, {**body, "stream": True}])
+    chunks = chunks_of(stream)
     joined: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
-        assert fits(
-            {**chunk, "choices": [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in chunk["choices"]]}
-        )
+        fits({**chunk, "choices": [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in chunk["choices"]]})
         for choice in chunk["choices"]:
             sofar = joined.setdefault(choice["index"], {**choice, "text": "", "logprobs": {}})
             sofar["text"] += choice["text"]
             sofar["finish_reason"] = choice["finish_reason"]
             for field, values in choice["logprobs"].items():
                 sofar["logprobs"].setdefault(field, []).extend(values)
-    assert [joined[index] for index in sorted(joined)] == whole["choices"]
+    assert [joined[index] for index in sorted(joined)] == whole.json()["choices"]
 
 
 def test_the_sdk_completes_and_streams() -> None:
@@ -201,7 +199,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [True]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [999_999]}, "prompt"),
-    ({"prompt": "\ud800"}, "prompt"),
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -227,8 +224,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 def test_what_is_not_done_is_refused_by_name() -> None:
     served = scripted({**UPON, "match": ""})
     wrong = []
-    for fields, param in REFUSALS:
-        response = post(served, COMPLETIONS, {**ask(), **fields})
+    responses = post_all(served, COMPLETIONS, [{**ask(), **fields} for fields, _ in REFUSALS])
+    for (fields, param), response in zip(REFUSALS, responses, strict=True):
         error = response.json().get("error", {})
         if (response.status_code, error.get("param"), error.get("type")) != (400, param, "invalid_request_error"):
             wrong.append((fields, param, response.status_code, response.text[:300]))

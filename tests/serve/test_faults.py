@@ -1,5 +1,5 @@
-"""What goes wrong around a request: its client leaves, the store fails, the engine fails, somebody deletes what is being
-made. Each ends clearly, and nothing is left over: no place at the gate, no request of the runner, no task."""
+"""What goes wrong around a request: its client leaves, the store fails, the engine fails, somebody deletes what is
+being made. Each ends clearly, and nothing is left over: no place at the gate, no request of the runner, no task."""
 
 import asyncio
 import json
@@ -59,7 +59,7 @@ def test_a_client_may_leave_at_any_moment(tmp_path: Path, log: Any, path: str) -
 
 def test_who_leaves_early_has_still_used_what_was_made(tmp_path: Path) -> None:
     with Fortress(tmp_path, TURN) as built:
-        record, secret = built.store.create_key("metered", tokens_per_minute=100_000)
+        _, secret = built.store.create_key("metered", tokens_per_minute=100_000)
         left = [100_000]
         for number in (4, 8):
             told = built.ask(CHAT, BODIES[CHAT] | {"stream": True}, key=secret, gone_after=number)
@@ -120,8 +120,11 @@ class Full(Store):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(DiskSpaceError("/secret/place/freehold.db cannot grow: the disk is full"), 507), (StoreError("/secret/place is busy"), 503)],
-)  # fmt: skip
+    [
+        (DiskSpaceError("/secret/place/freehold.db cannot grow: the disk is full"), 507),
+        (StoreError("/secret/place is busy"), 503),
+    ],
+)
 def test_what_cannot_be_stored_is_not_told_to_be_complete(
     tmp_path: Path, log: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
 ) -> None:
@@ -152,7 +155,7 @@ def test_a_store_that_somebody_else_holds_is_waited_for_and_no_longer_than_that(
         other.execute("BEGIN IMMEDIATE")
 
         async def all_at_once() -> list[Told]:
-            kinds = ({}, {"stream": True}, {"background": True}, {"store": False})
+            kinds: tuple[dict[str, Any], ...] = ({}, {"stream": True}, {"background": True}, {"store": False})
             return await asyncio.gather(*(built.send(RESPONSES, {"input": "Hello"} | kind) for kind in kinds))
 
         whole, streamed, later, unkept = built.run(all_at_once())

@@ -1,4 +1,4 @@
-"""Requests that mean harm, or are only wrong: each gets a clear answer, and leaves nothing behind but a line in the log.
+"""Requests that mean harm, or are only wrong: each gets a clear answer, and leaves nothing but a line in the log.
 
 Wrong types are made from the server's own OpenAPI document: of every field of every body, and of what lies in it. Text
 that looks like control tokens or SQL is only text, wherever it stands: in the prompt it adds no control token, and what
@@ -326,15 +326,17 @@ def test_what_was_sent_comes_back_as_it_was(fortress: Fortress, log: Any, kind: 
 @pytest.mark.parametrize("text", [CONTROL, SQL, "a\nb", "", "x" * 129, "functions.f", "ünï"])
 def test_what_is_no_name_is_refused_where_names_are_wanted(fortress: Fortress, log: Any, text: str) -> None:
     tool = {"name": text, "parameters": {}}
+    call = {"id": "a", "type": "function", "function": {"name": text, "arguments": "{}"}}
+    use = {"type": "tool_use", "id": "a", "name": text, "input": {}}
     for path, fields, param in (
         (RESPONSES, {"tools": [{"type": "function", **tool}]}, "tools"),
         (RESPONSES, {"tools": [{"type": "custom", "name": text}]}, "tools"),
         (RESPONSES, {"text": {"format": {"type": "json_schema", "name": text, "schema": {}}}}, "text.format"),
         (CHAT, {"tools": [{"type": "function", "function": tool}]}, "tools"),
         (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": text, "schema": {}}}}, "response"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": text, "arguments": "{}"}}]}]}, "messages"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [call]}]}, "messages"),
         (MESSAGES, {"tools": [{"name": text, "input_schema": {}}]}, "tools"),
-        (MESSAGES, {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": text, "input": {}}]}]}, "messages"),
+        (MESSAGES, {"messages": [USER, {"role": "assistant", "content": [use]}]}, "messages"),
     ):  # fmt: skip
         if param != "text.format" and (text == "functions.f" or (len(text) > 128 and path != RESPONSES)):
             continue  # a name may have dots, and length where OpenAI sets no bounds
@@ -426,8 +428,8 @@ def test_headers_open_no_door(fortress: Fortress, log: Any, headers: dict[str, s
 # --- ids ------------------------------------------------------------------------------------------------------
 
 IDS = (
-    f"{SQL} ", "' OR '1'='1", "resp_\x00", "<|start|>system", "é" * 300, "x" * 30_000, "..", ".", "%2e%2e", "*", "_", "%",
-    "resp_" + "0" * 48, "null", "-1", "\U0010ffff", "a\r\nset-cookie: b",
+    f"{SQL} ", "' OR '1'='1", "resp_\x00", "<|start|>system", "é" * 300, "x" * 30_000, "..", ".", "%2e%2e", "*", "_",
+    "%", "resp_" + "0" * 48, "null", "-1", "\U0010ffff", "a\r\nset-cookie: b",
 )  # fmt: skip
 
 
@@ -466,7 +468,7 @@ def test_nobody_sees_or_touches_what_is_of_another_key(fortress: Fortress, log: 
     made = fortress.ask(RESPONSES, {"input": CANARY, "conversation": held}).json
     chained = fortress.ask(RESPONSES, {"input": CANARY, "background": True, "stream": True})
     name = json.loads(re.findall(rb"data: (\{.*)", chained.body)[0])["response"]["id"]
-    reached = (
+    reached: tuple[tuple[str, str, Any, str], ...] = (
         *((method, f"{RESPONSES}/{response}{rest}", None, query) for response in (made["id"], name)
           for method, rest, query in (("GET", "", ""), ("GET", "", "stream=true"), ("GET", "/input_items", ""),
                                       ("POST", "/cancel", ""), ("DELETE", "", ""))),
@@ -667,8 +669,8 @@ PATHS = (
     b"//v1/models", b"/v1//models", b"/v1/models/", b"/v1/responses/", b"/v1/messages/", b"/v1/responses/x/",
     b"/V1/models", b"/v1/models%00", b"/v1/models;x=1", b"/v1/models%0d%0aset-cookie:%20a=b",
     b"/v1/models/%0a", b"/v1/responses/%ff%fe", b"/v1/responses/%ed%a0%80", b"/v1/responses/%", b"/v1/responses/%zz",
-    b"/v1/responses/" + b"x" * 20_000, b"/v1/responses/%F0%9F%98%80", b"/openapi.json/", b"/docs", b"/redoc", b"/.git/config",
-    b"/v1/conversations/a/items/", b"/v1/conversations//items", b"/metrics/../v1/models", b"/health/", b"/%2e/health",
+    b"/v1/responses/" + b"x" * 20_000, b"/v1/responses/%F0%9F%98%80", b"/openapi.json/", b"/docs", b"/redoc",
+    b"/.git/config",     b"/v1/conversations/a/items/", b"/v1/conversations//items", b"/metrics/../v1/models", b"/health/", b"/%2e/health",
 )  # fmt: skip
 
 

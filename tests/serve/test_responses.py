@@ -1,6 +1,10 @@
 """What the Responses API takes, and what it answers."""
 
+import copy
+import functools
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -46,7 +50,8 @@ async def test_a_stream_tells_what_the_response_at_once_is() -> None:
         "<|return|>"
     }
     note = {"type": "custom", "name": "note", "description": "Takes notes"}
-    asked: dict[str, Any] = {"input": "Weather?", "tools": [WEATHER, note], "include": ["message.output_text.logprobs"]}
+    asked: dict[str, Any] = {"input": "Weather?", "tools": [WEATHER, note], "parallel_tool_calls": True}
+    asked["include"] = ["message.output_text.logprobs"]
     async with Responding(turn, turn) as there:
         whole, told = await there.make(**asked), await there.make(**asked, stream=True)
     drawn = ("id", "call_id", "created_at", "completed_at")
@@ -202,13 +207,18 @@ async def test_tool_choices_are_kept_to(choice: Any, calls: bool) -> None:
     assert response["tool_choice"] == choice
 
 
-async def test_a_turn_that_runs_out_of_tokens_is_incomplete_and_can_be_gone_on_from(tmp_path: Path) -> None:
+async def test_a_turn_that_runs_out_of_tokens_is_incomplete_and_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with Responding(LOOK_UP, SUNNY, path=tmp_path) as there:
+        prompts = prompts_of(there, monkeypatch)
         cut = await there.make(input="Weather?", tools=[WEATHER], max_output_tokens=24, stream=True)
         assert (cut["status"], cut["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
         assert (cut["output"][-1]["type"], cut["output"][-1]["status"]) == ("function_call", "incomplete")
         assert cut["completed_at"] is None
         again = await there.make(input="Go on.", previous_response_id=cut["id"], tools=[WEATHER])
+        prompt = there.server.served.prompting.the_tokenizer().decode(prompts[-1], control="show")
+        assert "Look it up." in prompt and "to=functions" not in prompt
     assert again["status"] == "completed"
 
 
@@ -231,6 +241,32 @@ async def test_efforts_are_what_gpt_oss_knows(monkeypatch: pytest.MonkeyPatch) -
             prompt = there.server.served.prompting.the_tokenizer().decode(prompts[-1])
             assert "Reasoning: low" in prompt
         assert "does not allow" in (await there.refused(500, input="Hello", reasoning={"effort": "none"}))["message"]
+
+
+CHATML = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+
+
+async def test_a_model_that_does_not_speak_harmony_answers_and_says_what_it_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "form", "schema": schema}
+    turns = [{"completion": said} for said in ("Hello.<|return|>", '{"a": 1}<|return|>', "No.<|return|>")]
+    async with Responding(*turns, template=CHATML) as there:
+        prompts = prompts_of(there, monkeypatch)
+        refused = await there.http.post("/v1/responses", json={"input": "Hi", "reasoning": {"effort": "high"}})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning.effort")
+        body = {"input": "Hi", "instructions": "Be kind.", "reasoning": {"effort": "none"}, "stream": True}
+        answer = await there.http.post("/v1/responses", json=body)
+        response = EventOrder.of(events_of(answer.text))
+        assert (response["status"], response["reasoning"]["effort"]) == ("completed", None)
+        assert [item["status"] for item in response["output"]] == ["completed"]
+        prompt = there.server.served.prompting.the_tokenizer().decode(prompts[0])
+        assert prompt == "[system] Be kind.\n[user] Hi\n[assistant] "
+        formed = await there.make(input="Hi", text={"format": form})
+        assert formed["output"][0]["content"][0]["text"] == '{"a": 1}'
+        assert "does not allow" in (await there.refused(500, input="Hi", text={"format": form}))["message"]
+        assert "Harmony" in (await there.refused(input="x", tools=[WEATHER], tool_choice="required"))["message"]
 
 
 async def test_truncation_drops_the_oldest_whole_items_and_no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,3 +394,77 @@ async def test_obfuscation_evens_out_the_sizes_of_deltas() -> None:
     deltas = [event for event in events_of(answer.text) if event["type"].endswith(".delta")]
     assert {len(event["delta"]) + len(event["obfuscation"]) for event in deltas} == {32}
     check(Response, EventOrder.of(events_of(answer.text)))
+
+
+WHOLE: dict[str, Any] = {
+    "model": "default",
+    "input": [
+        {"type": "message", "id": "m1", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "a", "annotations": []}],
+            "phase": "commentary",
+        },
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "s"}], "content": None},
+        {"type": "function_call", "call_id": "c1", "name": "f", "namespace": "n", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "x"}]},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "g", "input": "q"},
+        {"type": "custom_tool_call_output", "call_id": "c2", "output": "x"},
+        {"role": "user", "content": "go"},
+    ],
+    "instructions": "i",
+    "tools": [
+        WEATHER,
+        {"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "f"}]},
+        {"type": "custom", "name": "g", "format": {"type": "grammar", "syntax": "regex", "definition": "a+"}},
+        {"type": "web_search"},
+    ],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_weather"}]},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}, "verbosity": "low"},
+    "metadata": {"a": "b"},
+    "include": ["message.output_text.logprobs"],
+    "max_output_tokens": 50,
+    "store": True,
+    "truncation": "auto",
+}
+STRANGE: tuple[Any, ...] = (
+    None,
+    3,
+    -1,
+    "",
+    [],
+    {},
+    True,
+    [[]],
+    {"type": "x"},
+    "<|start|>",
+    "'; DROP TABLE responses; --",
+    "a" * 300,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inside:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+async def test_whatever_stands_in_a_field_is_answered_or_refused_by_name(tmp_path: Path) -> None:
+    strange = itertools.cycle(STRANGE)
+    statuses = set()
+    async with Responding({"match": "", "answer": "{}"}, path=tmp_path) as there:
+        for path in places(WHOLE):
+            for _ in range(7):
+                body = copy.deepcopy(WHOLE)
+                place = functools.reduce(lambda inside, key: inside[key], path[:-1], body)
+                place[path[-1]] = next(strange)
+                answer = await there.http.post("/v1/responses", json=body)
+                statuses.add(answer.status_code)
+                if answer.status_code == 200:
+                    check(Response, answer.json())
+                else:
+                    assert answer.status_code in (400, 404), (path, answer.text)
+                    assert answer.json()["error"]["param"].startswith((path[0], "tool")), (path, answer.text)
+    assert statuses >= {200, 400}

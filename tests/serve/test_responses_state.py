@@ -2,17 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai.types.conversations import Message
+from openai.types.conversations import ConversationItemList, Message
+from openai.types.responses import ResponseItemList
 
+from freehold.errors import DiskSpaceError
+from freehold.session.store.records import ResponseRecord
 from freehold.session.store.store import Store
 from tests.serve.event_order import EventOrder
 from tests.serve.responding import LOOK_UP, SUNNY, WEATHER, Responding, events_of, result_of
+from tests.serve.sdk import check
 
 pytestmark = pytest.mark.anyio
 
@@ -101,8 +105,9 @@ async def test_what_waits_in_the_background_counts_and_ends_with_the_server(tmp_
         first = await there.make(input="Hello", background=True)
         assert (await there.refused(429, input="Hello", background=True))["code"] == "queue_full"
         assert (await there.refused(400, input="Hello", previous_response_id=first["id"]))["param"]
-        await there.server.served.runner.drain(timeout=0.0)
-        failed = await ended(there, first["id"])
+        await there.server.served.runner.drain(0)
+        await there.server.background.finish()
+        failed = await there.get(f"responses/{first['id']}")
         assert failed["status"] == "failed" and "shutting down" in failed["error"]["message"]
 
 
@@ -115,9 +120,8 @@ async def test_a_server_that_was_killed_left_a_failed_response(tmp_path: Path) -
         assert there.store is not None
         there.store.close()  # as good as dead: nothing is written from now on
         await asked
-    with Store.open(f"sqlite:///{tmp_path / 'responses.db'}") as store:
-        assert store.recover() == [name]
     async with Responding(path=tmp_path) as there:
+        assert there.store is not None and there.store.recover() == [name]
         assert (await there.get(f"responses/{name}"))["status"] == "failed"
         final = EventOrder.of(events_of(await there.get(f"responses/{name}", stream="true")))
     assert final["status"] == "failed"
@@ -159,10 +163,29 @@ async def test_nobody_is_told_of_the_end_before_it_is_stored(tmp_path: Path, mon
             assert 0 <= order.index("stored") < told
 
 
+@pytest.mark.parametrize("how", [{"stream": True}, {"background": True}, {"background": True, "stream": True}])
+async def test_what_could_not_be_stored_is_not_called_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    async with Responding(SUNNY, path=tmp_path) as there:
+        put = Store.put_response
+
+        def full(self: Store, record: ResponseRecord, *given: Any) -> None:
+            if record.finished:
+                raise DiskSpaceError("the disk is full")
+            put(self, record, *given)
+
+        monkeypatch.setattr(Store, "put_response", full)
+        made = await there.make(input="Hello", **how)
+        if how.get("stream"):
+            assert made["status"] == "failed" and "completed_at" in made
+        else:
+            await there.server.background.finish()
+            assert (await there.get(f"responses/{made['id']}"))["status"] == "queued"  # until the next start
+
+
 async def asked(there: Responding, body: dict[str, Any], sent: Callable[[str], None], *, leaves: bool = False) -> None:
     """One request as the server sees it; the client goes away after the first that it is sent, if it `leaves`."""
-    transport = there.http._transport
-    app = transport.app  # type: ignore[attr-defined]
     raw = json.dumps(body).encode()
     messages: list[dict[str, Any]] = [{"type": "http.request", "body": raw, "more_body": False}]
     gone = asyncio.Event()
@@ -173,7 +196,7 @@ async def asked(there: Responding, body: dict[str, Any], sent: Callable[[str], N
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         if message.get("body"):
             sent(message["body"].decode())
             if leaves:
@@ -193,7 +216,7 @@ async def asked(there: Responding, body: dict[str, Any], sent: Callable[[str], N
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8000),
     }
-    await asyncio.wait_for(app(scope, receive, send), 30)
+    await asyncio.wait_for(there.app(scope, receive, send), 30)
 
 
 async def test_a_client_that_goes_away_ends_its_response_which_is_not_stored(tmp_path: Path) -> None:
@@ -213,6 +236,7 @@ async def test_items_can_be_referred_to_and_paged_through(tmp_path: Path) -> Non
         referred = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
         second = await there.make(input=[*given, *referred, result_of(first)], tools=[WEATHER])
         asc = await there.get(f"responses/{second['id']}/input_items", order="asc", limit=100)
+        check(ResponseItemList, asc)
         kinds = [item["type"] for item in asc["data"]]
         assert kinds == ["message"] * 5 + ["reasoning", "function_call", "function_call_output"]
         seen: list[Any] = []
@@ -275,6 +299,7 @@ async def test_a_conversation_collects_what_is_said_in_it(tmp_path: Path) -> Non
         )
         first = await there.make(input="Weather?", tools=[WEATHER], conversation=made.id)
         await there.make(input=[result_of(first)], tools=[WEATHER], conversation={"id": made.id}, stream=True)
+        check(ConversationItemList, await there.get(f"conversations/{made.id}/items"))
         listed = await conversations.items.list(made.id, order="asc")
         assert [item.type for item in listed.data] == [
             "message", "message", "reasoning", "function_call", "function_call_output", "reasoning", "message",

@@ -21,7 +21,7 @@ def tokens(**body: Any) -> dict[str, Any]:
     return data
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.text(max_size=20))
 def test_text_comes_back_and_never_holds_control_tokens(text: str) -> None:
     data = tokens(prompt=f"<|start|>{text}")
@@ -45,7 +45,6 @@ def test_a_conversation_is_what_the_model_would_be_given() -> None:
         ("/tokenize", {"prompt": "a", "messages": HI}, "prompt"),
         ("/tokenize", {"prompt": "a", "tools": [TOOL]}, "tools"),
         ("/tokenize", {"prompt": 3}, "prompt"),
-        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"messages": HI, "add_generation_prompt": False}, "add_generation_prompt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from freehold.formats.events import MessageDone, ReasoningDelta, TextDelta
 from freehold.sampling import SamplingOptions
 from freehold.session.scripted import ScriptedTurn, serve_script
 from freehold.session.served import Served
-from freehold.session.turn import Ask, Said, SampleDone, TurnEvent, prepare
+from freehold.session.turn import Ask, Said, SampleDone, TurnEvent, TurnEvents, prepare
 
 TEXT = "Grüße aus 東京! 🌋🗻 It is sunny, sunny, and warm."
 ASK = Ask(conversation=Conversation(messages=(text_message("user", "Hello"),)))
@@ -110,6 +110,7 @@ def _in_steps(completion: str, sizes: Sequence[int], *, logprobs: bool = False) 
                 index=0,
                 tokens=part,
                 logprobs=scored,
+                num_cached_tokens=5,
                 finish="stop" if ended else None,
                 stats=stats if ended else None,
             )
@@ -178,7 +179,7 @@ def test_a_stop_string_ends_the_answer_and_the_request_and_history_is_cut_there(
         done = _done(events)
         cut = TEXT[: TEXT.index("sunny, and")]
         assert "".join(_texts(events)) == cut
-        assert (done.end, done.stop_string) == ("stop", "sunny, and")
+        assert (done.end, done.stop_string, done.num_cached_tokens) == ("stop", "sunny, and", 5)
         assert [message.text for message in done.messages] == ["sunny?", cut]
         said = [event.event for event in events if isinstance(event, Said)]
         assert said[-1] == MessageDone(message=done.messages[-1], stop_id=None)
@@ -280,19 +281,19 @@ def test_steps_that_just_stop_are_an_error() -> None:
     _run(scenario())
 
 
-async def _first(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+async def _first(events: TurnEvents) -> None:
     assert await anext(events)
 
 
 def test_who_leaves_in_the_middle_frees_everything() -> None:
-    async def closed(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+    async def closed(events: TurnEvents) -> None:
         await _first(events)
         await events.aclose()
 
-    async def unread(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+    async def unread(events: TurnEvents) -> None:
         pass
 
-    async def cancelled(events: AsyncGenerator[list[TurnEvent], None]) -> None:
+    async def cancelled(events: TurnEvents) -> None:
         async def read() -> None:
             async for _ in events:
                 pass

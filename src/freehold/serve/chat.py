@@ -22,11 +22,12 @@ from freehold.formats.harmony.offer import FUNCTIONS
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.chat_wire import Asked, ChatRequest, understand, why_not
+from freehold.serve.errors import ApiError
 from freehold.serve.generation import FINGERPRINT, usage
 from freehold.serve.logprobs import token_logprobs
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import DONE, EventStream, dumps, encode
-from freehold.session.turn import SampleDone, ScoredToken, TurnEvent
+from freehold.session.turn import SampleDone, ScoredToken, Turn, TurnEvent
 
 _BETWEEN_MESSAGES = "\n\n"
 
@@ -41,28 +42,30 @@ def router(server: Server) -> APIRouter:
         includes_usage = body.includes_usage
         reply = await _begin(server, caller_of(request), body)
         if body.stream:
-            return EventStream(_stream(reply, includes_usage=includes_usage), fault=_fault)
-        return JSONResponse(await whole(request, _answer(reply)))
+            chunks = _stream(reply, includes_usage=includes_usage)
+            return EventStream(chunks, fault=_fault, headers=reply.headers)
+        return JSONResponse(await whole(request, _answer(reply)), headers=reply.headers)
 
     return routes
 
 
-def _fault(error: Any) -> bytes:
+def _fault(error: ApiError) -> bytes:
     return encode(error.openai()) + DONE
 
 
 class _Reply:
     """One answer on its way: its events, and what every chunk of it says."""
 
-    def __init__(self, server: Server, body: ChatRequest, asked: Asked, reading: Reading, num_prompt_tokens: int):
+    def __init__(self, server: Server, body: ChatRequest, asked: Asked, turn: Turn, reading: Reading):
         self.body = body
         self.reading = reading
-        self.num_prompt_tokens = num_prompt_tokens
+        self.turn = turn
         self.tokenizer = server.served.prompting.the_tokenizer()
         self.samples = [
             _Sample(asked, shows_reasoning=body.include_reasoning is not False) for _ in range(body.num_samples)
         ]
         self.ends: list[SampleDone] = []
+        self.headers = {"x-freehold-warnings": "; ".join(asked.warnings)} if asked.warnings else {}
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -73,10 +76,7 @@ class _Reply:
         }
 
     def usage(self) -> dict[str, Any]:
-        first = next((end for end in self.ends if end.index == 0), None)
-        return usage(
-            self.num_prompt_tokens, self.ends, num_cached_tokens=0 if first is None else first.num_cached_tokens
-        )
+        return usage(self.turn.num_prompt_tokens, self.ends, num_cached_tokens=self.turn.num_cached_tokens)
 
     def logprobs(self, scored: tuple[ScoredToken, ...]) -> list[dict[str, Any]]:
         return token_logprobs(self.tokenizer, scored)
@@ -90,7 +90,7 @@ async def _begin(server: Server, caller: Caller, body: ChatRequest) -> _Reply:
         reading = server.read(caller, turn)
     except FreeholdError as error:
         raise why_not(error, body, asked) from error
-    return _Reply(server, body, asked, reading, turn.num_prompt_tokens)
+    return _Reply(server, body, asked, turn, reading)
 
 
 # --- from the turn's events to pieces of an answer ----------------------------------------------------------

@@ -98,12 +98,14 @@ class ChatRequest(GenerationFields):
 
 
 class Asked(NamedTuple):
-    """A request as it was understood. `custom` are the tools that are sent text instead of JSON."""
+    """A request as it was understood. `custom` are the tools that are sent text instead of JSON; `warnings` tell the
+    client what was taken otherwise than written."""
 
     ask: Ask
     form: Form | None
     tools: dict[str, str]
     custom: frozenset[str]
+    warnings: tuple[str, ...]
 
 
 def understand(body: ChatRequest, served: Served) -> Asked:
@@ -135,13 +137,16 @@ def understand(body: ChatRequest, served: Served) -> Asked:
         stop=tuple(body.stop or ()),
     )
     custom = frozenset(name for name, tool in offered.items() if tool.text_format is not None)
-    return Asked(ask, form, places, custom)
+    return Asked(ask, form, places, custom, effort.warnings)
 
 
 def why_not(error: FreeholdError, body: ChatRequest, asked: Asked) -> ApiError:
     """What to say where the turn that was asked for cannot be."""
     fields = type(body).model_fields.keys() - {"messages", "model"}
-    return blame(error, fields=fields, form=asked.form, tools=asked.tools, prompt="messages")
+    known = blame(error, fields=fields, form=asked.form, tools=asked.tools, prompt="messages")
+    if known.param is None and "does not speak of tools" in known.message:
+        known.param = "tools"
+    return known
 
 
 # --- messages and tools -------------------------------------------------------------------------------------

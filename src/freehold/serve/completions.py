@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -50,13 +50,18 @@ def _is_ids(values: list[Any]) -> bool:
     return all(type(value) is int for value in values)
 
 
+_Element = TypeVar("_Element")
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Several = Annotated[list[_Element], Field(min_length=1, max_length=_MOST_PROMPTS)]
+
+
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`."""
 
     prompt: Annotated[
-        list[Any],
-        BeforeValidator(_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]),
-        Field(max_length=_MOST_PROMPTS),
+        Annotated[list[Any], Field(max_length=_MOST_PROMPTS)],
+        BeforeValidator(_prompts, json_schema_input_type=_Text | _Ids | _Several[_Text] | _Several[_Ids]),
     ] = Field(description="Text, token ids, or a list of either. Control tokens' names in text stay text; give ids")
     max_tokens: int | None = Field(None, ge=0, description="16 where it is not given; 0 only with echo")
     echo: bool | None = Field(None, description="The prompt comes before its continuation, also in logprobs")
@@ -166,7 +171,6 @@ class _Reply:
         self.turns = turns
         self.readings = readings
         self.ends: list[SampleDone] = []
-        self.num_cached_tokens = 0
         self.choices = [_Choice(body, turn, tokenizer) for turn in turns for _ in range(body.num_samples)]
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -183,12 +187,14 @@ class _Reply:
             for event in batch:
                 if isinstance(event, SampleDone):
                     self.ends.append(event)
-                    self.num_cached_tokens += event.num_cached_tokens if event.index == 0 else 0
             yield [(place * n + event.index, event) for event in batch]
 
     def usage(self) -> dict[str, Any]:
-        num_prompt_tokens = sum(turn.num_prompt_tokens for turn in self.turns)
-        return usage(num_prompt_tokens, self.ends, num_cached_tokens=self.num_cached_tokens)
+        return usage(
+            sum(turn.num_prompt_tokens for turn in self.turns),
+            self.ends,
+            num_cached_tokens=sum(turn.num_cached_tokens for turn in self.turns),
+        )
 
 
 async def _merged(readings: Sequence[Reading]) -> AsyncGenerator[tuple[int, list[TurnEvent]], None]:

@@ -27,10 +27,11 @@ _NEAREST: dict[ReasoningEffort, Effort] = {
 
 
 class Thinking(NamedTuple):
-    """What a turn is asked for: both go into an `Ask`."""
+    """What a turn is asked for: effort and choices go into an `Ask`, warnings to the client."""
 
     effort: Effort | None = None
     choices: TurnChoices = TurnChoices()
+    warnings: tuple[str, ...] = ()
 
 
 def thinking(served: Served, effort: ReasoningEffort | None, *, param: str) -> Thinking:
@@ -47,7 +48,10 @@ def thinking(served: Served, effort: ReasoningEffort | None, *, param: str) -> T
             param=param,
             code="unsupported_value",
         )
-    return Thinking(_NEAREST[effort], TurnChoices(max_reasoning_tokens=0) if effort == "none" else TurnChoices())
+    nearest = _NEAREST[effort]
+    if effort == "none":
+        return Thinking(nearest, TurnChoices(max_reasoning_tokens=0))
+    return Thinking(nearest, warnings=() if effort == nearest else (f"{param} {effort} was taken as {nearest}",))
 
 
 def speaks_harmony(served: Served) -> bool:

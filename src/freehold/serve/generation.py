@@ -45,14 +45,14 @@ def _parsed(value: Any) -> Any:
 
 
 Schema = Annotated[dict[str, Any], BeforeValidator(_parsed, json_schema_input_type=dict[str, Any] | str)]
-_Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-
-
+_Text = Annotated[str, Field(min_length=1)]
+_Texts = Annotated[list[_Text], Field(min_length=1)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
-_Stops = Annotated[list[_Stop], Field(max_length=_MOST_STOPS)]
+_StopList = Annotated[list[_Stop], Field(max_length=_MOST_STOPS)]
+_Stops = Annotated[_StopList, BeforeValidator(_listed, json_schema_input_type=_Stop | _StopList)]
 
 
-class StreamOptions(Wire):
+class CompletionStreamOptions(Wire):
     include_usage: bool | None = Field(None, description="A last chunk without choices says how many tokens there were")
     include_obfuscation: Annotated[
         Any, Refused("chunks are not padded; use TLS where somebody may listen", unless=(None, False))
@@ -105,14 +105,11 @@ class GenerationFields(Wire):
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same tokens")
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES, description="How many answers; all count against the queue")
-    stop: Annotated[
-        _Stops | None,
-        BeforeValidator(_listed, json_schema_input_type=_Stop | _Stops | None),
-    ] = Field(None, description="The text ends before the first of these")
+    stop: _Stops | None = Field(None, description="The text ends before the first of these")
     min_tokens: int | None = Field(None, ge=0, description="vLLM's; no stop token comes before so many tokens")
     ignore_eos: bool | None = Field(None, description="vLLM's; only max_tokens ends the text. Not with a form")
     stream: bool | None = Field(None, description="Server-sent events, ended by [DONE]")
-    stream_options: StreamOptions | None = Field(None, description="Only with stream")
+    stream_options: CompletionStreamOptions | None = Field(None, description="Only with stream")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's; a form that is enforced")
     guided_json: Schema | None = Field(None, description="vLLM's older word for structured_outputs.json")
     guided_regex: str | None = Field(None, description="vLLM's older word for structured_outputs.regex")

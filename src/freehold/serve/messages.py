@@ -462,8 +462,9 @@ class _Reply:
     # as a stream
 
     def start(self) -> bytes:
-        # How much of the prompt was cached is known when it has been read; the usage at the end says so.
-        usage = _usage(self.turn.num_prompt_tokens, 0, 0, 0)
+        """Once the prompt has been read: only then is it known how much of it was cached."""
+        cached = self.turn.num_cached_tokens
+        usage = _usage(self.turn.num_prompt_tokens - cached, cached, 0, 0)
         message = self._message([], usage) | {"stop_reason": None, "stop_sequence": None}
         return _event("message_start", message=message) + _PING
 
@@ -636,13 +637,13 @@ async def _answer(reading: Reading, reply: _Reply) -> dict[str, Any]:
 
 
 async def _stream(reading: Reading, reply: _Reply) -> AsyncGenerator[bytes, None]:
+    begun = False
     try:
-        yield reply.start()
         async for batch in reading:
-            chunk = b"".join(
-                reply.end(event) if isinstance(event, SampleDone) else reply.event(event.event) for event in batch
-            )
-            if chunk:
+            pieces = [] if begun else [reply.start()]
+            begun = True
+            pieces += [reply.end(said) if isinstance(said, SampleDone) else reply.event(said.event) for said in batch]
+            if chunk := b"".join(pieces):
                 yield chunk
     finally:
         await reading.aclose()

@@ -141,8 +141,8 @@ def serve(
     on_ready: Callable[[str], None] | None = None,
     loop: str = "auto",
 ) -> int:
-    """Serve until a signal; returns the exit code. `on_drain` is where the app learns that it takes no more requests, and
-    `on_late` where it ends those that still run when the time is over, so that their clients are told properly.
+    """Serve until a signal; returns the exit code. `on_drain` is where the app learns that it takes no more requests,
+    and `on_late` where it ends those that still run when the time is over, so that their clients are told properly.
 
     `on_ready` is given the URL once connections are accepted; by default it goes to stderr. Raises FreeholdError where
     the app does not start.

@@ -48,7 +48,8 @@ class Refused:
         return core_schema.no_info_plain_validator_function(check)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": list(self.unless), "description": f"Refused: {self.reason}."}
+        taken: dict[str, Any] = {"enum": list(self.unless)} if self.unless else {"not": {}}
+        return {**taken, "description": f"Refused: {self.reason}."}
 
 
 @dataclass(frozen=True, slots=True)

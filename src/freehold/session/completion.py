@@ -122,7 +122,7 @@ class _Text:
             messages=(),
             num_tokens=self._num_tokens,
             num_reasoning_tokens=0,
-            num_cached_tokens=0 if step.stats is None else step.stats.num_cached_tokens,
+            num_cached_tokens=step.num_cached_tokens,
             stop_string=self._stops.found,
             stats=step.stats,
         )

@@ -148,9 +148,17 @@ class Run:
             log_failure("a response could not be stored", error)
             self._stream.fail(ApiError(500, "the response could not be stored; send it again"))
             last = numbered([*self._said, *self._stream.ended()])
+            await self._put_failure(last)
         self._is_told = True
         self._tell(last)
         self._ended(self)
+
+    async def _put_failure(self, last: Sequence[Numbered]) -> None:
+        """The store may have been busy for a moment; otherwise the next start will find what is not finished."""
+        try:
+            await asyncio.to_thread(self._put, last)
+        except Exception as error:  # noqa: BLE001 - it has been told of already
+            log_failure("nor could its failure", error)
 
     def _judge(self, reading: asyncio.Task[None]) -> None:
         if reading.cancelled():
@@ -161,11 +169,11 @@ class Run:
 
     async def _read(self, batches: Batches) -> None:
         async for batch in batches:
-            if self._stream.response["status"] == "queued":
-                self._said += self._stream.started()
-            for event in batch:
-                self._said += self._stream.feed(event)
-            self._to_write.set()
+            said = self._stream.started() if self._stream.response["status"] == "queued" else []
+            said += [told for event in batch for told in self._stream.feed(event)]
+            if self.keeps_events:  # nobody else could ask for them
+                self._said += said
+                self._to_write.set()
 
     async def _write(self) -> None:
         """Whatever has been said while the last writing went on is written together; what comes last is left."""
@@ -177,8 +185,7 @@ class Run:
             if said := self._said:
                 self._said = []
                 events = numbered(said)
-                if self.keeps_events:
-                    await asyncio.to_thread(self._store.append_events, self.key[1], self.key[0], events)
+                await asyncio.to_thread(self._store.append_events, self.key[1], self.key[0], events)
                 self._tell(events)
 
     def _put(self, events: Sequence[Numbered]) -> None:

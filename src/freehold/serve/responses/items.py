@@ -186,13 +186,14 @@ def _reasoning(item: ReasoningItem, new_id: NewId, open_: Open, param: str) -> I
 # --- holding items against one another --------------------------------------------------------------------------
 
 
-def check_items(history: Sequence[Item], own: Sequence[Item]) -> None:
-    """Raise ApiError for ids that are there twice, results of unknown calls, and calls without a result."""
+def check_items(history: Sequence[Item], own: Sequence[Item], *, whose: str) -> None:
+    """Raise ApiError for ids that are there twice, results of unknown calls, and calls without a result. `whose` is the
+    field that the history comes from."""
     seen = {item["id"] for item in history}
     calls: dict[str, Item] = {}
     waiting: dict[str, str] = {}
     for at, item in enumerate((*history, *own), start=-len(history)):
-        param = f"input[{at}]" if at >= 0 else "previous_response_id"
+        param = f"input[{at}]" if at >= 0 else whose
         if at >= 0 and item["id"] in seen:
             raise ApiError(400, f"The item {item['id']!r} is there already; send it once.", param=f"{param}.id")
         seen.add(item["id"])

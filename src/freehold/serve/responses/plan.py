@@ -7,7 +7,7 @@ items that do not fit together, tools and schemas that cannot be kept to, prompt
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from freehold.formats.chat import ChatFormat, HarmonyFormat, TurnChoices
 from freehold.formats.conversation import (
     Conversation,
     DeveloperContent,
-    Effort,
     Message,
     ResponseFormat,
     text_message,
@@ -25,6 +24,7 @@ from freehold.formats.forms import AnswerFormat, JsonObject, JsonSchema
 from freehold.formats.harmony.typescript import compact_json
 from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
+from freehold.serve.effort import thinking
 from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.responses.items import (
     Item,
@@ -49,15 +49,6 @@ from freehold.serve.server import Server
 from freehold.session.store.records import ResponseRecord
 from freehold.session.turn import Ask, Turn
 
-_EFFORTS: Mapping[str, Effort] = {
-    "none": "low",
-    "minimal": "low",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "high",
-    "max": "high",
-}
 _LOGPROBS = "message.output_text.logprobs"
 _ENCRYPTED = "reasoning.encrypted_content"
 _JSON_HINT = "Answer with a JSON object."
@@ -184,10 +175,10 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
     if body.input is None and body.previous_response_id is None and body.conversation is None:
         raise ApiError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     history = await asyncio.to_thread(_history, server, caller.owner, body)
-    stored = {
-        name: await asyncio.to_thread(_found, server, caller.owner, name, param)
-        for name, param in references(body.input).items()
-    }
+    referred = references(body.input)
+    stored = await asyncio.to_thread(
+        lambda: {name: _found(server, caller.owner, name, param) for name, param in referred.items()}
+    )
     own = await asyncio.to_thread(
         lambda: read_items(
             body.input,
@@ -196,7 +187,7 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
             stored=stored,
         )
     )
-    check_items(history, own)
+    check_items(history, own, whose="previous_response_id" if body.conversation is None else "conversation")
     if not (history or own):
         raise ApiError(400, "'input' is empty; send a text or at least one item.", param="input")
     return Context(history=tuple(history), own=tuple(own))
@@ -245,8 +236,10 @@ class _Asking:
         served = server.served
         self._is_harmony = isinstance(served.prompting.chat_format(harmony=served.harmony), HarmonyFormat)
         self.tool_choice = tools.choice(body.tool_choice)
-        self.parallel = body.parallel_tool_calls is not False and self._is_harmony
-        self.effort = self._effort()
+        self.parallel = bool(body.parallel_tool_calls)
+        asked = None if body.reasoning is None else body.reasoning.effort
+        self._thinking = thinking(served, asked, param="reasoning.effort")
+        self.warnings += self._thinking.warnings
         self.text = body.text or TextConfig()
         self.top_logprobs: int | None = None
         self._sampling: SamplingOptions = {}
@@ -260,20 +253,6 @@ class _Asking:
                 "top_p": body.top_p,
                 "logprobs": self.top_logprobs,
             }
-
-    def _effort(self) -> str | None:
-        """What the model is told; None where it knows no such thing."""
-        asked = None if self._body.reasoning is None else self._body.reasoning.effort
-        if not self._is_harmony:
-            if asked not in (None, "none"):
-                self.warnings.append("reasoning.effort was left out since this model does not reason")
-            return None
-        if asked is None:
-            return "medium"
-        if asked not in ("none", "low", "medium", "high"):
-            self.warnings.append(f"reasoning.effort {asked} was taken as {_EFFORTS[asked]}")
-            return _EFFORTS[asked]
-        return asked
 
     async def turn(self, caller: Caller, context: Context) -> Turn:
         """Raises ApiError."""
@@ -300,7 +279,7 @@ class _Asking:
     def _cut(self, items: Sequence[Item]) -> int | None:
         """Where to begin so that prompt and answer fit; the latest place where they never will, None for no place."""
         served = self._server.served
-        chat_format = served.prompting.chat_format(self._harmony_effort, harmony=served.harmony)
+        chat_format = served.prompting.chat_format(self._thinking.effort, harmony=served.harmony)
         context = served.prompting.context
         room = min(self._max_tokens or context // 8, context // 2)
         places = cuts(items)
@@ -322,13 +301,16 @@ class _Asking:
         return len(chat_format.render(conversation).ids)
 
     @property
-    def _harmony_effort(self) -> Effort | None:
-        return None if self.effort is None else _EFFORTS[self.effort]
+    def effort(self) -> str | None:
+        """As the response tells it: None where the model has no such setting."""
+        if "max_reasoning_tokens" in self._thinking.choices:
+            return "none"
+        return self._thinking.effort or ("medium" if self._is_harmony else None)
 
     def _ask(self, items: Sequence[Item]) -> Ask:
         return Ask(
             conversation=Conversation(messages=(*self._opening(), *to_messages(items))),
-            effort=self._harmony_effort,
+            effort=self._thinking.effort,
             choices=self._choices(),
             sampling=self._sampling,
             max_tokens=self._max_tokens,
@@ -356,15 +338,13 @@ class _Asking:
         return (ResponseFormat(name=form.name, schema=form.schema_, description=form.description or ""),)
 
     def _choices(self) -> TurnChoices:
-        choices: TurnChoices = {}
+        choices: TurnChoices = {**self._thinking.choices}
         if self.tool_choice != "auto":
             choices["tool_choice"] = self.tool_choice
         if self._tools.offered and self.parallel:
             choices["parallel_tool_calls"] = True
         if (form := self._enforced_form()) is not None:
             choices["response_format"] = form
-        if self.effort == "none":
-            choices["max_reasoning_tokens"] = 0
         return choices
 
     def _enforced_form(self) -> AnswerFormat | None:

@@ -70,6 +70,9 @@ def router(server: Server) -> APIRouter:
         include = check_query(request, "stream", "starting_after", "include_obfuscation")
         owner = caller_of(request).owner
         if stream:
+            if include_obfuscation:
+                message = "Events are kept as they were told first: ask for padding when the response is made."
+                raise ApiError(400, message, param="include_obfuscation")
             return await _resumed(server, owner, response_id, -1 if starting_after is None else starting_after)
         for name, given in (
             ("starting_after", starting_after is not None),

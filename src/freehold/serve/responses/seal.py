@@ -1,12 +1,12 @@
 """Reasoning that a client keeps for us: sealed, so that what comes back is what we gave, and to whom we gave it.
 
-Encrypted and authenticated with one secret, by SHAKE-256 as a key stream and HMAC-SHA-256 over the owner, the nonce and
-what was encrypted. Nothing is kept here: what was sealed with another secret, or for another owner, is not opened.
+Opaque and authentic, not secret: the same text stands beside it for the client to read. HMAC-SHA-256 with one secret,
+over the owner and the text. Nothing is kept here: what was sealed with another secret, or for another owner, is not
+opened.
 """
 
 import base64
 import binascii
-import hashlib
 import hmac
 import os
 import secrets
@@ -16,7 +16,6 @@ from freehold.disk import exclusive
 from freehold.errors import DiskError, UsageError
 
 _SECRET_BYTES = 32
-_NONCE_BYTES = 16
 _TAG_BYTES = 32
 _PREFIX = "fh1_"
 
@@ -25,11 +24,9 @@ class Sealer:
     """Seals and opens with a secret of 32 bytes; one that nobody else has where none is given."""
 
     def __init__(self, secret: bytes | None = None) -> None:
-        secret = secrets.token_bytes(_SECRET_BYTES) if secret is None else secret
-        if len(secret) != _SECRET_BYTES:
-            raise UsageError(f"a sealing secret has {_SECRET_BYTES} bytes, got {len(secret)}")
-        self._stream_key = hashlib.sha256(b"stream" + secret).digest()
-        self._tag_key = hashlib.sha256(b"tag" + secret).digest()
+        self._secret = secrets.token_bytes(_SECRET_BYTES) if secret is None else secret
+        if len(self._secret) != _SECRET_BYTES:
+            raise UsageError(f"a sealing secret has {_SECRET_BYTES} bytes, got {len(self._secret)}")
 
     @classmethod
     def from_file(cls, path: Path) -> "Sealer":
@@ -45,9 +42,8 @@ class Sealer:
 
     def seal(self, owner: str, text: str) -> str:
         """Something opaque that `open` makes the text of again, for this owner."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        hidden = self._mixed(nonce, text.encode("utf-8", "surrogatepass"))
-        return _PREFIX + base64.urlsafe_b64encode(nonce + hidden + self._tag(owner, nonce + hidden)).decode("ascii")
+        body = text.encode("utf-8", "surrogatepass")
+        return _PREFIX + base64.urlsafe_b64encode(body + self._tag(owner, body)).decode("ascii")
 
     def open(self, owner: str, sealed: str) -> str:
         """What was sealed for this owner. Raises UsageError for anything else."""
@@ -56,20 +52,16 @@ class Sealer:
         except (UnicodeEncodeError, binascii.Error):
             raw = b""
         body, tag = raw[:-_TAG_BYTES], raw[-_TAG_BYTES:]
-        if len(body) < _NONCE_BYTES or not hmac.compare_digest(tag, self._tag(owner, body)):
+        if not hmac.compare_digest(tag, self._tag(owner, body)):
             raise UsageError(
                 "the encrypted content could not be verified: it was made elsewhere, or for somebody else, or has been "
                 "changed; leave this item out"
             )
-        return self._mixed(body[:_NONCE_BYTES], body[_NONCE_BYTES:]).decode("utf-8", "surrogatepass")
-
-    def _mixed(self, nonce: bytes, data: bytes) -> bytes:
-        stream = hashlib.shake_256(self._stream_key + nonce).digest(len(data))
-        return (int.from_bytes(data) ^ int.from_bytes(stream)).to_bytes(len(data))
+        return body.decode("utf-8", "surrogatepass")
 
     def _tag(self, owner: str, body: bytes) -> bytes:
         name = owner.encode("utf-8", "surrogatepass")
-        return hmac.digest(self._tag_key, len(name).to_bytes(8) + name + body, "sha256")
+        return hmac.digest(self._secret, len(name).to_bytes(8) + name + body, "sha256")
 
 
 def _write_for_its_user(path: Path, data: bytes) -> None:

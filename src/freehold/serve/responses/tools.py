@@ -102,6 +102,9 @@ class Toolset:
             raise self._not_here(given.get("type"), f"{param}.type")
         chosen = read(NamedChoice, given, param)
         name = flat_name(chosen.namespace, chosen.name)
+        inside = [known for known, tool in self.by_name.items() if tool.name == chosen.name]
+        if chosen.namespace is None and name not in self.by_name and len(inside) == 1:
+            name = inside[0]  # the SDK's choices have no field for its namespace
         if name not in self.by_name or self.by_name[name].kind != chosen.type:
             raise ApiError(400, f"The {chosen.type} {chosen.name!r} is not among the tools.", param=f"{param}.name")
         return f"functions.{name}"

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from freehold.errors import UsageError
+from freehold.serve.effort import ReasoningEffort
 from freehold.serve.wire import Hint, Refused, Wire
 from freehold.session.store.records import check_id
 
@@ -34,7 +35,6 @@ Include = Literal[
     "file_search_call.results",
     "message.input_image.image_url",
 ]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Summary = Literal["auto", "concise", "detailed"]
 Status = Literal["in_progress", "completed", "incomplete"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
@@ -121,10 +121,10 @@ _NO_MODERATION = "nothing here judges texts"
 class Reasoning(Wire):
     """How the model thinks."""
 
-    effort: Effort | None = Field(
+    effort: ReasoningEffort | None = Field(
         default=None,
         description="`none` leaves reasoning out; `minimal` is taken as `low`, `xhigh` and `max` as `high`, the words "
-        "that gpt-oss knows. Models that do not reason take no notice, and `x-freehold-warnings` says so.",
+        "that gpt-oss knows, and `x-freehold-warnings` says so. Models without Harmony take `none` only.",
     )
     summary: Annotated[Summary | None, Hint("reasoning is shown as it is, so there are no summaries")] = None
     generate_summary: Annotated[Summary | None, Hint("reasoning is shown as it is, so there are no summaries")] = None
@@ -186,7 +186,10 @@ class InputTokens(Wire):
     conversation: Conversation = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: ToolChoice = None
-    parallel_tool_calls: bool | None = Field(default=None, description="Default: true.")
+    parallel_tool_calls: bool | None = Field(
+        default=None,
+        description="true lets a turn have several calls; otherwise it ends with the first, as gpt-oss's do",
+    )
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None

@@ -70,7 +70,7 @@ def page(
         query = query.where(item_table.c.number > last if order == "asc" else item_table.c.number < last)
     query = query.order_by(item_table.c.number if order == "asc" else item_table.c.number.desc()).limit(limit + 1)
     found = connection.execute(query).all()
-    num_bytes, numbers = 0, []
+    num_bytes, numbers = 0, list[int]()
     for row in found[:limit]:
         num_bytes += row.num_bytes
         if numbers and num_bytes > MOST_BYTES:
@@ -87,8 +87,8 @@ def check_size(kind: str, name: str, num_bytes: int) -> None:
     """Raises UsageError for what is too large to be read at once."""
     if num_bytes > MOST_BYTES:
         raise UsageError(
-            f"what was said up to the {kind} {name!r:.80} has {num_bytes:,} bytes, and {MOST_BYTES:,} are the most that "
-            "can be gone on from; send what matters of it as input"
+            f"what was said up to the {kind} {name!r:.80} has {num_bytes:,} bytes, and {MOST_BYTES:,} are the most "
+            "that can be gone on from; send what matters of it as input"
         )
 
 
