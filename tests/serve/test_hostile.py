@@ -670,7 +670,8 @@ PATHS = (
     b"/V1/models", b"/v1/models%00", b"/v1/models;x=1", b"/v1/models%0d%0aset-cookie:%20a=b",
     b"/v1/models/%0a", b"/v1/responses/%ff%fe", b"/v1/responses/%ed%a0%80", b"/v1/responses/%", b"/v1/responses/%zz",
     b"/v1/responses/" + b"x" * 20_000, b"/v1/responses/%F0%9F%98%80", b"/openapi.json/", b"/docs", b"/redoc",
-    b"/.git/config",     b"/v1/conversations/a/items/", b"/v1/conversations//items", b"/metrics/../v1/models", b"/health/", b"/%2e/health",
+    b"/.git/config", b"/v1/conversations/a/items/", b"/v1/conversations//items", b"/metrics/../v1/models",
+    b"/health/", b"/%2e/health",
 )  # fmt: skip
 
 
