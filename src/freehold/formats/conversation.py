@@ -296,6 +296,8 @@ class _OpenAIReader:
         function, field = _function(raw, kind), "input" if kind == "custom" else "arguments"
         _check_fields(function, ("name", field) if kind == "custom" else ("name", field, "parsed_arguments"))
         callee, arguments = _string(function, "name"), _string(function, field)
+        if not callee:
+            raise UsageError("field 'name' is empty; give the name of the tool that was called")
         if raw.get("id") is not None:
             self._callees[_string(raw, "id")] = callee
         return Message(

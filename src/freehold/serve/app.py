@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import compile_path
 
 from freehold import __version__
 from freehold.errors import FreeholdError
-from freehold.log import logger
 from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
+from freehold.serve.document import document
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
+from freehold.serve.journal import log_failure
+from freehold.serve.refusal import body_of
 from freehold.serve.responses import routes as responses
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.server import Server
@@ -44,6 +48,7 @@ def create_app(
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,  # a path is what it says; nobody is sent elsewhere
     )
     app.state.server = server
     for module in (responses, conversations, chat, completions, messages, models, tokens, operations):
@@ -52,6 +57,8 @@ def create_app(
     app.add_exception_handler(FreeholdError, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(Exception, _answer_for_a_bug)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
 
 
@@ -62,20 +69,33 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
             known = invalid(error)
         case HTTPException():
             known = ApiError(error.status_code, _unrouted(request, error), headers=error.headers)
+            if known.status == 405 and (methods := _methods(request)):
+                known.headers["allow"] = ", ".join(methods)
         case _:
             known = api_error(error)
-    if known.status == 500:
-        logger.error("%s failed", request.url.path, exc_info=error)
-    is_anthropic = request.url.path.startswith("/v1/messages")
-    return JSONResponse(
-        known.anthropic() if is_anthropic else known.openai(), status_code=known.status, headers=known.headers
-    )
+            log_failure("a request failed", error)
+    return JSONResponse(body_of(known, request.scope), status_code=known.status, headers=known.headers)
+
+
+async def _answer_for_a_bug(request: Request, error: Exception) -> JSONResponse:
+    """The journal, outside of all this, has the error raised anew, and logs it."""
+    known = api_error(error)
+    return JSONResponse(body_of(known, request.scope), status_code=known.status, headers=known.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What this path takes, of all routes together: each of them knows its own."""
+    paths: dict[str, dict[str, Any]] = document(request.app)["paths"]
+    path: str = request.scope["path"]
+    if path not in paths:
+        path = next((known for known in paths if compile_path(known)[0].fullmatch(path)), "")
+    return sorted(method.upper() for method in paths.get(path, ()))
 
 
 def _unrouted(request: Request, error: HTTPException) -> str:
     match error.status_code:
         case 404:
-            return f"there is no {request.url.path} here; docs/api.md lists what there is"
+            return f"there is no {request.url.path[:200]} here; docs/api.md lists what there is"
         case 405:
-            return f"{request.url.path} does not take {request.method}"
+            return f"{request.url.path[:200]} does not take {request.method[:20]}"
     return str(error.detail)

@@ -4,7 +4,7 @@
 nothing else: no message of a bug ever reaches a client.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from freehold.errors import (
@@ -32,6 +32,7 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+_MOST_WARNINGS = 16
 _ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error", 500: "api_error"}
 
 
@@ -71,6 +72,14 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": message}}
 
 
+def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
+    """Warnings in one header, which is there only if there are any: each once, and as many as clients read."""
+    told = list(dict.fromkeys(warnings))
+    if len(told) > _MOST_WARNINGS:
+        told = [*told[:_MOST_WARNINGS], f"and {len(told) - _MOST_WARNINGS} more"]
+    return {"x-freehold-warnings": "; ".join(told)} if told else {}
+
+
 def api_error(error: BaseException, *, param: str | None = None) -> ApiError:
     """What a client is told of this exception; `param` is the field that it came from, where that is known."""
     match error:
@@ -88,10 +97,10 @@ def api_error(error: BaseException, *, param: str | None = None) -> ApiError:
             return ApiError(503, "the server is shutting down; try again later", headers={"retry-after": "5"})
         case OutOfMemoryError():
             return ApiError(503, "the server is out of memory; try again later", headers={"retry-after": "5"})
+        case DiskError():  # names and places of files are the operator's, and in the log
+            return ApiError(507, "the server could not write to its disk; try again later", code="storage_failed")
         case StoreError():
-            return ApiError(503, str(error), headers={"retry-after": "5"})
-        case DiskError():
-            return ApiError(507, str(error))
+            return ApiError(503, "the server's store is not to be had; try again later", headers={"retry-after": "5"})
         case FreeholdError():
             return ApiError(500, str(error), code="server_error")
     return ApiError(500, "the server failed to do this; its log says why", code="server_error")

@@ -4,7 +4,6 @@ OpenAI's fields and vLLM's, each honoured or refused. Whoever reads such a body 
 `AnswerFormat` here, and asks `blame` which field an error is about that came later.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, NamedTuple
@@ -12,9 +11,10 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from freehold import __version__
-from freehold.errors import ContextError, FreeholdError, SchemaError
+from freehold.errors import ContextError, FreeholdError, SchemaError, UsageError
 from freehold.formats.forms import AnswerFormat, Choice, JsonObject, JsonSchema, Lark, Regex
 from freehold.sampling import SamplingOptions
+from freehold.serve.bodies import parse_json
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.wire import Hint, Refused, Wire
 from freehold.session.turn import SampleDone
@@ -24,6 +24,10 @@ FINGERPRINT = f"freehold-{__version__}"
 
 MOST_SAMPLES = 128
 _MOST_STOPS = 16
+MOST_STOP_CHARACTERS = 1000
+"""Each token's text is held against each of the stop strings, on the thread that serves everybody."""
+_MOST_BIASES = 1024
+"""They are added up anew for each token."""
 _LARGEST_BIAS = 100.0
 
 
@@ -35,16 +39,17 @@ def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise ValueError("a JSON schema given as text must be JSON") from None
+        return parse_json(value.encode())
+    except UsageError as error:
+        raise ValueError(f"a JSON schema given as text: {error}".replace("the body", "the text")) from None
 
 
 Schema = Annotated[dict[str, Any], BeforeValidator(_parsed, json_schema_input_type=dict[str, Any] | str)]
 _Text = Annotated[str, Field(min_length=1)]
 _Texts = Annotated[list[_Text], Field(min_length=1)]
-_StopList = Annotated[list[_Text], Field(max_length=_MOST_STOPS)]
-_Stops = Annotated[_StopList, BeforeValidator(_listed, json_schema_input_type=_Text | _StopList)]
+_Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
+_StopList = Annotated[list[_Stop], Field(max_length=_MOST_STOPS)]
+_Stops = Annotated[_StopList, BeforeValidator(_listed, json_schema_input_type=_Stop | _StopList)]
 
 
 class CompletionStreamOptions(Wire):
@@ -95,7 +100,9 @@ class GenerationFields(Wire):
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = Field(None, description="Token ids to what is added to their logits, ±100")
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=_MOST_BIASES, description="Token ids to what is added to their logits, ±100"
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same tokens")
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES, description="How many answers; all count against the queue")
     stop: _Stops | None = Field(None, description="The text ends before the first of these")

@@ -19,8 +19,9 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from freehold.errors import ClosedError, DiskError, StoreError
 from freehold.log import NOTICE, logger
-from freehold.serve.errors import ApiError
+from freehold.serve.errors import ApiError, api_error
 from freehold.serve.refusal import answer, retry_after, speaks_anthropic, values
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._:/@+=-]{1,128}")
@@ -92,7 +93,7 @@ class JsonLines(logging.Formatter):
             "time": _time(record),
             "level": _level(record),
             "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            **_fields(record),
         }
         return json.dumps(fields)
 
@@ -101,8 +102,19 @@ class TextLines(logging.Formatter):
     """One line for each record, its fields as `name=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={_word(value)}" for name, value in getattr(record, "fields", {}).items())
+        fields = "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
         return f"{_time(record)} {_level(record)} {_printable(record.getMessage())}{fields}"
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """That something failed for a reason of the server's own; nothing where it was the client's, or the end of service.
+
+    The store's and the disk's errors name files and what is wrong with them, and nothing of what was to be written.
+    """
+    if isinstance(error, ApiError | ClosedError) or api_error(error).status < 500:
+        return
+    said = f"{type(error).__name__}: {error}" if isinstance(error, StoreError | DiskError) else _described(error, False)
+    logger.error("%s: %s", what, said)
 
 
 def start_logging(*, as_json: bool, level: int = NOTICE, stream: TextIO | None = None) -> None:
@@ -166,6 +178,13 @@ def _described(error: BaseException, in_full: bool) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     places = ", ".join(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in reversed(frames))
     return f"{type(error).__name__} at {places}" if places else type(error).__name__
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """A record's own, and of its exception the type and the place."""
+    error = record.exc_info[1] if record.exc_info else None
+    failed = {} if error is None else {"error": _described(error, in_full=False)}
+    return {**getattr(record, "fields", {}), **failed}
 
 
 def _keep(kept: bytearray, message: Message) -> None:

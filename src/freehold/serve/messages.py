@@ -24,6 +24,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
+from freehold.errors import UsageError
 from freehold.formats.chat import ChatFormat, TurnChoices
 from freehold.formats.conversation import (
     Conversation,
@@ -42,7 +43,7 @@ from freehold.formats.harmony.grammar import NamedTool
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.effort import speaks_harmony, thinking
-from freehold.serve.errors import ApiError
+from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.messages_wire import (
     CountTokens,
     CreateMessage,
@@ -123,7 +124,7 @@ class _Asked:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"x-freehold-warnings": "; ".join(self.warnings)} if self.warnings else {}
+        return warning_headers(self.warnings)
 
 
 def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spellings") -> _Asked:
@@ -132,7 +133,7 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
     warnings = [f"tool {_in_a_header(kind)} is not switched on here and was left out" for kind in hosted]
     form = _form(body)
     developer = DeveloperContent(
-        tools=tuple(_tool(tool) for tool in tools),
+        tools=tuple(_tool(tool, at) for at, tool in enumerate(body.tools) if isinstance(tool, CustomTool)),
         response_formats=(
             (ResponseFormat(name="answer", schema=form.schema_),)
             if form is not None and speaks_harmony(server.served)  # others are only held to it
@@ -163,10 +164,13 @@ def _form(body: CountTokens) -> JsonFormat | None:
     return newer or body.output_format
 
 
-def _tool(tool: CustomTool) -> Tool:
+def _tool(tool: CustomTool, at: int) -> Tool:
     shown = "".join(f"\nExample input: {dumps(example)}" for example in tool.input_examples)
     description = f"{tool.description or ''}{shown}".removeprefix("\n")
-    return Tool(name=tool.name, description=description, parameters=tool.input_schema, strict=bool(tool.strict))
+    try:
+        return Tool(name=tool.name, description=description, parameters=tool.input_schema, strict=bool(tool.strict))
+    except UsageError as error:
+        raise api_error(error, param=f"tools[{at}]") from None
 
 
 def _choices(server: Server, body: CountTokens, form: JsonFormat | None, tools: Sequence[CustomTool]) -> TurnChoices:
@@ -230,6 +234,7 @@ def _chat_format(server: Server, effort: Effort | None) -> ChatFormat:
 
 
 def _count(server: Server, asked: _Asked) -> int:
+    server.served.prompting.check_length(asked.conversation)
     return len(_chat_format(server, asked.effort).render(asked.conversation).ids)
 
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, Tag
 from pydantic_core import CoreSchema, core_schema
 
+from freehold.serve.generation import MOST_STOP_CHARACTERS
 from freehold.serve.wire import Hint, Refused, Wire
 
 _CACHED = Hint("prefixes of prompts are always kept, for as long as there is room")
+_MOST_STOPS = 64
 _TEXT_ONLY = "gpt-oss reads text only"
 
 
@@ -309,8 +311,8 @@ class CreateMessage(CountTokens):
 
     max_tokens: int = Field(ge=1, description="Reasoning counts too.")
     stream: bool | None = None
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="The answer, not the reasoning, ends before the first of them."
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]] = Field(
+        default=[], max_length=_MOST_STOPS, description="The answer, not the reasoning, ends before the first of them."
     )
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)

@@ -16,7 +16,7 @@ ANTHROPIC_PATHS = "/v1/messages"
 
 async def answer(refusal: ApiError, scope: Scope, send: Send) -> None:
     """The whole response, in the shape that clients of this path know."""
-    content = json.dumps(_body(refusal, scope)).encode()
+    content = json.dumps(body_of(refusal, scope)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(content)), **refusal.headers}
     encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
@@ -38,7 +38,8 @@ def speaks_anthropic(path: str) -> bool:
     return path == ANTHROPIC_PATHS or path.startswith(f"{ANTHROPIC_PATHS}/")
 
 
-def _body(refusal: ApiError, scope: Scope) -> dict[str, Any]:
+def body_of(refusal: ApiError, scope: Scope) -> dict[str, Any]:
+    """What is said, in the shape that clients of this path know."""
     if speaks_anthropic(scope["path"]):
         return refusal.anthropic() | {"request_id": scope.get("state", {}).get("request_id")}
     return refusal.openai()

@@ -18,7 +18,7 @@ import socket
 import ssl
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -137,16 +137,25 @@ def serve(
     limits: ConnectionLimits | None = None,
     drain_timeout: float = DRAIN_SECONDS,
     on_drain: Callable[[], None] = lambda: None,
+    on_late: Callable[[], Awaitable[None]] | None = None,
     on_ready: Callable[[str], None] | None = None,
     loop: str = "auto",
 ) -> int:
-    """Serve until a signal; returns the exit code. `on_drain` is where the app learns that it takes no more requests.
+    """Serve until a signal; returns the exit code. `on_drain` is where the app learns that it takes no more requests,
+    and `on_late` where it ends those that still run when the time is over, so that their clients are told properly.
 
     `on_ready` is given the URL once connections are accepted; by default it goes to stderr. Raises FreeholdError where
     the app does not start.
     """
     server = Server(
-        app, tls=tls, limits=limits, drain_timeout=drain_timeout, on_drain=on_drain, on_ready=on_ready, loop=loop
+        app,
+        tls=tls,
+        limits=limits,
+        drain_timeout=drain_timeout,
+        on_drain=on_drain,
+        on_late=on_late,
+        on_ready=on_ready,
+        loop=loop,
     )
     server.run(sockets=[*sockets])
     return server.exit_code
@@ -163,6 +172,7 @@ class Server(UvicornServer):
         limits: ConnectionLimits | None = None,
         drain_timeout: float = DRAIN_SECONDS,
         on_drain: Callable[[], None] = lambda: None,
+        on_late: Callable[[], Awaitable[None]] | None = None,
         on_ready: Callable[[str], None] | None = None,
         loop: str = "auto",
     ) -> None:
@@ -183,7 +193,7 @@ class Server(UvicornServer):
         super().__init__(config)
         quieten_uvicorn()
         self._tls, self._drain_timeout = tls, drain_timeout
-        self._on_drain, self._on_ready = on_drain, on_ready or _announce
+        self._on_drain, self._on_late, self._on_ready = on_drain, on_late, on_ready or _announce
         self.exit_code = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -214,6 +224,10 @@ class Server(UvicornServer):
         await self._wait(lambda: bool(self.server_state.tasks), loop.time() + self._drain_timeout)
         for connection in [*self.server_state.connections]:
             connection.shutdown()
+        if self.server_state.tasks and self._on_late is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._on_late(), _LAST_SECONDS)
+            await self._wait(lambda: bool(self.server_state.tasks), loop.time() + _LAST_SECONDS)
         if self.server_state.tasks:
             logger.warning("%d requests did not end within the drain time-out", len(self.server_state.tasks))
             for task in [*self.server_state.tasks]:

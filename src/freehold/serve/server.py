@@ -45,7 +45,7 @@ class Server:
         """Raise a 404 for a model that is not here."""
         if name not in self.model_names:
             known = ", ".join(self.model_names)
-            message = f"The model '{name}' does not exist here; this server has {known}."
+            message = f"The model '{name:.200}' does not exist here; this server has {known}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def turn(self, caller: Caller, ask: Ask) -> Turn:
@@ -82,6 +82,8 @@ class Reading:
         self._server = server
         self._caller = caller
         self._places = turn.num_samples  # from now on, whatever happens
+        self._turn = turn
+        self._num_charged = 0  # of the tokens written
         self._events = turn.events()
         caller.charge(turn.num_prompt_tokens)
 
@@ -94,9 +96,9 @@ class Reading:
         except BaseException:
             self._leave()
             raise
+        self._charge()
         for event in batch:
             if isinstance(event, SampleDone):
-                self._caller.charge(event.num_tokens)
                 self._check_end(event)
         return batch
 
@@ -110,7 +112,14 @@ class Reading:
     def __del__(self) -> None:
         self._leave()
 
+    def _charge(self) -> None:
+        """For what was written since; also who leaves before the end has had it made."""
+        self._caller.charge(self._turn.num_tokens - self._num_charged)
+        self._num_charged = self._turn.num_tokens
+
     def _leave(self) -> None:
+        if self._places:
+            self._charge()
         self._server.gate.leave(self._places)
         self._places = 0
 

@@ -14,8 +14,8 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from freehold.log import logger
 from freehold.serve.errors import ApiError, api_error
+from freehold.serve.journal import log_failure
 
 DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE_SECONDS = 15.0
@@ -79,10 +79,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 self._last = time.monotonic()
         except Exception as error:  # noqa: BLE001 - whatever it is, the client waits for an end
-            known = api_error(error)
-            if known.status == 500:
-                logger.error("a stream failed", exc_info=error)
-            await send({"type": "http.response.body", "body": self._fault(known), "more_body": True})
+            log_failure("a stream failed", error)
+            await send({"type": "http.response.body", "body": self._fault(api_error(error)), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:

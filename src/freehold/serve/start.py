@@ -67,6 +67,7 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
                 limits=ConnectionLimits(write_seconds=settings.send_timeout),
                 drain_timeout=settings.drain_timeout,
                 on_drain=server.gate.drain,
+                on_late=lambda: server.served.runner.drain(0),
             )
     finally:
         for socket in sockets:

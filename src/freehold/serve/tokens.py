@@ -93,12 +93,14 @@ def _ids(server: Server, body: TokenizeRequest) -> list[int]:
             if getattr(body, name) is not None:
                 raise ApiError(400, f"{name} are part of a conversation; give messages", param=name)
         try:
+            served.prompting.check_length(body.prompt or "")
             return served.prompting.the_tokenizer().encode(body.prompt or "")
         except FreeholdError as error:
             raise api_error(error, param="prompt") from error
     effort = thinking(served, body.reasoning_effort, param="reasoning_effort")
     conversation = read_conversation(body.messages, body.tools)
     try:
+        served.prompting.check_length(conversation)
         chat_format = served.prompting.chat_format(effort.effort, harmony=served.harmony)
         return list(chat_format.render(conversation).ids)
     except FreeholdError as error:

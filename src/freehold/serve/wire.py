@@ -16,6 +16,14 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from freehold.serve.errors import ApiError
 
 _LONGEST_PARAM = 200
+_SHAPES = {
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "none_required": "null",
+}
+"""What pydantic says in Python's words, in JSON's."""
 
 
 class Wire(BaseModel):
@@ -75,13 +83,20 @@ def _complaint(error: Mapping[str, Any], path: Sequence[int | str]) -> ApiError:
     match error["type"]:
         case "extra_forbidden":
             return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+        case "missing" if not param:
+            return ApiError(400, "the request has no body; send a JSON object")
         case "missing":
             return ApiError(
                 400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
             )
         case "refused":
             return ApiError(400, f"'{param}' {error['msg']}.", param=param, code="unsupported_parameter")
-    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in _SHAPES:
+        message = f"must be {_SHAPES[error['type']]}"
+    else:
+        message = error["msg"].removeprefix("Value error, ")
+    if not param:
+        message = f"the body {message}"
     return ApiError(400, f"Invalid value for '{param}': {message}." if param else message, param=param or None)
 
 

@@ -51,6 +51,8 @@ async def prepare_text(served: Served, ask: TextAsk) -> Turn:
 
 def _prepare(served: Served, ask: TextAsk) -> Turn:
     tokenizer = served.prompting.the_tokenizer()
+    if isinstance(ask.prompt, str):
+        served.prompting.check_length(ask.prompt)
     ends = frozenset() if ask.ignore_eos else served.prompting.defaults.stop_ids
     grammar = None if ask.form is None or ask.ignore_eos else TextGrammar(tokenizer, ask.form, ends)
     request = served.prompting.request(

@@ -4,8 +4,9 @@ Knows the tokeniser, the chat format and the context, but neither weights nor wh
 these, and so has a scripted one.
 """
 
+import json
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
@@ -13,9 +14,13 @@ from freehold.engine.request import Request, TokenConstraint
 from freehold.errors import CheckpointError, ContextError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat
-from freehold.formats.conversation import Effort, SystemContent
+from freehold.formats.conversation import Conversation, DeveloperContent, Effort, SystemContent, Text
 from freehold.formats.tokenizer import Tokenizer
 from freehold.sampling import GenerationDefaults, SamplingOptions
+
+_FEW_CHARACTERS = 8
+"""To a token: up to here a prompt is simply tokenised, at up to 350 bytes of memory a character meanwhile."""
+_SLICE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,30 @@ class Prompting:
             sampling=replace(self.defaults.sampling, **asked),  # type: ignore[arg-type]
         )
 
+    def check_length(self, said: str | Conversation) -> None:
+        """Raise ContextError for text that is far too long, having read no more of it than a few contexts.
+
+        Whatever passes may still be too long; it takes seconds at most to find out.
+        """
+        texts = [said] if isinstance(said, str) else list(_texts(said))
+        num_characters = sum(map(len, texts))
+        if num_characters <= _FEW_CHARACTERS * self.context:
+            return
+        tokenizer = self.the_tokenizer()
+        num_read = num_tokens = 0
+        for text in texts:
+            for at in range(0, len(text), _SLICE):
+                piece = text[at : at + _SLICE]
+                num_read += len(piece)
+                num_tokens += len(tokenizer.encode(piece))
+                if num_tokens > 2 * self.context:  # so much that it does not matter where it was cut
+                    about = num_tokens * num_characters // num_read
+                    raise ContextError(
+                        f"the prompt has about {about} tokens and this model's context is {self.context}; shorten it",
+                        num_tokens=about,
+                        context=self.context,
+                    )
+
     def chat_format(self, reasoning_effort: Effort | None = None, *, harmony: bool | None = None) -> ChatFormat:
         """How this model writes conversations; in Harmony, or not, where that is given.
 
@@ -125,3 +154,19 @@ class Prompting:
             if not 0 <= token < self.vocab_size:
                 raise UsageError(f"token id {token} is outside this model's vocabulary of {self.vocab_size}")
         return tokens
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    """All that callers wrote in it."""
+    for message in conversation.messages:
+        for part in message.parts:
+            match part:
+                case Text(text=text):
+                    yield text
+                case DeveloperContent(instructions=instructions, tools=tools, response_formats=forms):
+                    yield instructions or ""
+                    for tool in tools:
+                        yield tool.description
+                        yield json.dumps(tool.parameters)
+                    for form in forms:
+                        yield json.dumps(form.schema)

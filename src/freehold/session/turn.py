@@ -91,6 +91,7 @@ async def prepare(served: Served, ask: Ask) -> "Turn":
 
 
 def _prepare(served: Served, ask: Ask) -> "Turn":
+    served.prompting.check_length(ask.conversation)
     chat_format = served.prompting.chat_format(ask.effort, harmony=served.harmony)
     grammar = served.grammar and not ask.ignore_eos  # a grammar ends where its turn does
     turn = chat_format.turn(ask.conversation, grammar=grammar, **ask.choices)
@@ -129,6 +130,7 @@ class Turn:
         self._request = request
         self._samples = samples
         self._num_cached_tokens = 0
+        self._num_tokens = 0
         self._begun = False
 
     @property
@@ -143,6 +145,11 @@ class Turn:
     def num_cached_tokens(self) -> int:
         """Of the prompt, tokens that were not computed again: known once the first events have come."""
         return self._num_cached_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """How many have been written so far, in all samples."""
+        return self._num_tokens
 
     @property
     def num_samples(self) -> int:
@@ -169,6 +176,7 @@ class Turn:
             self._num_cached_tokens = step.num_cached_tokens
         if step.prompt_logprobs is not None:
             self.prompt_logprobs = step.prompt_logprobs
+        self._num_tokens += len(step.tokens)
         sample = self._samples[step.index]
         return [] if sample.done else sample.take(step)
 

@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
-from freehold.log import logger
 from freehold.serve.errors import ApiError, api_error
+from freehold.serve.journal import log_failure
 from freehold.serve.responses.stream import Event, ResponseStream
 from freehold.serve.sse import dumps
 from freehold.session.store.records import ResponseRecord
@@ -145,7 +145,7 @@ class Run:
             last = numbered([*self._said, *self._stream.ended()])
             await asyncio.to_thread(self._put, last)
         except Exception as error:  # noqa: BLE001 - nobody waits for this task
-            logger.error("a response could not be stored", exc_info=error)
+            log_failure("a response could not be stored", error)
             self._stream.fail(ApiError(500, "the response could not be stored; send it again"))
             last = numbered([*self._said, *self._stream.ended()])
             await self._put_failure(last)
@@ -158,16 +158,14 @@ class Run:
         try:
             await asyncio.to_thread(self._put, last)
         except Exception as error:  # noqa: BLE001 - it has been told of already
-            logger.warning("nor could its failure: %s", error)
+            log_failure("nor could its failure", error)
 
     def _judge(self, reading: asyncio.Task[None]) -> None:
         if reading.cancelled():
             self._stream.cancel()
         elif (error := reading.exception()) is not None:
-            known = api_error(error)
-            if known.status == 500:
-                logger.error("a response in the background failed", exc_info=error)
-            self._stream.fail(known)
+            log_failure("a response in the background failed", error)
+            self._stream.fail(api_error(error))
 
     async def _read(self, batches: Batches) -> None:
         async for batch in batches:
@@ -194,6 +192,7 @@ class Run:
         self._store.put_response(self._record(self._stream.response), events if self.keeps_events else ())
 
     def _tell(self, events: Sequence[Numbered]) -> None:
-        self._told += events
+        if self.keeps_events:
+            self._told += events
         news, self._news = self._news, asyncio.Event()
         news.set()

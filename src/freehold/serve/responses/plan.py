@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from freehold.errors import ContextError, FreeholdError, NotFoundError, SchemaError
+from freehold.errors import ContextError, FreeholdError, NotFoundError, SchemaError, UsageError
 from freehold.formats.chat import ChatFormat, HarmonyFormat, TurnChoices
 from freehold.formats.conversation import (
     Conversation,
@@ -25,7 +25,7 @@ from freehold.formats.harmony.typescript import compact_json
 from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
 from freehold.serve.effort import thinking
-from freehold.serve.errors import ApiError, api_error
+from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.responses.items import (
     Item,
     check_items,
@@ -118,11 +118,6 @@ class Plan:
             response=response,
             input=self.own,
         )
-
-
-def warning_headers(warnings: Sequence[str]) -> dict[str, str]:
-    """All warnings in one header, which is there only if there are any."""
-    return {"x-freehold-warnings": "; ".join(warnings)} if warnings else {}
 
 
 async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
@@ -223,8 +218,8 @@ def _kept(server: Server, param: str, name: str, method: Callable[[Any], Callabl
         if server.store is None:
             raise NotFoundError(f"there is nothing called {name[:64]!r}: this server has no store")
         return method(server.store)(name, owner)
-    except NotFoundError as error:
-        raise ApiError(404, str(error), param=param, code="not_found") from None
+    except (NotFoundError, UsageError) as error:
+        raise api_error(error, param=param) from None
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------
@@ -298,7 +293,12 @@ class _Asking:
         return places[min(low, len(places) - 1)] if places else None
 
     def _num_tokens(self, chat_format: ChatFormat, items: Sequence[Item]) -> int:
-        return len(chat_format.render(self._ask(items).conversation).ids)
+        conversation = self._ask(items).conversation
+        try:
+            self._server.served.prompting.check_length(conversation)
+        except ContextError as error:
+            return error.num_tokens
+        return len(chat_format.render(conversation).ids)
 
     @property
     def effort(self) -> str | None:

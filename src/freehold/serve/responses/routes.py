@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from freehold.errors import NotFoundError
-from freehold.log import logger
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import caller_of
 from freehold.serve.errors import ApiError, api_error
+from freehold.serve.journal import log_failure
 from freehold.serve.responses.background import Numbered, Run
 from freehold.serve.responses.items import Item
 from freehold.serve.responses.plan import Plan, count_input, plan
@@ -207,7 +207,7 @@ async def _keep_failure(server: Server, planned: Plan, stream: ResponseStream, e
     try:
         await _keep(server, planned, stream)
     except Exception as failure:  # noqa: BLE001 - the client is told of the first one
-        logger.error("a response could not be stored", exc_info=failure)
+        log_failure("a response could not be stored", failure)
 
 
 async def _in_background(server: Server, planned: Plan, stream: ResponseStream, *, is_stream: bool) -> Response:

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from freehold.errors import UsageError
 from freehold.serve.effort import ReasoningEffort
 from freehold.serve.wire import Hint, Refused, Wire
+from freehold.session.store.records import check_id
 
 INCLUDABLE = (
     "message.output_text.logprobs",
@@ -36,7 +38,17 @@ Include = Literal[
 Summary = Literal["auto", "concise", "detailed"]
 Status = Literal["in_progress", "completed", "incomplete"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
-Id = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _storable(value: str) -> str:
+    try:
+        check_id("item", value)
+    except UsageError:
+        raise PydanticCustomError("too_long", "has too many characters beyond ASCII to be stored") from None
+    return value
+
+
+Id = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_storable)]
 
 _METADATA_PAIRS, _METADATA_KEY, _METADATA_VALUE = 16, 64, 512
 

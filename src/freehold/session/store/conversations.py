@@ -92,8 +92,10 @@ def page(connection: sa.Connection, name: str, owner: str, *, after: str | None,
 
 
 def history(connection: sa.Connection, name: str, owner: str) -> tuple[dict[str, Any], ...]:
-    """All of its items, the oldest first."""
+    """All of its items, the oldest first. UsageError where they are too many."""
     get(connection, name, owner)
+    num_bytes = connection.scalar(sa.select(conversations.c.num_bytes).where(*_is(name, owner)))
+    items.check_size("conversation", name, num_bytes or 0)
     query = sa.select(item_table.c.body).where(item_table.c.owner == owner, _in(name)).order_by(item_table.c.number)
     return tuple(text.load(body) for body in connection.scalars(query))
 

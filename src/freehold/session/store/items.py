@@ -10,6 +10,9 @@ from freehold.session.store import text
 from freehold.session.store.records import Page
 from freehold.session.store.schema import items as item_table
 
+MOST_BYTES = 64 << 20
+"""Of what is read at once: no model has a context for more, and a client may have stored any amount of it."""
+
 _ROW_BYTES = 200  # about what a row and its places in indices take besides its text
 
 
@@ -55,18 +58,38 @@ def find(connection: sa.Connection, owner: str, item_id: str, *where: sa.ColumnE
 def page(
     connection: sa.Connection, owner: str, *where: sa.ColumnElement[bool], after: str | None, limit: int, order: str
 ) -> Page:
-    """Up to `limit` items of one place, after the item with the id `after` if that is given."""
+    """Up to `limit` items of one place, after the item with the id `after` if that is given; fewer where they are
+    large, one at least."""
     if order not in ("asc", "desc"):
         raise UsageError(f"items cannot be had in the order {order!r}; give asc or desc")
     if limit < 1:
         raise UsageError(f"a page cannot have {limit} items; give 1 or more")
-    query = sa.select(item_table.c.body).where(item_table.c.owner == owner, *where)
+    query = sa.select(item_table.c.number, item_table.c.num_bytes).where(item_table.c.owner == owner, *where)
     if after is not None:
         last = find(connection, owner, after, *where).number
         query = query.where(item_table.c.number > last if order == "asc" else item_table.c.number < last)
     query = query.order_by(item_table.c.number if order == "asc" else item_table.c.number.desc()).limit(limit + 1)
-    bodies = connection.scalars(query).all()
-    return Page(items=tuple(text.load(body) for body in bodies[:limit]), has_more=len(bodies) > limit)
+    found = connection.execute(query).all()
+    num_bytes, numbers = 0, list[int]()
+    for row in found[:limit]:
+        num_bytes += row.num_bytes
+        if numbers and num_bytes > MOST_BYTES:
+            break
+        numbers.append(row.number)
+    rows = connection.execute(
+        sa.select(item_table.c.number, item_table.c.body).where(item_table.c.number.in_(numbers))
+    ).all()
+    bodies = {row.number: row.body for row in rows}
+    return Page(items=tuple(text.load(bodies[at]) for at in numbers), has_more=len(found) > len(numbers))
+
+
+def check_size(kind: str, name: str, num_bytes: int) -> None:
+    """Raises UsageError for what is too large to be read at once."""
+    if num_bytes > MOST_BYTES:
+        raise UsageError(
+            f"what was said up to the {kind} {name!r:.80} has {num_bytes:,} bytes, and {MOST_BYTES:,} are the most "
+            "that can be gone on from; send what matters of it as input"
+        )
 
 
 def not_found(kind: str, name: str) -> NotFoundError:

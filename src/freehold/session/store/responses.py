@@ -78,7 +78,7 @@ def delete(connection: sa.Connection, name: str, owner: str) -> None:
 
 
 def history(connection: sa.Connection, name: str, owner: str) -> list[ResponseRecord]:
-    """A response and all that came before it, the oldest first."""
+    """A response and all that came before it, the oldest first. UsageError where that is too much."""
     back = (
         sa.select(responses.c.id, responses.c.previous_response_id).where(*_is(name, owner)).cte("back", recursive=True)
     )
@@ -88,6 +88,9 @@ def history(connection: sa.Connection, name: str, owner: str) -> list[ResponseRe
             responses.c.owner == owner, responses.c.id == back.c.previous_response_id
         )
     )
+    sizes = sa.select(sa.func.sum(responses.c.num_bytes))
+    held = connection.scalar(sizes.where(responses.c.owner == owner, responses.c.id.in_(sa.select(back.c.id))))
+    items.check_size("response", name, int(held or 0))
     found = _load(connection, owner, lambda column: column.in_(sa.select(back.c.id)))
     if name not in found:
         raise items.not_found("response", name)
