@@ -16,6 +16,7 @@ from freehold.paths import data_dir
 from freehold.serve.app import create_app
 from freehold.serve.connection import ConnectionLimits
 from freehold.serve.guard import guard
+from freehold.serve.hosts import host_name, origin
 from freehold.serve.keys import Keys
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.run import bind, check_exposure, serve, tls_context
@@ -33,6 +34,10 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
 
     Raises UsageError, StoreError, DiskError and whatever `load` does.
     """
+    for name in settings.allowed_hosts:
+        host_name(name)
+    for name in settings.cors_origins:
+        origin(name)
     tls = tls_context(settings.tls_cert, settings.tls_key)
     airgap.stay_offline()
     sockets = bind(settings.host, settings.port, write_seconds=settings.send_timeout)
@@ -68,10 +73,16 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
                 drain_timeout=settings.drain_timeout,
                 on_drain=server.gate.drain,
                 on_late=lambda: server.served.runner.drain(0),
+                on_ready=_log_ready if settings.log_json else None,
             )
     finally:
         for socket in sockets:
             socket.close()
+
+
+def _log_ready(url: str) -> None:
+    """Who reads the log as JSON reads nothing else there."""
+    logger.log(NOTICE, "serving on %s", url)
 
 
 @asynccontextmanager
