@@ -79,6 +79,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     """While the server runs its store is kept tidy; then what is still being made comes to an end, and is stored."""
     server: Server = app.state.server
     tidying = asyncio.create_task(_tidy(server))
+    await asyncio.to_thread(app.openapi)  # a second's work, which the first to ask for it would impose on everybody
     try:
         yield
     finally:
