@@ -1,6 +1,5 @@
 """The application: a factory over a served model. Knows no sockets and no weights."""
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -70,7 +69,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
             known = invalid(error)
         case HTTPException():
             known = ApiError(error.status_code, _unrouted(request, error), headers=error.headers)
-            if known.status == 405 and (methods := await asyncio.to_thread(_methods, request)):
+            if known.status == 405 and (methods := _methods(request)):
                 known.headers["allow"] = ", ".join(methods)
         case _:
             known = api_error(error)
@@ -85,7 +84,7 @@ async def _answer_for_a_bug(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> list[str]:
-    """What this path takes, of all routes together: each of them knows its own. The first time it takes a while."""
+    """What this path takes, of all routes together: each of them knows its own."""
     paths: dict[str, dict[str, Any]] = document(request.app)["paths"]
     path: str = request.scope["path"]
     if path not in paths:
