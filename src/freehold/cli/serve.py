@@ -91,6 +91,20 @@ def command(
     """
     if script is None and tokens_per_second is not None:
         raise UsageError("--tokens-per-second is for a --script; a model is as fast as it is")
+    of_models = {
+        "--model": None if model == "default" else model,
+        "--harmony": harmony,
+        "--kv-tokens": kv_tokens,
+        "--device": device,
+        "--dtype": dtype,
+        "--dense": dense,
+        "--kv-dtype": kv_dtype,
+        "--context": context,
+        "--threads": threads,
+        "--prefix-cache-dir": prefix_cache_dir,
+    }
+    if script is not None and (given := [name for name, value in of_models.items() if value is not None]):
+        raise UsageError(f"{given[0]} is for a model, and a --script has none; leave one of them out")
     from freehold.serve.journal import start_logging
     from freehold.serve.settings import ServeSettings
     from freehold.serve.start import start
