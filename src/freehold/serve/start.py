@@ -79,6 +79,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     """While the server runs its store is kept tidy; then what is still being made comes to an end, and is stored."""
     server: Server = app.state.server
     tidying = asyncio.create_task(_tidy(server))
+    await asyncio.to_thread(app.openapi)  # a second's work, which the first to ask for it would impose on everybody
     try:
         yield
     finally:
@@ -95,7 +96,7 @@ async def _tidy(server: Server) -> None:
     while server.store is not None:
         try:
             max_age = None if settings.keep_days is None else settings.keep_days * _DAY
-            await asyncio.to_thread(server.store.sweep, max_age_seconds=max_age, max_bytes=settings.keep_bytes)
+            await server.store_threads.run(server.store.sweep, max_age_seconds=max_age, max_bytes=settings.keep_bytes)
         except Exception as error:  # noqa: BLE001 - the next time may go better, and serving goes on
             logger.warning("the store could not be tidied: %s", error)
         await asyncio.sleep(_HOUSEKEEPING_SECONDS)

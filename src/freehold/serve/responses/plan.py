@@ -199,11 +199,14 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
         raise ApiError(400, message, param="previous_response_id")
     if body.input is None and body.previous_response_id is None and body.conversation is None:
         raise ApiError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
-    history = await asyncio.to_thread(_history, server, caller.owner, body)
-    referred = references(body.input)
-    stored = await asyncio.to_thread(
-        lambda: {name: _found(server, caller.owner, name, param) for name, param in referred.items()}
-    )
+    history: list[Item] = []
+    if body.conversation is not None or body.previous_response_id is not None:
+        history = await server.store_threads.run(_history, server, caller.owner, body)
+    stored: dict[str, Item] = {}
+    if referred := references(body.input):
+        stored = await server.store_threads.run(
+            lambda: {name: _found(server, caller.owner, name, param) for name, param in referred.items()}
+        )
     own = await asyncio.to_thread(
         lambda: read_items(
             body.input,
@@ -221,8 +224,7 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
 def _history(server: Server, owner: str, body: InputTokens) -> list[Item]:
     if body.conversation is not None:
         return list(_kept(server, "conversation", body.conversation, lambda store: store.conversation_history, owner))
-    if body.previous_response_id is None:
-        return []
+    assert body.previous_response_id is not None
     name = body.previous_response_id
     records: list[ResponseRecord] = _kept(server, "previous_response_id", name, lambda store: store.history, owner)
     if records[-1].status not in ("completed", "incomplete"):
