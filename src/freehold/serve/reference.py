@@ -39,7 +39,11 @@ _HEADERS = (
     ("anthropic-version", "request", "for `/v1/messages`: `2023-06-01` or `2026-10-21`; fields of both are known"),
     ("anthropic-beta", "request", "for `/v1/messages`: not needed; what it would switch on is there without it"),
     ("x-request-id", "both", "the request's id: the client's own, or a new one"),
-    ("x-freehold-warnings", "answer", "what was left out of the prompt, such as hosted tools that are not there"),
+    (
+        "x-freehold-warnings",
+        "answer",
+        "what was left out, such as hosted tools that are not there, or taken otherwise than written",
+    ),
     ("retry-after", "answer", "seconds, with 429 and 503"),
 )
 

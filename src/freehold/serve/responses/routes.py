@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from freehold.errors import NotFoundError
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import caller_of
-from freehold.serve.errors import ApiError, api_error
+from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.journal import log_failure
 from freehold.serve.responses.background import Numbered, Run
 from freehold.serve.responses.items import Item
@@ -49,9 +49,11 @@ def router(server: Server) -> APIRouter:
         return JSONResponse(response, headers=planned.headers)
 
     @routes.post("/input_tokens")
-    async def count_input_tokens(request: Request, body: InputTokens) -> dict[str, Any]:
+    async def count_input_tokens(request: Request, body: InputTokens) -> Response:
         """How many tokens the input of such a response has."""
-        return {"object": "response.input_tokens", "input_tokens": await count_input(server, caller_of(request), body)}
+        count = await count_input(server, caller_of(request), body)
+        counted = {"object": "response.input_tokens", "input_tokens": count.num_tokens}
+        return JSONResponse(counted, headers=warning_headers(count.warnings))
 
     @routes.post("/compact", include_in_schema=False)
     async def compact() -> None:
