@@ -46,7 +46,7 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             airgap.close_network()
         with Store.open(store_url) as store:
             check_exposure(
-                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_key=settings.allow_no_key
+                settings.host, settings.port, has_keys=bool(store.keys_by_hash()), allow_no_key=settings.allow_no_key
             )
             for response_id in store.recover():
                 logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
@@ -57,7 +57,7 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             server: Server = app.state.server
             guarded = guard(
                 app,
-                keys=Keys(store.active_keys, open_to_all=settings.allow_no_key),
+                keys=Keys(store.keys_by_hash, open_to_all=settings.allow_no_key),
                 gate=server.gate,
                 allowed_hosts=settings.allowed_hosts,
                 cors_origins=settings.cors_origins,

@@ -341,6 +341,7 @@ class _Asking:
             choices=self._choices(),
             sampling=self._sampling,
             max_tokens=self._max_tokens,
+            volatile=isinstance(self._body, ResponseCreate) and self._body.store is False,
         )
 
     def _opening(self) -> list[Message]:
