@@ -76,6 +76,9 @@ def command(
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that an answer may take.")
     ] = _DEFAULTS.request_timeout,
+    receive_timeout: Annotated[
+        float, typer.Option(help="Seconds that a request's body may take to come.")
+    ] = _DEFAULTS.receive_timeout,
     send_timeout: Annotated[
         float, typer.Option(help="Seconds that a client may stop reading.")
     ] = _DEFAULTS.send_timeout,
@@ -136,6 +139,7 @@ def command(
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         request_timeout=request_timeout,
+        receive_timeout=receive_timeout,
         send_timeout=send_timeout,
         drain_timeout=drain_timeout,
         keep_days=_DEFAULTS.keep_days if keep_days is None else keep_days or None,

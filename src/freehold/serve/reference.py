@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 from freehold.serve.app import create_app
 from freehold.serve.errors import ApiError
 from freehold.serve.messages_wire import OrText
-from freehold.serve.settings import ServeSettings
+from freehold.serve.settings import ServeSettings, option_of
 from freehold.serve.wire import Hint, Refused, Wire
 from freehold.session.scripted import ScriptedTurn, serve_script
 
@@ -125,7 +125,10 @@ class _Page:
         settings = ServeSettings()
         yield from _table(
             ("limit", "unless set", ""),
-            [(f"`{name}`", f"{getattr(settings, name):,}", text) for name, text in _LIMITS.items()],
+            [
+                (f"`{option_of(name)}`", f"{getattr(settings, name):,}".removesuffix(".0"), text)
+                for name, text in _LIMITS.items()
+            ],
         )
 
     def _endpoint(self, route: APIRoute) -> Iterator[str]:

@@ -48,18 +48,18 @@ class ServeSettings:
             raise UsageError("a key alone makes no TLS; give its certificate with --tls-cert")
         for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1)):
             if getattr(self, name) < least:
-                raise UsageError(f"{_option(name)} must be {least} or more, got {getattr(self, name)!r}")
+                raise UsageError(f"{option_of(name)} must be {least} or more, got {getattr(self, name)!r}")
         for name in ("request_timeout", "receive_timeout", "send_timeout", "drain_timeout"):
             if not 0 < getattr(self, name) <= _LONGEST_SECONDS:
                 raise UsageError(
-                    f"{_option(name)} must be more than 0 and at most {_LONGEST_SECONDS:,.0f} seconds, "
+                    f"{option_of(name)} must be more than 0 and at most {_LONGEST_SECONDS:,.0f} seconds, "
                     f"got {getattr(self, name)!r}"
                 )
         for name in ("keep_days", "keep_bytes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"{_option(name)} must be more than 0, got {getattr(self, name)!r}")
+                raise UsageError(f"{option_of(name)} must be more than 0, got {getattr(self, name)!r}")
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
     """As the command line calls a field."""
     return "--max-concurrency" if name == "max_running" else f"--{name.replace('_', '-')}"
