@@ -182,3 +182,13 @@ def _stop_in_the_middle(server: Process, folder: Path) -> None:
         kept = store.response(later["id"], "")
         assert kept.status == "failed" and "shutting down" in kept.response["error"]["message"]
         assert store.recover() == []
+
+
+def test_a_log_in_json_has_nothing_else_in_it(tmp_path: Path) -> None:
+    script = tmp_path / "turns.jsonl"
+    script.write_text('{"answer": "Yes."}\n')
+    with Process(tmp_path, script, "--log-json") as server:
+        assert server.request("GET", "/health")[0] == 200
+        assert server.terminate() == 0
+        said = [json.loads(line)["message"] for line in server.log.splitlines()]
+        assert said == [f"serving on http://127.0.0.1:{server.address[1]}", "request"]
