@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Protocol
 
 from freehold.errors import FreeholdError
+from freehold.formats import conversation
 from freehold.formats.conversation import ToolNamespace
 
 
 class ToolError(FreeholdError):
-    """A call that failed. The message is for the model: what was wrong, and what to try instead."""
+    """A call that failed. The message is for the model, and may have lines: what was wrong, and what to try instead."""
+
+    def __str__(self) -> str:
+        # As of every error, control characters are shown and not obeyed; lines and tabs are its layout.
+        text = Exception.__str__(self)
+        return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,20 @@ class Tool(Protocol):
     @property
     def namespace(self) -> ToolNamespace:
         """As it is described to the model."""
+
+    async def open(self) -> ToolSession:
+        """For a conversation that begins, or goes on."""
+
+
+class FunctionTools(Protocol):
+    """Functions that the model may be offered in the namespace `functions`, among the client's own.
+
+    Calls come as `functions.NAME`, or as NAME alone. The session cites nothing.
+    """
+
+    @property
+    def functions(self) -> tuple[conversation.Tool, ...]:
+        """As they are described to the model, now: a server's may change while it runs, between two turns."""
 
     async def open(self) -> ToolSession:
         """For a conversation that begins, or goes on."""
