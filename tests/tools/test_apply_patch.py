@@ -1,6 +1,7 @@
 """apply_patch: the published format, on real folders; all of a patch or nothing of it."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -470,34 +471,58 @@ WIDE_AFTER = {
 }
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
-def test_whatever_step_fails_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    plant(tmp_path, WIDE)
-    was, directory = tree_hash(tmp_path), PatchDirectory(tmp_path)
-    changes = directory.plan(parse(WIDE_PATCH))
+def test_whatever_step_fails_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (errno.ENOSPC, errno.EACCES, errno.EIO)
+
+    def failing(do: Callable[..., Any], calls: Iterator[int], step: int) -> Callable[..., Any]:
+        def instead(*arguments: Any, **named: Any) -> Any:
+            if next(calls) == step:
+                raise OSError(numbers[step % 3], os.strerror(numbers[step % 3]))
+            return do(*arguments, **named)
+
+        return instead
+
+    root, num_undone = plant(tmp_path / "0", WIDE), 0
     for step in count():
-        calls = count()
-
-        def failing(do: Callable[..., Any], calls: Iterator[int] = calls, step: int = step) -> Callable[..., Any]:
-            def instead(*arguments: Any, **named: Any) -> Any:
-                if next(calls) == step:
-                    raise OSError(number, os.strerror(number))
-                return do(*arguments, **named)
-
-            return instead
-
+        was, directory, calls = tree_hash(root), PatchDirectory(root), count()
+        changes = directory.plan(parse(WIDE_PATCH))
         with monkeypatch.context() as patching:
-            for name in ("mkdir", "rename", "fsync", "fchmod", "unlink", "open", "stat"):
-                patching.setattr(os, name, failing(getattr(os, name)))
-            try:
+            for name in ("mkdir", "rename", "link", "fsync", "fchmod", "unlink", "open", "stat"):
+                patching.setattr(os, name, failing(getattr(os, name), calls, step))
+            with contextlib.suppress(PatchError):
                 directory.apply(changes)
-                failed = False
-            except PatchError:
-                failed = True
-        if not failed:
+        if {name: data for name, data in contents(root).items() if not name.startswith(ASIDE)} != WIDE_AFTER:
+            assert tree_hash(root) == was, f"after step {step}"
+            num_undone += 1
+        elif next(calls) > step:  # there was another way, or it was done by then
+            root = plant(tmp_path / str(step + 1), WIDE)
+        else:
             break
-        assert tree_hash(tmp_path) == was, f"after step {step}"
-    assert step > 40 and contents(tmp_path) == WIDE_AFTER
+    assert num_undone > 40
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    plant(tmp_path, WIDE)
+    monkeypatch.setattr(os, "link", link)
+    apply(tmp_path, WIDE_PATCH)
+    assert contents(tmp_path) == WIDE_AFTER
+
+
+def test_somebodys_new_file_of_that_name_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(tmp_path, WIDE)
+    fsync = os.fsync
+
+    def meanwhile(handle: int) -> None:
+        plant(tmp_path, {"new/folder/file": ""})
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(PatchError, match=r"nothing was changed: .*File exists"):
+        apply(tmp_path, WIDE_PATCH)
+    assert contents(tmp_path) == {name: text.encode() for name, text in WIDE.items()} | {"new/folder/file": b""}
 
 
 def test_killed_at_any_step_it_is_undone_or_done(tmp_path: Path) -> None:

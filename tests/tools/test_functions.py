@@ -233,6 +233,9 @@ def test_signatures_that_cannot_be_are_refused() -> None:
     def undocumented(a: int) -> None:
         pass
 
+    def fielded(a: int = Field(default=3, ge=1)) -> None:
+        """D."""
+
     def foreign(a: threading.Lock) -> None:
         """D."""
 
@@ -255,6 +258,7 @@ def test_signatures_that_cannot_be_are_refused() -> None:
         (positional, "a is positional only"),
         (untyped, "a has no annotation"),
         (undocumented, "has no docstring"),
+        (fielded, r"write Annotated\[TYPE, Field\(\.\.\.\)\]"),
         (foreign, "tool foreign: "),
         (callback, "JSON cannot say what it takes"),
         (unknown, "signature cannot be read: name 'Nowhere'"),

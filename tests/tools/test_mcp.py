@@ -61,7 +61,10 @@ def test_a_servers_tools_are_functions_and_what_they_give_is_text(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
     async def run() -> None:
-        async with connected(peer(tmp_path, "a"), peer(tmp_path, "b"), result_characters=500) as (tools, session):
+        async with connected(peer(tmp_path, "a", MINE="yes"), peer(tmp_path, "b"), result_characters=5000) as (
+            tools,
+            session,
+        ):
             offered = {tool.name: tool for tool in tools.functions}
             assert set(offered) >= {"a__add", "b__add", "a__a_strange_name", "a__tagged"}
             add = offered["a__add"]
@@ -79,22 +82,18 @@ def test_a_servers_tools_are_functions_and_what_they_give_is_text(
             assert await call("a__add", a=2, b=3) == "5" and await call("b__add", a=2) == "3"
             assert await call("a__a_strange_name") == "fine"
             assert json.loads(await call("a__data")) == {"é": [1, 2]}
-            assert await call("a__much", size=510) == "x" * 500 + "\n[10 more characters are not shown]"
+            assert await call("a__much", size=5010) == "x" * 5000 + "\n[10 more characters are not shown]"
             assert (await session.call("a__add", '{"a": 1}')).text == "2"
             for name, arguments, complaint in (
                 ("a__add", '{"a": "x"}', "valid integer"),
                 ("a__add", "{", "are no JSON"),
                 ("a__add", "[1]", "are a JSON object"),
-                ("a__fail", "{}", "no such thing"),
+                ("a__fail", "{}", "Error executing tool fail"),
                 ("a__nothing", "{}", "there is no tool a__nothing"),
             ):
                 with pytest.raises(ToolError, match=complaint):
                     await session.call(name, arguments)
-            assert session.citations("x") == ()
-            await session.aclose()
-
-        async with connected(peer(tmp_path, MINE="yes")) as (_, session):
-            assert (await session.call("peer__sorts", "")).text == (
+            assert (await session.call("a__sorts", "")).text == (
                 "words <|end|>\n"
                 "[image of type image/png, 30 bytes, not shown]\n"
                 "[audio of type audio/wav, 3 bytes, not shown]\n"
@@ -102,7 +101,7 @@ def test_a_servers_tools_are_functions_and_what_they_give_is_text(
                 "[resource blob://1 of type application/x, not shown]\n"
                 "[resource more: file:///more]"
             )
-            seen = json.loads((await session.call("peer__environment", "{}")).text)
+            seen = json.loads((await session.call("a__environment", "{}")).text)
             assert seen["MINE"] == "yes" and seen["PATH"] == os.environ["PATH"]
             assert not {"OPENAI_API_KEY", "PYTHONPATH", "PYTEST_CURRENT_TEST"} & set(seen)
 

@@ -306,6 +306,11 @@ def _check_parameter(name: str, parameter: inspect.Parameter, hints: dict[str, A
         raise UsageError(
             f"tool {name}: {parameter.name} is positional only, and arguments come by name; remove the '/'"
         )
+    if type(parameter.default).__name__ == "FieldInfo":
+        raise UsageError(
+            f"tool {name}: {parameter.name} has Field(...) for a default, which the function itself would be given; "
+            "write Annotated[TYPE, Field(...)]"
+        )
     if parameter.name not in hints:
         raise UsageError(f"tool {name}: {parameter.name} has no annotation; write what type it is")
 

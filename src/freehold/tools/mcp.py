@@ -17,6 +17,7 @@ not given what they may ask clients for: no sampling, no questions to the user, 
 
 import asyncio
 import json
+import logging
 import os
 import re
 import threading
@@ -151,6 +152,9 @@ def _require_mcp() -> None:
         import mcp  # noqa: F401
     except ImportError:
         raise BackendError("MCP needs the package mcp; install it with: pip install 'freehold[mcp]'") from None
+    log = logging.getLogger("mcp")
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.CRITICAL)  # a traceback for each line of a server that is none of the protocol's
 
 
 # --- a server -----------------------------------------------------------------------------------------------

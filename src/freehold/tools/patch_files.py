@@ -287,13 +287,22 @@ class _Transaction:
                 elif change.before is not None:
                     os.rename(f"new-{index}", name, src_dir_fd=aside, dst_dir_fd=folder)
                 else:
-                    # The name is taken first, so that nobody's file of that name is ever replaced.
-                    os.close(os.open(name, _NEW, 0o600, dir_fd=folder))
-                    os.rename(f"new-{index}", name, src_dir_fd=aside, dst_dir_fd=folder)
+                    _add(aside, f"new-{index}", folder, name)
             folders["/".join([*_parts(change.path)[:-1], "x"])] = None
         for path in folders:
             with _parent(self._root, path) as (folder, _):
                 os.fsync(folder)
+
+
+def _add(aside: int, new: str, folder: int, name: str) -> None:
+    """Give a file its name, unless somebody has one of that name by now: theirs is never replaced."""
+    try:
+        os.link(new, name, src_dir_fd=aside, dst_dir_fd=folder, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        os.close(os.open(name, _NEW, 0o600, dir_fd=folder))  # a file system without links: take the name first
+        os.rename(new, name, src_dir_fd=aside, dst_dir_fd=folder)
 
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -260,7 +260,7 @@ class _Finder:
                     at = lines.index(looked_for[0], at, last)
                 except ValueError:
                     break
-                if lines[at : at + len(wanted)] == looked_for:
+                if lines[at + len(wanted) - 1] == looked_for[-1] and lines[at : at + len(wanted)] == looked_for:
                     return at
                 at += 1
         return None
