@@ -416,3 +416,21 @@ def test_built_in_tools_go_by_their_names(tmp_path: Path) -> None:
                 await session.call("s__python", '{"code": "fail"}')
 
     asyncio.run(run())
+
+
+def test_ctrl_c_ends_a_server_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "t.py").write_text("def f() -> int:\n    'F.'\n    return 1\n")
+    paths = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "freehold", "mcp", "--tools", str(tmp_path / "t.py")],
+        **dict.fromkeys(("stdin", "stdout"), subprocess.PIPE),
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    with process:
+        assert process.stdin is not None and process.stdout is not None
+        request = {"jsonrpc": "2.0", "id": 1, "method": "server/discover", "params": {}}
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        assert b"jsonrpc" in process.stdout.readline()  # it serves
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130

@@ -9,9 +9,11 @@ small images are sent. It asks nobody before a call: that is the client's part.
 import asyncio
 import base64
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, redirect_stdout
+from contextlib import AsyncExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 _MAX_IMAGE_BYTES = 4 * 2**20
+_SECONDS_TO_CLOSE = 10
 
 
 @dataclass(slots=True)
@@ -58,7 +61,7 @@ class _Entry:
 
 async def serve_mcp(tools: Sequence[Tool | FunctionTools], *, name: str = "freehold") -> None:
     """Serve these tools on this process's standard input and output until the client goes away. Whatever they print
-    goes to standard error.
+    goes to standard error. SIGINT and SIGTERM close the sessions and end the process.
 
     Raises BackendError without the package mcp, UsageError where two tools have one name.
     """
@@ -84,12 +87,30 @@ async def serve_mcp(tools: Sequence[Tool | FunctionTools], *, name: str = "freeh
     server = Server(
         name, version=__version__, instructions=about or None, on_list_tools=list_tools, on_call_tool=call_tool
     )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _leave, sources, number)
     async with AsyncExitStack() as stack:
         for source in sources:
             stack.push_async_callback(source.aclose)
         read, write = await stack.enter_async_context(stdio_server())
         stack.enter_context(redirect_stdout(sys.stderr))  # what is still in its buffer at the end is not for the client
         await server.run(read, write, server.create_initialization_options())
+
+
+_leaving: set[asyncio.Task[None]] = set()
+
+
+def _leave(sources: Sequence[_Source], number: int) -> None:
+    """End at once: a thread of the library's waits for standard input, and nothing can wake it."""
+
+    async def leave() -> None:
+        with suppress(Exception):
+            async with asyncio.timeout(_SECONDS_TO_CLOSE):
+                await asyncio.gather(*(source.aclose() for source in sources), return_exceptions=True)
+        os._exit(128 + number)
+
+    _leaving.add(asyncio.get_running_loop().create_task(leave()))
 
 
 def _are_functions(tool: Tool | FunctionTools) -> "TypeIs[FunctionTools]":
