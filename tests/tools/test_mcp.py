@@ -423,7 +423,8 @@ def test_ctrl_c_ends_a_server_of_ours(tmp_path: Path) -> None:
     paths = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
         [sys.executable, "-m", "freehold", "mcp", "--tools", str(tmp_path / "t.py")],
-        **dict.fromkeys(("stdin", "stdout"), subprocess.PIPE),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": paths},
     )
     with process:
