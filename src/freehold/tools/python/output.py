@@ -114,7 +114,7 @@ def _traceback(content: Mapping[str, Any]) -> str:
     text = "\n".join(line for line in lines if isinstance(line, str))
     if len(text) > _MAX_TRACEBACK_CHARS:
         text = text[: _MAX_TRACEBACK_CHARS // 2] + "\n[…]\n" + text[-_MAX_TRACEBACK_CHARS // 2 :]
-    lines = plain(text).splitlines()
+    lines = [line for line in plain(text).split("\n") if line.strip()]
     if len(lines) > _MAX_TRACEBACK_LINES:
         cut = len(lines) - _MAX_TRACEBACK_LINES
         lines = [*lines[:10], f"  [… {cut} lines left out …]", *lines[10 - _MAX_TRACEBACK_LINES :]]

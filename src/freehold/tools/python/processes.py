@@ -6,6 +6,7 @@ given to the first process. Nothing here believes what they say; all of it is re
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -80,14 +81,15 @@ def _deleted(pid: int, device: int) -> Iterator[tuple[int, int]]:
                     yield status.st_ino, status.st_blocks * 512
 
 
-def stop(first: int, *, rounds: int = 50) -> bool:
+def stop(first: int, *, seconds: float = 1.0) -> bool:
     """Stop all that is below `first`; whether that was possible. What forks meanwhile is stopped in the next round."""
-    for _ in range(rounds):
-        running = [pid for pid in descendants(first) if _state(pid) not in _STOPPED]
-        if not running:
-            return True
+    deadline = time.monotonic() + seconds
+    while running := [pid for pid in descendants(first) if _state(pid) not in _STOPPED]:
+        if time.monotonic() > deadline:
+            return False
         _signal(running, signal.SIGSTOP)
-    return False
+        time.sleep(0.0005)  # it takes effect when they are next scheduled
+    return True
 
 
 def go_on(first: int) -> None:

@@ -217,9 +217,9 @@ class RunningKernel:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._interpreter_handle, signal.SIGINT)
 
-    def stop(self) -> bool:
+    async def stop(self) -> bool:
         """Nothing in it runs from now on; whether that was possible."""
-        return processes.stop(self.first)
+        return await asyncio.to_thread(processes.stop, self.first)
 
     def go_on(self) -> None:
         """Let it run again."""

@@ -117,7 +117,7 @@ class PythonSession:
                 await self._end_kernel()
             raise
         finally:
-            if not kernel.ended.done() and not kernel.stop():
+            if not kernel.ended.done() and not await kernel.stop():
                 call.fatal = call.fatal or "its processes could not be stopped after the call"
         return await self._result(call, before)
 
