@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -112,7 +113,7 @@ class Confinement(NamedTuple):
                 folder = held.enter_context(_scratch())
                 arguments = self.arguments(held, data=folder, empty=folder, scratch_bytes=1 << 20)
                 done = subprocess.run(
-                    ["bwrap", *arguments.words, "--", self.interpreter.executable, "-c", script],
+                    self.command(arguments, [self.interpreter.executable, "-c", script]),
                     executable=self.bubblewrap,
                     pass_fds=arguments.descriptors,
                     env={},
@@ -187,6 +188,18 @@ class Confinement(NamedTuple):
         # Not on the command line, which code inside can read: these are paths of the host.
         return Arguments(["--args", handed(b"\0".join(map(os.fsencode, words)) + b"\0")], tuple(descriptors))
 
+    def command(self, arguments: "Arguments", command: list[str]) -> list[str]:
+        """What to run as `self.bubblewrap`, with the arguments' descriptors and an empty environment.
+
+        The first process inside is its child; for root, its child's child. There, the sandbox lies in one more process
+        namespace: bubblewrap, which has given up root's powers, could not end the sandbox when its parent dies.
+        """
+        inner = [*arguments.words, "--", *command]
+        if os.geteuid() != 0:
+            return ["bwrap", *inner]
+        outer = ["--unshare-pid", "--as-pid-1", "--die-with-parent", "--dev-bind", "/", "/", "--chdir", "/"]
+        return ["bwrap", *outer, "--", str(self.bubblewrap), *inner]
+
     def _environment(self) -> dict[str, str]:
         threads = str(min(os.cpu_count() or 1, 8))
         folder = os.path.dirname(self.interpreter.executable)  # noqa: PTH120 — a string is wanted
@@ -218,7 +231,7 @@ class Confinement(NamedTuple):
             try:
                 words = ["--unshare-user", "--userns-block-fd", str(waits), "--info-fd", str(tells)]
                 helper = subprocess.Popen(
-                    ["bwrap", *words, "--die-with-parent", "--dev-bind", "/", "/", "true"],
+                    ["bwrap", *words, "--dev-bind", "/", "/", "true"],
                     executable=self.bubblewrap,
                     pass_fds=(waits, tells),
                     env={},
@@ -232,6 +245,7 @@ class Confinement(NamedTuple):
             held.callback(helper.wait)
             held.callback(helper.kill)
             child = json.loads(_read_all(told))["child-pid"]
+            held.callback(os.kill, child, signal.SIGKILL)  # it would wait for its parent's word for ever
             for name in ("uid_map", "gid_map"):
                 Path(f"/proc/{child}/{name}").write_text(f"1 0 1\n{INSIDE_ID} {_NOBODY} 1\n")
             return os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
@@ -242,6 +256,11 @@ class Arguments(NamedTuple):
 
     words: list[str]
     descriptors: tuple[int, ...]
+
+
+def depth() -> int:
+    """How many generations below what `Confinement.command` starts the first process inside is."""
+    return 2 if os.geteuid() == 0 else 1
 
 
 def owner_outside() -> int | None:

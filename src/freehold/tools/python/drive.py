@@ -55,8 +55,9 @@ class Drive:
         self._owner = owner
         self.device = folder.stat().st_dev
 
-    def contents(self) -> Contents:
-        """A look at all of it."""
+    def contents(self, *, most: int | None = None) -> Contents:
+        """A look at all of it, up to that many entries."""
+        most = self._max_files if most is None else most
         entries: dict[tuple[str, ...], Mark] = {}
         size = 0
         countless = False
@@ -73,7 +74,7 @@ class Drive:
                                 size += max(status.st_size, status.st_blocks * 512)
                                 if stat.S_ISDIR(status.st_mode):
                                     folders.append((*path, name))
-                            if len(entries) > self._max_files or len(path) >= _MAX_DEPTH:
+                            if len(entries) > most or len(path) >= _MAX_DEPTH:
                                 countless = True
                                 break
                 except PermissionError:  # a folder that its maker has closed could hide anything
@@ -91,20 +92,23 @@ class Drive:
         return None
 
     def restore(self, before: Contents) -> None:
-        """Remove what was not there, or was otherwise, when `before` was looked at. The sandbox must be dead."""
+        """Remove what was not there, or was otherwise, when `before` was looked at. Nothing may run in the sandbox."""
         trash = self._copies / "removed"
         trash.mkdir(exist_ok=True)
-        now = self.contents()
         with _opened(self.folder) as top, _opened(trash) as bin_:
             moved = 0
-            for path, mark in now.entries.items():
-                if before.entries.get(path) == mark or (stat.S_ISDIR(mark.kind) and path in before.entries):
-                    continue
-                with suppress(FileNotFoundError), _walked(top, path[:-1]) as parent:
-                    _move(path[-1], parent, str(moved), bin_)
-                    moved += 1
-        if self.contents().countless:  # what could not be looked at goes too, and all beside it
-            with _opened(self.folder) as top, _opened(trash) as bin_:
+            progress = True
+            while progress:
+                now = self.contents(most=2 * self._max_files)  # what is to stay is not more than half of it
+                progress = False
+                for path, mark in now.entries.items():
+                    if before.entries.get(path) == mark or (stat.S_ISDIR(mark.kind) and path in before.entries):
+                        continue
+                    with suppress(FileNotFoundError), _walked(top, path[:-1]) as parent:
+                        _move(path[-1], parent, str(moved), bin_)
+                        moved += 1
+                        progress = True
+            if now.countless:  # what could not be looked at goes too, and all beside it
                 for name in list(_names(top)):
                     _move(name, top, str(moved), bin_)
                     moved += 1

@@ -32,12 +32,25 @@ def main() -> None:
     whole = OutStream._flush_buffers
 
     def in_pieces(stream: Any) -> Iterator[tuple[Any, str]]:
-        """The host keeps no more than so much of one message."""
+        """The host keeps no more than so much of one message, and half a surrogate pair would lose all of it."""
         for parent, text in whole(stream):
+            text = text.encode("utf-8", "backslashreplace").decode()
             for start in range(0, len(text), settings["piece_chars"]):
                 yield parent, text[start : start + settings["piece_chars"]]
 
     OutStream._flush_buffers = in_pieces
+    write_at_once = OutStream.write
+
+    def write(stream: Any, text: str) -> Any:
+        """Waits where more is said than can be sent: what waits takes memory."""
+        written = write_at_once(stream, text)
+        stream.waiting_chars = getattr(stream, "waiting_chars", 0) + len(text)
+        if stream.waiting_chars > 16 * settings["piece_chars"]:
+            stream.waiting_chars = 0
+            stream.flush()
+        return written
+
+    OutStream.write = write
 
     forked = f"ipc:///tmp/.output-{os.getpid()}"
 

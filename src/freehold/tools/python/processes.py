@@ -26,13 +26,14 @@ class Usage(NamedTuple):
 
 def descendants(first: int) -> list[int]:
     """The processes below `first`, without it."""
-    found = list(_children(first))
+    found = list(children(first))
     for pid in found:  # it grows while it is walked
-        found.extend(_children(pid))
+        found.extend(children(pid))
     return found
 
 
-def _children(pid: int) -> Iterator[int]:
+def children(pid: int) -> Iterator[int]:
+    """The processes that it has started, and those that were given to it."""
     with suppress(OSError):
         for task in (_PROC / str(pid) / "task").iterdir():
             with suppress(OSError):

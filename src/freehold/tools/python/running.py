@@ -12,18 +12,18 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from freehold.tools.python import processes
-from freehold.tools.python.confinement import Confinement
+from freehold.tools.python.confinement import Confinement, depth
 from freehold.tools.python.limits import Limits
 from freehold.tools.python.wire import Message, Wire, WireError, request
 
 _PROGRAM = Path(__file__).with_name("kernel.py")
 _INSIDE = "/opt/freehold/kernel.py"
 _CHANNELS = ("shell", "stdin", "control", "iopub")  # in the order in which ipykernel binds them
-_PIECE_CHARS = 1 << 16
+_PIECE_CHARS = 1 << 14
 _UNTOUCHED_BYTES = 16 << 30  # address space beyond memory: libraries, reserved and never touched
 _NICE = 5
 _DEATH_SECONDS = 5.0
@@ -56,6 +56,7 @@ class RunningKernel:
         self._replied: asyncio.Event = asyncio.Event()
         self._idle: asyncio.Event = asyncio.Event()
         self._current = ""
+        self._broken: WireError | None = None
 
     @classmethod
     async def start(cls, confinement: Confinement, limits: Limits, folder: Path) -> "RunningKernel":
@@ -74,18 +75,15 @@ class RunningKernel:
                 scratch_bytes=limits.scratch_bytes,
                 files=[(_INSIDE, _PROGRAM.read_bytes())],
             )
-            told, tells = os.pipe()
-            held.callback(os.close, told)
             said, says = os.pipe()
             os.set_blocking(says, False)  # nobody reads it while all is well: who writes more than fits has lost it
             os.set_blocking(said, False)
             settings = json.dumps(_settings(limits, [listener.fileno() for listener in listeners]))
             try:
                 process = subprocess.Popen(
-                    ["bwrap", "--info-fd", str(tells), *arguments.words, "--"]
-                    + [confinement.interpreter.executable, "-P", _INSIDE, settings],
+                    confinement.command(arguments, [confinement.interpreter.executable, "-P", _INSIDE, settings]),
                     executable=confinement.bubblewrap,
-                    pass_fds=(tells, *arguments.descriptors, *(listener.fileno() for listener in listeners)),
+                    pass_fds=(*arguments.descriptors, *(listener.fileno() for listener in listeners)),
                     env={},
                     stdin=subprocess.DEVNULL,
                     stdout=says,
@@ -96,32 +94,27 @@ class RunningKernel:
                 os.close(said)
                 raise KernelError(str(error)) from None
             finally:
-                os.close(tells)
                 os.close(says)
             kernel = cls(process, said)
             try:
-                await kernel._come_up(told, places, limits)
+                await kernel._come_up(places, limits)
             except BaseException:
                 await kernel.kill()
                 raise
             return kernel
 
-    async def _come_up(self, told: int, places: dict[str, Path], limits: Limits) -> None:
+    async def _come_up(self, places: dict[str, Path], limits: Limits) -> None:
         try:
             async with asyncio.timeout(limits.start_seconds):
-                try:
-                    self.first = json.loads(await asyncio.to_thread(_read_all, told))["child-pid"]
-                except (ValueError, KeyError):
-                    raise KernelError(await self._last_words()) from None
                 await self._until_ended(self._connect(places))
         except TimeoutError:
             raise KernelError(f"it was not up after {limits.start_seconds:g} seconds") from None
-        inside = processes.descendants(self.first)
-        if len(inside) != 1:
-            raise KernelError("it is not one process")
-        self._interpreter_handle = os.pidfd_open(inside[0])
+        inside = self._process.pid
+        line = [inside := _only_child(inside) for _ in range(depth() + 1)]
+        self.first = line[-2]
+        self._interpreter_handle = os.pidfd_open(line[-1])
         with contextlib.suppress(OSError):  # when memory runs out, it goes before the model does
-            Path(f"/proc/{inside[0]}/oom_score_adj").write_text("800")
+            Path(f"/proc/{line[-1]}/oom_score_adj").write_text("800")
 
     async def _connect(self, places: dict[str, Path]) -> None:
         for channel, kind in (("iopub", "SUB"), ("shell", "DEALER")):
@@ -133,7 +126,7 @@ class RunningKernel:
             if await self._ask("kernel_info_request", {}, idle_seconds=0.05):
                 return
 
-    async def _until_ended(self, doing: "asyncio.coroutines.Coroutine[None, None, None]") -> None:
+    async def _until_ended(self, doing: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(doing)
         try:
             await asyncio.wait({task, self.ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -164,7 +157,7 @@ class RunningKernel:
 
     async def _pump(self, wire: Wire) -> None:
         """Reads to the end, whether somebody listens or not: in the middle of a message nothing may stop it."""
-        with contextlib.suppress(WireError):
+        try:
             while True:
                 message = await wire.receive()
                 if self._listener is not None and message.size:
@@ -174,15 +167,22 @@ class RunningKernel:
                         self._replied.set()
                     elif message.kind == "status" and message.content.get("execution_state") == "idle":
                         self._idle.set()
+        except WireError as error:
+            self._broken = error
+            self._replied.set()
 
     async def _ask(self, kind: str, content: dict[str, object], *, idle_seconds: float) -> bool:
         """Send a request, wait for its reply; whether it was also heard that all output has come."""
         assert self._shell is not None
+        if self._broken is not None:
+            raise self._broken
         self._replied.clear()
         self._idle.clear()
         self._current, parts = request(kind, content)
         await self._shell.send(parts)
         await self._replied.wait()
+        if self._broken is not None:
+            raise self._broken
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), idle_seconds)
         return self._idle.is_set()
@@ -286,8 +286,8 @@ def _listen(held: contextlib.ExitStack, place: Path) -> socket.socket:
     return listener
 
 
-def _read_all(handle: int) -> bytes:
-    pieces = []
-    while piece := os.read(handle, 4096):
-        pieces.append(piece)
-    return b"".join(pieces)
+def _only_child(pid: int) -> int:
+    found = list(processes.children(pid))
+    if len(found) != 1:
+        raise KernelError("it is not one process")
+    return found[0]

@@ -141,7 +141,7 @@ class PythonSession:
         notes = list(call.notes)
         after = await asyncio.to_thread(self._drive.contents)
         full = self._drive.too_full(after)
-        fatal = call.fatal or full
+        fatal = call.fatal
         if fatal is None and self._kernel is not None:
             if len(processes.descendants(self._kernel.first)) > self._limits.processes // 2:
                 notes.append(f"[{self._kernel.end_strays()} processes that the call left behind were ended.]")
@@ -150,7 +150,7 @@ class PythonSession:
             notes.append(f"[The kernel was ended: {fatal}. {_NEW}]")
         if full is not None or call.filled_drive:
             await asyncio.to_thread(self._drive.restore, before)
-            notes.append("[What the call wrote into /mnt/data was removed.]")
+            notes.append(f"[{full or fatal}: what the call wrote there was removed.]")
         for number, (suffix, picture) in enumerate(call.transcript.pictures, start=1):
             try:
                 name = await asyncio.to_thread(self._drive.write, f"figure-{number}{suffix}", picture)
