@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -134,29 +134,38 @@ HARMLESS = {
         "open('/proc/1/cmdline').read()",
         lambda text: "/opt/python" in text and str(Path.home()) not in text and "freehold-python" not in text,
     ),
-    "process 1's files": ("sorted(os.listdir('/proc/1/root/'))", lambda text: "root" not in text and "home" not in text),
+    "process 1's files": (
+        "sorted(os.listdir('/proc/1/root/'))",
+        lambda text: "root" not in text and "home" not in text,
+    ),
     "all processes": (
         "len([name for name in os.listdir('/proc') if name.isdigit()])",
         lambda text: int(text) <= 3,
     ),
     "what is open": (
-        "[os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{n}')]",
+        "[os.readlink(f'/proc/self/fd/{n}') for n in range(99) if os.path.exists(f'/dev/fd/{n}')]",
         lambda text: "freehold-python" not in text and "/work" not in text and "/home" not in text,
     ),
     "who it is": ("os.getuid(), os.getgroups(), os.uname().nodename", lambda text: text == "(1000, [], 'freehold')"),
     "no privileges to be had": (
-        "[line.split()[1] for line in open('/proc/self/status') if line.startswith(('CapPrm', 'CapEff', 'NoNewPrivs', 'Seccomp:'))]",
-        lambda text: text == "['0000000000000000', '0000000000000000', '1', '2']",
+        "[line.split()[1] for line in open('/proc/self/status') if line[:6] in ('CapPrm', 'CapEff', 'NoNewP', 'Seccom')]",
+        lambda text: text == "['0000000000000000', '0000000000000000', '1', '2', '1']",
     ),
     "mounts are read-only but three": (
-        "sorted(l.split()[1] for l in open('/proc/mounts') if l.split()[3].startswith('rw') and not l.split()[1].startswith('/dev/'))",
+        "sorted(l.split()[1] for l in open('/proc/mounts') if ' rw,' in l and ' /dev/' not in l)",
         lambda text: text == "['/mnt/data', '/tmp']",
     ),
-    "interfaces": ("[name for _, name in socket.if_nameindex()] if False else open('/proc/net/dev').read().count(':')",
-                   lambda text: text == "1"),
-    "process 1 cannot be killed": ("os.kill(1, signal.SIGKILL), time.sleep(.05), os.getpid()", lambda text: ", 2)" in text),
+    "interfaces": (
+        "[name for _, name in socket.if_nameindex()] if False else open('/proc/net/dev').read().count(':')",
+        lambda text: text == "1",
+    ),
+    "process 1 cannot be killed": (
+        "os.kill(1, signal.SIGKILL), time.sleep(.05), os.getpid()",
+        lambda text: ", 2)" in text,
+    ),
     "where packages lie": ("sys.prefix, sys.path, zmq.__file__", lambda text: str(Path.home()) not in text),
 }
+
 
 def make(**limits: float) -> PythonTool:
     try:
@@ -183,7 +192,7 @@ class Run:
         return self.session._kernel is not None and not self.session._kernel.ended.done()
 
 
-def runs(limits: dict[str, float], prelude: str = "") -> Iterator[Run]:
+def runs(limits: Mapping[str, float], prelude: str = "") -> Iterator[Run]:
     tool = make(**limits)
     with asyncio.Runner() as runner:
         run = Run(runner, runner.run(tool.open()), prelude)
@@ -241,7 +250,9 @@ def test_code_sees_nothing_of_the_host(inside: Run, name: str) -> None:
 
 def test_a_conversation_keeps_its_state_and_sees_results_errors_and_files(inside: Run, tmp_path: Path) -> None:
     assert inside("value = 6 * 7").text == ""
-    text = inside("print('to stdout'); print('to stderr', file=sys.stderr); code = os.system('echo from a child'); value").text
+    text = inside(
+        "print('to stdout'); print('to stderr', file=sys.stderr); code = os.system('echo from a child'); value"
+    ).text
     assert sorted(text.splitlines()) == ["42", "from a child", "to stderr", "to stdout"] and text.endswith("\n42")
     text = inside("def f(n):\n    return f(n + 1)\nf(0)").text
     assert text.startswith("Traceback") and text.endswith("RecursionError: maximum recursion depth exceeded")
@@ -250,7 +261,10 @@ def test_a_conversation_keeps_its_state_and_sees_results_errors_and_files(inside
 
     result = inside("open('täble.csv', 'w').write('1,2'); os.makedirs('a/b'); open('a/b/c.txt', 'w').close()")
     assert result.text.endswith("Files in /mnt/data:\na/b/c.txt (0 bytes)\ntäble.csv (3 bytes)")
-    assert [(file.name, file.media_type) for file in result.files] == [("a/b/c.txt", "text/plain"), ("täble.csv", "text/csv")]
+    assert [(file.name, file.media_type) for file in result.files] == [
+        ("a/b/c.txt", "text/plain"),
+        ("täble.csv", "text/csv"),
+    ]
     assert result.files[1].path.read_text() == "1,2"
     assert inside("1").files == () and inside("1").text == "1"
     assert inside("os.remove('täble.csv')").text == "Files in /mnt/data:\na/b/c.txt (0 bytes)"
@@ -287,17 +301,20 @@ def test_what_is_no_call_of_python_is_an_error_for_the_model(inside: Run) -> Non
 
 def test_output_is_text_and_no_more(inside: Run) -> None:
     text = inside(r"""
-        print("\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x9b5m\x08\x00 \u202eabc \ud800")
+        print("\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x9b5m")
+        print("\x08\x00 \u202eabc \ud800")
         print("10%\r50%\r100%")
         os.write(1, b"\xff\xfe bytes\n"); time.sleep(0.1)
         from IPython.display import display, HTML, Javascript
         display({"text/html": "<script>", "application/javascript": "alert(1)", "text/plain": "just text"}, raw=True)
-        display({"application/x-python-pickle": "gASVIQAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOUjAZ0b3VjaCBhlIWUUpQu"}, raw=True)
+        display({"application/x-python-pickle": "gASVIQAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOU"}, raw=True)
     """).text
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "red" in text and "title" not in text and "aGk" not in text and "link" in text
     assert "\\x08\\x00" in text and "\\u202eabc \\ud800" in text
-    assert "\n100%\n" in text and "50%" not in text and "bytes" in text and "just text" in text and "<script>" not in text
+    assert (
+        "\n100%\n" in text and "50%" not in text and "bytes" in text and "just text" in text and "<script>" not in text
+    )
 
 
 @pytest.mark.parametrize("code", ["print('x' * 10_000_000)", "'x' * 10_000_000", "print('\\n' * 10_000_000)"])
@@ -325,6 +342,13 @@ def test_pictures_become_files_and_what_is_none_does_not(inside: Run, tmp_path: 
     assert (tmp_path / "victim").read_text() == "untouched"
 
 
+def test_a_figure_of_matplotlib_is_a_picture(inside: Run) -> None:
+    pytest.importorskip("matplotlib")
+    result = inside("import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.title('T')")
+    assert "[A picture was saved as /mnt/data/figure-" in result.text, result.text
+    assert result.files[0].media_type == "image/png" and result.files[0].path.stat().st_size > 1000
+
+
 def test_the_host_follows_no_link_out_of_the_drive(inside: Run, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)
     result = inside(f"""
@@ -338,7 +362,13 @@ def test_the_host_follows_no_link_out_of_the_drive(inside: Run, tmp_path: Path) 
         open("links/real", "w").write("good")
     """)
     assert [file.name for file in result.files] == ["links/real"]
-    for line in ("links/file (link)", "links/folder (link)", "links/pipe (pipe)", "links/socket (socket)", "links/up (link)"):
+    for line in (
+        "links/file (link)",
+        "links/folder (link)",
+        "links/pipe (pipe)",
+        "links/socket (socket)",
+        "links/up (link)",
+    ):
         assert line in result.text
     assert SECRET not in result.text
 
@@ -350,20 +380,33 @@ def test_the_host_follows_no_link_out_of_the_drive(inside: Run, tmp_path: Path) 
 def test_names_of_files_are_shown_and_not_obeyed(inside: Run) -> None:
     result = inside(r"""
         os.mkdir("names")
-        for name in (b"\xff\xfe", b"line\nbreak", b"\x1b]0;title\x07", b"-rf", b"..hidden", b"x" * 250, "\u202etxt".encode()):
+        names = b"\xff\xfe", b"line\nbreak", b"\x1b]0;title\x07", b"-rf", b"..hidden", b"x" * 250, "\u202etxt".encode()
+        for name in names:
             open(b"names/" + name, "w").close()
     """)
     assert all(c.isprintable() or c == "\n" for c in result.text) and "\\nbreak" in result.text
     assert len(result.files) == 7
     for file in result.files:
-        assert file.path.is_file() and file.path.name.isprintable() and file.path.name[0] not in "-." and len(file.path.name) < 100
+        assert (
+            file.path.is_file()
+            and file.path.name.isprintable()
+            and file.path.name[0] not in "-."
+            and len(file.path.name) < 100
+        )
 
 
 def test_nothing_runs_between_calls(inside: Run) -> None:
-    inside("n = 0\ndef count():\n    global n\n    while True: n += 1\nthreading.Thread(target=count, daemon=True).start()\n"
-           "spinner = subprocess.Popen([sys.executable, '-c', 'while True: pass'])")
+    inside("""
+        n = 0
+        def count():
+            global n
+            while True: n += 1
+        threading.Thread(target=count, daemon=True).start()
+        spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """)
     kernel = inside.session._kernel
-    children = [pid for pid in _below(kernel.first)]
+    assert kernel is not None
+    children = _below(kernel.first)
     assert len(children) >= 2
     assert {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children} == {"T"}
     assert int(inside("spinner.kill(); n").text) > 0
@@ -374,7 +417,9 @@ def test_conversations_do_not_meet(inside: Run, tight: Run, tmp_path: Path) -> N
     meeting.bind("\0freehold-test-host")
     meeting.listen()
     with meeting:
-        assert "GOT" not in inside("attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0freehold-test-host'))").text
+        assert (
+            "GOT" not in inside("attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0freehold-test-host'))").text
+        )
     inside("""
         meeting = socket.socket(socket.AF_UNIX); meeting.bind("\\0meeting"); meeting.listen()
         open("mine.txt", "w").write("x"); open("/tmp/mine.txt", "w").write("x"); open("/dev/shm/mine", "w").write("x")
@@ -418,7 +463,7 @@ RAW = """
     import os, socket, stat
     for number in range(3, 64):
         try:
-            if stat.S_ISSOCK(os.fstat(number).st_mode) and socket.socket(fileno=os.dup(number)).getpeername() is not None:
+            if stat.S_ISSOCK(os.fstat(number).st_mode) and socket.socket(fileno=os.dup(number)).getpeername() != 0:
                 os.set_blocking(number, True)
                 os.write(number, {bytes})
                 for _ in range({times}): os.write(number, {more})
@@ -439,7 +484,9 @@ RAW = """
 )
 def test_nonsense_on_the_sockets_ends_a_call_and_not_the_host(tight: Run, first: str, more: str, times: int) -> None:
     began = time.monotonic()
-    code = RAW.replace("{bytes}", first).replace("{more}", more).replace("{times}", str(times)).replace("{wait}", "False")
+    code = (
+        RAW.replace("{bytes}", first).replace("{more}", more).replace("{times}", str(times)).replace("{wait}", "False")
+    )
     assert "The next call starts a new one" in tight(code).text or tight("1 + 1").text == "2"
     assert time.monotonic() - began < 2 * TIGHT["seconds"] + 4
     tight("import os; os._exit(0)")
@@ -455,14 +502,7 @@ ENDINGS = {
     "it closes everything": "import os; os.closerange(0, 512)",
     "it stops itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
     "it does not listen": "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass",
-    "it catches everything": """
-        while True:
-            try:
-                while True: x = len("x")
-            except BaseException:
-                pass
-    """,
-    "it hangs in C": "import signal, threading; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); sum(iter(int, 1))",
+    "it hangs in C": "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); sum(iter(int, 1))",
     "it replaces itself": "import os; os.execv('/usr/bin/sleep', ['sleep', '1000'])",
     "it takes memory as a tree": """
         import mmap, os, time
@@ -499,7 +539,10 @@ GOING_ON = {
     "a large file": ("open('large', 'wb').write(bytes(9 << 20))", "File too large"),
     "a file of nothing": ("open('sparse', 'wb').truncate(1 << 40)", "File too large"),
     "/tmp": ("open('/tmp/x', 'wb').write(bytes(7 << 20)); open('/tmp/y', 'wb').write(bytes(7 << 20))", "No space left"),
-    "/dev/shm": ("open('/dev/shm/x', 'wb').write(bytes(7 << 20)); open('/dev/shm/y', 'wb').write(bytes(7 << 20))", "No space"),
+    "/dev/shm": (
+        "open('/dev/shm/x', 'wb').write(bytes(7 << 20)); open('/dev/shm/y', 'wb').write(bytes(7 << 20))",
+        "No space",
+    ),
     "open files": ("kept_open = [open('/dev/null') for _ in range(10_000)]", "Too many open files"),
 }
 
@@ -520,7 +563,9 @@ def test_what_goes_too_far_is_stopped_and_the_kernel_kept(tight: Run, name: str)
     result = tight(code)
     assert time.monotonic() - began < TIGHT["seconds"] + 2
     assert said in result.text and len(result.text) < 6000
-    tight("import os, glob; [os.remove(path) for path in glob.glob('/tmp/[xy]') + glob.glob('/dev/shm/*')]; kept_open = 0")
+    tight(
+        "import os, glob; [os.remove(path) for path in glob.glob('/tmp/[xy]') + glob.glob('/dev/shm/*')]; kept_open = 0"
+    )
     assert tight("kept").text == "5"
     if name == "a thread bomb":
         tight("os._exit(0)")
@@ -545,7 +590,7 @@ FILLING = {
 def test_a_drive_that_is_filled_is_emptied_of_what_the_call_wrote(tight: Run, name: str) -> None:
     if name == "a closed folder" and os.geteuid() == 0:
         pytest.skip("nothing is closed to root")
-    tight("import os, shutil, glob\nfor path in glob.glob('/mnt/data/*'): os.remove(path)\nopen('kept.txt', 'w').write('x')")
+    tight("import os, glob\nfor path in glob.glob('/mnt/data/*'): os.remove(path)\nopen('kept.txt', 'w').close()")
     result = tight(FILLING[name])
     assert "/mnt/data may hold" in result.text and "what the call wrote there was removed" in result.text
     tight("import os; os._exit(0)")  # it may be in a folder that is gone
@@ -589,7 +634,9 @@ asyncio.run(main())
 
 def test_nothing_is_left_of_a_host_that_is_killed(inside: Run) -> None:
     source = Path(sys.modules["freehold"].__file__ or "").parents[1]
-    host = subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(source)})
+    host = subprocess.Popen(
+        [sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(source)}
+    )
     with host:
         assert host.stdout is not None
         first, folder = host.stdout.readline().split()
@@ -611,7 +658,17 @@ def test_without_user_namespaces_there_is_no_tool() -> None:
     source = Path(sys.modules["freehold"].__file__ or "").parents[1]
     script = "from freehold.tools.python import PythonTool; PythonTool()"
     done = subprocess.run(
-        [tool._confinement.bubblewrap, "--unshare-user", "--disable-userns", "--dev-bind", "/", "/", sys.executable, "-c", script],
+        [
+            tool._confinement.bubblewrap,
+            "--unshare-user",
+            "--disable-userns",
+            "--dev-bind",
+            "/",
+            "/",
+            sys.executable,
+            "-c",
+            script,
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(source)},
@@ -623,7 +680,7 @@ def test_without_user_namespaces_there_is_no_tool() -> None:
 def test_limits_that_cannot_be_kept_to_are_refused() -> None:
     for limits in ({"seconds": 0}, {"memory_bytes": 1}, {"processes": -1}, {"output_chars": float("nan")}):
         with pytest.raises(UsageError, match=next(iter(limits))):
-            PythonTool(**limits)  # type: ignore[arg-type]
+            PythonTool(**limits)
 
 
 def test_the_model_is_told_what_is_so() -> None:

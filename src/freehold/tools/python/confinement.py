@@ -32,7 +32,7 @@ _NOBODY = 65534
 _LEAST_LINUX = (5, 14)  # the first whose limit of processes counts within a user namespace
 _SYSTEM = ("/usr/bin", "/usr/lib", "/usr/lib64", "/usr/libexec", "/usr/share", "/nix/store")
 _ROOTS = ("/bin", "/sbin", "/lib", "/lib64")
-_SETTINGS = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives")
+_SETTINGS = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/fonts")
 _HIDDEN_IN_PROC = ("cmdline", "kcore", "keys", "key-users", "timer_list", "sched_debug", "config.gz")
 _USERS = f"nobody:x:{_NOBODY}:{_NOBODY}::/:/bin/false\nuser:x:{INSIDE_ID}:{INSIDE_ID}::/tmp:/bin/false\n"
 _GROUPS = f"nogroup:x:{_NOBODY}:\nuser:x:{INSIDE_ID}:\n"
@@ -57,9 +57,10 @@ class Interpreter(NamedTuple):
         if base != Path("/usr"):
             inside, library_path = f"/opt/python/bin/{executable.name}", "/opt/python/lib"
             mounts.append((executable, inside))
-            for name in ("lib", "lib64"):
-                if (base / name).is_dir() and not (base / name).is_symlink():
-                    mounts.append((base / name, f"/opt/python/{name}"))
+            libraries = [base / name for name in ("lib", "lib64")]
+            mounts += [
+                (path, f"/opt/python/{path.name}") for path in libraries if path.is_dir() and not path.is_symlink()
+            ]
         installed = [
             Path(entry).resolve()
             for entry in sys.path
@@ -308,4 +309,6 @@ def _read_all(handle: int) -> bytes:
 
 
 def _off(reason: str, remedy: str) -> UnsupportedError:
-    return UnsupportedError(f"the python tool is off, because it runs code in a sandbox or not at all: {reason}; {remedy}")
+    return UnsupportedError(
+        f"the python tool is off, because it runs code in a sandbox or not at all: {reason}; {remedy}"
+    )

@@ -152,7 +152,7 @@ class Drive:
         return name
 
     def _create(self, top: int, wanted: str) -> tuple[str, int]:
-        stem, suffix = os.path.splitext(wanted)
+        stem, suffix = Path(wanted).stem, Path(wanted).suffix
         for number in range(1, 10_000):
             name = wanted if number == 1 else f"{stem}-{number}{suffix}"
             with suppress(FileExistsError):
@@ -219,8 +219,7 @@ def shown(path: tuple[str, ...]) -> str:
 def safe_name(name: str) -> str:
     """A name that any program can be given: no control characters, no leading dash or dot, not too long."""
     kept = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name).lstrip(".-")
-    stem, suffix = os.path.splitext(kept)
-    return stem[:60] + suffix[:20]
+    return Path(kept).stem[:60] + Path(kept).suffix[:20]
 
 
 def remove_tree(folder: Path) -> None:
@@ -296,4 +295,3 @@ def _kind(mode: int) -> str:
     if stat.S_ISLNK(mode):
         return "link"
     return "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "special"
-

@@ -5,6 +5,7 @@ sockets that the host listens on for it, the limits, how long pieces of output m
 here can be relied on: whatever code in the kernel must not do, the host and the sandbox have to prevent.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ def main() -> None:
     os.nice(settings["nice"])
     sys.argv[1:] = []
 
-    import zmq
+    zmq: Any = importlib.import_module("zmq")
     from ipykernel.iostream import IOPubThread, OutStream
     from ipykernel.kernelapp import IPKernelApp
     from traitlets.config import Config
@@ -78,7 +79,7 @@ def main() -> None:
         """A kernel on sockets that are open already, with no connection file, no poller, no heartbeat."""
 
         def _bind_socket(self, socket: Any, port: int) -> int:
-            descriptor = next(descriptors)
+            descriptor: int = next(descriptors)
             socket.set(zmq.USE_FD, descriptor)
             socket.bind(f"ipc:///freehold/{descriptor}")  # a name: the socket is bound already
             return descriptor

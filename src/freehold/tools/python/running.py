@@ -225,6 +225,10 @@ class RunningKernel:
         """Let it run again."""
         processes.go_on(self.first)
 
+    def size(self) -> int:
+        """How many processes it has."""
+        return len(processes.descendants(self.first))
+
     def end_strays(self) -> int:
         """End all but the kernel itself; how many there were."""
         strays = processes.descendants(self.first)[1:]

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from freehold.errors import DiskError
 from freehold.formats.conversation import ToolNamespace
@@ -142,9 +143,8 @@ class PythonSession:
         after = await asyncio.to_thread(self._drive.contents)
         full = self._drive.too_full(after)
         fatal = call.fatal
-        if fatal is None and self._kernel is not None:
-            if len(processes.descendants(self._kernel.first)) > self._limits.processes // 2:
-                notes.append(f"[{self._kernel.end_strays()} processes that the call left behind were ended.]")
+        if fatal is None and self._kernel is not None and self._kernel.size() > self._limits.processes // 2:
+            notes.append(f"[{self._kernel.end_strays()} processes that the call left behind were ended.]")
         if fatal is not None:
             await self._end_kernel()
             notes.append(f"[The kernel was ended: {fatal}. {_NEW}]")
@@ -215,8 +215,9 @@ class _Call:
         flooded = asyncio.ensure_future(self._flooded.wait())
         looking = asyncio.ensure_future(self._look())
         try:
+            waited: set[asyncio.Future[Any]] = {running, flooded, looking, self._kernel.ended}
             await asyncio.wait(
-                {running, flooded, looking, self._kernel.ended},
+                waited,
                 timeout=self._limits.seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -267,9 +268,7 @@ class _Call:
             pause = max(_LOOK_SECONDS, 5 * (loop.time() - began))
 
     def _excess(self) -> str | None:
-        used = processes.usage(
-            self._kernel.first, device=self._drive.device, enough_bytes=self._limits.memory_bytes
-        )
+        used = processes.usage(self._kernel.first, device=self._drive.device, enough_bytes=self._limits.memory_bytes)
         if used.memory_bytes > self._limits.memory_bytes:
             return f"all its processes together may take {amount(self._limits.memory_bytes)} of memory"
         full = self._drive.too_full(self._drive.contents(), used.deleted_bytes)
