@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src" / "freehold"
 LAYERS = [
-    {"errors", "config", "paths", "log", "machine", "disk", "sampling", "airgap"},
+    {"errors", "config", "paths", "log", "machine", "disk", "sampling", "airgap", "seccomp"},
     {"weights"},
     {"kernels"},
     {"model"},

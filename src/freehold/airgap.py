@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from freehold import seccomp
 from freehold.errors import BackendError, UnsupportedError
 
 _QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
@@ -30,26 +31,19 @@ _NO_DOWNLOADS = {"PIP_NO_INDEX": "1"}
 
 _SET_NO_NEW_PRIVS = 38  # prctl
 _SECCOMP_SET_MODE_FILTER, _ALL_THREADS = 1, 1
-_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # classic BPF
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16  # struct seccomp_data; both machines are little-endian
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EACCES
-_X32 = 0x40000000  # set in the numbers of the x32 system calls, which share x86_64's architecture
 _IO_URING_SETUP, _PIDFD_GETFD = 425, 438  # the same everywhere
 
 
 class _Machine(NamedTuple):
-    architecture: int
     socket: int
     socketpair: int
     seccomp: int
-    x32: bool
-    old_architecture: int
     old_refused: tuple[int, ...]  # numbers of the 32-bit calls that make sockets: socketcall, socket, socketpair
 
 
 _MACHINES = {
-    "x86_64": _Machine(0xC000003E, 41, 53, 317, True, 0x40000003, (102, 359, 360)),
-    "aarch64": _Machine(0xC00000B7, 198, 199, 277, False, 0x40000028, (102, 281, 288)),
+    "x86_64": _Machine(41, 53, 317, (102, 359, 360)),
+    "aarch64": _Machine(198, 199, 277, (102, 281, 288)),
 }
 
 
@@ -75,18 +69,19 @@ def close_network() -> None:
     Raises UnsupportedError where system, machine or kernel cannot do it, and BackendError where the kernel said yes and
     a socket opens nevertheless.
     """
-    machine = _MACHINES.get(platform.machine())
-    if not sys.platform.startswith("linux") or machine is None or sys.maxsize < 2**32:
+    architectures = seccomp.architectures()
+    if architectures is None:
         raise UnsupportedError(
             f"the air gap needs 64-bit Linux on x86_64 or aarch64, and this is {sys.platform} on {platform.machine()}: "
             "run it in a network namespace of its own instead"
         )
+    machine = _MACHINES[platform.machine()]
     stay_offline()
     os.environ.update(_NO_DOWNLOADS)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise _refused_by_kernel(os.strerror(ctypes.get_errno()))
-    program = _program(machine)
+    program = _program(machine, architectures)
     buffer = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
     libc.syscall.restype = ctypes.c_long
@@ -133,36 +128,15 @@ def report_attempts() -> None:
     sys.stdout.write(json.dumps(list(_attempts())))
 
 
-def _program(machine: _Machine) -> bytes:
-    """The filter. Jumps count instructions to skip, so each check is a piece that falls through to the next."""
-
-    def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-        return struct.pack("<HBBI", code, if_true, if_false, value)
-
-    def refuse(*numbers: int) -> bytes:
-        return b"".join(step(_JUMP_IF_EQUAL, number, 0, 1) + step(_RETURN, _REFUSE) for number in numbers)
-
-    def refuse_but(number: int, *domains: int) -> bytes:
-        checks = b"".join(step(_JUMP_IF_EQUAL, domain, 0, 1) + step(_RETURN, _ALLOW) for domain in domains)
-        body = step(_LOAD, _FIRST_ARGUMENT_AT) + checks + step(_RETURN, _REFUSE)
-        return step(_JUMP_IF_EQUAL, number, 0, len(body) // 8) + body
-
-    native = step(_LOAD, _NUMBER_AT)
-    if machine.x32:
-        native += step(_JUMP_IF_AT_LEAST, _X32, 0, 1) + step(_RETURN, _REFUSE)
-    native += refuse(_IO_URING_SETUP, _PIDFD_GETFD)
-    native += refuse_but(machine.socket, socket.AF_UNIX, socket.AF_NETLINK)
-    native += refuse_but(machine.socketpair, socket.AF_UNIX)
-    native += step(_RETURN, _ALLOW)
-    old = step(_LOAD, _NUMBER_AT) + refuse(_IO_URING_SETUP, _PIDFD_GETFD, *machine.old_refused) + step(_RETURN, _ALLOW)
-    return (
-        step(_LOAD, _ARCHITECTURE_AT)
-        + step(_JUMP_IF_EQUAL, machine.architecture, 0, len(native) // 8)
-        + native
-        + step(_JUMP_IF_EQUAL, machine.old_architecture, 0, len(old) // 8)
-        + old
-        + step(_RETURN, _REFUSE)
+def _program(machine: _Machine, architectures: seccomp.Architectures) -> bytes:
+    calls = _IO_URING_SETUP, _PIDFD_GETFD
+    native = (
+        seccomp.refuse(errno.EACCES, *calls)
+        + seccomp.only(errno.EACCES, machine.socket, 0, socket.AF_UNIX, socket.AF_NETLINK)
+        + seccomp.only(errno.EACCES, machine.socketpair, 0, socket.AF_UNIX)
     )
+    old = seccomp.refuse(errno.EACCES, *calls, *machine.old_refused)
+    return seccomp.program(architectures, native, old, error=errno.EACCES)
 
 
 def _refused_by_kernel(reason: str) -> UnsupportedError:
@@ -191,8 +165,8 @@ def _attempts() -> Iterator[Attempt]:
     machine = _MACHINES[platform.machine()]
     yield _called("TCP by system call", machine.socket, socket.AF_INET, socket.SOCK_STREAM, 0)
     yield _called("io_uring", _IO_URING_SETUP, 8, 0)
-    if machine.x32:
-        yield _called("TCP by x32 system call", _X32 + machine.socket, socket.AF_INET, socket.SOCK_STREAM, 0)
+    if platform.machine() == "x86_64":
+        yield _called("TCP by x32 system call", seccomp.X32 + machine.socket, socket.AF_INET, socket.SOCK_STREAM, 0)
     yield _by_child()
 
 

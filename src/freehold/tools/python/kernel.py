@@ -1,0 +1,103 @@
+"""What runs in the sandbox: sets the limits that a process sets for itself, then becomes a Jupyter kernel.
+
+It is given to the sandbox as a file and imports nothing of Freehold. Its argument is JSON: the file descriptors of the
+sockets that the host listens on for it, the limits, how long pieces of output may be. From the first cell on, nothing
+here can be relied on: whatever code in the kernel must not do, the host and the sandbox have to prevent.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    for name, value in settings["limits"].items():
+        number = getattr(resource, name)
+        hard = resource.getrlimit(number)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (value, value))
+    os.nice(settings["nice"])
+    sys.argv[1:] = []
+
+    zmq: Any = importlib.import_module("zmq")
+    from ipykernel.iostream import IOPubThread, OutStream
+    from ipykernel.kernelapp import IPKernelApp
+    from traitlets.config import Config
+    from zmq.eventloop.zmqstream import ZMQStream
+
+    whole = OutStream._flush_buffers
+
+    def in_pieces(stream: Any) -> Iterator[tuple[Any, str]]:
+        """The host keeps no more than so much of one message, and half a surrogate pair would lose all of it."""
+        for parent, text in whole(stream):
+            text = text.encode("utf-8", "backslashreplace").decode()
+            for start in range(0, len(text), settings["piece_chars"]):
+                yield parent, text[start : start + settings["piece_chars"]]
+
+    OutStream._flush_buffers = in_pieces
+    write_at_once = OutStream.write
+
+    def write(stream: Any, text: str) -> Any:
+        """Waits where more is said than can be sent: what waits takes memory."""
+        written = write_at_once(stream, text)
+        stream.waiting_chars = getattr(stream, "waiting_chars", 0) + len(text)
+        if stream.waiting_chars > 16 * settings["piece_chars"]:
+            stream.waiting_chars = 0
+            stream.flush()
+        return written
+
+    OutStream.write = write
+
+    forked = f"ipc:///tmp/.output-{os.getpid()}"
+
+    def listen_to_forked(thread: Any) -> None:
+        """What processes print that the kernel has forked; ipykernel would use TCP."""
+        thread._pipe_uuid = os.urandom(16)
+        pipe = thread.socket.context.socket(zmq.PULL)
+        pipe.linger = 0
+        pipe.bind(forked)
+        thread._pipe_in = ZMQStream(pipe, thread.io_loop)
+        thread._pipe_in.on_recv(thread._handle_pipe_msg)
+
+    def reach_from_forked(thread: Any) -> tuple[Any, Any]:
+        context = zmq.Context()
+        pipe = context.socket(zmq.PUSH)
+        pipe.linger = 3000
+        pipe.connect(forked)
+        return context, pipe
+
+    IOPubThread._setup_pipe_in = listen_to_forked
+    IOPubThread._setup_pipe_out = reach_from_forked
+    descriptors = iter(settings["sockets"])
+
+    class App(IPKernelApp):  # type: ignore[misc]
+        """A kernel on sockets that are open already, with no connection file, no poller, no heartbeat."""
+
+        def _bind_socket(self, socket: Any, port: int) -> int:
+            descriptor: int = next(descriptors)
+            socket.set(zmq.USE_FD, descriptor)
+            socket.bind(f"ipc:///freehold/{descriptor}")  # a name: the socket is bound already
+            return descriptor
+
+        def init_heartbeat(self) -> None:
+            pass
+
+        def write_connection_file(self, **kwargs: Any) -> None:
+            pass
+
+        def cleanup_connection_file(self) -> None:
+            pass
+
+    app = App.instance(config=Config({"Session": {"key": b""}}))  # messages are not signed
+    app.transport = "ipc"
+    app.initialize(settings["arguments"])
+    app.start()
+
+
+if __name__ == "__main__":
+    main()

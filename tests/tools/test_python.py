@@ -1,0 +1,700 @@
+"""The python tool, from outside and from inside: what works, and what code in the sandbox tries in vain."""
+
+import asyncio
+import base64
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from freehold.errors import UnsupportedError, UsageError
+from freehold.tools.base import ToolError, ToolResult
+from freehold.tools.python import PythonSession, PythonTool
+from freehold.tools.python.output import plain
+
+SECRET = "a-secret-of-the-host"
+PRELUDE = """
+import ctypes, errno, fcntl, os, resource, signal, socket, subprocess, sys, threading, time, zmq
+libc = ctypes.CDLL(None, use_errno=True)
+x86 = os.uname().machine == "x86_64"
+def call(on_x86, on_arm, *arguments):
+    number = on_x86 if x86 else on_arm
+    result = libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+def attempt(what):
+    try:
+        return f"GOT {what()!r}"
+    except socket.gaierror:
+        return "refused: no name server"
+    except OSError as error:
+        return f"refused: {errno.errorcode.get(error.errno, error.errno)}"
+"""
+
+REFUSED = {
+    # network
+    "TCP": "socket.socket()",
+    "TCP over IPv6": "socket.socket(socket.AF_INET6)",
+    "UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+    "ping": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)",
+    "a raw socket": "socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)",
+    "a packet socket": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+    "vsock": "socket.socket(socket.AF_VSOCK)",
+    "the kernel's crypto": "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+    "a name server": "socket.getaddrinfo('example.com', 443)",
+    "TCP by system call": "call(41, 198, 2, 1, 0)",
+    "TCP by x32": "call(0x40000000 + 41, 198, 2, 1, 0)",
+    "TCP through io_uring": "call(425, 425, 8, 0)",
+    "the network of process 1": "call(308, 268, os.open('/proc/1/ns/net', 0), 0)",
+    # files
+    "/root": "os.listdir('/root')",
+    "/home": "os.listdir('/home')",
+    "/var": "os.listdir('/var')",
+    "/run": "os.listdir('/run')",
+    "/sys": "os.listdir('/sys')",
+    "passwords": "open('/etc/shadow').read()",
+    "the host's name servers": "open('/etc/resolv.conf').read()",
+    "keys for SSH": "open('/root/.ssh/id_rsa').read()",
+    "the machine's id": "open('/etc/machine-id').read()",
+    "physical memory": "open('/dev/mem', 'rb').read(1)",
+    "the kernel's log": "open('/dev/kmsg', 'rb').read(1)",
+    "the kernel's memory": "open('/proc/kcore', 'rb').read(64)",
+    "the boot's command line": "open('/proc/cmdline').read(64)",
+    "a disk": "os.listdir('/dev/disk')",
+    "writing to /": "open('/x', 'w')",
+    "writing to /etc": "open('/etc/passwd', 'a')",
+    "writing to /usr": "open('/usr/x', 'w')",
+    "writing to /dev": "open('/dev/x', 'w')",
+    "writing to the interpreter": "open(os.__file__, 'a')",
+    "writing to the packages": "open(zmq.__file__, 'a')",
+    "writing to the kernel's program": "open('/opt/freehold/kernel.py', 'a')",
+    "a setting of the system": "open('/proc/sys/kernel/core_pattern', 'w').write('|/mnt/data/x')",
+    "SysRq": "open('/proc/sysrq-trigger', 'w').write('b')",
+    "process 1's memory": "open('/proc/1/mem', 'r+b')",
+    "escaping the OOM killer": "open('/proc/self/oom_score_adj', 'w').write('-1000')",
+    "a hard link to the system": "os.link('/usr/bin/env', '/mnt/data/env')",
+    "moving /mnt/data away": "os.rename('/mnt/data', '/tmp/data')",
+    # privileges
+    "becoming root": "os.setuid(0)",
+    "becoming the one who set it up": "os.setuid(1)",
+    "a group": "os.setgroups([0])",
+    "a file that makes its user root": "os.chmod(os.open('/tmp/s', os.O_CREAT), 0o4755)",
+    "the same while making it": "os.open('/tmp/t', os.O_CREAT | os.O_WRONLY, 0o4755)",
+    "a character device": "os.mknod('null', 0o20666, os.makedev(1, 3))",
+    "a block device": "os.mknod('disk', 0o60666, os.makedev(254, 0))",
+    "mount": "call(165, 40, b'none', b'/mnt', b'tmpfs', 0, 0)",
+    "mount, the new way": "call(430, 430, b'tmpfs', 0)",
+    "umount": "call(166, 39, b'/mnt/data', 2)",
+    "pivot_root": "call(155, 41, b'/mnt/data', b'/mnt/data')",
+    "chroot": "os.chroot('/mnt/data')",
+    "a user namespace": "call(272, 97, 0x10000000)",
+    "a user namespace by clone": "call(56, 220, 0x10000000 | 17, 0, 0, 0, 0)",
+    "a namespace by clone3": "call(435, 435, ctypes.create_string_buffer(88), 88)",
+    "a time namespace by clone": "call(56, 220, 0x80 | 17, 0, 0, 0, 0)",
+    "ptrace": "call(101, 117, 16, 1, 0, 0)",
+    "ptrace of oneself": "call(101, 117, 0, 0, 0, 0)",
+    "another's memory": "call(310, 270, 1, 0, 0, 0, 0, 0)",
+    "another's file descriptor": "call(438, 438, os.pidfd_open(1), 0, 0)",
+    "files by handle": "call(304, 265, 3, 0, 0)",
+    "keys": "call(250, 219, 0, -3, 0)",
+    "adding keys": "call(248, 217, b'user', b'x', b'y', 1, -3)",
+    "BPF": "call(321, 280, 0, 0, 0)",
+    "perf": "call(298, 241, 0, 0, 0, -1, 0)",
+    "userfaultfd": "call(323, 282, 0)",
+    "a kernel module": "call(175, 105, 0, 0, 0)",
+    "another kernel": "call(246, 104, 0, 0, 0, 0)",
+    "reboot": "call(169, 142, 0xfee1dead, 672274793, 0x1234567, 0)",
+    "swap": "call(168, 225, b'/x')",
+    "the host's name": "socket.sethostname('x')",
+    "the clock": "time.clock_settime(time.CLOCK_REALTIME, 0)",
+    "ports": "call(172, 1, 3) if x86 else os.chroot('/')",
+    "another personality": "call(135, 92, 0x0040000)",
+    "hidden memory": "os.memfd_create('x')",
+    "memory that outlives its process": "call(29, 194, 0, 1 << 20, 0o1666)",
+    "a message queue": "call(240, 180, b'x', 66, 0o600, 0)",
+    "a system call of tomorrow": "call(480, 480)",
+    "typing into the terminal": "fcntl.ioctl(0, 0x5412, b'x')",
+    "higher priority": "os.setpriority(os.PRIO_PROCESS, 0, -5)",
+    "more memory": "resource.prlimit(0, resource.RLIMIT_DATA, (1 << 50, 1 << 50))",
+    "limits of process 1": "resource.prlimit(1, resource.RLIMIT_NPROC, (1 << 20, 1 << 20))",
+}
+
+HARMLESS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "the environment": ("sorted(os.environ)", lambda text: SECRET not in text and "PYTEST" not in text),
+    "process 1's environment": ("open('/proc/1/environ').read()", lambda text: text in ("''", r"'PWD=/\x00'")),
+    "process 1's command line": (
+        "open('/proc/1/cmdline').read()",
+        lambda text: "/opt/python" in text and str(Path.home()) not in text and "freehold-python" not in text,
+    ),
+    "process 1's files": (
+        "sorted(os.listdir('/proc/1/root/'))",
+        lambda text: "root" not in text and "home" not in text,
+    ),
+    "all processes": (
+        "len([name for name in os.listdir('/proc') if name.isdigit()])",
+        lambda text: int(text) <= 3,
+    ),
+    "what is open": (
+        "[os.readlink(f'/proc/self/fd/{n}') for n in range(99) if os.path.exists(f'/dev/fd/{n}')]",
+        lambda text: "freehold-python" not in text and "/work" not in text and "/home" not in text,
+    ),
+    "who it is": ("os.getuid(), os.getgroups(), os.uname().nodename", lambda text: text == "(1000, [], 'freehold')"),
+    "no privileges to be had": (
+        "[line.split()[1] for line in open('/proc/self/status') if line[:6] in ('CapEff', 'NoNewP', 'Seccom')]",
+        lambda text: text == "['0000000000000000', '1', '2', '1']",
+    ),
+    "mounts are read-only but three": (
+        "sorted(l.split()[1] for l in open('/proc/mounts') if ' rw,' in l and ' /dev/' not in l)",
+        lambda text: text == "['/mnt/data', '/tmp']",
+    ),
+    "interfaces": (
+        "[name for _, name in socket.if_nameindex()] if False else open('/proc/net/dev').read().count(':')",
+        lambda text: text == "1",
+    ),
+    "process 1 cannot be killed": (
+        "os.kill(1, signal.SIGKILL), time.sleep(.05), os.getpid()",
+        lambda text: ", 2)" in text,
+    ),
+    "where packages lie": ("sys.prefix, sys.path, zmq.__file__", lambda text: str(Path.home()) not in text),
+}
+
+
+def make(**limits: float) -> PythonTool:
+    try:
+        return PythonTool(**limits)  # type: ignore[arg-type]
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+class Run:
+    """A session that is called as a function."""
+
+    def __init__(self, runner: asyncio.Runner, session: PythonSession, prelude: str = "") -> None:
+        self.runner = runner
+        self.session = session
+        self._prelude = prelude
+
+    def __call__(self, code: str) -> ToolResult:
+        code = textwrap.dedent(code)
+        if self._prelude and not self.lives():
+            self.runner.run(self.session.call("python", self._prelude))
+        return self.runner.run(self.session.call("python", code))
+
+    def lives(self) -> bool:
+        return self.session._kernel is not None and not self.session._kernel.ended.done()
+
+
+def runs(limits: Mapping[str, float], prelude: str = "") -> Iterator[Run]:
+    tool = make(**limits)
+    with asyncio.Runner() as runner:
+        run = Run(runner, runner.run(tool.open()), prelude)
+        yield run
+        run("1")
+        kernel = run.session._kernel
+        assert kernel is not None
+        processes = [kernel.first, *_below(kernel.first)]
+        runner.run(run.session.aclose())
+        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+        assert not run.session._folder.exists()
+        assert "freehold-python" not in Path("/proc/mounts").read_text()
+
+
+def _below(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [below for child in children for below in _below(child)]
+
+
+def _with_freehold() -> dict[str, str]:
+    """An environment in which another Python finds this very package."""
+    source = str(Path(sys.modules["freehold"].__file__ or "").parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")]))}
+
+
+@pytest.fixture(scope="module")
+def inside() -> Iterator[Run]:
+    os.environ["FREEHOLD_TEST_SECRET"] = SECRET
+    yield from runs({"seconds": 30}, PRELUDE)
+    del os.environ["FREEHOLD_TEST_SECRET"]
+
+
+TIGHT = {
+    "seconds": 1,
+    "memory_bytes": 256 << 20,
+    "scratch_bytes": 8 << 20,
+    "processes": 40,
+    "disk_bytes": 8 << 20,
+    "files": 200,
+    "output_bytes": 4 << 20,
+    "output_chars": 4000,
+}
+
+
+@pytest.fixture(scope="module")
+def tight() -> Iterator[Run]:
+    yield from runs(TIGHT)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_code_is_refused(inside: Run, name: str) -> None:
+    assert inside(f"attempt(lambda: {REFUSED[name]})").text.startswith("'refused: "), name
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_code_sees_nothing_of_the_host(inside: Run, name: str) -> None:
+    expression, harmless = HARMLESS[name]
+    text = inside(expression).text
+    assert "Traceback" not in text and harmless(text), text
+
+
+def test_a_conversation_keeps_its_state_and_sees_results_errors_and_files(inside: Run, tmp_path: Path) -> None:
+    assert inside("value = 6 * 7").text == ""
+    text = inside(
+        "print('to stdout'); print('to stderr', file=sys.stderr); code = os.system('echo from a child'); value"
+    ).text
+    assert sorted(text.splitlines()) == ["42", "from a child", "to stderr", "to stdout"] and text.endswith("\n42")
+    text = inside("def f(n):\n    return f(n + 1)\nf(0)").text
+    assert text.startswith("Traceback") and text.endswith("RecursionError: maximum recursion depth exceeded")
+    assert len(text.splitlines()) < 50 and "left out" in text
+    assert inside("input('name? ')").text.splitlines()[-1].startswith("StdinNotImplementedError")
+
+    result = inside("open('täble.csv', 'w').write('1,2'); os.makedirs('a/b'); open('a/b/c.txt', 'w').close()")
+    assert result.text.endswith("Files in /mnt/data:\na/b/c.txt (0 bytes)\ntäble.csv (3 bytes)")
+    assert [(file.name, file.media_type) for file in result.files] == [
+        ("a/b/c.txt", "text/plain"),
+        ("täble.csv", "text/csv"),
+    ]
+    assert result.files[1].path.read_text() == "1,2"
+    assert inside("1").files == () and inside("1").text == "1"
+    assert inside("os.remove('täble.csv')").text == "Files in /mnt/data:\na/b/c.txt (0 bytes)"
+
+
+def test_children_of_the_kernel_find_the_packages_and_say_what_they_print(inside: Run) -> None:
+    text = inside("""
+        import multiprocessing
+        subprocess.run([sys.executable, "-c", "import zmq; print('child', zmq.__name__)"])
+        process = multiprocessing.get_context("fork").Process(target=lambda: print("forked", flush=True))
+        process.start(); process.join()
+        multiprocessing.get_context("spawn").Pool(2).map(abs, [-1, -2])
+    """).text
+    assert "child zmq" in text and "forked" in text and "[1, 2]" in text
+
+
+def test_files_go_in_and_a_name_that_is_taken_stays(inside: Run, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("given")
+    names = [inside.runner.run(inside.session.put(source)) for _ in range(2)]
+    assert names == ["in.txt", "in-2.txt"]
+    assert inside("open('in-2.txt').read()").text == "'given'"
+    with pytest.raises(UsageError, match="not a file"):
+        inside.runner.run(inside.session.put(Path("/dev/zero")))
+    with pytest.raises(UsageError, match="without slashes"):
+        inside.runner.run(inside.session.put(source, "../x"))
+
+
+def test_what_is_no_call_of_python_is_an_error_for_the_model(inside: Run) -> None:
+    for name, code in (("python.exec", "1"), ("python", "x" * (1 << 20) + "x")):
+        with pytest.raises(ToolError):
+            inside.runner.run(inside.session.call(name, code))
+
+
+def test_output_is_text_and_no_more(inside: Run) -> None:
+    text = inside(r"""
+        print("\x1b[31mred\x1b[0m \x1b]0;title\x07\x1b]52;c;aGk=\x07\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ \x9b5m")
+        print("\x08\x00 \u202eabc \ud800")
+        print("10%\r50%\r100%")
+        os.write(1, b"\xff\xfe bytes\n"); time.sleep(0.1)
+        from IPython.display import display, HTML, Javascript
+        display({"text/html": "<script>", "application/javascript": "alert(1)", "text/plain": "just text"}, raw=True)
+        display({"application/x-python-pickle": "gASVIQAAAAAAAACMBXBvc2l4lIwGc3lzdGVtlJOU"}, raw=True)
+    """).text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "red" in text and "title" not in text and "aGk" not in text and "link" in text
+    assert "\\x08\\x00" in text and "\\u202eabc \\ud800" in text
+    assert (
+        "\n100%\n" in text and "50%" not in text and "bytes" in text and "just text" in text and "<script>" not in text
+    )
+
+
+@pytest.mark.parametrize("code", ["print('x' * 10_000_000)", "'x' * 10_000_000", "print('\\n' * 10_000_000)"])
+def test_ten_megabytes_are_cut(inside: Run, code: str) -> None:
+    text = inside(code).text
+    assert len(text) < 21_000 and "left out" in text
+
+
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(100)).decode()
+
+
+def test_pictures_become_files_and_what_is_none_does_not(inside: Run, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("untouched")
+    result = inside(f"""
+        from IPython.display import display
+        os.symlink({str(tmp_path / "victim")!r}, "figure-1.png")
+        display({{"image/png": {PNG!r}, "text/plain": "<Figure>"}}, raw=True)
+        display({{"image/png": "bm90IGEgcGljdHVyZQ==", "text/plain": "no picture"}}, raw=True)
+        display({{"image/svg+xml": "<svg onload='x'/>", "text/plain": "a drawing"}}, raw=True)
+    """)
+    assert "no picture" in result.text and "a drawing" in result.text and "<Figure>" not in result.text
+    assert "[A picture was saved as /mnt/data/figure-1-2.png]" in result.text
+    assert [file.name for file in result.files] == ["figure-1-2.png"]
+    assert result.files[0].path.read_bytes() == base64.b64decode(PNG) and result.files[0].media_type == "image/png"
+    assert (tmp_path / "victim").read_text() == "untouched"
+
+
+def test_a_figure_of_matplotlib_is_a_picture(inside: Run) -> None:
+    pytest.importorskip("matplotlib")
+    result = inside("import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.title('T')")
+    assert "[A picture was saved as /mnt/data/figure-" in result.text, result.text
+    assert result.files[0].media_type == "image/png" and result.files[0].path.stat().st_size > 1000
+
+
+def test_the_host_follows_no_link_out_of_the_drive(inside: Run, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    result = inside(f"""
+        os.makedirs("links/inner")
+        os.symlink({str(tmp_path / "secret")!r}, "links/file")
+        os.symlink({str(tmp_path)!r}, "links/folder")
+        os.symlink("../../../../../.." + {str(tmp_path / "secret")!r}, "links/up")
+        os.symlink("/mnt/data/links", "links/inner/loop")
+        os.mkfifo("links/pipe")
+        keep = socket.socket(socket.AF_UNIX); keep.bind("links/socket")
+        open("links/real", "w").write("good")
+    """)
+    assert [file.name for file in result.files] == ["links/real"]
+    for line in (
+        "links/file (link)",
+        "links/folder (link)",
+        "links/pipe (pipe)",
+        "links/socket (socket)",
+        "links/up (link)",
+    ):
+        assert line in result.text
+    assert SECRET not in result.text
+
+    handed_out = result.files[0].path
+    again = inside(f"os.remove('links/real'); os.symlink({str(tmp_path / 'secret')!r}, 'links/real')")
+    assert again.files == () and handed_out.read_text() == "good" and not handed_out.is_symlink()
+
+
+def test_names_of_files_are_shown_and_not_obeyed(inside: Run) -> None:
+    result = inside(r"""
+        os.mkdir("names")
+        names = b"\xff\xfe", b"line\nbreak", b"\x1b]0;title\x07", b"-rf", b"..hidden", b"x" * 250, "\u202etxt".encode()
+        for name in names:
+            open(b"names/" + name, "w").close()
+    """)
+    assert all(c.isprintable() or c == "\n" for c in result.text) and "\\nbreak" in result.text
+    assert len(result.files) == 7
+    for file in result.files:
+        assert (
+            file.path.is_file()
+            and file.path.name.isprintable()
+            and file.path.name[0] not in "-."
+            and len(file.path.name) < 100
+        )
+
+
+def test_nothing_runs_between_calls(inside: Run) -> None:
+    inside("""
+        n = 0
+        def count():
+            global n
+            while True: n += 1
+        threading.Thread(target=count, daemon=True).start()
+        spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """)
+    kernel = inside.session._kernel
+    assert kernel is not None
+    children = _below(kernel.first)
+    assert len(children) >= 2
+    assert {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children} == {"T"}
+    assert int(inside("spinner.kill(); n").text) > 0
+
+
+def test_conversations_do_not_meet(inside: Run, tight: Run, tmp_path: Path) -> None:
+    meeting = socket.socket(socket.AF_UNIX)
+    meeting.bind("\0freehold-test-host")
+    meeting.listen()
+    with meeting:
+        assert (
+            "GOT" not in inside("attempt(lambda: socket.socket(socket.AF_UNIX).connect('\\0freehold-test-host'))").text
+        )
+    inside("""
+        meeting = socket.socket(socket.AF_UNIX); meeting.bind("\\0meeting"); meeting.listen()
+        open("mine.txt", "w").write("x"); open("/tmp/mine.txt", "w").write("x"); open("/dev/shm/mine", "w").write("x")
+    """)
+    text = tight("""
+        import os, socket
+        try: socket.socket(socket.AF_UNIX).connect("\\0meeting"); print("met")
+        except OSError as error: print(error)
+        print([os.path.exists(path) for path in ("/mnt/data/mine.txt", "/tmp/mine.txt", "/dev/shm/mine")])
+        print(len([name for name in os.listdir("/proc") if name.isdigit()]))
+    """).text
+    assert text == "[Errno 111] Connection refused\n[False, False, False]\n2"
+
+
+FORGED = """
+    import json, zmq
+    kernel = get_ipython().kernel
+    parent = kernel.get_parent()
+    iopub = kernel.iopub_socket
+    send = lambda kind, content, to=parent: kernel.session.send(iopub, kind, content, parent=to)
+    send("stream", {"name": "stdout", "text": "for another\\n"}, {"header": {}, "msg_id": "0" * 32})
+    send("stream", {"text": {"a": 1}}); send("stream", {}); send("stream", [])
+    send("error", {"traceback": [1, None], "ename": [], "evalue": {}})
+    send("execute_result", {"data": ["x"]}); send("display_data", {"data": {"image/png": 5, "text/plain": ["x"]}})
+    send("display_data", {"data": {"image/png": "!!!", "image/jpeg": ""}})
+    send("status", {"execution_state": "idle"}); send("no such thing", {"x": 1})
+    for parts in ([b"<IDS|MSG>"], [b"x"], [b""] * 500, [b"<IDS|MSG>", b"", b"[" * 100_000, b"{", b"\\xff", b""],
+                  [b"<IDS|MSG>", b"", b"{}", b"[]", b"{}", b"1"], [b"x" * (9 << 20)]):
+        iopub.send_multipart(parts)
+"""
+
+
+def test_forged_messages_harm_nobody(tight: Run) -> None:
+    tight("kept = 1")
+    text = tight(FORGED).text
+    assert "for another" not in text
+    assert tight("kept").text == "1"
+
+
+RAW = """
+    import os, socket, stat
+    for number in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(number).st_mode) and socket.socket(fileno=os.dup(number)).getpeername() != 0:
+                os.set_blocking(number, True)
+                os.write(number, {bytes})
+                for _ in range({times}): os.write(number, {more})
+        except OSError: pass
+    while {wait}: pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "times"),
+    [
+        ("b'GET / HTTP/1.1'", "b''", 0),
+        (r"b'\x03' + bytes(7) + b'\xff'", "b'x' * 65536", 200),
+        (r"b''", r"(b'\x01\x00' * 32768)", 200),
+        (r"b'\x02' + b'\x7f' + b'\xff' * 7", "b'x' * 65536", 200),
+    ],
+    ids=["nonsense", "parts", "empty parts without end", "a part without end"],
+)
+def test_nonsense_on_the_sockets_ends_a_call_and_not_the_host(tight: Run, first: str, more: str, times: int) -> None:
+    began = time.monotonic()
+    code = (
+        RAW.replace("{bytes}", first).replace("{more}", more).replace("{times}", str(times)).replace("{wait}", "False")
+    )
+    assert "The next call starts a new one" in tight(code).text or tight("1 + 1").text == "2"
+    assert time.monotonic() - began < 2 * TIGHT["seconds"] + 4
+    tight("import os; os._exit(0)")
+    assert tight("1 + 1").text == "2"
+
+
+ENDINGS = {
+    "it exits": "import os; os._exit(3)",
+    "it kills itself": "import os; os.kill(os.getpid(), 9)",
+    "it kills its group": "import os; os.kill(0, 9)",
+    "it crashes": "import ctypes; ctypes.string_at(0)",
+    "it aborts": "import os; os.abort()",
+    "it closes everything": "import os; os.closerange(0, 512)",
+    "it stops itself": "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+    "it does not listen": "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass",
+    "it hangs in C": "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); sum(iter(int, 1))",
+    "it replaces itself": "import os; os.execv('/usr/bin/sleep', ['sleep', '1000'])",
+    "it takes memory as a tree": """
+        import mmap, os, time
+        for _ in range(6):
+            if os.fork() == 0:
+                memory = mmap.mmap(-1, 100 << 20); memory.write(b"x" * (100 << 20)); time.sleep(1000)
+        time.sleep(1000)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_kernel_that_ends_or_must_be_ended_is_started_anew(tight: Run, name: str) -> None:
+    tight("open('kept.txt', 'w').write('x')")
+    began = time.monotonic()
+    result = tight(ENDINGS[name])
+    assert time.monotonic() - began < TIGHT["seconds"] + 2
+    assert "[The kernel was ended: " in result.text and "variables and imports are gone" in result.text
+    assert tight("import os; os.path.exists('kept.txt')").text == "True"
+
+
+GOING_ON = {
+    "a loop": ("while True: pass", "longer than 1 seconds and was interrupted"),
+    "sleep": ("import time; time.sleep(1000)", "longer than 1 seconds and was interrupted"),
+    "a child": ("import subprocess; subprocess.run(['sleep', '1000'])", "longer than 1 seconds and was interrupted"),
+    "output": ("while True: print('x' * 1000)", "said more than 4 MiB and was interrupted"),
+    "flushed output": ("while True: print('x', flush=True)", "was interrupted"),
+    "a child's output": ("import subprocess; subprocess.run(['yes'])", "was interrupted"),
+    "memory": ("bytearray(1 << 30)", "MemoryError"),
+    "a thread bomb": (
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()",
+        "can't start new thread",
+    ),
+    "a large file": ("open('large', 'wb').write(bytes(9 << 20))", "File too large"),
+    "a file of nothing": ("open('sparse', 'wb').truncate(1 << 40)", "File too large"),
+    "/tmp": ("open('/tmp/x', 'wb').write(bytes(7 << 20)); open('/tmp/y', 'wb').write(bytes(7 << 20))", "No space left"),
+    "/dev/shm": (
+        "open('/dev/shm/x', 'wb').write(bytes(7 << 20)); open('/dev/shm/y', 'wb').write(bytes(7 << 20))",
+        "No space",
+    ),
+    "open files": ("kept_open = [open('/dev/null') for _ in range(10_000)]", "Too many open files"),
+}
+
+
+def test_a_fork_bomb_ends_with_its_call(tight: Run) -> None:
+    began = time.monotonic()
+    tight("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+    assert time.monotonic() - began < TIGHT["seconds"] + 2
+    assert not tight.lives() or len(_below(tight.session._kernel.first)) <= TIGHT["processes"] // 2  # type: ignore[union-attr]
+    assert tight("1 + 1").text == "2"
+
+
+@pytest.mark.parametrize("name", GOING_ON)
+def test_what_goes_too_far_is_stopped_and_the_kernel_kept(tight: Run, name: str) -> None:
+    code, said = GOING_ON[name]
+    tight("kept = 5")
+    began = time.monotonic()
+    result = tight(code)
+    assert time.monotonic() - began < TIGHT["seconds"] + 2
+    assert said in result.text and len(result.text) < 6000
+    tight("""
+        import glob, os
+        kept_open = 0
+        for path in [*glob.glob("/tmp/[xy]"), *glob.glob("/dev/shm/*"), "large", "sparse"]:
+            if os.path.exists(path): os.remove(path)
+    """)
+    assert tight("kept").text == "5"
+    if name == "a thread bomb":
+        tight("os._exit(0)")
+
+
+FILLING = {
+    "many files": "for i in range(10): open(f'{i}', 'wb').write(bytes(1 << 20))",
+    "small files": "for i in range(1000): open(f'{i}', 'w').close()",
+    "deep folders": "import os\nfor i in range(1000): os.mkdir('d'); os.chdir('d')",
+    "a closed folder": "import os; os.mkdir('d'); open('d/x', 'w').close(); os.chmod('d', 0)",
+    "files without names": """
+        import os, time
+        handles = []
+        for i in range(4):
+            handles.append(open("x", "wb")); handles[-1].write(bytes(3 << 20)); handles[-1].flush(); os.remove("x")
+        time.sleep(1000)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", FILLING)
+def test_a_drive_that_is_filled_is_emptied_of_what_the_call_wrote(tight: Run, name: str) -> None:
+    if name == "a closed folder" and os.geteuid() == 0:
+        pytest.skip("nothing is closed to root")
+    tight("import os, glob\nfor path in glob.glob('/mnt/data/*'): os.remove(path)\nopen('kept.txt', 'w').close()")
+    result = tight(FILLING[name])
+    assert "/mnt/data may hold" in result.text and "what the call wrote there was removed" in result.text
+    tight("import os; os._exit(0)")  # it may be in a folder that is gone
+    assert tight("import os; os.listdir()").text == "['kept.txt']"
+
+
+def test_a_cancelled_call_is_interrupted_and_its_state_kept(tight: Run) -> None:
+    session: PythonSession = tight.session
+
+    async def cancelled(code: str) -> float:
+        started = session._drive.folder / "started"
+        call = asyncio.create_task(session.call("python", "open('started', 'w').close()\n" + code))
+        while not started.exists() and not call.done():
+            await asyncio.sleep(0.01)
+        began = time.monotonic()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        started.unlink()
+        return time.monotonic() - began
+
+    tight("kept = 8")
+    assert tight.runner.run(cancelled("while True: pass")) < 1
+    assert tight("kept").text.startswith("8")
+    stubborn = ENDINGS["it does not listen"]
+    assert tight.runner.run(cancelled(stubborn)) < 2
+    assert session._kernel is None and "NameError" in tight("kept").text
+
+
+HOST = """
+import asyncio, sys, tempfile
+from freehold.tools.python import PythonTool
+async def main():
+    session = await PythonTool().open()
+    await session.call("python", "import subprocess; child = subprocess.Popen(['sleep', '1000'])")
+    print(session._kernel.first, session._folder, flush=True)
+    await session.call("python", "while True: pass")
+asyncio.run(main())
+"""
+
+
+def test_nothing_is_left_of_a_host_that_is_killed(inside: Run) -> None:
+    host = subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True, env=_with_freehold())
+    with host:
+        assert host.stdout is not None
+        first, folder = host.stdout.readline().split()
+        below = [int(first), *_below(int(first))]
+        assert len(below) == 3
+        host.kill()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+    assert Path(folder).exists()
+    make()
+    assert not Path(folder).exists()
+    assert inside("1 + 1").text == "2"  # that of a living host stays
+
+
+def test_without_user_namespaces_there_is_no_tool() -> None:
+    tool = make()
+    script = "from freehold.tools.python import PythonTool; PythonTool()"
+    done = subprocess.run(
+        [
+            tool._confinement.bubblewrap,
+            "--unshare-user",
+            "--disable-userns",
+            "--dev-bind",
+            "/",
+            "/",
+            sys.executable,
+            "-c",
+            script,
+        ],
+        capture_output=True,
+        text=True,
+        env=_with_freehold(),
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("freehold.errors.UnsupportedError: the python tool is off") and "user namespaces" in last
+
+
+def test_limits_that_cannot_be_kept_to_are_refused() -> None:
+    for limits in ({"seconds": 0}, {"memory_bytes": 1}, {"processes": -1}, {"output_chars": float("nan")}):
+        with pytest.raises(UsageError, match=next(iter(limits))):
+            PythonTool(**limits)
+
+
+def test_the_model_is_told_what_is_so() -> None:
+    description = make(seconds=30).namespace.description or ""
+    assert "time out after 30.0 seconds" in description and "UNKNOWN" not in description and "disabled" in description
+
+
+def test_text_is_made_plain_in_time() -> None:
+    for text in ("\r" * 1_000_000, "\x1b" * 1_000_000, "\x1b]" * 500_000, "\x1b[" * 500_000, "x" * 1_000_000 + "\r"):
+        began = time.monotonic()
+        assert all(c.isprintable() for c in plain(text))
+        assert time.monotonic() - began < 5
