@@ -6,10 +6,10 @@ indexed can be opened: see folder.py for what never is. Writes only into its ind
 """
 
 import hashlib
+import os
 import re
 import threading
 import time
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ from freehold import paths
 from freehold.errors import DiskError, UsageError
 from freehold.log import Progress, no_progress
 from freehold.tools.base import ToolError
-from freehold.tools.browser.content import Content, Hit, one_line, without_links
+from freehold.tools.browser.content import Content, Hit, one_line, shown_address, without_links
 from freehold.tools.browser.folder import Folder, NotText, Unreadable
-from freehold.tools.browser.index import Changes, Index, Passage, Stopped
-from freehold.tools.browser.threads import Threads
+from freehold.tools.browser.index import Changes, Index, Passage, WasStopped
+from freehold.tools.browser.threads import Stopped, Threads
 
 _SHARE = 10  # a look through the folder may take one part in so many of the time
 _WAIT = 2.0  # seconds for another process that is indexing, where there is something to search already
@@ -70,7 +70,7 @@ class Documents:
     def close(self) -> None:
         self._threads.close()
 
-    def _search(self, query: str, topn: int, stopped: "Stop") -> Sequence[Hit]:
+    def _search(self, query: str, topn: int, stopped: Stopped) -> Sequence[Hit]:
         if not _WORD.search(query):
             raise ToolError("The query has no words. Search for words that the documents may contain.")
         try:
@@ -80,7 +80,7 @@ class Documents:
                 self._index.refresh(stopped=stopped, wait=wait)
                 self._looked, self._took = time.monotonic(), time.monotonic() - begun
             passages = self._index.search(query, 5 * topn)
-        except Stopped:
+        except WasStopped:
             raise ToolError("The search was stopped before the documents were indexed.") from None
         except DiskError as error:
             raise ToolError(f"The documents cannot be searched: {error}") from None
@@ -97,15 +97,23 @@ class Documents:
                 break
         return hits
 
-    def _hit(self, passage: Passage, query: str, stopped: "Stop") -> Hit | None:
-        try:
-            content = self._content(passage.name, stopped)
-        except (Unreadable, NotText):
-            return None  # gone, since the last look
-        found, line = _best(content.text, passage.start, passage.end, query)
-        return Hit(url=content.url, title=content.title, place=content.shown, summary=found, line=line)
+    def _hit(self, passage: Passage, query: str, stopped: Stopped) -> Hit | None:
+        text = passage.kept
+        if not text:
+            try:
+                text = self._content(passage.name, stopped).text[passage.start : passage.end]
+            except (Unreadable, NotText):
+                return None  # it is gone, since the last look
+        summary, line = best_line(text, query)
+        return Hit(
+            url=self._folder.url(passage.name),
+            title=passage.title,
+            place=shown_address(passage.name),
+            summary=summary,
+            line=passage.line + line,
+        )
 
-    def _fetch(self, address: str, as_source: bool, stopped: "Stop") -> Content:
+    def _fetch(self, address: str, as_source: bool, stopped: Stopped) -> Content:
         name = self._folder.name_of(address)
         if name is None:
             raise ToolError(f"`{one_line(address)}` is not among these documents. Open a link, or search.")
@@ -115,15 +123,15 @@ class Documents:
                     return self._folder.read(name, file, stopped, as_source=True)
             return self._content(name, stopped)
         except NotText:
-            raise ToolError(f"`{one_line(name)}` is no text, and cannot be shown. Search for another document.") from None
+            raise ToolError(
+                f"`{one_line(name)}` is no text, and cannot be shown. Search for another document."
+            ) from None
         except Unreadable as error:
             raise ToolError(
                 f"`{one_line(name)}` cannot be opened: {error}. Search for documents that are there."
             ) from None
 
-    def _content(self, name: str, stopped: "Stop") -> Content:
-        import os
-
+    def _content(self, name: str, stopped: Stopped) -> Content:
         with self._folder.open(name) as file:
             now = os.fstat(file.fileno())
             key = (name, now.st_mtime_ns, now.st_size)
@@ -137,3 +145,24 @@ class Documents:
             while len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept.values()) > _KEPT_CHARACTERS:
                 self._kept.popitem(last=False)
         return content
+
+
+def best_line(text: str, query: str) -> tuple[str, int]:
+    """Of a passage, what to show of it for a query, and the index of the line in which that begins."""
+    wanted = {word.lower() for word in _WORD.findall(query) if len(word) > 1} or {query.strip().lower()}
+    lines = text.split("\n")
+    best, most = 0, 0
+    for index, line in enumerate(lines):
+        lowered = line.lower()
+        score = sum(word in lowered for word in wanted)
+        if score > most:
+            best, most = index, score
+    line = without_links(lines[best])
+    positions = [at for word in wanted if (at := line.lower().find(word)) >= 0]
+    begin = max(0, min(positions, default=0) - _SUMMARY // 3) if len(line) > _SUMMARY else 0
+    summary = line[begin:]
+    for following in lines[best + 1 :]:
+        if len(summary) > _SUMMARY:
+            break
+        summary += " " + without_links(following)
+    return one_line(summary, _SUMMARY), best

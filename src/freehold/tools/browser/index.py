@@ -50,13 +50,17 @@ class Changes(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """A stretch of a document that a search found: its file, and where its text begins and ends, in characters."""
+    """A stretch of a document that a search found: of characters `start` to `end` of its text, from `line` on.
+
+    `kept` is the text itself, of documents that take long to read again; "" of others.
+    """
 
     name: str
+    title: str
     start: int
     end: int
+    line: int
     kept: str
-    """The text, of documents that take long to read again; "" otherwise."""
 
 
 class _State(NamedTuple):
@@ -66,7 +70,7 @@ class _State(NamedTuple):
     problem: str  # "" where it was read
 
 
-class Stopped(Exception):
+class WasStopped(Exception):
     """The work was stopped; what is done so far is kept."""
 
 
@@ -89,16 +93,11 @@ class Index:
         searcher = index.searcher()
         passages = []
         for _, address in searcher.search(parsed, limit, count=False).hits:
-            document = searcher.doc(address)
-            kept = document.get_first("kept")
-            passages.append(
-                Passage(
-                    document.get_first("name"),
-                    document.get_first("start"),
-                    document.get_first("end"),
-                    bytes(kept).decode() if kept else "",
-                )
+            stored = searcher.doc(address)
+            name, title, start, end, line = (
+                stored.get_first(field) for field in ("name", "title", "start", "end", "line")
             )
+            passages.append(Passage(name, title, start, end, line, bytes(stored.get_first("kept") or b"").decode()))
         return passages
 
     def is_complete(self) -> bool:
@@ -125,11 +124,15 @@ class Index:
     # --- bringing it up to date ---
 
     def refresh(
-        self, *, progress: Progress = no_progress, stopped: Callable[[], bool] = lambda: False, wait: float | None = None
+        self,
+        *,
+        progress: Progress = no_progress,
+        stopped: Callable[[], bool] = lambda: False,
+        wait: float | None = None,
     ) -> Changes | None:
         """See what changed, and index that. None where another does it and `wait` seconds were not enough.
 
-        Raises Stopped, and DiskError where the index cannot be written.
+        Raises WasStopped, and DiskError where the index cannot be written.
         """
         try:
             self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -153,7 +156,7 @@ class Index:
                     break
                 except BlockingIOError:
                     if stopped():
-                        raise Stopped from None
+                        raise WasStopped from None
                     if until is not None and time.monotonic() >= until:
                         yield False
                         return
@@ -275,7 +278,7 @@ class _Run:
         present, todo, total = set(), [], 0
         for found in self._folder.files(problem):
             if self._stopped():
-                raise Stopped
+                raise WasStopped
             present.add(found.name)
             state = known.get(found.name)
             if state and state.found == found and found.changed < state.seen - _SETTLED:
@@ -296,7 +299,7 @@ class _Run:
                 self._gone.append((name,))
             for found in todo:
                 if self._stopped():
-                    raise Stopped
+                    raise WasStopped
                 self._progress("indexing", done, total)
                 done += found.size
                 outcome = self._take(found, known.get(found.name), now, skipped)
@@ -335,7 +338,7 @@ class _Run:
             content = None
         except (Unreadable, OSError) as error:
             if self._stopped():
-                raise Stopped from None
+                raise WasStopped from None
             reason, content = str(error) or type(error).__name__, None
             skipped[found.name] = reason
             self._warn(found.name, reason)
@@ -356,22 +359,22 @@ class _Run:
     def _add(self, name: str, content: Content) -> None:
         import tantivy
 
-        is_slow = not content.own_lines
-        words = _spread(name)
-        title = _spread(content.title)
+        words, line = _spread(name), 0
         for start, end in _stretches(content.text):
             body = content.text[start:end]
             fields: dict[str, Any] = {
                 "name": name,
-                "title": title,
+                "title": content.title,
                 "words": words,
                 "body": _spread(without_links(body)),
                 "start": start,
                 "end": end,
+                "line": line,
             }
-            if is_slow:
+            if not content.own_lines:
                 fields["kept"] = body.encode()
             self._write().add_document(tantivy.Document(**fields))
+            line += body.count("\n")
         self._uncommitted += len(content.text)
 
     def _delete(self, name: str) -> None:
@@ -388,7 +391,9 @@ class _Run:
         if self._pending or self._gone:
             with self._database:
                 self._database.executemany("DELETE FROM files WHERE name = ?", self._gone)
-                self._database.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)", self._pending)
+                self._database.executemany(
+                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?)", self._pending
+                )
         self._pending, self._gone, self._uncommitted = [], [], 0
 
     def _warn(self, name: str, reason: str) -> None:
@@ -403,9 +408,9 @@ def _schema() -> Any:
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("name", stored=True, tokenizer_name="raw", index_option="basic")
     for field in _FIELDS:
-        builder.add_text_field(field, tokenizer_name="words")
-    builder.add_unsigned_field("start", stored=True)
-    builder.add_unsigned_field("end", stored=True)
+        builder.add_text_field(field, stored=field == "title", tokenizer_name="words")
+    for field in ("start", "end", "line"):
+        builder.add_unsigned_field(field, stored=True)
     builder.add_bytes_field("kept", stored=True)
     return builder.build()
 

@@ -56,13 +56,25 @@ class _Part:
 class Page:
     """One document, list of results, or list of matches."""
 
-    __slots__ = ("_goes_on", "_numbers", "_parts", "_text_start", "is_matches", "lines", "shown", "targets", "title", "url")
+    __slots__ = (
+        "_goes_on",
+        "_numbers",
+        "_parts",
+        "_text_start",
+        "is_dropped",
+        "is_matches",
+        "lines",
+        "shown",
+        "targets",
+        "title",
+        "url",
+    )
 
     def __init__(self, *, url: str, shown: str, title: str, targets: Sequence[Target], is_matches: bool) -> None:
         """Use `of_content`, `of_hits` or `find`."""
         self.url, self.shown, self.title = url, shown, title
         self.targets = targets
-        self.is_matches = is_matches
+        self.is_matches, self.is_dropped = is_matches, False
         self.lines: list[str] = []
         self._numbers = array("I")  # of the source's lines, from 1; 0 where a line comes from none
         self._goes_on = bytearray()  # whether a line is the rest of the one before it
@@ -113,6 +125,10 @@ class Page:
     def size(self) -> int:
         """Characters, about."""
         return sum(map(len, self.lines)) + 64 * len(self.lines)
+
+    def drop(self) -> None:
+        """Forget the text. What citations need stays."""
+        self.lines, self.targets, self.is_dropped = [], (), True
 
     def line_of(self, target: Target) -> int:
         """The line to begin with, so that what the target is about stands a little below the top."""
@@ -194,7 +210,7 @@ class Page:
 
     def passage(self, first: int, last: int) -> Passage | None:
         """What lines `first` to `last` of this page stand for; None if for nothing, or there are no such lines."""
-        last = min(last, len(self.lines) - 1)
+        last = min(last, len(self._numbers) - 1)
         while first <= last and not self._numbers[first]:
             first += 1
         if first > last:
