@@ -10,7 +10,7 @@ Each conversation has its own pages. Where pages come from, and what may be read
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any
@@ -31,6 +31,7 @@ _MAX_SHOWN_TOKENS = 8192  # where the model says how many lines it wants
 _MAX_HELD = 64 << 20  # characters of pages in one conversation
 _MAX_NUMBER = 1 << 31
 _PARAMETERS = {tool.name: (tool.parameters or {})["properties"] for tool in BROWSER.tools}
+_NUMBER = re.compile(r"\s*-?\d{1,9}\s*")
 _CITATION = re.compile(r"【(\d{1,6})†\s*L(\d{1,9})(?:\s*[-–—]\s*L?(\d{1,9}))?\s*(?:†[^【】]{0,200})?】")
 
 
@@ -111,7 +112,7 @@ class BrowserSession:
                     Citation(
                         start=match.start(),
                         end=match.end(),
-                        url=passage.url,
+                        url=passage.url.removeprefix(_VIEW_SOURCE),
                         title=passage.title,
                         first_line=passage.first_line,
                         last_line=passage.last_line,
@@ -142,29 +143,25 @@ class BrowserSession:
         if not isinstance(as_source, bool):
             raise ToolError(f"`view_source` is true or false, not `{as_source!r:.40}`.")
         id_ = given.get("id")
-        if isinstance(id_, str) and not re.fullmatch(r"\s*-?\d{1,9}\s*", id_):
-            target = Target(id_.strip())
-            if target.url.startswith(_VIEW_SOURCE):
-                as_source, target = True, Target(target.url.removeprefix(_VIEW_SOURCE))
-            page = await self._fetched(target.url, as_source, self._asked(given) if given.get("source") else None)
+        if isinstance(id_, str) and not _NUMBER.fullmatch(id_):
+            page, target = None, Target(id_.strip())
         else:
             number, current = _number(given, "id", -1), self._page(given)
             if number < 0 and not as_source:
                 return await self._show(current, max(loc, 0), num_lines)
-            if number < 0:
-                target = Target(current.url)
-            elif number < len(current.targets):
-                target = current.targets[number]
-            else:
+            if number >= len(current.targets):
                 ids = f"0 to {len(current.targets) - 1}" if current.targets else "none"
                 raise ToolError(f"Invalid link id `{number}`. Link ids on this page: {ids}.")
-            page = self._held(target.url) if not as_source else None
-            if page is None:
-                if not target.url or (current.is_matches and number < 0):
-                    raise ToolError("A list of results has no source to view. Open one of its links.")
-                page = await self._fetched(target.url, as_source, None)
+            target = Target(current.url) if number < 0 else current.targets[number]
+            if number < 0 and (current.is_matches or not current.url):
+                raise ToolError("A list of results has no source to view. Open one of its links.")
+            page = None if as_source else self._held(target.url)
+        if page is None:
+            as_source = as_source or target.url.startswith(_VIEW_SOURCE)
+            asked = self._asked(given) if given.get("source") else self._sources.values()
+            page = await self._fetched(target.url.removeprefix(_VIEW_SOURCE), as_source, asked)
         if loc < 0:
-            loc = 0 if as_source else page.line_of(target)
+            loc = page.line_of(target)
         return await self._show(page, loc, num_lines)
 
     async def _find(self, given: Mapping[str, Any]) -> str:
@@ -198,25 +195,17 @@ class BrowserSession:
     def _held(self, url: str) -> Page | None:
         return next((page for page in reversed(self._pages) if page.url == url and url and not page.is_dropped), None)
 
-    async def _fetched(self, address: str, as_source: bool, sources: Sequence[Source] | None) -> Page:
-        for source in sources or self._sources.values():
+    async def _fetched(self, address: str, as_source: bool, sources: Iterable[Source]) -> Page:
+        for source in sources:
             if source.has(address):
                 content = await source.fetch(address, as_source=as_source)
                 if as_source:
                     content = replace(content, url=_VIEW_SOURCE + content.url, shown=_VIEW_SOURCE + content.shown)
-
-                def made(stopped: Stopped) -> Page:
-                    return Page.of_content(content)
-
-                return await self._threads.run(made)
+                return await self._threads.run(lambda stopped, content=content: Page.of_content(content))  # type: ignore[misc]
+        shown, names = one_line(address), ", ".join(self._sources)
         if address.startswith(("http://", "https://")):
-            raise ToolError(
-                f"`{one_line(address)}` cannot be opened: the web is not available here. Use {self._names()}."
-            )
-        raise ToolError(f"`{one_line(address)}` is in none of the sources: {self._names()}. Search, or open a link.")
-
-    def _names(self) -> str:
-        return ", ".join(self._sources)
+            raise ToolError(f"`{shown}` cannot be opened: the web is not available here. Use {names}.")
+        raise ToolError(f"`{shown}` is in none of the sources: {names}. Search, or open a link.")
 
     async def _show(self, page: Page, loc: int, num_lines: int) -> str:
         def shown(stopped: Stopped) -> str:
@@ -275,7 +264,7 @@ def _text(given: Mapping[str, Any], name: str) -> str:
 
 def _number(given: Mapping[str, Any], name: str, default: int) -> int:
     value = given.get(name, default)
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", value):
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = int(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value != int(value) or abs(value) > _MAX_NUMBER:

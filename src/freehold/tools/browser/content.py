@@ -22,10 +22,10 @@ _BREAKS = re.compile("\r\n?")
 _MARKS = {OPENING: "〖", CLOSING: "〗"}
 _SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # what else str.splitlines or a terminal takes for a new line
 _GONE = (
-    [*range(0x09), *range(0x0E, 0x1C), 0x7F, *range(0x80, 0x85), *range(0x86, 0xA0)]  # control characters
-    + [0x200B, 0x2060, 0xFEFF, 0xAD]  # without width
-    + [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # of writing direction
-    + [*range(0xE0000, 0xE0080)]  # tags: invisible letters
+    *(*range(0x09), *range(0x0E, 0x1C), 0x7F, *range(0x80, 0x85), *range(0x86, 0xA0)),  # control characters
+    *(0xAD, 0x200B, 0x2060, 0xFEFF),  # without width
+    *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # of writing direction
+    *range(0xE0000, 0xE0080),  # tags: invisible letters
 )
 _CHANGED = {
     **{ord(mark): other for mark, other in _MARKS.items()},

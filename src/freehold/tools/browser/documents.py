@@ -19,8 +19,8 @@ from freehold.errors import DiskError, UsageError
 from freehold.log import Progress, no_progress
 from freehold.tools.base import ToolError
 from freehold.tools.browser.content import Content, Hit, one_line, shown_address, without_links
-from freehold.tools.browser.folder import Folder, NotText, Unreadable
-from freehold.tools.browser.index import Changes, Index, Passage, WasStopped
+from freehold.tools.browser.folder import Folder, NotTextError, UnreadableError
+from freehold.tools.browser.index import Changes, Index, Passage, StoppedError
 from freehold.tools.browser.threads import Stopped, Threads
 
 _SHARE = 10  # a look through the folder may take one part in so many of the time
@@ -80,7 +80,7 @@ class Documents:
                 self._index.refresh(stopped=stopped, wait=wait)
                 self._looked, self._took = time.monotonic(), time.monotonic() - begun
             passages = self._index.search(query, 5 * topn)
-        except WasStopped:
+        except StoppedError:
             raise ToolError("The search was stopped before the documents were indexed.") from None
         except DiskError as error:
             raise ToolError(f"The documents cannot be searched: {error}") from None
@@ -102,7 +102,7 @@ class Documents:
         if not text:
             try:
                 text = self._content(passage.name, stopped).text[passage.start : passage.end]
-            except (Unreadable, NotText):
+            except (UnreadableError, NotTextError):
                 return None  # it is gone, since the last look
         summary, line = best_line(text, query)
         return Hit(
@@ -122,11 +122,11 @@ class Documents:
                 with self._folder.open(name) as file:
                     return self._folder.read(name, file, stopped, as_source=True)
             return self._content(name, stopped)
-        except NotText:
+        except NotTextError:
             raise ToolError(
                 f"`{one_line(name)}` is no text, and cannot be shown. Search for another document."
             ) from None
-        except Unreadable as error:
+        except UnreadableError as error:
             raise ToolError(
                 f"`{one_line(name)}` cannot be opened: {error}. Search for documents that are there."
             ) from None

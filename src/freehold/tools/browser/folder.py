@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from freehold.tools.browser import markup, pdf
 from freehold.tools.browser.content import Content, plain, shown_address
-from freehold.tools.browser.pdf import Unreadable
+from freehold.tools.browser.pdf import UnreadableError
 
 MAX_FILE_BYTES = 16 << 20
 MAX_PDF_BYTES = 256 << 20
@@ -24,82 +24,16 @@ _LEFT_OUT = frozenset(("node_modules", "__pycache__"))
 _HTML = frozenset((".html", ".htm", ".xhtml"))
 _MARKDOWN = frozenset((".md", ".markdown", ".mdx", ".mkd"))
 _BINARY = frozenset(
-    [
-        ".7z",
-        ".a",
-        ".avi",
-        ".bin",
-        ".bmp",
-        ".bz2",
-        ".class",
-        ".dll",
-        ".doc",
-        ".docx",
-        ".dylib",
-        ".ear",
-        ".egg",
-        ".eot",
-        ".exe",
-        ".flac",
-        ".gguf",
-        ".gif",
-        ".gz",
-        ".ico",
-        ".iso",
-        ".jar",
-        ".jpeg",
-        ".jpg",
-        ".lz4",
-        ".m4a",
-        ".mkv",
-        ".mov",
-        ".mp3",
-        ".mp4",
-        ".npy",
-        ".npz",
-        ".o",
-        ".odp",
-        ".ods",
-        ".odt",
-        ".ogg",
-        ".onnx",
-        ".otf",
-        ".parquet",
-        ".pkl",
-        ".png",
-        ".ppt",
-        ".pptx",
-        ".pt",
-        ".pth",
-        ".pyc",
-        ".rar",
-        ".safetensors",
-        ".so",
-        ".sqlite",
-        ".tar",
-        ".tgz",
-        ".tif",
-        ".tiff",
-        ".ttf",
-        ".war",
-        ".wasm",
-        ".wav",
-        ".webm",
-        ".webp",
-        ".whl",
-        ".woff",
-        ".woff2",
-        ".xls",
-        ".xlsx",
-        ".xz",
-        ".zim",
-        ".zip",
-        ".zst",
-    ]
+    str.split(
+        ".7z .a .avi .bin .bmp .bz2 .class .dll .doc .docx .dylib .ear .egg .eot .exe .flac .gguf .gif .gz .ico "
+        ".iso .jar .jpeg .jpg .lz4 .m4a .mkv .mov .mp3 .mp4 .npy .npz .o .odp .ods .odt .ogg .onnx .otf .parquet "
+        ".pkl .png .ppt .pptx .pt .pth .pyc .rar .safetensors .so .sqlite .tar .tgz .tif .tiff .ttf .war .wasm "
+        ".wav .webm .webp .whl .woff .woff2 .xls .xlsx .xz .zim .zip .zst"
+    )
 )
 
 
-class NotText(Exception):
+class NotTextError(Exception):
     """A file of a kind that is not read."""
 
 
@@ -124,7 +58,7 @@ class Folder:
     def files(self, problem: Callable[[str, str], None]) -> Iterator[Found]:
         """All that could be read, folder by folder; `problem(name, reason)` is told what cannot be listed.
 
-        Raises Unreadable where the folder itself cannot.
+        Raises UnreadableError where the folder itself cannot.
         """
         waiting = [("", 0)]
         while waiting:
@@ -155,7 +89,7 @@ class Folder:
                         yield Found(name, now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino)
             except OSError as error:
                 if not folder:
-                    raise Unreadable(_reason(error)) from None
+                    raise UnreadableError(_reason(error)) from None
                 problem(folder.rstrip("/"), _reason(error))
 
     def url(self, name: str) -> str:
@@ -188,28 +122,28 @@ class Folder:
         return None if hidden else name
 
     def open(self, name: str) -> BinaryIO:
-        """Raises Unreadable."""
+        """Raises UnreadableError."""
         path = self._root + name
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise Unreadable(_reason(error)) from None
+            raise UnreadableError(_reason(error)) from None
         file = os.fdopen(handle, "rb")
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise Unreadable("it is no file")
+                raise UnreadableError("it is no file")
             if os.path.realpath(f"/proc/self/fd/{handle}") != path:
-                raise Unreadable("a symbolic link leads to it")
+                raise UnreadableError("a symbolic link leads to it")
         except BaseException:
             file.close()
             raise
         return file
 
     def read(self, name: str, file: BinaryIO, stopped: Callable[[], bool], *, as_source: bool = False) -> Content:
-        """The document in an open file. Raises Unreadable, and NotText."""
+        """The document in an open file. Raises UnreadableError, and NotTextError."""
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if suffix in _BINARY:
-            raise NotText
+            raise NotTextError
         url, title, pages, own_lines = self.url(name), name.rpartition("/")[2], (), False
         if suffix == ".pdf":
             pages_of = pdf.read(file, MAX_PDF_BYTES, stopped)
@@ -258,12 +192,12 @@ def _bytes(file: BinaryIO) -> bytes:
     try:
         head = file.read(_SNIFFED)
         if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise NotText
+            raise NotTextError
         rest = file.read(MAX_FILE_BYTES + 1 - len(head))
     except OSError as error:
-        raise Unreadable(_reason(error)) from None
+        raise UnreadableError(_reason(error)) from None
     if len(head) + len(rest) > MAX_FILE_BYTES:
-        raise Unreadable(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+        raise UnreadableError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
     return head + rest
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from freehold.errors import DiskError
 from freehold.log import Progress, logger, no_progress
 from freehold.tools.browser.content import Content, without_links
-from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotText, Unreadable
+from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotTextError, UnreadableError
 
 _VERSION = "1"
 _PASSAGE = 4000  # characters
@@ -70,7 +70,7 @@ class _State(NamedTuple):
     problem: str  # "" where it was read
 
 
-class WasStopped(Exception):
+class StoppedError(Exception):
     """The work was stopped; what is done so far is kept."""
 
 
@@ -132,13 +132,13 @@ class Index:
     ) -> Changes | None:
         """See what changed, and index that. None where another does it and `wait` seconds were not enough.
 
-        Raises WasStopped, and DiskError where the index cannot be written.
+        Raises StoppedError, and DiskError where the index cannot be written.
         """
         try:
             self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._locked(stopped, wait, progress) as is_ours:
                 return self._refresh(progress, stopped) if is_ours else None
-        except Unreadable as error:
+        except UnreadableError as error:
             raise DiskError(f"{self._folder.path} cannot be read: {error}") from None
         except OSError as error:
             raise DiskError(
@@ -156,7 +156,7 @@ class Index:
                     break
                 except BlockingIOError:
                     if stopped():
-                        raise WasStopped from None
+                        raise StoppedError from None
                     if until is not None and time.monotonic() >= until:
                         yield False
                         return
@@ -278,7 +278,7 @@ class _Run:
         present, todo, total = set(), [], 0
         for found in self._folder.files(problem):
             if self._stopped():
-                raise WasStopped
+                raise StoppedError
             present.add(found.name)
             state = known.get(found.name)
             if state and state.found == found and found.changed < state.seen - _SETTLED:
@@ -299,7 +299,7 @@ class _Run:
                 self._gone.append((name,))
             for found in todo:
                 if self._stopped():
-                    raise WasStopped
+                    raise StoppedError
                 self._progress("indexing", done, total)
                 done += found.size
                 outcome = self._take(found, known.get(found.name), now, skipped)
@@ -334,11 +334,11 @@ class _Run:
                     self._remember(found, digest, now, "")
                     return ""
                 content = self._folder.read(found.name, file, self._stopped)
-        except NotText:
+        except NotTextError:
             content = None
-        except (Unreadable, OSError) as error:
+        except (UnreadableError, OSError) as error:
             if self._stopped():
-                raise WasStopped from None
+                raise StoppedError from None
             reason, content = str(error) or type(error).__name__, None
             skipped[found.name] = reason
             self._warn(found.name, reason)

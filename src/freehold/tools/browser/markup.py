@@ -18,74 +18,31 @@ Resolve = Callable[[str], tuple[str, str | None] | None]
 
 MAX_LINKS = 20_000
 _MIN_ARTICLE = 250  # characters: with less, trafilatura has not found what the page is about
-_SKIPPED = frozenset(
-    [
-        "script",
-        "style",
-        "noscript",
-        "template",
-        "head",
-        "title",
-        "svg",
-        "math",
-        "iframe",
-        "object",
-        "embed",
-        "canvas",
-        "audio",
-        "video",
-        "map",
-        "select",
-        "button",
-        "input",
-        "textarea",
-        "dialog",
-        "frameset",
-    ]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SKIPPED = _words(
+    "script style noscript template head title svg math iframe object embed canvas audio video map select "
+    "button input textarea dialog frameset"
 )
-_BLOCKS = frozenset(
-    [
-        "p",
-        "div",
-        "section",
-        "article",
-        "main",
-        "header",
-        "footer",
-        "nav",
-        "aside",
-        "ul",
-        "ol",
-        "dl",
-        "dt",
-        "dd",
-        "blockquote",
-        "figure",
-        "figcaption",
-        "table",
-        "form",
-        "fieldset",
-        "address",
-        "details",
-        "summary",
-        "body",
-        "html",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "pre",
-        "hr",
-    ]
+_BLOCKS = _words(
+    "p div section article main header footer nav aside ul ol dl dt dd blockquote figure figcaption table "
+    "form fieldset address details summary body html h1 h2 h3 h4 h5 h6 pre hr"
 )
-_SPACED = frozenset(
-    ["p", "ul", "ol", "dl", "blockquote", "figure", "table", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "hr"]
-)
+_SPACED = _words("p ul ol dl blockquote figure table h1 h2 h3 h4 h5 h6 pre hr")
 _SAME = {  # as what of HTML the elements of trafilatura's trees are read
-    "ref": "a", "lb": "br", "graphic": "img", "item": "li", "row": "tr", "cell": "td", "list": "ul", "quote": "blockquote",
-}  # fmt: skip
+    "ref": "a",
+    "lb": "br",
+    "graphic": "img",
+    "item": "li",
+    "row": "tr",
+    "cell": "td",
+    "list": "ul",
+    "quote": "blockquote",
+}
 _SPACE = re.compile(r"[ \t\n]+")
 _BLANKS = re.compile(r"\n{3,}")
 _HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)

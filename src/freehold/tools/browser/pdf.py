@@ -23,7 +23,7 @@ _MAX_MEMORY = 2 << 30
 _CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from freehold.tools.browser import pdf; pdf.tell()"
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """A file that cannot be read; the message is the reason, as the end of a sentence that names the file."""
 
 
@@ -35,9 +35,9 @@ class Pdf(NamedTuple):
 
 
 def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
-    """The text of an open file. Raises Unreadable; also when `stopped` says so meanwhile."""
+    """The text of an open file. Raises UnreadableError; also when `stopped` says so meanwhile."""
     if os.fstat(file.fileno()).st_size > max_bytes:
-        raise Unreadable(f"it is larger than {max_bytes >> 20} MiB")
+        raise UnreadableError(f"it is larger than {max_bytes >> 20} MiB")
     file.seek(0)
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[3])],
@@ -55,16 +55,16 @@ def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
                     break
                 except subprocess.TimeoutExpired:
                     if stopped():
-                        raise Unreadable("reading it was stopped") from None
+                        raise UnreadableError("reading it was stopped") from None
                     if time.monotonic() > until:
-                        raise Unreadable(f"it takes more than {MAX_SECONDS:.0f} seconds to read") from None
+                        raise UnreadableError(f"it takes more than {MAX_SECONDS:.0f} seconds to read") from None
         finally:
             process.kill()
     if process.returncode != 0:
-        raise Unreadable("the PDF reader broke off, at damage or at its limit of memory")
+        raise UnreadableError("the PDF reader broke off, at damage or at its limit of memory")
     told = json.loads(output)
     if reason := told.get("reason"):
-        raise Unreadable(reason)
+        raise UnreadableError(reason)
     return Pdf(told["title"], told["pages"])
 
 
