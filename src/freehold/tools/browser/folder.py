@@ -128,16 +128,15 @@ class Folder:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise UnreadableError(_reason(error)) from None
-        file = os.fdopen(handle, "rb")
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise UnreadableError("it is no file")
             if os.path.realpath(f"/proc/self/fd/{handle}") != path:
                 raise UnreadableError("a symbolic link leads to it")
+            return os.fdopen(handle, "rb")
         except BaseException:
-            file.close()
+            os.close(handle)
             raise
-        return file
 
     def read(self, name: str, file: BinaryIO, stopped: Callable[[], bool], *, as_source: bool = False) -> Content:
         """The document in an open file. Raises UnreadableError, and NotTextError."""
@@ -193,7 +192,7 @@ def _bytes(file: BinaryIO) -> bytes:
         head = file.read(_SNIFFED)
         if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise NotTextError
-        rest = file.read(MAX_FILE_BYTES + 1 - len(head))
+        rest = file.read(max(MAX_FILE_BYTES + 1 - len(head), 0))
     except OSError as error:
         raise UnreadableError(_reason(error)) from None
     if len(head) + len(rest) > MAX_FILE_BYTES:

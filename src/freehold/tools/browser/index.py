@@ -336,7 +336,7 @@ class _Run:
                 content = self._folder.read(found.name, file, self._stopped)
         except NotTextError:
             content = None
-        except (UnreadableError, OSError) as error:
+        except (UnreadableError, OSError, ValueError) as error:
             if self._stopped():
                 raise StoppedError from None
             reason, content = str(error) or type(error).__name__, None

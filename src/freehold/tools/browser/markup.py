@@ -203,7 +203,7 @@ class _Walk:
                 self._pre += 1
             elif tag == "hr":
                 self._line.append("-" * 20)
-            elif tag[0] == "h" and tag[1:].isdigit():
+            elif tag[0] == "h" and tag[1:].isdigit() and self._anchor is None:
                 self._line.append("#" * int(tag[1:]) + " ")
 
     def _end(self, tag: str) -> None:
