@@ -51,6 +51,7 @@ def checked_url(url: str) -> "httpx.URL":
     try:
         parsed = httpx.URL(url)
         host = parsed.raw_host.decode("ascii")
+        _ = parsed.host  # which decodes the name, if it can
     except (httpx.InvalidURL, ValueError):
         raise ToolError(f"`{shown}` is no URL. Write it in full, such as https://example.com/page.") from None
     if parsed.scheme not in ("http", "https"):
@@ -69,7 +70,7 @@ def checked_url(url: str) -> "httpx.URL":
 async def checked_addresses(url: "httpx.URL", resolve_name: Resolve) -> Sequence[str]:
     """Where a checked URL leads, all of it public. Raises ToolError."""
     host = url.raw_host.decode("ascii")
-    shown = one_line(url.host, 200)
+    shown = one_line(host, 200)
     try:
         ipaddress.ip_address(host)
         found: Sequence[str] = [host]

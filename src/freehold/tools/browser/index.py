@@ -29,7 +29,8 @@ from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotTextE
 
 _VERSION = "1"
 _PASSAGE = 4000  # characters
-_HEAP_BYTES = 64 << 20
+_HEAP_BYTES = 96 << 20
+_WRITER_THREADS = 2
 _COMMIT_CHARACTERS = 256 << 20  # so that a stopped first run goes on where it was
 _SETTLED = 2_000_000_000  # nanoseconds: younger files may change again without another time stamp
 _MAX_NAMED = 20
@@ -382,7 +383,7 @@ class _Run:
 
     def _write(self) -> Any:
         if self._writer is None:
-            self._writer = self._passages.writer(heap_size=_HEAP_BYTES, num_threads=1)
+            self._writer = self._passages.writer(heap_size=_HEAP_BYTES, num_threads=_WRITER_THREADS)
         return self._writer
 
     def _commit(self) -> None:

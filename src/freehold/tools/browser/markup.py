@@ -6,6 +6,7 @@ hides by markup are left out. Whatever the input is, the result is text: no func
 """
 
 import codecs
+import logging
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -124,6 +125,7 @@ def _parse(html: str) -> Any:
 def _article(html: str, base_url: str) -> Any:
     import trafilatura
 
+    logging.getLogger("trafilatura").propagate = False  # it tells the log which pages it could not read
     try:
         document = trafilatura.bare_extraction(
             html,

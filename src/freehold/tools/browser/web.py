@@ -122,7 +122,7 @@ class Web:
                     if last:
                         reason = "its certificate is not good" if "CERTIFICATE" in str(error) else "it does not answer"
                         raise ToolError(f"`{shown}` cannot be reached: {reason}. Open another page.") from None
-                except (httpx.HTTPError, httpx.InvalidURL, OSError):
+                except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError):
                     raise ToolError(f"`{shown}` broke off while it was read. Try once more, or another page.") from None
         raise AssertionError("the last place returns or raises")
 
