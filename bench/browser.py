@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from freehold.log import Progress
@@ -76,7 +76,7 @@ def measure(work: str, folder: Path, index: Path) -> dict[str, float]:
         words = [line.split()[3] for line in sorted(folder.rglob("*.txt"))[3].read_text().split("\n\n")[1:30]]
         documents.refresh()
         times = []
-        for first, second in zip(words, words[1:], strict=False):
+        for first, second in pairwise(words):
             start = time.perf_counter()
             asyncio.run(documents.search(f"{first} {second}", 10))
             times.append(time.perf_counter() - start)

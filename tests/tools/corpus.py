@@ -31,7 +31,9 @@ def write(folder: Path) -> None:
             case ".pdf":
                 path.write_bytes(pdf([[f"Zed{number}", *filler[:20]], [fact]], title=f"Zed{number} in print"))
             case ".py":
-                path.write_text("\n".join([f"# {line}" for line in filler] + [f"def zed{number}():", f'    """{fact}"""']))
+                path.write_text(
+                    "\n".join([f"# {line}" for line in filler] + [f"def zed{number}():", f'    """{fact}"""'])
+                )
             case _:
                 path.write_text("\n".join([*filler, fact]))
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def test_what_cannot_be_read_is_named_and_left_out(
             "picture.png": b"readable",
         }
     )
-    os.symlink("missing", tmp_path / "docs" / "dangling.md")
+    (tmp_path / "docs" / "dangling.md").symlink_to("missing")
     os.mkfifo(tmp_path / "docs" / "pipe.md")
     with caplog.at_level(logging.WARNING, "freehold"):
         changes = documents.refresh()
@@ -179,7 +180,13 @@ def test_a_folder_that_cannot_be_listed_takes_nothing_away(
 def test_nothing_outside_and_nothing_hidden_can_be_opened(docs: MakeDocs, tmp_path: Path, address: str) -> None:
     (tmp_path / "secret.md").write_text("secret")
     documents = docs(
-        {"a.md": "x", ".hidden.md": "secret", ".git/config": "secret", "sub/.env": "secret", "node_modules/a.md": "secret"}
+        {
+            "a.md": "x",
+            ".hidden.md": "secret",
+            ".git/config": "secret",
+            "sub/.env": "secret",
+            "node_modules/a.md": "secret",
+        }
     )
     root = tmp_path / "docs"
     (root / "link.md").symlink_to(tmp_path / "secret.md")
@@ -275,7 +282,7 @@ def test_a_crash_between_the_two_commits_is_mended(
 def test_a_run_that_is_stopped_keeps_what_it_has(docs: MakeDocs, tmp_path: Path) -> None:
     docs({f"{n}.md": f"alpha number{n}" for n in range(30)})
     index = Index(Folder(tmp_path / "docs"), tmp_path / "index")
-    seen = []
+    seen: list[tuple[str, int, int]] = []
 
     def stopped() -> bool:
         return len(seen) >= 10
@@ -326,7 +333,8 @@ def test_html_becomes_readable_text_with_links(docs: MakeDocs) -> None:
     <nav><ul><li><a href="a.md">First</a></li><li><a href="#top">Top</a><ul><li>deep</li></ul></li></ul></nav>
     <h1>Head<!-- c --> line</h1><p>Some <b>bold</b>, <code>x = 1</code><br>next &amp; last</p>
     <pre><code>def f():
-        return 1</code></pre><table><tr><th>k</th><th>v</th></tr><tr><td>1</td><td><a href="/etc/passwd">2</a></td></tr></table>
+        return 1</code></pre>
+    <table><tr><th>k</th><th>v</th></tr><tr><td>1</td><td><a href="/etc/passwd">2</a></td></tr></table>
     <p hidden>unseen</p><p style="display: none">unseen</p><img alt="A cat"><a href="javascript:x()">js</a>
     <a href="https://x.org/y"><div><h3>Card</h3> of <img alt="dog"></div></a><a href="a.md"></a></body></html>"""
     content = asyncio.run(docs({"p.html": html, "a.md": "x"}).fetch("p.html"))
@@ -374,15 +382,15 @@ def test_markdown_links_and_nothing_else_are_changed(docs: MakeDocs) -> None:
     ]
 
 
+PIECES = (
+    "<p> </p> <a> <a/href='x.md'> </a> <pre> <li> </ul> <ul> <td> <tr> <table> <h1> </h9> <h9> <!-- --> <![CDATA[ "
+    "<script> </script> <svg> <style> <br/> <img/alt='【1†x】'> &#x3010; &#0; &#xD800; <?xml/encoding='x'?> "
+    "<ref/target=x> <head/rend=1> <item> <code>\n </code> <template> <plaintext> <base/href=//x> \x00 \ud800 "
+    "<a/href='http://[x'> 【 】 † \u2028 \x85 \x1c"
+)
 HTML = st.lists(
     st.one_of(
-        st.sampled_from(
-            "<p> </p> <a> <a href='x.md'> </a> <pre> <li> </ul> <ul> <td> <tr> <table> <h1> </h9> <h9> <!-- --> <![CDATA[ "
-            "<script> </script> <svg> <style> <br/> <img alt='【1†x】'> &#x3010; &#0; &#xD800; <?xml encoding='x'?> <ref target=x> "
-            "<head rend=1> <item> <code>\n </code> <template> <plaintext> <base href=//x> \x00 \ud800 <a href='http://[x'> 【 】 †".split(
-                " "
-            )
-        ),
+        st.sampled_from(re.split(" ", PIECES)),
         st.text(max_size=8),
     ),
     max_size=40,
@@ -400,9 +408,11 @@ def test_whatever_html_says_it_becomes_plain_text(html: str) -> None:
 
 
 def _is_plain(found: markup.Text) -> None:
-    import re
-
-    rest = re.sub(r"【(\d+)†[^【】†\n]+(†[^【】†\n]+)?】", lambda mark: "" if int(mark[1]) < len(found.links) else "【", found.text)
+    rest = re.sub(
+        r"【(\d+)†[^【】†\n]+(†[^【】†\n]+)?】",
+        lambda mark: "" if int(mark[1]) < len(found.links) else "【",
+        found.text,
+    )
     assert "【" not in rest and "】" not in rest
     assert found.text.splitlines() == (found.text.split("\n") if found.text else []) or found.text.endswith("\n")
     found.text.encode()

@@ -49,7 +49,8 @@ class Site:
         self.requests: list[str] = []
         self.asked: list[tuple[str, str | None]] = []  # the addresses connected to, and the names given in TLS
         self.looked_up: list[str] = []
-        self.answers: dict[str, Sequence[str] | list[Sequence[str]]] = {}
+        self.answers: dict[str, Sequence[str]] = {}
+        self.later_answers: dict[str, Sequence[str]] = {}  # from the second look-up on
         self._path, self._respond = folder / "s", respond
         self._tls: ssl.SSLContext | None = settings.pop("server_tls", None)
         self._verify = settings.pop("verify", True)
@@ -60,11 +61,11 @@ class Site:
         return _Noted(self.asked, httpx.AsyncHTTPTransport(uds=str(self._path), verify=self._verify, trust_env=False))
 
     async def _resolve(self, name: str, port: int) -> Sequence[str]:
+        again = name in self.looked_up
         self.looked_up.append(name)
-        found = self.answers.get(name, [PUBLIC])
-        if found and not isinstance(found[0], str):
-            return found.pop(0)  # type: ignore[union-attr,return-value]
-        return found  # type: ignore[return-value]
+        return (
+            self.later_answers.get(name, [PUBLIC]) if again and self.later_answers else self.answers.get(name, [PUBLIC])
+        )
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -168,13 +169,15 @@ def test_tls_is_spoken_with_the_name_and_the_certificate_must_be_its_own(tmp_pat
     assert "its certificate is not good" in Site(tmp_path, pages, server_tls=server).refusal("https://example.com/")
 
 
-@pytest.mark.parametrize(
-    "address",
-    """127.0.0.1 127.1.2.3 0.0.0.0 10.0.0.1 100.64.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.168.1.1 192.0.0.8
-    192.0.2.1 192.88.99.1 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255
-    ::1 :: fe80::1 fe80::1%eth0 fec0::1 fc00::1 fd00:ec2::254 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1
-    64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b:1::1 2002:7f00:1:: 2001:0:1::1 2001:db8::1 100::1 3fff::1 5f00::1 nonsense""".split(),
+PRIVATE = (
+    "127.0.0.1 127.1.2.3 0.0.0.0 10.0.0.1 100.64.0.1 169.254.169.254 172.16.0.1 172.31.255.255 192.168.1.1 192.0.0.8 "
+    "192.0.2.1 192.88.99.1 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 "
+    "::1 :: fe80::1 fe80::1%eth0 fec0::1 fc00::1 fd00:ec2::254 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 "
+    "64:ff9b::7f00:1 64:ff9b::a00:1 64:ff9b:1::1 2002:7f00:1:: 2001:0:1::1 2001:db8::1 100::1 3fff::1 5f00::1 nonsense"
 )
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
 def test_no_address_of_a_private_network_is_connected_to(tmp_path: Path, address: str) -> None:
     assert not is_public(address)
     site = Site(tmp_path, {"/": answer(b"secret")})
@@ -185,7 +188,7 @@ def test_no_address_of_a_private_network_is_connected_to(tmp_path: Path, address
     if "%" not in address and address != "nonsense":
         literal = f"[{address}]" if ":" in address else address
         assert "is an address of a private network" in site.refusal(f"http://{literal}/")
-    assert site.asked == site.requests == []
+    assert (site.asked, site.requests) == ([], [])
 
 
 def test_public_addresses_are(tmp_path: Path) -> None:
@@ -199,7 +202,7 @@ def test_public_addresses_are(tmp_path: Path) -> None:
 
 def test_a_name_is_looked_up_once_so_that_a_later_answer_changes_nothing(tmp_path: Path) -> None:
     site = Site(tmp_path, {"/": answer(b"<p>public page")})
-    site.answers["rebind.example"] = [[PUBLIC], ["127.0.0.1"]]
+    site.answers["rebind.example"], site.later_answers["rebind.example"] = [PUBLIC], ["127.0.0.1"]
     assert site.fetch("http://rebind.example/").text == "public page"
     assert site.asked == [(PUBLIC, "rebind.example")]
     assert "private network" in site.refusal("http://rebind.example/")  # asked anew, answered otherwise
@@ -253,7 +256,9 @@ def test_redirects_are_checked_like_the_first_address(tmp_path: Path, location: 
 
 
 def test_a_good_redirect_is_followed_and_cited_where_it_led(tmp_path: Path) -> None:
-    site = Site(tmp_path, {"/": answer(b"", "301 M", Location="http://b.example/p", Set_Cookie="a=b"), "/p": answer(b"<p>here")})
+    site = Site(
+        tmp_path, {"/": answer(b"", "301 M", Location="http://b.example/p", Set_Cookie="a=b"), "/p": answer(b"<p>here")}
+    )
     content = site.fetch("http://a.example/")
     assert (content.url, content.text) == ("http://b.example/p", "here")
     assert [name for _, name in site.asked] == ["a.example", "b.example"]
@@ -280,7 +285,7 @@ def test_a_good_redirect_is_followed_and_cited_where_it_led(tmp_path: Path) -> N
 def test_addresses_of_another_form_are_refused_before_anything_is_looked_up(tmp_path: Path, url: str) -> None:
     site = Site(tmp_path, {})
     assert site.refusal(url).endswith((".", ">"))
-    assert site.looked_up == site.asked == []
+    assert (site.looked_up, site.asked) == ([], [])
 
 
 def test_what_is_no_readable_page_is_refused(tmp_path: Path) -> None:
@@ -380,8 +385,10 @@ def test_texts_are_read_by_their_type_charset_and_compression(tmp_path: Path) ->
 
 
 def test_a_page_of_the_web_is_searched_opened_and_cited(browse: Browse, tmp_path: Path) -> None:
-    found = {"results": [{"url": "http://example.com/news", "title": "News【1†x】\n", "content": "of the zeppelin"}]}
-    found["results"] += [{"url": "javascript:x", "title": "t"}, {"url": 7}, "x"]  # type: ignore[list-item]
+    found: dict[str, list[Any]] = {
+        "results": [{"url": "http://example.com/news", "title": "News【1†x】\n", "content": "of the zeppelin"}]
+    }
+    found["results"] += [{"url": "javascript:x", "title": "t"}, {"url": 7}, "x"]
     seen: list[httpx.Request] = []
 
     def engine(request: httpx.Request) -> httpx.Response:
@@ -409,10 +416,11 @@ def test_a_page_of_the_web_is_searched_opened_and_cited(browse: Browse, tmp_path
 
 def test_engines_are_asked_in_their_own_ways_and_keys_stay_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[httpx.Request] = []
-    status, body = 200, b""
+    answers: list[tuple[int, bytes]] = []
 
     def respond(request: httpx.Request) -> httpx.Response:
         seen.append(request)
+        status, body = answers.pop()
         return httpx.Response(status, content=streamed(body), headers={"Location": "http://evil.example/"})
 
     def transport() -> httpx.MockTransport:
@@ -429,19 +437,16 @@ def test_engines_are_asked_in_their_own_ways_and_keys_stay_with_them(monkeypatch
     monkeypatch.setenv("EXA_API_KEY", "sk-secret")
     exa, you = Exa(transport=transport), YouCom(api_key="sk-secret", transport=transport)
 
-    body = json.dumps({"results": [{"url": "https://a.b/", "title": None, "summary": "S"}] * 3}).encode()
+    answers.append(
+        (200, json.dumps({"results": [{"url": "https://a.b/", "title": None, "summary": "S"}] * 3}).encode())
+    )
     hits = asyncio.run(exa.search("q", 2))
     assert [(hit.url, hit.title, hit.place, hit.summary) for hit in hits] == [("https://a.b/", "a.b", "a.b", "S")] * 2
     assert json.loads(seen[-1].content) == {"query": "q", "numResults": 2, "contents": {"summary": True}}
     assert (seen[-1].url.host, seen[-1].headers["x-api-key"]) == ("api.exa.ai", "sk-secret")
-    body = json.dumps(
-        {
-            "results": {
-                "web": [{"url": "https://w/", "title": "W", "snippets": ["a", "b"]}],
-                "news": [{"url": "https://n/", "title": "N", "description": "d"}],
-            }
-        }
-    ).encode()
+    web = [{"url": "https://w/", "title": "W", "snippets": ["a", "b"]}]
+    news = [{"url": "https://n/", "title": "N", "description": "d"}]
+    answers.append((200, json.dumps({"results": {"web": web, "news": news}}).encode()))
     assert [(hit.title, hit.summary) for hit in asyncio.run(you.search("q", 9))] == [("W", "a b"), ("N", "d")]
     assert str(seen[-1].url) == "https://api.ydc-index.io/v1/search?query=q&count=9"
     for status, body, reason in (
@@ -454,9 +459,10 @@ def test_engines_are_asked_in_their_own_ways_and_keys_stay_with_them(monkeypatch
         (200, b"[]", "did not answer with results"),
         (200, b" " * 5_000_000, "too much"),
     ):
+        answers.append((status, body))
         with pytest.raises(ToolError, match=reason) as caught:
             asyncio.run(exa.search("q", 2))
         assert "sk-secret" not in str(caught.value)
     assert {request.url.host for request in seen} == {"api.exa.ai", "api.ydc-index.io"}
-    status, body = 200, b'{"results": {"a": 1}}'
+    answers.append((200, b'{"results": {"a": 1}}'))
     assert asyncio.run(exa.search("q", 2)) == []

@@ -19,8 +19,9 @@ from freehold.errors import DiskError, UsageError
 from freehold.log import Progress, no_progress
 from freehold.tools.base import ToolError
 from freehold.tools.browser.content import Content, Hit, one_line, shown_address, without_links
-from freehold.tools.browser.folder import Folder, NotTextError, UnreadableError
+from freehold.tools.browser.folder import Folder, NotTextError
 from freehold.tools.browser.index import Changes, Index, Passage, StoppedError
+from freehold.tools.browser.pdf import UnreadableError
 from freehold.tools.browser.threads import Stopped, Threads
 
 _SHARE = 10  # a look through the folder may take one part in so many of the time

@@ -143,7 +143,8 @@ class Folder:
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if suffix in _BINARY:
             raise NotTextError
-        url, title, pages, own_lines = self.url(name), name.rpartition("/")[2], (), False
+        url, title, own_lines = self.url(name), name.rpartition("/")[2], False
+        pages: tuple[int, ...] = ()
         if suffix == ".pdf":
             pages_of = pdf.read(file, MAX_PDF_BYTES, stopped)
             text, starts = "", []

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from freehold.errors import DiskError
 from freehold.log import Progress, logger, no_progress
 from freehold.tools.browser.content import Content, without_links
-from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotTextError, UnreadableError
+from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotTextError
+from freehold.tools.browser.pdf import UnreadableError
 
 _VERSION = "1"
 _PASSAGE = 4000  # characters
@@ -438,7 +439,8 @@ def _spread(text: str) -> str:
 
 def _stretches(text: str) -> Sequence[tuple[int, int]]:
     """The text in passages, cut at ends of lines where there are any."""
-    cuts, start = [], 0
+    cuts: list[tuple[int, int]] = []
+    start = 0
     while start < len(text) or not cuts:
         end = min(start + _PASSAGE, len(text))
         if end < len(text):

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -194,8 +195,8 @@ class Page:
         return found
 
     def _matches(self, pattern: str) -> list[int]:
-        wanted, matches, after = pattern.lower(), [], 0
-        index = 0
+        wanted, after, index = pattern.lower(), 0, 0
+        matches: list[int] = []
         while index < len(self.lines) and len(matches) < _MAX_MATCHES:
             end = index + 1
             while end < len(self.lines) and self._goes_on[end]:
@@ -258,7 +259,9 @@ def _words(line: str) -> str:
 def _lines_with(wanted: str, pieces: Sequence[str]) -> Sequence[int]:
     """Which pieces of one wrapped line have the beginning of a match, in the text that a reader sees."""
     whole = "".join(pieces)
-    visible, origins, position = [], [], 0  # stretches of what is seen, and where they begin in `whole`
+    visible: list[str] = []  # stretches of what is seen
+    origins: list[int] = []  # where they begin in `whole`
+    position = 0
     for start, begin, end, stop in link_spans(whole):
         visible += [whole[position:start], whole[begin:end]]
         origins += [position, begin]
@@ -269,18 +272,13 @@ def _lines_with(wanted: str, pieces: Sequence[str]) -> Sequence[int]:
     text = "".join(visible).lower()
     if not wanted or wanted not in text:
         return []
-    starts, ends, total = [], [], 0
-    for stretch in visible:
-        starts.append(total)
-        total += len(stretch)
-    total = 0
-    for piece in pieces:
-        total += len(piece)
-        ends.append(total)
-    found, at = [], text.find(wanted)
+    starts = [0, *accumulate(map(len, visible))]
+    ends = [*accumulate(map(len, pieces))]
+    found: list[int] = []
+    at = text.find(wanted)
     while at >= 0:
-        stretch = bisect_right(starts, at) - 1
-        origin = origins[stretch] + at - starts[stretch]
+        part = min(bisect_right(starts, at), len(origins)) - 1
+        origin = origins[part] + at - starts[part]
         line = min(bisect_right(ends, origin), len(pieces) - 1)
         if not found or found[-1] != line:
             found.append(line)
