@@ -211,7 +211,7 @@ def test_a_document_cannot_forge_the_browsers_marks_nor_control_tokens(
         ("open", '{"id": "x.md", "loc": 1.5}', "`loc` should be an integer"),
         ("open", '{"id": "x.md", "view_source": "yes"}', "`view_source` is true or false"),
         ("open", '{"id": "../secret"}', "in none of the sources"),
-        ("open", '{"id": "gone.md"}', "`gone.md` cannot be opened: there is no such file"),
+        ("open", '{"id": "gone.md"}', "`gone.md` is in none of the sources: docs. Search, or open a link."),
         ("open", '{"id": "http://example.com/"}', "the web is not available here"),
         ("find", '{"pattern": "x"}', "No pages to access"),
         ("close", "{}", "There is no `browser.close`"),
@@ -256,6 +256,8 @@ def test_several_sources_have_names_and_the_default_is_local(browse: Browse, doc
     assert browsing("search", query="zebra", source="more").count("†a.md】") == 1
     assert "zebra two" in browsing("open", id=0)
     assert "zebra two" in browsing("open", id="a.md", source="more")
+    (tmp_path / "more" / "only here.md").write_text("found")
+    assert "(only here.md)" in browsing("open", id="only here.md")
     with pytest.raises(UsageError, match="two sources of the browser are called 'docs'"):
         Browser(sources=(one, one), tokenizer=None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="needs a source"):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from freehold.errors import DiskError, UsageError
 from freehold.tools.base import ToolError
 from freehold.tools.browser import index as index_module
-from freehold.tools.browser import markup
+from freehold.tools.browser import markup, pdf
 from freehold.tools.browser.documents import Documents
 from freehold.tools.browser.folder import Folder
 from freehold.tools.browser.index import Index, StoppedError
@@ -57,6 +57,14 @@ def test_only_what_changed_is_indexed_again(docs: MakeDocs, tmp_path: Path) -> N
     assert names(documents, "number5") == ["d/moved.md"]
     assert names(documents, "number7") == []
     assert names(documents, "number8") == ["d/7.md", "d/8.md"]
+
+
+def test_an_index_inside_its_folder_is_not_indexed(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("alpha")
+    documents = Documents(tmp_path, tmp_path / "index")
+    assert documents.refresh().added == 1
+    assert documents.refresh()[:4] == (0, 0, 0, 1)
+    documents.close()
 
 
 def test_a_search_sees_an_edit_at_once(docs: MakeDocs, tmp_path: Path) -> None:
@@ -425,3 +433,33 @@ def test_pages_made_to_be_slow_are_not() -> None:
         markup.of_html(html, "", resolve)
     for text in ("[" * 200_000, "[a](" * 50_000, "`" * 100_000, "[x](a" + "(b)" * 50_000, "<http://" * 50_000):
         markup.of_markdown(text, "", resolve)
+
+
+def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.pdf"
+    path.write_bytes(corpus.pdf([["one"], ["two"]], title="T"))
+    monkeypatch.setenv("EXA_API_KEY", "secret")
+
+    def read(stopped: bool = False) -> pdf.Pdf:
+        with path.open("rb") as file:
+            return pdf.read(file, 1 << 20, lambda: stopped)
+
+    assert read() == ("T", ["one", "two"])
+    with pytest.raises(pdf.UnreadableError, match="larger than 0 MiB"), path.open("rb") as file:
+        pdf.read(file, 1, lambda: False)
+    for child, reason in {
+        "import os; os.kill(os.getpid(), 11)": "broke off",
+        "x = bytearray(1 << 50)": "broke off",
+        "import sys; sys.stdout.write('{')": "broke off",
+        "while True: pass": "takes more than 0 seconds",
+        "import os, json; print(json.dumps({'reason': str('EXA_API_KEY' in os.environ)}))": "False",
+    }.items():
+        monkeypatch.setattr(pdf, "_CHILD", child)
+        monkeypatch.setattr(pdf, "MAX_SECONDS", 0.3 if "while" in child else 60.0)
+        with pytest.raises(pdf.UnreadableError, match=reason):
+            read()
+    with pytest.raises(pdf.UnreadableError, match="was stopped"):
+        monkeypatch.setattr(pdf, "_CHILD", "while True: pass")
+        read(stopped=True)

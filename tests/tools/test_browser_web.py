@@ -129,7 +129,8 @@ class _Noted(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
-ARTICLE = b"""<html><head><title>News of the day</title></head><body><nav><a href="/x">Nav</a></nav><article><h1>Head</h1>
+ARTICLE = b"""<html><head><title>News of the day</title></head><body><nav><a href="/x">Nav</a></nav>
+<article><h1>Head</h1>
 <p>The zeppelin has landed in the harbour, and <a href="/more?a=1#b">more of it</a> is told by others, at length, for
 everybody who wants to read about airships and the people who fly them across the sea in the middle of the night.</p>
 <p>A second paragraph with <a href="https://other.example/">a link elsewhere</a> makes this long enough for an article,
@@ -377,8 +378,10 @@ def test_texts_are_read_by_their_type_charset_and_compression(tmp_path: Path) ->
         "/gz": answer(gzip.compress(b"<p>packed"), Content_Encoding="gzip"),
         "/deflate": answer(zlib.compress(b"<p>packed"), Content_Encoding="deflate"),
         "/raw": answer(zlib.compress(b"<p>packed")[2:-4], Content_Encoding="deflate"),
+        "/base": answer(b"<base href=/sub/><p><a href=x>y</a>"),
         "/none": b"HTTP/1.1 200 OK\r\n\r\n<p>bare",
     }
+    assert Site(tmp_path, pages).fetch("http://example.com/base").links == ("http://example.com/sub/x",)
     expected = {"/latin": "Grüße", "/lies": "plain ÿ", "/json": '{"a": [1]}', "/md": "# T\n【0†x】", "/none": "bare"}
     for path, text in {**expected, "/gz": "packed", "/deflate": "packed", "/raw": "packed"}.items():
         assert Site(tmp_path, pages).fetch(f"http://example.com{path}").text == text, path

@@ -63,6 +63,11 @@ def shown_address(url: str) -> str:
     return one_line(unquote(url, errors="replace"), _MAX_ADDRESS).replace(" ", "%20")
 
 
+def shown_name(name: str) -> str:
+    """A file's name as it is shown; as long as nothing in it is odd, it can be opened by that."""
+    return one_line(name, _MAX_ADDRESS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
     """A document. `url` opens it again and is what a citation names; `shown` is what the model sees of it.

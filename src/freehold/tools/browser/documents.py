@@ -18,7 +18,7 @@ from freehold import paths
 from freehold.errors import DiskError, UsageError
 from freehold.log import Progress, no_progress
 from freehold.tools.base import ToolError
-from freehold.tools.browser.content import Content, Hit, one_line, shown_address, without_links
+from freehold.tools.browser.content import Content, Hit, one_line, shown_name, without_links
 from freehold.tools.browser.folder import Folder, NotTextError
 from freehold.tools.browser.index import Changes, Index, Passage, StoppedError
 from freehold.tools.browser.pdf import UnreadableError
@@ -60,7 +60,8 @@ class Documents:
         return changes
 
     def has(self, address: str) -> bool:
-        return self._folder.name_of(address) is not None
+        name = self._folder.name_of(address)
+        return name is not None and self._folder.is_there(name)
 
     async def search(self, query: str, topn: int) -> Sequence[Hit]:
         return await self._threads.run(lambda stopped: self._search(query, topn, stopped))
@@ -109,7 +110,7 @@ class Documents:
         return Hit(
             url=self._folder.url(passage.name),
             title=passage.title,
-            place=shown_address(passage.name),
+            place=shown_name(passage.name),
             summary=summary,
             line=passage.line + line,
         )

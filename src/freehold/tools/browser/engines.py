@@ -7,6 +7,7 @@ A key is sent to its own service alone, never follows a redirect, and is never s
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -76,6 +77,14 @@ class YouCom:
         return hits[:topn]
 
 
+def client_over(transport: "httpx.AsyncBaseTransport | None", seconds: float) -> "httpx.AsyncClient":
+    """A client for one exchange, which tells nobody what was asked: httpx writes URLs, and so queries, to the log."""
+    import httpx
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return httpx.AsyncClient(transport=transport, timeout=seconds, trust_env=False, follow_redirects=False)
+
+
 def _key(given: str | None, variable: str, service: str) -> str:
     key = given or os.environ.get(variable, "")
     if not key.strip():
@@ -102,7 +111,7 @@ async def _ask(
     try:
         async with (
             asyncio.timeout(_SECONDS),
-            httpx.AsyncClient(transport=transport() if transport else None, trust_env=False) as client,
+            client_over(transport() if transport else None, _SECONDS) as client,
             client.stream(method, url, params=params, json=body, headers=headers) as response,
         ):
             if response.status_code != 200 or response.headers.get("content-encoding", "identity") != "identity":

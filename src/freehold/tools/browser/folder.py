@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from freehold.tools.browser import markup, pdf
-from freehold.tools.browser.content import Content, plain, shown_address
+from freehold.tools.browser.content import Content, plain, shown_name
 from freehold.tools.browser.pdf import UnreadableError
 
 MAX_FILE_BYTES = 16 << 20
@@ -121,6 +121,9 @@ class Folder:
         hidden = any(part.startswith(".") or part in _LEFT_OUT for part in name.split("/"))
         return None if hidden else name
 
+    def is_there(self, name: str) -> bool:
+        return os.path.lexists(self._root + name)
+
     def open(self, name: str) -> BinaryIO:
         """Raises UnreadableError."""
         path = self._root + name
@@ -167,7 +170,7 @@ class Folder:
                 found, own_lines = markup.of_text(written), True
         return Content(
             url=url,
-            shown=shown_address(name),
+            shown=shown_name(name),
             title=plain(found.title or title),
             text=found.text,
             links=found.links,

@@ -100,6 +100,8 @@ def of_html(html: str, base_url: str, resolve: Resolve, *, article_only: bool = 
     if root is None:
         return Text("", "", ())
     title = one_line("".join(root.xpath("string(//title)")))
+    if base := "".join(root.xpath("string(//base/@href)")).strip():
+        resolve = _from(base, resolve)
     if article_only and (body := _article(html, base_url)) is not None:
         links = Links(base_url)
         text = _Walk(links, resolve).text_of(body)
@@ -107,6 +109,16 @@ def of_html(html: str, base_url: str, resolve: Resolve, *, article_only: bool = 
             return Text(text, title, links.targets)
     links = Links(base_url)
     return Text(_Walk(links, resolve).text_of(root), title, links.targets)
+
+
+def _from(base: str, resolve: Resolve) -> Resolve:
+    def resolve_from_base(href: str) -> tuple[str, str | None] | None:
+        try:
+            return resolve(urljoin(base, href))
+        except ValueError:
+            return None
+
+    return resolve_from_base
 
 
 def _parse(html: str) -> Any:

@@ -60,9 +60,12 @@ def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
                         raise UnreadableError(f"it takes more than {MAX_SECONDS:.0f} seconds to read") from None
         finally:
             process.kill()
-    if process.returncode != 0:
+    try:
+        told = json.loads(output) if process.returncode == 0 else None
+    except ValueError:
+        told = None
+    if told is None:
         raise UnreadableError("the PDF reader broke off, at damage or at its limit of memory")
-    told = json.loads(output)
     if reason := told.get("reason"):
         raise UnreadableError(reason)
     return Pdf(told["title"], told["pages"])

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from freehold.tools.base import ToolError
 from freehold.tools.browser import addresses, markup
 from freehold.tools.browser.content import Content, Hit, one_line, plain, shown_address
-from freehold.tools.browser.engines import MakeTransport, SearchEngine
+from freehold.tools.browser.engines import MakeTransport, SearchEngine, client_over
 from freehold.tools.browser.threads import Threads
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Web:
         places = await addresses.checked_addresses(url, self._resolve)
         for last, place in zip([*[False] * (len(places[:2]) - 1), True], places[:2], strict=True):
             transport = await self._transport()
-            async with httpx.AsyncClient(transport=transport, timeout=self._seconds, trust_env=False) as client:
+            async with client_over(transport, self._seconds) as client:
                 request = client.build_request(
                     "GET",
                     url.copy_with(host=place, fragment=None),
@@ -113,7 +113,7 @@ class Web:
                     extensions={} if place == host else {"sni_hostname": host},
                 )
                 try:
-                    response = await client.send(request, stream=True, follow_redirects=False)
+                    response = await client.send(request, stream=True)
                     try:
                         return await self._read(url, response)
                     finally:
