@@ -320,3 +320,11 @@ def test_doctor_before_the_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(_invoke("doctor", "--json").stdout)["works_offline"] is False
     assert "unless its wheel is put at" in _invoke("doctor").stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_serve_refuses_a_models_options_beside_a_script(tmp_path: Path) -> None:
+    script = tmp_path / "turns.jsonl"
+    script.write_text('{"answer": "Hi."}\n')
+    for option in (("--model", "gpt-oss-20b"), ("--threads", "2"), ("--no-harmony",)):
+        done = _run("serve", "--script", script, *option, "--host", "nowhere.invalid")  # never listens, come what may
+        assert done.returncode == 2 and "--script" in done.stderr and done.stdout == ""

@@ -27,7 +27,7 @@ def test_the_secret_alone_goes_to_stdout_and_opens_what_a_server_reads() -> None
     secret = made.stdout.removesuffix("\n")
     assert secret not in made.stderr
     with Store.open() as store:
-        key = store.active_keys()[hash_secret(secret)]
+        key = store.keys_by_hash()[hash_secret(secret)]
     assert (key.name, key.requests_per_minute, key.tokens_per_minute) == ("laptop", 60, None)
 
 

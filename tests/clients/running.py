@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(__file__).parent / "programs"
-_READY = "freehold: serving on "
+_READY = "serving on "
 _WAIT = 120.0
 
 
@@ -32,8 +32,7 @@ class Serving:
 
     def records(self) -> list[dict[str, Any]]:
         """What it has logged so far."""
-        lines = self.log.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager
@@ -62,9 +61,9 @@ def _url(server: subprocess.Popen[bytes], log: Path) -> str:
     """Where it listens, as soon as it does."""
     deadline = time.monotonic() + _WAIT
     while time.monotonic() < deadline and server.poll() is None:
-        for line in log.read_text().splitlines():
-            if line.startswith(_READY):
-                return line.removeprefix(_READY).split()[0]
+        for line in log.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and (said := str(json.loads(line)["message"])).startswith(_READY):
+                return said.removeprefix(_READY)
         time.sleep(0.02)
     raise AssertionError(f"the server does not serve: {log.read_text()}")
 

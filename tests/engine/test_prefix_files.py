@@ -34,11 +34,18 @@ def engine_of(
     return Engine(transformer, EngineOptions(context=CONTEXT, chunk=64), prefix_files=files)
 
 
-def ask(engine: Engine, question: Sequence[int], transformer: Transformer, *, salt: str = "") -> int:
+def ask(
+    engine: Engine, question: Sequence[int], transformer: Transformer, *, salt: str = "", volatile: bool = False
+) -> int:
     """The same tokens as ever; returns how many of the prompt's were cached."""
     prompt = [*SYSTEM, *question]
     request = Request(
-        prompt=prompt, max_tokens=8, sampling=Sampling(temperature=0), boundaries=[len(SYSTEM)], cache_salt=salt
+        prompt=prompt,
+        max_tokens=8,
+        sampling=Sampling(temperature=0),
+        boundaries=[len(SYSTEM)],
+        cache_salt=salt,
+        volatile=volatile,
     )
     ((completion,),) = run(engine, request)
     assert completion.tokens == expected(transformer, prompt, 8)
@@ -48,6 +55,20 @@ def ask(engine: Engine, question: Sequence[int], transformer: Transformer, *, sa
 
 def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_only_volatile_requests_said_is_on_no_disk(transformer: Transformer, tmp_path: Path) -> None:
+    engine = engine_of(transformer, tmp_path)
+    for _ in range(3):
+        ask(engine, [1, 2], transformer, volatile=True)
+    while engine.tend():
+        pass
+    assert files_in(tmp_path) == []
+    assert ask(engine, [3, 4], transformer) == len(SYSTEM)  # in memory it serves everybody
+    engine.close()
+    assert len(files_in(tmp_path)) == 1  # what all of them begin with, and nothing else
+    again = engine_of(transformer, tmp_path)
+    assert ask(again, [1, 2], transformer) == len(SYSTEM)
 
 
 def test_a_system_prompt_survives_a_restart(transformer: Transformer, tmp_path: Path) -> None:

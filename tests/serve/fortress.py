@@ -74,7 +74,7 @@ class Fortress:
         self.runner = Recorder(served.runner)
         self.app = create_app(replace(served, runner=self.runner), ServeSettings(**settings), store=self.store)
         self.server: Server = self.app.state.server
-        self.guarded = guard(self.app, keys=Keys(self.store.active_keys), gate=self.server.gate)
+        self.guarded = guard(self.app, keys=Keys(self.store.keys_by_hash), gate=self.server.gate)
         self._loop = asyncio.Runner()
 
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ class Process:
         while self.process.poll() is None:
             said = self._log.read_bytes()[start:]
             if b"serving on http://127.0.0.1:" in said and said.endswith(b"\n"):
-                return int(said.partition(b"http://127.0.0.1:")[2].split()[0])
+                return int(re.split(rb"\D", said.partition(b"http://127.0.0.1:")[2], maxsplit=1)[0])
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.02)
         raise AssertionError(self.log)

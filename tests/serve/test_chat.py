@@ -453,7 +453,8 @@ def test_forms_are_enforced(said: str, fields: dict[str, Any]) -> None:
     assert post(scripted(SUNNY), CHAT, ask(**fields)).status_code == 500
 
 
-NAMED = {"type": "function", "function": {"name": "get_weather"}}
+NAMED: dict[str, Any] = {"type": "function", "function": {"name": "get_weather"}}
+AUTO = {"mode": "auto", "tools": [NAMED]}
 ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
 
 
@@ -569,6 +570,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"return_token_ids": True}, "return_token_ids"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"shoe_size": 43}, "shoe_size"),
+    ({"ignore_eos": True, "reasoning_effort": "none"}, "reasoning_effort"),
+    ({"tools": [WEATHER], "tool_choice": {**NAMED, "name": "get_weather"}}, "tool_choice.name"),
+    ({"tools": [WEATHER], "tool_choice": {**NAMED, "function": {**NAMED["function"], "x": 1}}},
+     "tool_choice.function.x"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {**AUTO, "x": 1}}},
+     "tool_choice.allowed_tools.x"),
 ]  # fmt: skip
 
 

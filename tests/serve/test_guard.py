@@ -300,6 +300,13 @@ def test_keys_are_read_again_and_the_last_one_revoked_does_not_open_the_door() -
     assert ask(app, headers={"x-api-key": "fh-new"}).status == 200
 
 
+def test_a_server_whose_keys_are_all_revoked_is_closed_from_its_start() -> None:
+    revoked = {digest(SECRET): Key(id="k", revoked_at=1.0)}
+    for open_to_all in (False, True):
+        app = guarded(Endpoint(), keys_object=Keys(lambda: revoked, open_to_all=open_to_all))
+        assert [ask(app).status, ask(app, headers={"x-api-key": SECRET}).status] == [401, 401]
+
+
 def test_keys_that_cannot_be_read_serve_for_a_while_and_then_nobody(log: io.StringIO) -> None:
     clock, broken = Clock(), False
 

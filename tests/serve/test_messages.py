@@ -345,6 +345,10 @@ def test_what_is_asked_reaches_the_model() -> None:
             thinking={"type": "disabled"},
             metadata={"user_id": "somebody"},
         )
+        raw = await site.client.messages.with_raw_response.create(
+            model="default", max_tokens=9, messages=HELLO, output_config={"effort": "max"}
+        )
+        assert raw.headers["x-freehold-warnings"] == "output_config.effort max was taken as high"
         request = site.noting.requests[0]
         assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (0.3, 0.9, 7)
         prompt = site.served.prompting.the_tokenizer().decode(request.prompt, control="show")

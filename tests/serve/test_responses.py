@@ -175,6 +175,7 @@ async def test_what_codex_sends_is_answered() -> None:
         answer = await there.http.post("/v1/responses", json={**asked, "input": said})
         assert "web_search" in answer.headers["x-freehold-warnings"]
         assert "xhigh" in answer.headers["x-freehold-warnings"]
+        assert "service_tier" in answer.headers["x-freehold-warnings"]
         first = EventOrder.of(events_of(answer.text))
         call = first["output"][1]
         assert (call["namespace"], call["name"]) == ("mcp__fs__", "apply")
@@ -468,3 +469,51 @@ async def test_whatever_stands_in_a_field_is_answered_or_refused_by_name(tmp_pat
                     assert answer.status_code in (400, 404), (path, answer.text)
                     assert answer.json()["error"]["param"].startswith((path[0], "tool")), (path, answer.text)
     assert statuses >= {200, 400}
+
+
+async def test_what_is_taken_otherwise_than_written_is_said() -> None:
+    asked: dict[str, Any] = {
+        "input": "Hello",
+        "text": {"verbosity": "low"},
+        "service_tier": "priority",
+        "prompt_cache_retention": "24h",
+        "reasoning": {"context": "all_turns"},
+    }
+    async with Responding({**SUNNY, "match": ""}) as there:
+        answer = await there.http.post("/v1/responses", json=asked)
+        said = answer.headers["x-freehold-warnings"].split("; ")
+        assert said == [
+            "service_tier priority was taken as default",
+            "prompt_cache_retention 24h was taken as in_memory",
+            "text.verbosity low was taken as medium",
+            "reasoning.context all_turns was taken as current_turn",
+        ]
+        response = answer.json()
+        told = (response["service_tier"], response["prompt_cache_retention"], response["text"]["verbosity"])
+        assert told == ("default", "in_memory", "medium")
+        kept = {
+            "input": "Hello",
+            "text": {"verbosity": "medium"},
+            "service_tier": "auto",
+            "prompt_cache_retention": "in_memory",
+            "reasoning": {"context": "auto"},
+        }
+        assert "x-freehold-warnings" not in (await there.http.post("/v1/responses", json=kept)).headers
+
+
+async def test_a_hosted_tool_is_left_out_and_named_wherever_it_stands() -> None:
+    inside = {"type": "namespace", "name": "n", "tools": [{"type": "web_search"}, {"type": "function", "name": "f"}]}
+    async with Responding({**SUNNY, "match": ""}) as there:
+        for path in ("/v1/responses", "/v1/responses/input_tokens"):
+            answer = await there.http.post(path, json={"input": "Hello", "tools": [inside]})
+            assert answer.headers.get("x-freehold-warnings") == "web_search is not switched on here and was left out"
+
+
+async def test_a_call_id_that_waits_for_its_result_is_not_given_again() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "x", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c", "output": "done"}
+    async with Responding({**SUNNY, "match": ""}) as there:
+        answer = await there.http.post("/v1/responses", json={"input": [call, call, result]})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[1].call_id")
+        again = await there.http.post("/v1/responses", json={"input": [call, result, call, result]})
+        assert again.status_code == 200

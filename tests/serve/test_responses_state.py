@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -325,3 +326,17 @@ async def test_a_failed_response_adds_nothing_to_its_conversation(tmp_path: Path
         with suppress(AssertionError):
             await there.make(input="Hello", conversation=name, stream=True)
         assert (await there.get(f"conversations/{name}/items"))["data"] == []
+
+
+async def test_a_locked_store_holds_up_only_those_who_need_it(tmp_path: Path) -> None:
+    async with Responding({"match": ".", **SUNNY}, path=tmp_path) as there:
+        await there.make(input="Hi")
+        other = sqlite3.connect(tmp_path / "responses.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        waiting = [asyncio.create_task(there.make(input="Hi")) for _ in range(50)]
+        for _ in range(3):
+            await there.make(input="Hi", store=False)
+        assert not any(task.done() for task in waiting)
+        other.execute("ROLLBACK")
+        other.close()
+        assert {response["status"] for response in await asyncio.gather(*waiting)} == {"completed"}

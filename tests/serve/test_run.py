@@ -196,6 +196,11 @@ def test_what_cannot_be_bound_is_named(host: str, port: int, says: str) -> None:
         run.bind(host, port)
 
 
+def test_a_client_may_be_waited_for_as_long_as_settings_allow() -> None:
+    for listener in run.bind("127.0.0.1", 0, write_seconds=1e6):
+        listener.close()
+
+
 def test_beyond_the_loopback_a_key_or_a_word_is_asked_for() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.7"):
         with pytest.raises(UsageError, match=r"`freehold keys create`, or say --allow-no-key"):
@@ -250,9 +255,12 @@ def test_tls_files_that_will_not_do_are_refused_with_the_reason(certificate: tup
     both = tmp_path / "both.pem"
     both.write_text(cert.read_text() + key.read_text())
     assert run.tls_context(both, both) is not None
+    assert run.tls_context(both, None) is not None
     assert run.tls_context(None, None) is None
-    with pytest.raises(UsageError, match="both a certificate and its key"):
+    with pytest.raises(UsageError, match="not a certificate and its key in PEM"):
         run.tls_context(cert, None)
+    with pytest.raises(UsageError, match="a key alone makes no TLS"):
+        run.tls_context(None, key)
 
 
 # --- clients that dawdle ------------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def revoke(
 
     with Store.open(store) as opened:
         record = opened.revoke_key(key)
-    terminal.say(f"key {record.name} ({record.hint}…) opens nothing any more")
+        is_last = all(other.revoked_at is not None for other in opened.keys())  # noqa: SIM118
+    closed = "; no key is left, and servers on this store let nobody in until there is one" if is_last else ""
+    terminal.say(f"key {record.name} ({record.hint}…) opens nothing any more{closed}")
 
 
 def _facts(record: "KeyRecord") -> dict[str, object]:

@@ -20,15 +20,18 @@ from freehold.cli.options import (
     Threads,
 )
 from freehold.errors import UsageError
+from freehold.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from freehold.session.served import Served
 
+_DEFAULTS = ServeSettings()
+
 
 def command(
     model: ModelOption = "default",
-    host: Annotated[str, typer.Option(help="Listen on this address.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Listen on this port; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Listen on this address.")] = _DEFAULTS.host,
+    port: Annotated[int, typer.Option(help="Listen on this port; 0 takes a free one.")] = _DEFAULTS.port,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Another name that the model answers to; may be given again.")
     ] = None,
@@ -63,12 +66,25 @@ def command(
     airgap: Annotated[
         bool, typer.Option("--airgap", help="Let neither this process nor its children open any connection.")
     ] = False,
-    max_concurrency: Annotated[int, typer.Option(help="So many answers are written at once.")] = 32,
-    max_queue: Annotated[int, typer.Option(help="So many more may wait; who comes then is sent away.")] = 256,
-    max_body_bytes: Annotated[int, typer.Option(help="The largest request.", show_default="32 MiB")] = 32 << 20,
-    request_timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 3600.0,
-    send_timeout: Annotated[float, typer.Option(help="Seconds that a client may stop reading.")] = 30.0,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that answers have to end on SIGTERM.")] = 60.0,
+    max_concurrency: Annotated[int, typer.Option(help="So many answers are written at once.")] = _DEFAULTS.max_running,
+    max_queue: Annotated[
+        int, typer.Option(help="So many more may wait; who comes then is sent away.")
+    ] = _DEFAULTS.max_queue,
+    max_body_bytes: Annotated[
+        int, typer.Option(help="The largest request.", show_default="32 MiB")
+    ] = _DEFAULTS.max_body_bytes,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds that an answer may take.")
+    ] = _DEFAULTS.request_timeout,
+    receive_timeout: Annotated[
+        float, typer.Option(help="Seconds that a request's body may take to come.")
+    ] = _DEFAULTS.receive_timeout,
+    send_timeout: Annotated[
+        float, typer.Option(help="Seconds that a client may stop reading.")
+    ] = _DEFAULTS.send_timeout,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that answers have to end on SIGTERM.")
+    ] = _DEFAULTS.drain_timeout,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")] = False,
     log_content: Annotated[bool, typer.Option("--log-content", help="Log what is asked and answered, too.")] = False,
     kv_tokens: Annotated[
@@ -91,13 +107,26 @@ def command(
     """
     if script is None and tokens_per_second is not None:
         raise UsageError("--tokens-per-second is for a --script; a model is as fast as it is")
+    if script is not None:
+        of_models = {
+            "--model": model if model != "default" else None,
+            "--harmony": harmony,
+            "--kv-tokens": kv_tokens,
+            "--device": device,
+            "--dtype": dtype,
+            "--dense": dense,
+            "--kv-dtype": kv_dtype,
+            "--context": context,
+            "--threads": threads,
+            "--prefix-cache-dir": prefix_cache_dir,
+        }
+        if given := [option for option, value in of_models.items() if value is not None]:
+            raise UsageError(f"a --script is no model, and takes nothing of one: leave {', '.join(given)} out")
     from freehold.serve.journal import start_logging
-    from freehold.serve.settings import ServeSettings
     from freehold.serve.start import start
 
-    defaults = ServeSettings()
     settings = dataclasses.replace(
-        defaults,
+        _DEFAULTS,
         host=host,
         port=port,
         model_names=tuple(served_model_name or ()),
@@ -110,10 +139,11 @@ def command(
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
         request_timeout=request_timeout,
+        receive_timeout=receive_timeout,
         send_timeout=send_timeout,
         drain_timeout=drain_timeout,
-        keep_days=defaults.keep_days if keep_days is None else keep_days or None,
-        keep_bytes=defaults.keep_bytes if keep_bytes is None else keep_bytes or None,
+        keep_days=_DEFAULTS.keep_days if keep_days is None else keep_days or None,
+        keep_bytes=_DEFAULTS.keep_bytes if keep_bytes is None else keep_bytes or None,
         log_json=log_json,
         log_content=log_content,
     )

@@ -215,7 +215,7 @@ class Engine:
         self.check_integrity()
         if self._files is None:
             return False
-        wanted = [p for p in self._prefixes if (p.is_root or p.uses > 1) and not (p.is_kept or p.is_private)]
+        wanted = [prefix for prefix in self._prefixes if prefix.is_wanted_on_disk]
         if not wanted:
             return False
         prefix = wanted[-1]

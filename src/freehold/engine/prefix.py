@@ -39,14 +39,15 @@ class Prefix:
     """A snapshot that is kept, under the digest of its tokens.
 
     `is_root` if it ends the first message that a caller named: what many conversations begin with. `is_private` if only
-    its maker's samples share it. `uses` counts the other requests that went on from it.
-    `is_kept` once it has been written to disk, or could not be.
+    its maker's samples share it; `is_volatile` until a request has begun like this that may stand on disk. `uses`
+    counts the other requests that went on from it. `is_kept` once it has been written to disk, or could not be.
     """
 
     key: bytes
     snapshot: Holding
     is_root: bool = False
     is_private: bool = False
+    is_volatile: bool = False
     maker: int | None = None  # the request that computed it
     uses: int = 0
     is_kept: bool = False
@@ -54,6 +55,11 @@ class Prefix:
     @property
     def length(self) -> int:
         return self.snapshot.length
+
+    @property
+    def is_wanted_on_disk(self) -> bool:
+        may_be = not (self.is_kept or self.is_private or self.is_volatile)
+        return may_be and (self.is_root or self.uses > 1)
 
 
 class PrefixCache:
@@ -96,8 +102,9 @@ class PrefixCache:
             bisect.insort(self._lengths, prefix.length)
         self._counts[prefix.length] += 1
 
-    def touch(self, key: bytes) -> None:
+    def touch(self, key: bytes, *, volatile: bool) -> None:
         self._entries.move_to_end(key)
+        self._entries[key].is_volatile &= volatile
 
     def evict(self) -> bool:
         """Let go of the least recently used one; False where there is none."""

@@ -185,7 +185,9 @@ def _is_empty(logits_V: Tensor) -> bool:
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
     sampling = sequence.request.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*sequence.request.prompt, *sequence.counts}))
+        if sequence.seen is None:
+            sequence.seen = {*sequence.request.prompt, *sequence.counts}
+        seen = torch.tensor(list(sequence.seen))
         values = logits_V[seen]
         penalty = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)

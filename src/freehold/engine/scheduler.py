@@ -162,6 +162,7 @@ class Scheduler:
             sequence.num_cached = holding.length
         if cached is not None and cached.maker != sequence.request_id:
             cached.uses += 1
+            cached.is_volatile &= sequence.request.volatile
         sequence.boundaries = [length for length in sequence.boundaries if length > holding.length]
         self._plan(sequence, count, plan)
         return count
@@ -202,13 +203,22 @@ class Scheduler:
         assert sequence.holding is not None
         key = sequence.digest.of(sequence.tokens, length)
         if key in self._prefixes:
-            self._prefixes.touch(key)
+            self._prefixes.touch(key, volatile=sequence.request.volatile)
         else:
             snapshot = self._pages.snapshot(sequence.holding, length)
             is_root = length == min(sequence.request.boundaries, default=None)
             is_private = not sequence.request.cache
             maker = sequence.request_id
-            self._prefixes.put(Prefix(key, snapshot, is_root=is_root, is_private=is_private, maker=maker))
+            self._prefixes.put(
+                Prefix(
+                    key,
+                    snapshot,
+                    is_root=is_root,
+                    is_private=is_private,
+                    is_volatile=sequence.request.volatile,
+                    maker=maker,
+                )
+            )
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.holding is not None:

@@ -34,6 +34,7 @@ class Sequence:
     num_sent: int = 0  # generated tokens that the caller has
     unsent_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the others, where they are wanted
     num_cached: int = 0
+    seen: set[int] | None = None  # every token of prompt and answer, from when somebody first asks
     num_preemptions: int = 0
     started: float | None = None
     first_token: float | None = None
@@ -70,6 +71,8 @@ class Sequence:
         if logprobs is not None:
             self.unsent_logprobs.append(logprobs)
         self.counts[token] += 1
+        if self.seen is not None:
+            self.seen.add(token)
         if token in self.request.stop_ids or (self.constraint is not None and self.constraint.is_finished()):
             self.finish = "stop"
         elif self.num_generated >= self.request.max_tokens:

@@ -22,11 +22,11 @@ from freehold.formats.harmony.offer import FUNCTIONS
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.chat_wire import Asked, ChatRequest, understand, why_not
-from freehold.serve.errors import ApiError
-from freehold.serve.generation import FINGERPRINT, usage
+from freehold.serve.errors import warning_headers
+from freehold.serve.generation import FINGERPRINT, fault, usage
 from freehold.serve.logprobs import token_logprobs
 from freehold.serve.server import Reading, Server, whole
-from freehold.serve.sse import DONE, EventStream, dumps, encode
+from freehold.serve.sse import DONE, EventStream, dumps
 from freehold.session.turn import SampleDone, ScoredToken, Turn, TurnEvent
 
 _BETWEEN_MESSAGES = "\n\n"
@@ -43,14 +43,10 @@ def router(server: Server) -> APIRouter:
         reply = await _begin(server, caller_of(request), body)
         if body.stream:
             chunks = _stream(reply, includes_usage=includes_usage)
-            return EventStream(chunks, fault=_fault, headers=reply.headers)
+            return EventStream(chunks, fault=fault, headers=reply.headers)
         return JSONResponse(await whole(request, _answer(reply)), headers=reply.headers)
 
     return routes
-
-
-def _fault(error: ApiError) -> bytes:
-    return encode(error.openai()) + DONE
 
 
 class _Reply:
@@ -65,7 +61,7 @@ class _Reply:
             _Sample(asked, shows_reasoning=body.include_reasoning is not False) for _ in range(body.num_samples)
         ]
         self.ends: list[SampleDone] = []
-        self.headers = {"x-freehold-warnings": "; ".join(asked.warnings)} if asked.warnings else {}
+        self.headers = warning_headers(asked.warnings)
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",

@@ -5,7 +5,7 @@ the caller says stays text: no control token can be written into a message.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
@@ -115,6 +115,9 @@ def understand(body: ChatRequest, served: Served) -> Asked:
     described, *forms = _response_format(body.response_format)
     form = body.form(*forms)
     effort = thinking(served, body.reasoning_effort, param="reasoning_effort")
+    if body.ignore_eos and effort.choices:
+        message = "with ignore_eos nothing keeps the model from reasoning; leave one of them out"
+        raise ApiError(400, message, param="reasoning_effort")
     choices = TurnChoices(**effort.choices)
     if form is not None:
         choices["response_format"] = form.form
@@ -200,7 +203,9 @@ def _tool_choice(raw: Any, offered: Mapping[str, Tool]) -> ToolChoice:
             raise ApiError(400, "tool_choice is required, but there are no tools; give some", param="tool_choice")
         case "none" | "auto" | "required":
             return raw  # type: ignore[no-any-return]
-        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*tools]}, **rest} if not rest:
+        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [*tools], **inside}, **rest}:
+            _refuse_unknown(rest, "tool_choice")
+            _refuse_unknown(inside, "tool_choice.allowed_tools")
             if mode not in ("auto", "required"):
                 raise ApiError(
                     400, f"mode is auto or required, got {mode!r:.40}", param="tool_choice.allowed_tools.mode"
@@ -218,10 +223,10 @@ def _tool_choice(raw: Any, offered: Mapping[str, Tool]) -> ToolChoice:
 def _chosen(raw: Any, offered: Mapping[str, Tool], *, param: str) -> str:
     """The recipient that is meant."""
     match raw:
-        case {"type": "function", "function": {"name": str(name)}}:
-            is_custom = False
-        case {"type": "custom", "custom": {"name": str(name)}}:
-            is_custom = True
+        case {"type": "function" as kind, "function": {"name": str(name), **inside}, **rest}:
+            pass
+        case {"type": "custom" as kind, "custom": {"name": str(name), **inside}, **rest}:
+            pass
         case _:
             raise ApiError(
                 400,
@@ -229,10 +234,11 @@ def _chosen(raw: Any, offered: Mapping[str, Tool], *, param: str) -> str:
                 f"{{name}}}} or {{type: allowed_tools, allowed_tools: {{mode, tools}}}}, got {raw!r:.80}",
                 param=param,
             )
+    _refuse_unknown(rest, param)
+    _refuse_unknown(inside, f"{param}.{kind}")
     if name not in offered:
         raise ApiError(400, f"{name!r:.80} is not among the tools; offer it, or choose another one", param=param)
-    if is_custom != (offered[name].text_format is not None):
-        kind = "custom" if is_custom else "function"
+    if (kind == "custom") != (offered[name].text_format is not None):
         raise ApiError(400, f"{name!r:.80} is no tool of type {kind!r}", param=param)
     return f"{FUNCTIONS}.{name}"
 
@@ -246,8 +252,7 @@ def _response_format(raw: dict[str, Any] | None) -> tuple[ResponseFormat | None,
         return (None,)
     kind = raw.get("type")
     known = ("type", "json_schema") if kind == "json_schema" else ("type",)
-    if unknown := [key for key in raw if key not in known]:
-        raise _unknown(f"response_format.{unknown[0]}")
+    _refuse_unknown([key for key in raw if key not in known], "response_format")
     match kind:
         case "text":
             return (None,)
@@ -264,8 +269,7 @@ def _json_schema(raw: Any) -> tuple[ResponseFormat, Form]:
     param = "response_format.json_schema"
     if not isinstance(raw, dict):
         raise ApiError(400, f"{param} must be an object with a name and a schema", param=param)
-    if unknown := [key for key in raw if key not in ("name", "description", "schema", "strict")]:
-        raise _unknown(f"{param}.{unknown[0]}")
+    _refuse_unknown([key for key in raw if key not in ("name", "description", "schema", "strict")], param)
     if not isinstance(raw.get("strict"), bool | None):
         raise ApiError(400, f"strict is true or false, got {raw['strict']!r:.40}", param=f"{param}.strict")
     if not isinstance(raw.get("schema"), dict):
@@ -288,8 +292,10 @@ def _describe(conversation: Conversation, form: ResponseFormat) -> Conversation:
     return Conversation(messages=tuple(messages))
 
 
-def _unknown(param: str) -> ApiError:
-    return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+def _refuse_unknown(names: Iterable[object], where: str) -> None:
+    for name in names:
+        param = f"{where}.{name!s:.80}"
+        raise ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
 
 
 def _logprobs(body: ChatRequest) -> int | None:

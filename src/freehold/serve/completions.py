@@ -22,10 +22,10 @@ from freehold.sampling import MOST_LOGPROBS
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.errors import ApiError
-from freehold.serve.generation import FINGERPRINT, GenerationFields, blame, usage
+from freehold.serve.generation import FINGERPRINT, GenerationFields, blame, fault, usage
 from freehold.serve.logprobs import LEAST
 from freehold.serve.server import Reading, Server, whole
-from freehold.serve.sse import DONE, EventStream, dumps, encode
+from freehold.serve.sse import DONE, EventStream, dumps
 from freehold.serve.wire import Hint, Refused
 from freehold.session.completion import TextAsk
 from freehold.session.turn import Said, SampleDone, ScoredToken, Turn, TurnEvent
@@ -87,14 +87,10 @@ def router(server: Server) -> APIRouter:
         includes_usage = body.includes_usage
         reply = await _begin(server, caller_of(request), body)
         if body.stream:
-            return EventStream(_stream(reply, includes_usage=includes_usage), fault=_fault)
+            return EventStream(_stream(reply, includes_usage=includes_usage), fault=fault)
         return JSONResponse(await whole(request, _answer(reply)))
 
     return routes
-
-
-def _fault(error: ApiError) -> bytes:
-    return encode(error.openai()) + DONE
 
 
 async def _begin(server: Server, caller: Caller, body: CompletionRequest) -> "_Reply":

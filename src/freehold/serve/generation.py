@@ -16,6 +16,7 @@ from freehold.formats.forms import AnswerFormat, Choice, JsonObject, JsonSchema,
 from freehold.sampling import SamplingOptions
 from freehold.serve.bodies import parse_json
 from freehold.serve.errors import ApiError, api_error
+from freehold.serve.sse import DONE, encode
 from freehold.serve.wire import Hint, Refused, Wire
 from freehold.session.turn import SampleDone
 
@@ -106,7 +107,11 @@ class GenerationFields(Wire):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same tokens")
     n: int | None = Field(None, ge=1, le=MOST_SAMPLES, description="How many answers; all count against the queue")
     stop: _Stops | None = Field(None, description="The text ends before the first of these")
-    min_tokens: int | None = Field(None, ge=0, description="vLLM's; no stop token comes before so many tokens")
+    min_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="vLLM's; no stop token comes before so many tokens; a complete form ends the text",
+    )
     ignore_eos: bool | None = Field(None, description="vLLM's; only max_tokens ends the text. Not with a form")
     stream: bool | None = Field(None, description="Server-sent events, ended by [DONE]")
     stream_options: CompletionStreamOptions | None = Field(None, description="Only with stream")
@@ -259,6 +264,11 @@ def blame(
     elif first in fields:
         param = first
     return api_error(error, param=param)
+
+
+def fault(error: ApiError) -> bytes:
+    """The end of a stream that failed on its way."""
+    return encode(error.openai()) + DONE
 
 
 # --- what was used ------------------------------------------------------------------------------------------

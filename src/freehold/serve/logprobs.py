@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI writes them, for every API that has them."""
+"""Log-probabilities as OpenAI writes them in chats and responses; completions have a form of their own."""
 
 from collections.abc import Sequence
 from typing import Any

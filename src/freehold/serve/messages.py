@@ -147,10 +147,11 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
         messages.append(Message(role="developer", parts=(developer,)))
     messages += _History(caller, spellings, warnings).read(body.messages)
     asked_effort = body.output_config.effort if body.output_config is not None else None
-    effort = thinking(server.served, asked_effort, param="output_config.effort").effort
+    effort = thinking(server.served, asked_effort, param="output_config.effort")
+    warnings += effort.warnings
     return _Asked(
         conversation=Conversation(messages=tuple(messages)),
-        effort=effort,
+        effort=effort.effort,
         choices=_choices(server, body, form, tools),
         thinking=_display(body, has_tools=bool(tools)),
         warnings=warnings,

@@ -259,7 +259,9 @@ class JsonFormat(Wire):
 
 class OutputConfig(Wire):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
-        default=None, description="How hard to think. `xhigh` and `max` are this model's most, which is `high`."
+        default=None,
+        description="How hard to think. `xhigh` and `max` are taken as `high`, this model's most, and "
+        "`x-freehold-warnings` says so.",
     )
     format: JsonFormat | None = None
     task_budget: Annotated[None, Refused("there is no budget over several requests; use max_tokens")] = None

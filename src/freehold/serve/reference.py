@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 from freehold.serve.app import create_app
 from freehold.serve.errors import ApiError
 from freehold.serve.messages_wire import OrText
-from freehold.serve.settings import ServeSettings
+from freehold.serve.settings import ServeSettings, option_of
 from freehold.serve.wire import Hint, Refused, Wire
 from freehold.session.scripted import ScriptedTurn, serve_script
 
@@ -39,7 +39,11 @@ _HEADERS = (
     ("anthropic-version", "request", "for `/v1/messages`: `2023-06-01` or `2026-10-21`; fields of both are known"),
     ("anthropic-beta", "request", "for `/v1/messages`: not needed; what it would switch on is there without it"),
     ("x-request-id", "both", "the request's id: the client's own, or a new one"),
-    ("x-freehold-warnings", "answer", "what was left out of the prompt, such as hosted tools that are not there"),
+    (
+        "x-freehold-warnings",
+        "answer",
+        "what was left out, such as hosted tools that are not there, or taken otherwise than written",
+    ),
     ("retry-after", "answer", "seconds, with 429 and 503"),
 )
 
@@ -121,7 +125,10 @@ class _Page:
         settings = ServeSettings()
         yield from _table(
             ("limit", "unless set", ""),
-            [(f"`{name}`", f"{getattr(settings, name):,}", text) for name, text in _LIMITS.items()],
+            [
+                (f"`{option_of(name)}`", f"{getattr(settings, name):,}".removesuffix(".0"), text)
+                for name, text in _LIMITS.items()
+            ],
         )
 
     def _endpoint(self, route: APIRoute) -> Iterator[str]:

@@ -40,6 +40,7 @@ _SEND_BUFFER = 256 * 2**10
 """Of each connection, in the kernel: how far a stream may run ahead of its reader before that is noticed."""
 _SPARE_DESCRIPTORS = 256
 _BACKLOG = 2048
+_LONGEST_IDLE = 32_767  # Linux takes no more
 
 _BIND_ERRORS = {
     errno.EADDRINUSE: "is in use: choose another with --port, or --port 0 for any that is free",
@@ -74,7 +75,9 @@ def bind(host: str, port: int, *, write_seconds: float = ConnectionLimits().writ
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if sys.platform == "linux":
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(write_seconds)))
+                listener.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(max(1, int(write_seconds)), _LONGEST_IDLE)
+                )
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_seconds * 1000))
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
@@ -102,14 +105,15 @@ def url_of(sockets: Sequence[socket.socket], *, tls: bool) -> str:
 
 
 def tls_context(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """From PEM files; one file may hold both. None where neither is given.
+    """From PEM files; without a `key`, `cert` holds both. None where neither is given.
 
     Raises UsageError for files that are missing, are no PEM, are encrypted, or do not belong together.
     """
-    if cert is None and key is None:
+    if cert is None:
+        if key is not None:
+            raise UsageError("a key alone makes no TLS; give its certificate with --tls-cert")
         return None
-    if cert is None or key is None:
-        raise UsageError("TLS takes both a certificate and its key; give --tls-cert and --tls-key")
+    key = key or cert
     for option, path in (("--tls-cert", cert), ("--tls-key", key)):
         try:
             path.open("rb").close()

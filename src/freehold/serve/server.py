@@ -14,6 +14,7 @@ from freehold.serve.gate import Gate
 from freehold.serve.responses.background import Background
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
+from freehold.serve.threads import Threads
 from freehold.session.completion import TextAsk, prepare_text
 from freehold.session.served import Served
 from freehold.session.store.store import Store
@@ -33,6 +34,7 @@ class Server:
     gate: Gate
     store: Store | None = None
     sealer: Sealer = field(default_factory=Sealer)
+    store_threads: Threads = field(default_factory=lambda: Threads("freehold-store", 4))
     background: Background = field(default_factory=Background)
     created: int = field(default_factory=lambda: int(time.time()))
 

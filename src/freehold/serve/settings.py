@@ -5,6 +5,8 @@ from pathlib import Path
 
 from freehold.errors import UsageError
 
+_LONGEST_SECONDS = 1e6  # eleven days: what timers, and the kernel's, can hold
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
@@ -13,7 +15,8 @@ class ServeSettings:
     Times are in seconds. `max_running` requests run at once and `max_queue` more wait; what comes then is sent away.
     A request takes `request_timeout` at most, a client that stops reading is cut off after `send_timeout`, and on
     SIGTERM running requests have `drain_timeout` to come to their end. Stored responses are kept for
-    `keep_days` and up to `keep_bytes`, the oldest go first; None keeps them for ever.
+    `keep_days` and up to `keep_bytes`, the oldest go first; None keeps them for ever. Without a `tls_key` the file
+    `tls_cert` holds the key too.
     """
 
     host: str = "127.0.0.1"
@@ -39,14 +42,24 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise UsageError(f"the port must be between 0 and 65535, got {self.port!r}")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise UsageError("TLS takes both a certificate and its key; give --tls-cert and --tls-key")
+        if not all(self.model_names):
+            raise UsageError("a model cannot go by no name; give --served-model-name one that clients can send")
+        if self.tls_key is not None and self.tls_cert is None:
+            raise UsageError("a key alone makes no TLS; give its certificate with --tls-cert")
         for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1)):
             if getattr(self, name) < least:
-                raise UsageError(f"{name} must be {least} or more, got {getattr(self, name)!r}")
+                raise UsageError(f"{option_of(name)} must be {least} or more, got {getattr(self, name)!r}")
         for name in ("request_timeout", "receive_timeout", "send_timeout", "drain_timeout"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be more than 0 seconds, got {getattr(self, name)!r}")
+            if not 0 < getattr(self, name) <= _LONGEST_SECONDS:
+                raise UsageError(
+                    f"{option_of(name)} must be more than 0 and at most {_LONGEST_SECONDS:,.0f} seconds, "
+                    f"got {getattr(self, name)!r}"
+                )
         for name in ("keep_days", "keep_bytes"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be more than 0, got {getattr(self, name)!r}")
+                raise UsageError(f"{option_of(name)} must be more than 0, got {getattr(self, name)!r}")
+
+
+def option_of(name: str) -> str:
+    """As the command line calls a field."""
+    return "--max-concurrency" if name == "max_running" else f"--{name.replace('_', '-')}"

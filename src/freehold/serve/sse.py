@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
-from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -46,12 +45,10 @@ class EventStream(Response):
         *,
         fault: Callable[[ApiError], bytes],
         headers: Mapping[str, str] | None = None,
-        background: BackgroundTask | None = None,
         keep_alive: bytes = _KEEP_ALIVE,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self.background = background
         self._chunks = chunks
         self._fault = fault
         self._still_here = keep_alive
@@ -69,8 +66,6 @@ class EventStream(Response):
             await self._chunks.aclose()
         if not sending.cancelled():
             sending.result()
-        if self.background is not None:
-            await self.background()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -16,6 +16,7 @@ from freehold.paths import data_dir
 from freehold.serve.app import create_app
 from freehold.serve.connection import ConnectionLimits
 from freehold.serve.guard import guard
+from freehold.serve.hosts import host_name, origin
 from freehold.serve.keys import Keys
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.run import bind, check_exposure, serve, tls_context
@@ -33,6 +34,10 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
 
     Raises UsageError, StoreError, DiskError and whatever `load` does.
     """
+    for name in settings.allowed_hosts:
+        host_name(name)
+    for name in settings.cors_origins:
+        origin(name)
     tls = tls_context(settings.tls_cert, settings.tls_key)
     airgap.stay_offline()
     sockets = bind(settings.host, settings.port, write_seconds=settings.send_timeout)
@@ -41,7 +46,7 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             airgap.close_network()
         with Store.open(store_url) as store:
             check_exposure(
-                settings.host, settings.port, has_keys=bool(store.active_keys()), allow_no_key=settings.allow_no_key
+                settings.host, settings.port, has_keys=bool(store.keys_by_hash()), allow_no_key=settings.allow_no_key
             )
             for response_id in store.recover():
                 logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
@@ -52,7 +57,7 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             server: Server = app.state.server
             guarded = guard(
                 app,
-                keys=Keys(store.active_keys, open_to_all=settings.allow_no_key),
+                keys=Keys(store.keys_by_hash, open_to_all=settings.allow_no_key),
                 gate=server.gate,
                 allowed_hosts=settings.allowed_hosts,
                 cors_origins=settings.cors_origins,
@@ -68,10 +73,16 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
                 drain_timeout=settings.drain_timeout,
                 on_drain=server.gate.drain,
                 on_late=lambda: server.served.runner.drain(0),
+                on_ready=_log_ready if settings.log_json else None,
             )
     finally:
         for socket in sockets:
             socket.close()
+
+
+def _log_ready(url: str) -> None:
+    """Who reads the log as JSON reads nothing else there."""
+    logger.log(NOTICE, "serving on %s", url)
 
 
 @asynccontextmanager
@@ -79,6 +90,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     """While the server runs its store is kept tidy; then what is still being made comes to an end, and is stored."""
     server: Server = app.state.server
     tidying = asyncio.create_task(_tidy(server))
+    await asyncio.to_thread(app.openapi)  # a second's work, which the first to ask for it would impose on everybody
     try:
         yield
     finally:
@@ -95,7 +107,7 @@ async def _tidy(server: Server) -> None:
     while server.store is not None:
         try:
             max_age = None if settings.keep_days is None else settings.keep_days * _DAY
-            await asyncio.to_thread(server.store.sweep, max_age_seconds=max_age, max_bytes=settings.keep_bytes)
+            await server.store_threads.run(server.store.sweep, max_age_seconds=max_age, max_bytes=settings.keep_bytes)
         except Exception as error:  # noqa: BLE001 - the next time may go better, and serving goes on
             logger.warning("the store could not be tidied: %s", error)
         await asyncio.sleep(_HOUSEKEEPING_SECONDS)

@@ -57,6 +57,7 @@ class Prompting:
         boundaries: Sequence[int] = (),
         constraint: Callable[[], TokenConstraint] | None = None,
         cache_salt: str = "",
+        volatile: bool = False,
         deadline: float | None = None,
         prompt_logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -84,6 +85,7 @@ class Prompting:
             boundaries=boundaries,
             constraint=constraint,
             cache_salt=cache_salt,
+            volatile=volatile,
             deadline=deadline,
             prompt_logprobs=prompt_logprobs,
             sampling=replace(self.defaults.sampling, **asked),  # type: ignore[arg-type]

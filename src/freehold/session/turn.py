@@ -26,7 +26,8 @@ class Ask:
     """What is asked of a turn. None leaves it to the model's defaults.
 
     A sample ends before the first of the `stop` strings in its answer, not in its reasoning. With `ignore_eos` no
-    token ends it, only `max_tokens` do. `deadline` is in seconds from when it begins.
+    token ends it, only `max_tokens` do. Nothing of a `volatile` one stays on disk. `deadline` is in seconds from when
+    it begins.
     """
 
     conversation: Conversation
@@ -39,6 +40,7 @@ class Ask:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     cache_salt: str = ""
+    volatile: bool = False
     deadline: float | None = None
 
 
@@ -104,6 +106,7 @@ def _prepare(served: Served, ask: Ask) -> "Turn":
         boundaries=turn.prompt.boundaries,
         constraint=turn.grammar,
         cache_salt=ask.cache_salt,
+        volatile=ask.volatile,
         deadline=ask.deadline,
         **ask.sampling,
     )

@@ -12,6 +12,7 @@ from freehold.serve.errors import ApiError, api_error
 from freehold.serve.journal import log_failure
 from freehold.serve.responses.stream import Event, ResponseStream
 from freehold.serve.sse import dumps
+from freehold.serve.threads import Threads
 from freehold.session.store.records import ResponseRecord
 from freehold.session.store.store import Store
 from freehold.session.turn import TurnEvent
@@ -40,9 +41,11 @@ class Background:
     def __init__(self) -> None:
         self._runs: dict[tuple[str, str], Run] = {}
 
-    async def begin(self, store: Store, stream: ResponseStream, record: Record, *, keep_events: bool) -> "Run":
+    async def begin(
+        self, store: Store, threads: Threads, stream: ResponseStream, record: Record, *, keep_events: bool
+    ) -> "Run":
         """Store a response that waits, so that its id can be told; `Run.start` sets it going."""
-        run = Run(store, stream, record, keep_events=keep_events, ended=self._forget)
+        run = Run(store, threads, stream, record, keep_events=keep_events, ended=self._forget)
         await run.queue()
         self._runs[run.key] = run
         return run
@@ -65,6 +68,7 @@ class Run:
     def __init__(
         self,
         store: Store,
+        threads: Threads,
         stream: ResponseStream,
         record: Record,
         *,
@@ -76,6 +80,7 @@ class Run:
         self.keeps_events = keep_events
         self.task: asyncio.Task[None] | None = None
         self._store = store
+        self._threads = threads
         self._stream = stream
         self._record = record
         self._ended = ended
@@ -99,7 +104,7 @@ class Run:
 
     async def queue(self) -> None:
         events = numbered(self._stream.created())
-        await asyncio.to_thread(self._put, events)
+        await self._threads.run(self._put, events)
         self._tell(events)
 
     def start(self, batches: Batches) -> None:
@@ -143,7 +148,7 @@ class Run:
         try:
             await writing
             last = numbered([*self._said, *self._stream.ended()])
-            await asyncio.to_thread(self._put, last)
+            await self._threads.run(self._put, last)
         except Exception as error:  # noqa: BLE001 - nobody waits for this task
             log_failure("a response could not be stored", error)
             self._stream.fail(ApiError(500, "the response could not be stored; send it again"))
@@ -156,7 +161,7 @@ class Run:
     async def _put_failure(self, last: Sequence[Numbered]) -> None:
         """The store may have been busy for a moment; otherwise the next start will find what is not finished."""
         try:
-            await asyncio.to_thread(self._put, last)
+            await self._threads.run(self._put, last)
         except Exception as error:  # noqa: BLE001 - it has been told of already
             log_failure("nor could its failure", error)
 
@@ -185,7 +190,7 @@ class Run:
             if said := self._said:
                 self._said = []
                 events = numbered(said)
-                await asyncio.to_thread(self._store.append_events, self.key[1], self.key[0], events)
+                await self._threads.run(self._store.append_events, self.key[1], self.key[0], events)
                 self._tell(events)
 
     def _put(self, events: Sequence[Numbered]) -> None:

@@ -187,8 +187,8 @@ def _reasoning(item: ReasoningItem, new_id: NewId, open_: Open, param: str) -> I
 
 
 def check_items(history: Sequence[Item], own: Sequence[Item], *, whose: str) -> None:
-    """Raise ApiError for ids that are there twice, results of unknown calls, and calls without a result. `whose` is the
-    field that the history comes from."""
+    """Raise ApiError for ids that are there twice, calls that cannot be told apart, results of unknown calls, and calls
+    without a result. `whose` is the field that the history comes from."""
     seen = {item["id"] for item in history}
     calls: dict[str, Item] = {}
     waiting: dict[str, str] = {}
@@ -198,6 +198,9 @@ def check_items(history: Sequence[Item], own: Sequence[Item], *, whose: str) -> 
             raise ApiError(400, f"The item {item['id']!r} is there already; send it once.", param=f"{param}.id")
         seen.add(item["id"])
         if item["type"] in _CALLS:
+            if item["call_id"] in waiting:
+                message = f"The call_id {item['call_id']!r} is that of another call, which has no output yet."
+                raise ApiError(400, message, param=f"{param}.call_id")
             calls[item["call_id"]] = item
             if item["status"] == "completed":
                 waiting[item["call_id"]] = param

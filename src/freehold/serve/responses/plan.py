@@ -9,10 +9,10 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from freehold.errors import ContextError, FreeholdError, NotFoundError, SchemaError, UsageError
-from freehold.formats.chat import ChatFormat, HarmonyFormat, TurnChoices
+from freehold.formats.chat import ChatFormat, TurnChoices
 from freehold.formats.conversation import (
     Conversation,
     DeveloperContent,
@@ -24,7 +24,7 @@ from freehold.formats.forms import AnswerFormat, JsonObject, JsonSchema
 from freehold.formats.harmony.typescript import compact_json
 from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
-from freehold.serve.effort import thinking
+from freehold.serve.effort import speaks_harmony, thinking
 from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.responses.items import (
     Item,
@@ -138,15 +138,40 @@ async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
         logprobs=asking.top_logprobs is not None,
         encrypted=_ENCRYPTED in (body.include or ()),
         obfuscate=bool(body.stream_options and body.stream_options.include_obfuscation),
-        warnings=(*(f"{name} is not switched on here and was left out" for name in tools.left_out), *asking.warnings),
+        warnings=(*tools.warnings, *_taken_otherwise(body), *asking.warnings),
     )
 
 
-async def count_input(server: Server, caller: Caller, body: InputTokens) -> int:
+class Count(NamedTuple):
+    """How many tokens an input has, and what was taken otherwise than written."""
+
+    num_tokens: int
+    warnings: tuple[str, ...]
+
+
+async def count_input(server: Server, caller: Caller, body: InputTokens) -> Count:
     """How many tokens the input of such a response has."""
     server.check_model(body.model or server.model_names[0])
+    tools = read_tools(body.tools)
     context = await read_context(server, caller, body)
-    return (await _Asking(server, body, read_tools(body.tools)).turn(caller, context)).num_prompt_tokens
+    asking = _Asking(server, body, tools)
+    turn = await asking.turn(caller, context)
+    return Count(turn.num_prompt_tokens, (*tools.warnings, *_taken_otherwise(body), *asking.warnings))
+
+
+def _taken_otherwise(body: InputTokens) -> list[str]:
+    """Of the hints, those that ask for something that is not done."""
+    taken = []
+    if isinstance(body, ResponseCreate):
+        if body.service_tier not in (None, "auto", "default"):
+            taken.append(f"service_tier {body.service_tier} was taken as default")
+        if body.prompt_cache_retention == "24h":
+            taken.append("prompt_cache_retention 24h was taken as in_memory")
+    if body.text is not None and body.text.verbosity not in (None, "medium"):
+        taken.append(f"text.verbosity {body.text.verbosity} was taken as medium")
+    if body.reasoning is not None and body.reasoning.context == "all_turns":
+        taken.append("reasoning.context all_turns was taken as current_turn")
+    return taken
 
 
 def _check_state(server: Server, body: ResponseCreate) -> None:
@@ -174,11 +199,14 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
         raise ApiError(400, message, param="previous_response_id")
     if body.input is None and body.previous_response_id is None and body.conversation is None:
         raise ApiError(400, "Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
-    history = await asyncio.to_thread(_history, server, caller.owner, body)
-    referred = references(body.input)
-    stored = await asyncio.to_thread(
-        lambda: {name: _found(server, caller.owner, name, param) for name, param in referred.items()}
-    )
+    history: list[Item] = []
+    if body.conversation is not None or body.previous_response_id is not None:
+        history = await server.store_threads.run(_history, server, caller.owner, body)
+    stored: dict[str, Item] = {}
+    if referred := references(body.input):
+        stored = await server.store_threads.run(
+            lambda: {name: _found(server, caller.owner, name, param) for name, param in referred.items()}
+        )
     own = await asyncio.to_thread(
         lambda: read_items(
             body.input,
@@ -196,8 +224,7 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
 def _history(server: Server, owner: str, body: InputTokens) -> list[Item]:
     if body.conversation is not None:
         return list(_kept(server, "conversation", body.conversation, lambda store: store.conversation_history, owner))
-    if body.previous_response_id is None:
-        return []
+    assert body.previous_response_id is not None
     name = body.previous_response_id
     records: list[ResponseRecord] = _kept(server, "previous_response_id", name, lambda store: store.history, owner)
     if records[-1].status not in ("completed", "incomplete"):
@@ -234,7 +261,7 @@ class _Asking:
         self._tools = tools
         self.warnings: list[str] = []
         served = server.served
-        self._is_harmony = isinstance(served.prompting.chat_format(harmony=served.harmony), HarmonyFormat)
+        self._is_harmony = speaks_harmony(served)
         self.tool_choice = tools.choice(body.tool_choice)
         self.parallel = bool(body.parallel_tool_calls)
         asked = None if body.reasoning is None else body.reasoning.effort
@@ -314,6 +341,7 @@ class _Asking:
             choices=self._choices(),
             sampling=self._sampling,
             max_tokens=self._max_tokens,
+            volatile=isinstance(self._body, ResponseCreate) and self._body.store is False,
         )
 
     def _opening(self) -> list[Message]:
@@ -399,13 +427,13 @@ def _response(server: Server, body: ResponseCreate, tools: Toolset, asking: _Ask
         "previous_response_id": body.previous_response_id,
         "prompt": None,
         "prompt_cache_key": body.prompt_cache_key,
-        "prompt_cache_retention": body.prompt_cache_retention,
+        "prompt_cache_retention": None if body.prompt_cache_retention is None else "in_memory",
         "reasoning": {"effort": asking.effort, "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": body.store is not False and server.store is not None,
         "temperature": defaults.temperature if body.temperature is None else body.temperature,
-        "text": {"format": _format_on_wire(asking.text), "verbosity": asking.text.verbosity or "medium"},
+        "text": {"format": _format_on_wire(asking.text), "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
         "tools": list(tools.on_wire),
         "top_logprobs": body.top_logprobs or 0,

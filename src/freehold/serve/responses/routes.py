@@ -5,7 +5,6 @@ A client that goes away ends its response, unless that runs in the background; w
 stored, since nobody could go on from it.
 """
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from freehold.errors import NotFoundError
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import caller_of
-from freehold.serve.errors import ApiError, api_error
+from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.journal import log_failure
 from freehold.serve.responses.background import Numbered, Run
 from freehold.serve.responses.items import Item
@@ -50,9 +49,11 @@ def router(server: Server) -> APIRouter:
         return JSONResponse(response, headers=planned.headers)
 
     @routes.post("/input_tokens")
-    async def count_input_tokens(request: Request, body: InputTokens) -> dict[str, Any]:
+    async def count_input_tokens(request: Request, body: InputTokens) -> Response:
         """How many tokens the input of such a response has."""
-        return {"object": "response.input_tokens", "input_tokens": await count_input(server, caller_of(request), body)}
+        count = await count_input(server, caller_of(request), body)
+        counted = {"object": "response.input_tokens", "input_tokens": count.num_tokens}
+        return JSONResponse(counted, headers=warning_headers(count.warnings))
 
     @routes.post("/compact", include_in_schema=False)
     async def compact() -> None:
@@ -154,7 +155,7 @@ async def stored(server: Server, work: Callable[[Store], Any], param: str) -> An
     if server.store is None:
         raise ApiError(404, "Nothing is stored here: this server has no store.", param=param, code="not_found")
     try:
-        return await asyncio.to_thread(work, server.store)
+        return await server.store_threads.run(work, server.store)
     except NotFoundError as error:
         raise api_error(error, param=param) from None
 
@@ -175,7 +176,7 @@ async def _at_once(server: Server, planned: Plan, stream: ResponseStream, readin
 
 async def _keep(server: Server, planned: Plan, stream: ResponseStream) -> None:
     if planned.keeps and server.store is not None:
-        await asyncio.to_thread(server.store.put_response, planned.record(stream.response))
+        await server.store_threads.run(server.store.put_response, planned.record(stream.response))
 
 
 def _streamed(server: Server, planned: Plan, stream: ResponseStream, reading: Reading) -> Response:
@@ -214,7 +215,9 @@ async def _in_background(server: Server, planned: Plan, stream: ResponseStream, 
     assert server.store is not None
     reading = server.read(planned.caller, planned.turn)
     try:
-        run = await server.background.begin(server.store, stream, planned.record, keep_events=is_stream)
+        run = await server.background.begin(
+            server.store, server.store_threads, stream, planned.record, keep_events=is_stream
+        )
     except BaseException:
         await reading.aclose()
         raise

@@ -20,12 +20,12 @@ from freehold.formats.events import (
 )
 from freehold.formats.tokenizer import Tokenizer
 from freehold.serve.errors import ApiError
+from freehold.serve.logprobs import token_logprobs
 from freehold.serve.responses.items import NewId
 from freehold.serve.responses.tools import ToolName
 from freehold.session.turn import Said, SampleDone, ScoredToken, TurnEvent
 
 Event = dict[str, Any]
-_LEAST_LOGPROB = -9999.0
 _PAD_TO = 32
 _FUNCTIONS = "functions."
 _ENDINGS = {
@@ -53,7 +53,7 @@ class ResponseStream:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.response: dict[str, Any] = {**response, "output": []}
-        self._new_id = new_id
+        self.new_id = new_id
         self._names = names
         self._num_prompt_tokens = num_prompt_tokens
         self._seal = seal
@@ -74,14 +74,14 @@ class ResponseStream:
 
     def created(self) -> list[Event]:
         """The first event, and that it waits where it does."""
-        events = [self._event("response.created", response=self._snapshot())]
+        events = [self.event("response.created", response=self._snapshot())]
         if self.response["status"] == "queued":
-            events.append(self._event("response.queued", response=self._snapshot()))
+            events.append(self.event("response.queued", response=self._snapshot()))
         return events
 
     def started(self) -> list[Event]:
         self.response["status"] = "in_progress"
-        return [self._event("response.in_progress", response=self._snapshot())]
+        return [self.event("response.in_progress", response=self._snapshot())]
 
     def ended(self) -> list[Event]:
         """The last events: how it ended. Asked again, after it could not be stored, they replace those before."""
@@ -90,8 +90,8 @@ class ResponseStream:
         self._number = self._end
         events = [*self._parting]
         if (error := self.response["error"]) is not None:
-            events.append(self._event("error", code=error["code"], message=error["message"], param=None))
-        return [*events, self._event(_ENDINGS[self.response["status"]], response=self._snapshot())]
+            events.append(self.event("error", code=error["code"], message=error["message"], param=None))
+        return [*events, self.event(_ENDINGS[self.response["status"]], response=self._snapshot())]
 
     def fail(self, error: ApiError) -> None:
         """It ends here, by a fault."""
@@ -150,7 +150,7 @@ class ResponseStream:
         self._item = item
         self.response["output"].append(item.wire)
         return [
-            self._event("response.output_item.added", output_index=item.index, item=_copy(item.wire)),
+            self.event("response.output_item.added", output_index=item.index, item=_copy(item.wire)),
             *item.opening(),
         ]
 
@@ -161,14 +161,14 @@ class ResponseStream:
         closing = item.finish(status)
         return [
             *closing,
-            self._event("response.output_item.done", output_index=item.index, item=_copy(item.wire)),
+            self.event("response.output_item.done", output_index=item.index, item=_copy(item.wire)),
         ]
 
     def _delta(self, item: "_Item", text: str, scored: Sequence[ScoredToken]) -> Event:
         event = item.delta(text, scored)
         if self._obfuscate:
             size = len(text.encode("utf-8", "replace"))
-            event["obfuscation"] = self._new_id("")[: -size % _PAD_TO]
+            event["obfuscation"] = self.new_id("")[: -size % _PAD_TO]
         return event
 
     def _finish(self, done: SampleDone) -> list[Event]:
@@ -194,35 +194,22 @@ class ResponseStream:
 
     def new_item(self, kind: str) -> tuple[int, str]:
         """Place and id of an item that begins."""
-        return len(self.response["output"]), self._new_id(kind)
-
-    def new_id(self, kind: str) -> str:
-        return self._new_id(kind)
+        return len(self.response["output"]), self.new_id(kind)
 
     def sealed(self, text: str) -> dict[str, str]:
         return {} if self._seal is None else {"encrypted_content": self._seal(text)}
 
-    def event(self, kind: str, **fields: Any) -> Event:
-        return self._event(kind, **fields)
-
     def logprobs(self, scored: Sequence[ScoredToken]) -> list[dict[str, Any]]:
-        """As they stand in a text part."""
-        return [
-            {
-                **self._token(token, logprobs.logprob),
-                "top_logprobs": [self._token(id_, logprob) for id_, logprob in logprobs.top],
-            }
-            for token, logprobs in scored
-            if self._tokenizer is not None
-        ]
+        """As they stand in a text part, where `bytes` is never null."""
+        if self._tokenizer is None:
+            return []
+        entries = token_logprobs(self._tokenizer, scored)
+        for entry in entries:
+            for token in (entry, *entry["top_logprobs"]):
+                token["bytes"] = token["bytes"] or []
+        return entries
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        assert self._tokenizer is not None
-        data = self._tokenizer.decode_bytes([token], control="show")
-        text = data.decode("utf-8", "replace")
-        return {"token": text, "bytes": list(data), "logprob": max(logprob, _LEAST_LOGPROB)}
-
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def event(self, kind: str, **fields: Any) -> Event:
         self._number += 1
         return {"type": kind, **fields, "sequence_number": self._number - 1}
 

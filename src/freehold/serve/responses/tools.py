@@ -63,6 +63,10 @@ class Toolset:
     by_name: Mapping[str, ToolName]
     left_out: tuple[str, ...]
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(f"{name} is not switched on here and was left out" for name in self.left_out)
+
     def choice(self, given: str | Mapping[str, Any] | None, param: str = "tool_choice") -> ToolChoice:
         """Whom the model may call. Raises ApiError for tools that are not offered."""
         if given is None or isinstance(given, str):
@@ -150,13 +154,23 @@ class _Reader:
         match raw.get("type"):
             case "namespace":
                 space = read(NamespaceTool, raw, param)
-                inside = [self._tool(tool, f"{param}.tools[{at}]", space.name) for at, tool in enumerate(space.tools)]
+                inside = [
+                    self._tool(tool, f"{param}.tools[{at}]", space.name)
+                    for at, tool in enumerate(space.tools)
+                    if not self._is_left_out(tool)
+                ]
                 described = {"name": space.name, "description": space.description or "", "tools": inside}
                 self.on_wire.append({"type": "namespace", **described})
-            case kind if kind in HOSTED:
-                self.left_out.append(str(kind))
-            case _:
+            case _ if not self._is_left_out(raw):
                 self.on_wire.append(self._tool(raw, param, None))
+
+    def _is_left_out(self, raw: dict[str, Any]) -> bool:
+        """Whether it is a hosted tool; they are remembered for the warning."""
+        kind = raw.get("type")
+        if kind not in HOSTED:
+            return False
+        self.left_out.append(kind)
+        return True
 
     def _tool(self, raw: dict[str, Any], param: str, namespace: str | None) -> dict[str, Any]:
         match raw.get("type"):
@@ -169,7 +183,7 @@ class _Reader:
                     400, f"Missing required parameter: '{param}.type'.", param=f"{param}.type",
                     code="missing_required_parameter",
                 )  # fmt: skip
-        known = ", ".join(("function", "custom", "namespace", *HOSTED))
+        known = ", ".join(("function", "custom", *(("namespace",) if namespace is None else ()), *HOSTED))
         message = f"Invalid value for '{param}.type': {raw['type']!r:.80} is none of {known}."
         raise ApiError(400, message, param=f"{param}.type")
 

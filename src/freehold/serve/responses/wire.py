@@ -5,7 +5,7 @@ Items and tools have models of their own, picked by their `type`; what is not pi
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -15,16 +15,6 @@ from freehold.serve.effort import ReasoningEffort
 from freehold.serve.wire import Hint, Refused, Wire
 from freehold.session.store.records import check_id
 
-INCLUDABLE = (
-    "message.output_text.logprobs",
-    "reasoning.encrypted_content",
-    "web_search_call.action.sources",
-    "web_search_call.results",
-    "code_interpreter_call.outputs",
-    "computer_call_output.output.image_url",
-    "file_search_call.results",
-    "message.input_image.image_url",
-)
 Include = Literal[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
@@ -35,6 +25,7 @@ Include = Literal[
     "file_search_call.results",
     "message.input_image.image_url",
 ]
+INCLUDABLE: tuple[Include, ...] = get_args(Include)
 Summary = Literal["auto", "concise", "detailed"]
 Status = Literal["in_progress", "completed", "incomplete"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
@@ -130,7 +121,10 @@ class Reasoning(Wire):
     generate_summary: Annotated[Summary | None, Hint("reasoning is shown as it is, so there are no summaries")] = None
     context: Annotated[
         Literal["auto", "current_turn", "all_turns"] | None,
-        Hint("Harmony shows the model its reasoning until it has answered, and no longer"),
+        Hint(
+            "Harmony shows the model its reasoning until it has answered, and no longer; `all_turns` is taken as "
+            "`current_turn`, with a warning"
+        ),
     ] = None
     mode: Annotated[str | None, Refused("there is one mode", unless=(None, "standard"))] = None
 
@@ -162,7 +156,8 @@ class TextConfig(Wire):
 
     format: Annotated[PlainFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Annotated[
-        Literal["low", "medium", "high"] | None, Hint("gpt-oss was not trained to follow it; say it in instructions")
+        Literal["low", "medium", "high"] | None,
+        Hint("gpt-oss was not trained to follow it; say it in instructions. `x-freehold-warnings` says so"),
     ] = None
 
 
@@ -217,12 +212,13 @@ class ResponseCreate(InputTokens):
         dict[str, Any] | None, Hint("prefixes are cached by what they are, as long as there is room")
     ] = None
     prompt_cache_retention: Annotated[
-        Literal["in_memory", "24h"] | None, Hint("prefixes are cached as long as there is room")
+        Literal["in_memory", "24h"] | None,
+        Hint("prefixes are cached as long as there is room; `24h` is taken as `in_memory`, with a warning"),
     ] = None
     safety_identifier: Annotated[str | None, Hint("it is given back, and nothing is done with it")] = None
     service_tier: Annotated[
         Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None,
-        Hint("there is one tier, `default`"),
+        Hint("there is one tier, `default`; the answer and `x-freehold-warnings` say so"),
     ] = None
     store: bool | None = Field(default=None, description="Default: true, where the server has a store.")
     stream: bool | None = None

@@ -47,7 +47,7 @@ def create(
     )
     if name is not None and name.startswith(_ID_PREFIX):
         raise UsageError(f"a key cannot be called {name!r}: ids begin like this; give another name")
-    if any(key.name == name for key in active(connection).values()):
+    if any(key.name == name for key in _active(connection)):
         raise UsageError(f"there is a key {name!r} already; give another name, or revoke that one first")
     row = {field: getattr(record, field) for field in KeyRecord.__dataclass_fields__}
     connection.execute(sa.insert(keys), {**row, "hash": hash_secret(secret)})
@@ -59,15 +59,18 @@ def all_keys(connection: sa.Connection) -> list[KeyRecord]:
     return [_record(row) for row in connection.execute(sa.select(keys).order_by(keys.c.created_at, keys.c.id))]
 
 
-def active(connection: sa.Connection) -> Mapping[bytes, KeyRecord]:
-    """The keys that open something, by the hashes of their secrets."""
-    rows = connection.execute(sa.select(keys).where(keys.c.revoked_at.is_(None)))
-    return MappingProxyType({bytes(row.hash): _record(row) for row in rows})
+def by_hash(connection: sa.Connection) -> Mapping[bytes, KeyRecord]:
+    """Every key, revoked ones too, by the hash of its secret."""
+    return MappingProxyType({bytes(row.hash): _record(row) for row in connection.execute(sa.select(keys))})
+
+
+def _active(connection: sa.Connection) -> list[KeyRecord]:
+    return [key for key in all_keys(connection) if key.revoked_at is None]
 
 
 def revoke(connection: sa.Connection, id_or_name: str, *, now: float) -> KeyRecord:
     """End a key, by its id or its name."""
-    for key in active(connection).values():
+    for key in _active(connection):
         if id_or_name in (key.id, key.name):
             connection.execute(sa.update(keys).where(keys.c.id == key.id).values(revoked_at=now))
             return next(record for record in all_keys(connection) if record.id == key.id)

@@ -185,10 +185,10 @@ class Store:
         with self._database.writing() as connection:
             return keys.revoke(connection, id_or_name, now=self._clock())
 
-    def active_keys(self) -> Mapping[bytes, KeyRecord]:
-        """What opens the server: keys by `keys.hash_secret` of their secrets."""
+    def keys_by_hash(self) -> Mapping[bytes, KeyRecord]:
+        """Every key by `keys.hash_secret` of its secret; revoked ones too, which say that this store is not open."""
         with self._database.reading() as connection:
-            return keys.active(connection)
+            return keys.by_hash(connection)
 
     # --- housekeeping -----------------------------------------------------------------------------------------------
 
