@@ -1,0 +1,4 @@
+"""The browser that gpt-oss was trained on, over sources that the user names: a folder, a ZIM file, the web.
+
+`browser.Browser` is the tool. `documents.Documents`, `zim.Zim` and `web.Web` are sources; `content` says what one is.
+"""

@@ -1,0 +1,103 @@
+"""The text of PDF files, read by pdfium in a process of its own.
+
+A file that makes pdfium crash, loop or eat memory takes only that process with it: it has limits on memory and time,
+no network where the kernel can refuse it, none of our environment, and the file as its standard input; it opens no
+other. It is not a sandbox against a file that takes pdfium over: such code could read what this user can.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+MAX_SECONDS = 60.0
+_MAX_CHARACTERS = 16 << 20
+_MAX_PAGES = 20_000
+_MAX_MEMORY = 2 << 30
+_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from freehold.tools.browser import pdf; pdf.tell()"
+
+
+class UnreadableError(Exception):
+    """A file that cannot be read; the message is the reason, as the end of a sentence that names the file."""
+
+
+class Pdf(NamedTuple):
+    """What a PDF says, page by page."""
+
+    title: str
+    pages: list[str]
+
+
+def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
+    """The text of an open file. Raises UnreadableError; also when `stopped` says so meanwhile."""
+    if os.fstat(file.fileno()).st_size > max_bytes:
+        raise UnreadableError(f"it is larger than {max_bytes >> 20} MiB")
+    file.seek(0)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[3])],
+        stdin=file,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+    )
+    with process:
+        try:
+            until = time.monotonic() + MAX_SECONDS
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=0.1)
+                    break
+                except subprocess.TimeoutExpired:
+                    if stopped():
+                        raise UnreadableError("reading it was stopped") from None
+                    if time.monotonic() > until:
+                        raise UnreadableError(f"it takes more than {MAX_SECONDS:.0f} seconds to read") from None
+        finally:
+            process.kill()
+    try:
+        told = json.loads(output) if process.returncode == 0 else None
+    except ValueError:
+        told = None
+    if told is None:
+        raise UnreadableError("the PDF reader broke off, at damage or at its limit of memory")
+    if reason := told.get("reason"):
+        raise UnreadableError(reason)
+    return Pdf(told["title"], told["pages"])
+
+
+def tell() -> None:
+    """The child of `read`: the PDF on standard input as JSON on standard output."""
+    from freehold import airgap
+    from freehold.errors import FreeholdError
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(MAX_SECONDS) + 5, int(MAX_SECONDS) + 5))
+    with suppress(FreeholdError):  # where the kernel cannot, it does without
+        airgap.close_network()
+
+    import pypdfium2
+
+    try:
+        document = pypdfium2.PdfDocument(sys.stdin.buffer)
+        pages, size = [], 0
+        for number in range(min(len(document), _MAX_PAGES)):
+            page = document[number]
+            text = page.get_textpage()
+            pages.append(text.get_text_bounded())
+            text.close()
+            page.close()
+            size += len(pages[-1])
+            if size > _MAX_CHARACTERS:
+                break
+        told = {"title": document.get_metadata_value("Title"), "pages": pages}
+    except pypdfium2.PdfiumError as error:
+        locked = "assword" in str(error)
+        told = {"reason": "it has a password" if locked else "it is damaged, or no PDF"}
+    sys.stdout.write(json.dumps(told))
