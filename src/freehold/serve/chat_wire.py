@@ -21,8 +21,8 @@ from freehold.serve.effort import ReasoningEffort, speaks_harmony, thinking
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.generation import Form, GenerationFields, blame
 from freehold.serve.wire import Hint, Refused
+from freehold.session.generation import Ask
 from freehold.session.served import Served
-from freehold.session.turn import Ask
 
 _MOST_TOOLS = 1024
 

@@ -58,7 +58,7 @@ from freehold.serve.messages_wire import (
 )
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import EventStream, dumps, encode
-from freehold.session.turn import Ask, SampleDone, Turn
+from freehold.session.generation import Ask, Generation, SampleDone
 
 _VERSIONS = ("2023-06-01", "2026-10-21")
 _PING = encode({"type": "ping"}, "ping")
@@ -418,7 +418,9 @@ def _new_id(kind: Literal["msg", "toolu"]) -> str:
 class _Reply:
     """One message of the assistant on its way out, as a stream of events or whole."""
 
-    def __init__(self, body: CreateMessage, asked: _Asked, turn: Turn, caller: Caller, spellings: _Spellings) -> None:
+    def __init__(
+        self, body: CreateMessage, asked: _Asked, turn: Generation, caller: Caller, spellings: _Spellings
+    ) -> None:
         self.turn = turn
         self.caller = caller
         self._body = body

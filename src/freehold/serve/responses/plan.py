@@ -46,8 +46,8 @@ from freehold.serve.responses.wire import (
     TextConfig,
 )
 from freehold.serve.server import Server
+from freehold.session.generation import Ask, Generation
 from freehold.session.store.records import ResponseRecord
-from freehold.session.turn import Ask, Turn
 
 _LOGPROBS = "message.output_text.logprobs"
 _ENCRYPTED = "reasoning.encrypted_content"
@@ -73,7 +73,7 @@ class Plan:
     """A response that is about to be made. `keeps` says whether it will be stored."""
 
     caller: Caller
-    turn: Turn
+    turn: Generation
     response: dict[str, Any]
     own: tuple[Item, ...]
     tools: Toolset
@@ -281,7 +281,7 @@ class _Asking:
                 "logprobs": self.top_logprobs,
             }
 
-    async def turn(self, caller: Caller, context: Context) -> Turn:
+    async def turn(self, caller: Caller, context: Context) -> Generation:
         """Raises ApiError."""
         try:
             return await self._server.turn(caller, self._ask([*context.history, *context.own]))
@@ -292,7 +292,7 @@ class _Asking:
         except FreeholdError as error:
             raise self._blamed(error) from None
 
-    async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Turn:
+    async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Generation:
         items = [*context.history, *context.own]
         cut = await asyncio.to_thread(self._cut, items)
         if cut is None:

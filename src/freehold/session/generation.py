@@ -1,36 +1,39 @@
-"""A turn of the assistant: from a conversation to events, through rendering, engine and parser.
+"""What a model says to a conversation, once: from the conversation to events, through rendering, engine and parser.
 
-Everything that answers, for whichever client, goes through here: `prepare` says what will run, and reading the `Turn`
-runs it. What comes are the events of freehold.formats.events, each with the number of its sample, and for each sample
-one `SampleDone`.
+Everything that answers, for whichever client, goes through here: `prepare` says what will run, and reading the
+`Generation` runs it. What comes are the events of freehold.formats.events, each with the number of its sample, and for
+each sample one `SampleDone`. It ends where the model calls a tool; who runs tools and goes on is freehold.session.turn.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 from freehold.engine.request import FinishReason, Request, RequestStats, Step, TokenLogprobs
 from freehold.errors import RequestError
 from freehold.formats.chat import ReplyReader, TurnChoices
-from freehold.formats.conversation import Conversation, Effort, Message, Text
+from freehold.formats.conversation import Conversation, Effort, Message, Text, ToolNamespace
 from freehold.formats.events import CallDone, Event, MessageDone, MessageStart, TextDelta
 from freehold.formats.stops import StopStrings
 from freehold.sampling import SamplingOptions
-from freehold.session.served import Served, Steps
+from freehold.session.prompting import Prompting
+from freehold.session.served import AsyncRunner, Served, Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What is asked of a turn. None leaves it to the model's defaults.
+    """What is asked of a model. None leaves it to the model's defaults.
 
-    A sample ends before the first of the `stop` strings in its answer, not in its reasoning. With `ignore_eos` no
+    `builtins` are tools of namespaces of their own, beside the conversation's functions. A sample ends before the first
+    of the `stop` strings in its answer, not in its reasoning. With `ignore_eos` no
     token ends it, only `max_tokens` do. Nothing of a `volatile` one stays on disk. `deadline` is in seconds from when
     it begins.
     """
 
     conversation: Conversation
+    builtins: tuple[ToolNamespace, ...] = ()
     effort: Effort | None = None
     choices: TurnChoices = field(default_factory=TurnChoices)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -63,13 +66,15 @@ class Said:
     scored: tuple[ScoredToken, ...] = ()
 
 
-SampleEnd = Literal["stop", "calls", "length", "deadline", "abort"]
+SampleEnd = Literal["stop", "calls", "length", "deadline", "abort", "limit"]
+"""As told in SampleDone; "limit" only ends a turn with tools."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleDone:
     """A sample is complete. `messages` are what history keeps of it. "calls": it ended in calls that wait for their
-    results; "stop": with an answer, and before `stop_string` if that is why."""
+    results; "stop": with an answer, and before `stop_string` if that is why. A turn with tools has one of these, of all
+    that was generated in it; its `stats` are those of the last time."""
 
     index: int
     end: SampleEnd
@@ -77,27 +82,29 @@ class SampleDone:
     num_tokens: int
     num_reasoning_tokens: int
     num_cached_tokens: int
+    num_prompt_tokens: int
     stop_string: str | None = None
     stats: RequestStats | None = None
 
 
-TurnEvent = Said | SampleDone
+GenerationEvent = Said | SampleDone
 
 
-async def prepare(served: Served, ask: Ask) -> "Turn":
+async def prepare(served: Served, ask: Ask) -> "Generation":
     """Render and compile, on another thread: that takes milliseconds, and tokenising a book much longer.
 
     Raises UsageError (ContextError where the prompt is too long), UnsupportedError or SchemaError for what cannot be.
     """
-    return await asyncio.to_thread(_prepare, served, ask)
+    return await asyncio.to_thread(prepare_now, served.prompting, ask, harmony=served.harmony, grammar=served.grammar)
 
 
-def _prepare(served: Served, ask: Ask) -> "Turn":
-    served.prompting.check_length(ask.conversation)
-    chat_format = served.prompting.chat_format(ask.effort, harmony=served.harmony)
-    grammar = served.grammar and not ask.ignore_eos  # a grammar ends where its turn does
+def prepare_now(prompting: Prompting, ask: Ask, *, harmony: bool | None = None, grammar: bool = True) -> "Generation":
+    """The same on this thread, for a model that nobody serves."""
+    prompting.check_length(ask.conversation)
+    chat_format = prompting.chat_format(ask.effort, harmony=harmony, builtins=ask.builtins)
+    grammar = grammar and not ask.ignore_eos  # a grammar ends where its turn does
     turn = chat_format.turn(ask.conversation, grammar=grammar, **ask.choices)
-    request = served.prompting.request(
+    request = prompting.request(
         turn.prompt.ids,
         max_tokens=ask.max_tokens,
         min_tokens=ask.min_tokens,
@@ -110,7 +117,10 @@ def _prepare(served: Served, ask: Ask) -> "Turn":
         deadline=ask.deadline,
         **ask.sampling,
     )
-    return Turn(served, request, [_Sample(index, turn.new_reader(), ask.stop) for index in range(ask.n)])
+    num_prompt_tokens = len(request.prompt)
+    return Generation(
+        request, [_Sample(index, turn.new_reader(), ask.stop, num_prompt_tokens) for index in range(ask.n)]
+    )
 
 
 class Sample(Protocol):
@@ -118,18 +128,20 @@ class Sample(Protocol):
 
     done: bool
 
-    def take(self, step: Step) -> list[TurnEvent]:
+    def take(self, step: Step) -> list[GenerationEvent]:
         """What a step of this sample adds."""
 
+    def cut(self) -> tuple[Message, ...]:
+        """No more steps will come: what history keeps of it."""
 
-class Turn:
-    """A turn that is ready to run. `prompt_logprobs` are there with the first events, where they were asked for."""
+
+class Generation:
+    """Samples that are ready to be made. `prompt_logprobs` come with the first events, where they were asked for."""
 
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
 
-    def __init__(self, served: Served, request: Request, samples: Sequence[Sample]) -> None:
+    def __init__(self, request: Request, samples: Sequence[Sample]) -> None:
         self.prompt_logprobs = None
-        self._served = served
         self._request = request
         self._samples = samples
         self._num_cached_tokens = 0
@@ -163,17 +175,28 @@ class Turn:
         """The most that a sample may have: as asked, and no more than the context has room for."""
         return self._request.max_tokens
 
-    def events(self) -> "TurnEvents":
+    def cut(self) -> tuple[Message, ...]:
+        """No more steps will come, wherever it is: what history keeps of the first sample."""
+        return self._samples[0].cut()
+
+    def events(self, runner: AsyncRunner) -> "GenerationEvents":
         """Submit the request, at once, and read it: what each step adds. Closing or forgetting it ends the request.
         To be called once.
 
         Raises ClosedError where the engine takes no more; RequestError while it is read where the request fails.
         """
-        assert not self._begun, "a turn is read once; prepare another one"
-        self._begun = True
-        return TurnEvents(self, self._served.runner.submit(self._request))
+        return GenerationEvents(self, runner.submit(self._begin()))
 
-    def take(self, step: Step) -> list[TurnEvent]:
+    def events_now(self, stream: Callable[[Request], Iterator[Step]]) -> Iterator[GenerationEvent]:
+        """The same on this thread, from an engine's `stream`."""
+        return (event for step in stream(self._begin()) for event in self.take(step))
+
+    def _begin(self) -> Request:
+        assert not self._begun, "a generation is read once; prepare another one"
+        self._begun = True
+        return self._request
+
+    def take(self, step: Step) -> list[GenerationEvent]:
         """What a step adds: nothing to a sample that has ended."""
         if step.index == 0:
             self._num_cached_tokens = step.num_cached_tokens
@@ -188,23 +211,23 @@ class Turn:
         return all(sample.done for sample in self._samples)
 
 
-class TurnEvents:
-    """A turn that runs, to be read with `async for`. No generator: closed before it was read, one would end nothing."""
+class GenerationEvents:
+    """A generation that runs, for `async for`. No generator: closed before it was read, one would end nothing."""
 
-    def __init__(self, turn: Turn, steps: Steps) -> None:
-        self._turn = turn
+    def __init__(self, generation: Generation, steps: Steps) -> None:
+        self._generation = generation
         self._steps = steps
 
-    def __aiter__(self) -> "TurnEvents":
+    def __aiter__(self) -> "GenerationEvents":
         return self
 
-    async def __anext__(self) -> list[TurnEvent]:
+    async def __anext__(self) -> list[GenerationEvent]:
         try:
-            while not self._turn.is_done:
+            while not self._generation.is_done:
                 step = await anext(self._steps, None)
                 if step is None:
                     raise RequestError("the answer ended before it was complete; send the request again")
-                if events := self._turn.take(step):
+                if events := self._generation.take(step):
                     return events
             raise StopAsyncIteration
         except BaseException:
@@ -219,9 +242,10 @@ class TurnEvents:
 class _Sample:
     """One sample while it is read."""
 
-    def __init__(self, index: int, reader: ReplyReader, stop: Sequence[str]) -> None:
+    def __init__(self, index: int, reader: ReplyReader, stop: Sequence[str], num_prompt_tokens: int) -> None:
         self.done = False
         self._index = index
+        self._num_prompt_tokens = num_prompt_tokens
         self._reader = reader
         self._stops = StopStrings(stop) if stop else None
         self._num_tokens = 0
@@ -232,10 +256,11 @@ class _Sample:
         self._held: deque[tuple[str, tuple[ScoredToken, ...]]] = deque()  # until no stop string can begin in it
         self._num_clear = 0  # so many of the held characters surely come before any stop string
         self._text: list[str] = []  # of the message, as far as it was passed on
+        self._messages: tuple[Message, ...] = ()  # when it is done
 
-    def take(self, step: Step) -> list[TurnEvent]:
+    def take(self, step: Step) -> list[GenerationEvent]:
         """What a step of this sample adds."""
-        result: list[TurnEvent] = []
+        result: list[GenerationEvent] = []
         for i, token in enumerate(step.tokens):
             self._num_tokens += 1
             self._num_reasoning_tokens += self._reasons
@@ -250,11 +275,18 @@ class _Sample:
             self._end(step, result)
         return result
 
+    def cut(self) -> tuple[Message, ...]:
+        if not self.done:
+            self.done = True
+            self._reader.flush()
+            self._messages = self._reader.messages
+        return self._messages
+
     @property
     def _stopped(self) -> bool:
         return self._stops is not None and self._stops.stopped
 
-    def _pass_on(self, events: Sequence[Event], result: list[TurnEvent]) -> None:
+    def _pass_on(self, events: Sequence[Event], result: list[GenerationEvent]) -> None:
         for event in events:
             match event:
                 case TextDelta(text=text):
@@ -275,7 +307,7 @@ class _Sample:
             self._scored.clear()
             result.append(Said(self._index, event))
 
-    def _read(self, text: str, result: list[TurnEvent]) -> None:
+    def _read(self, text: str, result: list[GenerationEvent]) -> None:
         scored = tuple(self._scored)
         self._scored.clear()
         if self._stops is None:
@@ -285,7 +317,7 @@ class _Sample:
                 self._held.append((text, scored))
             self._clear(self._stops.feed(text), result)
 
-    def _clear(self, text: str, result: list[TurnEvent]) -> None:
+    def _clear(self, text: str, result: list[GenerationEvent]) -> None:
         """No stop string begins before the end of this: pass it on, tokens with logprobs as a whole."""
         if not self._held:
             self._say(text, (), result)
@@ -296,12 +328,12 @@ class _Sample:
             self._say(whole[: self._num_clear], scored, result)
             self._num_clear = max(0, self._num_clear - len(whole))
 
-    def _say(self, text: str, scored: tuple[ScoredToken, ...], result: list[TurnEvent]) -> None:
+    def _say(self, text: str, scored: tuple[ScoredToken, ...], result: list[GenerationEvent]) -> None:
         if text:
             self._text.append(text)
             result.append(Said(self._index, TextDelta(text), scored))
 
-    def _end(self, step: Step, result: list[TurnEvent]) -> None:
+    def _end(self, step: Step, result: list[GenerationEvent]) -> None:
         rest = self._reader.flush()
         messages = self._reader.messages
         stop_string = None if self._stops is None else self._stops.found
@@ -311,6 +343,7 @@ class _Sample:
             cut = replace(messages[-1], parts=(Text(text="".join(self._text)),))
             messages = (*messages[:-1], cut)
             result.append(Said(self._index, MessageDone(message=cut, stop_id=None)))
+        self._messages = messages
         result.append(
             SampleDone(
                 index=self._index,
@@ -319,6 +352,7 @@ class _Sample:
                 num_tokens=self._num_tokens,
                 num_reasoning_tokens=self._num_reasoning_tokens,
                 num_cached_tokens=step.num_cached_tokens,
+                num_prompt_tokens=self._num_prompt_tokens,
                 stop_string=stop_string,
                 stats=step.stats,
             )
