@@ -14,7 +14,7 @@ from freehold.errors import ClosedError, ContextError, RequestError, UsageError
 from freehold.formats.conversation import Conversation, DeveloperContent, Message, Tool, text_message
 from freehold.formats.events import MessageDone, ReasoningDelta, TextDelta
 from freehold.sampling import SamplingOptions
-from freehold.session.generation import Ask, GenerationEvent, GenerationEvents, Said, SampleDone, prepare
+from freehold.session.generation import Ask, GenerationEvent, GenerationEvents, Said, SampleDone, prepare_generation
 from freehold.session.scripted import ScriptedTurn, serve_script
 from freehold.session.served import Served
 
@@ -31,7 +31,7 @@ def _run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 async def _events(served: Served, ask: Ask = ASK) -> list[GenerationEvent]:
-    turn = await prepare(served, ask)
+    turn = await prepare_generation(served, ask)
     return [event async for batch in turn.events(served.runner) for event in batch]
 
 
@@ -260,7 +260,7 @@ def test_a_fault_comes_after_what_was_said_and_frees_the_request() -> None:
     async def scenario() -> None:
         served = _script(answer="One two", fault="out of luck")
         heard: list[GenerationEvent] = []
-        turn = await prepare(served, ASK)
+        turn = await prepare_generation(served, ASK)
         with pytest.raises(RequestError, match="out of luck"):
             async for batch in turn.events(served.runner):
                 heard += batch
@@ -308,7 +308,7 @@ def test_who_leaves_in_the_middle_frees_everything() -> None:
         gc.disable()  # forgetting is enough
         try:
             for leave in (closed, unread, cancelled):
-                turn = await prepare(served, ASK)
+                turn = await prepare_generation(served, ASK)
                 events = turn.events(served.runner)
                 assert served.runner.stats().running == 1
                 await leave(events)
@@ -323,7 +323,7 @@ def test_who_leaves_in_the_middle_frees_everything() -> None:
 def test_a_turn_that_is_prepared_and_not_read_asks_nothing_of_the_engine() -> None:
     async def scenario() -> None:
         served = _script(answer=TEXT)
-        turn = await prepare(served, ASK)
+        turn = await prepare_generation(served, ASK)
         assert (served.runner.stats().running, served.runner.stats().requests) == (0, 0)
         assert turn.num_prompt_tokens > 0
 
@@ -334,13 +334,13 @@ def test_what_cannot_run_is_known_before_it_runs() -> None:
     async def scenario() -> None:
         served = _script(answer=TEXT)
         await served.runner.drain()
-        turn = await prepare(served, ASK)
+        turn = await prepare_generation(served, ASK)
         with pytest.raises(ClosedError):
             turn.events(served.runner)
         with pytest.raises(UsageError, match="stop strings"):
-            await prepare(served, _asking(stop=("",)))
+            await prepare_generation(served, _asking(stop=("",)))
         long = Conversation(messages=(text_message("user", "a " * 140_000),))
         with pytest.raises(ContextError, match="131072"):
-            await prepare(served, Ask(conversation=long))
+            await prepare_generation(served, Ask(conversation=long))
 
     _run(scenario())

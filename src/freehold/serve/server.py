@@ -16,7 +16,7 @@ from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
 from freehold.serve.threads import Threads
 from freehold.session.completion import TextAsk, prepare_text
-from freehold.session.generation import Ask, Generation, GenerationEvent, SampleDone, prepare
+from freehold.session.generation import Ask, Generation, GenerationEvent, SampleDone, prepare_generation
 from freehold.session.served import Served
 from freehold.session.store.store import Store
 
@@ -52,7 +52,8 @@ class Server:
 
     async def turn(self, caller: Caller, ask: Ask) -> Generation:
         """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""
-        return await prepare(self.served, replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout))
+        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
+        return await prepare_generation(self.served, ask)
 
     async def text(self, caller: Caller, ask: TextAsk) -> Generation:
         """The same for a text without a conversation around it."""

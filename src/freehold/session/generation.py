@@ -1,8 +1,9 @@
 """What a model says to a conversation, once: from the conversation to events, through rendering, engine and parser.
 
-Everything that answers, for whichever client, goes through here: `prepare` says what will run, and reading the
-`Generation` runs it. What comes are the events of freehold.formats.events, each with the number of its sample, and for
-each sample one `SampleDone`. It ends where the model calls a tool; who runs tools and goes on is freehold.session.turn.
+Everything that answers, for whichever client, goes through here: `prepare_generation` says what will run, and reading
+the `Generation` runs it. What comes are the events of freehold.formats.events, each with the number of its sample, and
+for each sample one `SampleDone`. It ends where the model calls a tool; who runs tools and goes on is
+freehold.session.turn.
 """
 
 import asyncio
@@ -90,7 +91,7 @@ class SampleDone:
 GenerationEvent = Said | SampleDone
 
 
-async def prepare(served: Served, ask: Ask) -> "Generation":
+async def prepare_generation(served: Served, ask: Ask) -> "Generation":
     """Render and compile, on another thread: that takes milliseconds, and tokenising a book much longer.
 
     Raises UsageError (ContextError where the prompt is too long), UnsupportedError or SchemaError for what cannot be.

@@ -24,7 +24,7 @@ from freehold.formats.forms import AnswerFormat, JsonObject, JsonSchema
 from freehold.formats.harmony.typescript import compact_json
 from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
-from freehold.serve.effort import speaks_harmony, thinking
+from freehold.serve.effort import thinking
 from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.responses.items import (
     Item,
@@ -261,7 +261,7 @@ class _Asking:
         self._tools = tools
         self.warnings: list[str] = []
         served = server.served
-        self._is_harmony = speaks_harmony(served)
+        self._is_harmony = served.speaks_harmony
         self.tool_choice = tools.choice(body.tool_choice)
         self.parallel = bool(body.parallel_tool_calls)
         asked = None if body.reasoning is None else body.reasoning.effort
