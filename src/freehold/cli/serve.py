@@ -23,6 +23,7 @@ from freehold.errors import UsageError
 from freehold.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from freehold.serve.hosted import ToolOptions
     from freehold.session.served import Served
 
 _DEFAULTS = ServeSettings()
@@ -40,6 +41,31 @@ def command(
     ] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="How fast a script is said. Default: as fast as it goes.")
+    ] = None,
+    browse: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR|FILE", help="Let clients search and read a folder or ZIM file; may be given again."),
+    ] = None,
+    search_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Let clients search the web, by this SearXNG server.")
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(metavar="exa|you", help="Let clients search the web, with the key in EXA_API_KEY or YDC_API_KEY."),
+    ] = None,
+    python: Annotated[
+        bool, typer.Option("--python", help="Let clients' models run Python in a sandbox without network.")
+    ] = False,
+    mcp: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COMMAND|URL", help="Let clients use an MCP server, by its NAME=…; may be given again."),
+    ] = None,
+    mcp_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Let clients use the MCP servers of a config file.")
+    ] = None,
+    tools: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Let clients use the functions of a Python file; may be given again."),
     ] = None,
     harmony: Annotated[
         bool | None,
@@ -66,6 +92,12 @@ def command(
     airgap: Annotated[
         bool, typer.Option("--airgap", help="Let neither this process nor its children open any connection.")
     ] = False,
+    container_timeout: Annotated[
+        float, typer.Option(help="Seconds that a conversation's kernel and pages are kept without being used.")
+    ] = _DEFAULTS.container_timeout,
+    max_containers: Annotated[
+        int, typer.Option(help="So many conversations' kernels and pages are kept; the oldest idle ones go first.")
+    ] = _DEFAULTS.max_containers,
     max_concurrency: Annotated[int, typer.Option(help="So many answers are written at once.")] = _DEFAULTS.max_running,
     max_queue: Annotated[
         int, typer.Option(help="So many more may wait; who comes then is sent away.")
@@ -103,6 +135,7 @@ def command(
     \b
     freehold serve
     freehold serve --model /data/gpt-oss-20b --port 8080
+    freehold serve --model /data/gpt-oss-20b --browse ~/notes --python
     freehold serve --script turns.jsonl --tokens-per-second 50
     """
     if script is None and tokens_per_second is not None:
@@ -142,6 +175,8 @@ def command(
         receive_timeout=receive_timeout,
         send_timeout=send_timeout,
         drain_timeout=drain_timeout,
+        container_timeout=container_timeout,
+        max_containers=max_containers,
         keep_days=_DEFAULTS.keep_days if keep_days is None else keep_days or None,
         keep_bytes=_DEFAULTS.keep_bytes if keep_bytes is None else keep_bytes or None,
         log_json=log_json,
@@ -172,5 +207,36 @@ def command(
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
 
+    options = _tool_options(
+        browse=browse, search_url=search_url, search=search, python=python, mcp=mcp, mcp_config=mcp_config, files=tools
+    )
     start_logging(as_json=log_json)
-    sys.exit(start(load, settings, store_url=store, no_network=airgap))
+    bars = terminal.progress_bars
+    sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=options, progress=bars))
+
+
+def _tool_options(
+    *,
+    browse: list[Path] | None,
+    search_url: str | None,
+    search: str | None,
+    python: bool,
+    mcp: list[str] | None,
+    mcp_config: Path | None,
+    files: list[Path] | None,
+) -> "ToolOptions":
+    from freehold.serve.hosted import ToolOptions
+    from freehold.tools.mcp_config import parse_server, read_config
+
+    if search not in (None, "exa", "you"):
+        raise UsageError(f"--search is exa or you, got {search!r}; for a server of your own give --search-url")
+    servers = [parse_server(each) for each in mcp or ()]
+    servers += read_config(mcp_config) if mcp_config is not None else ()
+    return ToolOptions(
+        browse=tuple(browse or ()),
+        search_url=search_url,
+        search=search,  # type: ignore[arg-type]
+        python=python,
+        mcp=tuple(servers),
+        functions=tuple(files or ()),
+    )

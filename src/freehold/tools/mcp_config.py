@@ -62,6 +62,11 @@ class HttpServer:
 McpServer = StdioServer | HttpServer
 
 
+def function_name(server: str, tool: str) -> str:
+    """What the model calls a server's tool."""
+    return re.sub(r"[^A-Za-z0-9_\-]+", "_", f"{server}__{tool}")
+
+
 def parse_server(text: str) -> McpServer:
     """What `--mcp` is given: a command line or a URL, after `NAME=` if it is to have another name than its own."""
     named = _NAMED.fullmatch(text.strip())

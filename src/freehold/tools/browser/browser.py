@@ -120,6 +120,22 @@ class BrowserSession:
                 )
         return found
 
+    def address(self, name: str, arguments: str) -> str:
+        """Of the page that a call opens or searches in, as far as that can be told before it is made; else ""."""
+        try:
+            given = _arguments(name.removeprefix("browser."), arguments)
+            id_ = given.get("id")
+            if isinstance(id_, str) and not _NUMBER.fullmatch(id_):
+                return id_.strip().removeprefix(_VIEW_SOURCE)
+            number, page = _number(given, "id", -1), self._page(given)
+            return (page.url if number < 0 else page.targets[number].url).removeprefix(_VIEW_SOURCE)
+        except (ToolError, IndexError):
+            return ""
+
+    def links(self) -> Sequence[str]:
+        """Where the links of the page lead that was shown last."""
+        return [target.url for target in self._pages[-1].targets] if self._pages else []
+
     async def aclose(self) -> None:
         self._pages.clear()
 
