@@ -130,8 +130,9 @@ class Containers:
         if container is None or (exact is None and container.num_leases):
             container = Container(owner)
             self._by_id[container.id] = container
-            self._make_room()
-        return Lease(self, container)
+        lease = Lease(self, container)
+        self._make_room()
+        return lease
 
     def recall(self, owner: str, name: str) -> Mapping[str, Any] | None:
         """What a call with this item's id said, as long as its container is there."""
