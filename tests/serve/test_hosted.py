@@ -14,10 +14,11 @@ from freehold.errors import BackendError, UsageError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.serve.caller import Caller
 from freehold.serve.containers import Containers
-from freehold.serve.hosted import HostedServer, HostedTools, ToolOptions, prepare
+from freehold.serve.hosted import HostedServer, HostedTools, prepare
 from freehold.tools.browser.browser import Browser
 from freehold.tools.browser.documents import Documents
 from freehold.tools.functions import FunctionToolset
+from freehold.tools.kit import ToolChoices
 from freehold.tools.mcp_config import HttpServer
 from tests.serve.http import vanish
 from tests.serve.process import Process
@@ -288,14 +289,14 @@ async def test_openais_sdk_and_agents_see_what_the_tools_do(searchable: Searchab
         agent = Agent(
             name="Helper",
             model=OpenAIResponsesModel(model="default", openai_client=there.sdk),
-            tools=[WebSearchTool(), CodeInterpreterTool(tool_config=PYTHON)],  # type: ignore[arg-type, list-item]
+            tools=[WebSearchTool(), CodeInterpreterTool(tool_config=PYTHON)],
             model_settings=ModelSettings(store=False),
         )
-        agent.tools.append(HostedMCPTool(tool_config=LOCAL))  # type: ignore[arg-type]
+        agent.tools.append(HostedMCPTool(tool_config=LOCAL))
         ran = await Runner.run(agent, "How high?", run_config=RunConfig(tracing_disabled=True))
         assert ran.final_output == "7【0†L4】."
         items = ran.to_input_list()
-        await there.sdk.responses.input_tokens.count(model="default", input=items)  # type: ignore[arg-type]
+        await there.sdk.responses.input_tokens.count(model="default", input=items)
 
 
 # --- choices and limits -------------------------------------------------------------------------------------
@@ -356,7 +357,9 @@ async def test_calls_in_one_turn_wait_for_one_another_and_one_that_fails_says_so
 
 
 async def test_a_conversation_keeps_its_kernel_and_nobody_else_gets_it(tmp_path: Path) -> None:
-    tools = prepare(ToolOptions(python=True), Tokenizer.o200k_harmony())
+    prepared = prepare(ToolChoices(python=True))
+    assert prepared is not None
+    tools = prepared.hosted(Tokenizer.o200k_harmony())
     turns = [
         *(said(thought("Sum."), run("x = 41\nprint(x)")), said(answer("41"))),
         *(said(run("print(x + 1)")), said(answer("42"))),
@@ -367,7 +370,7 @@ async def test_a_conversation_keeps_its_kernel_and_nobody_else_gets_it(tmp_path:
         made = await there.make(input="Set x", tools=[PYTHON], stream=True, owner="a")
         call = first(made, "code_interpreter_call")
         assert (call["code"], call["outputs"], call["status"]) == ("x = 41\nprint(x)", None, "completed")
-        asked = {"tools": [PYTHON], "include": INCLUDE, "owner": "a"}
+        asked: dict[str, Any] = {"tools": [PYTHON], "include": INCLUDE, "owner": "a"}
         then = await there.make(input="And?", previous_response_id=made["id"], **asked)
         assert first(then, "code_interpreter_call")["outputs"] == [{"type": "logs", "logs": "42"}]
         assert first(then, "code_interpreter_call")["container_id"] == call["container_id"]
@@ -389,7 +392,7 @@ async def test_a_conversation_keeps_its_kernel_and_nobody_else_gets_it(tmp_path:
         ):
             tool = {"type": "code_interpreter", "container": container}
             assert (await there.refused(input="x", tools=[tool]))["param"] == param
-    assert len(tools.containers) == 0  # type: ignore[union-attr]
+    assert len(tools.containers) == 0
 
 
 # --- MCP ----------------------------------------------------------------------------------------------------
@@ -435,16 +438,14 @@ async def test_an_mcp_server_that_cannot_be_used_keeps_the_tools_from_being_ther
     assert not broken._connected
 
 
-def test_tools_that_need_a_network_are_refused_together_with_an_air_gap() -> None:
-    for options, what in (
-        (ToolOptions(search_url="http://127.0.0.1:8888"), "--search-url searches the web"),
-        (ToolOptions(search="exa"), "--search searches the web"),
-        (ToolOptions(mcp=(HttpServer(name="docs", url="https://example.com/mcp"),)), "MCP server 'docs' is at a URL"),
+def test_tools_that_need_a_network_or_one_name_are_refused() -> None:
+    for choices, what in (
+        (ToolChoices(search="exa"), "--search reaches the web.*--airgap"),
+        (ToolChoices(mcp=("docs=https://example.com/mcp",)), "MCP server 'docs' is at a URL.*--airgap"),
+        (ToolChoices(mcp=("uvx one", "one=uvx two")), "go by the name 'one'"),
     ):
-        with pytest.raises(UsageError, match=f"{what}.*--airgap"):
-            options.check_offline()
-    with pytest.raises(UsageError, match="two ways"):
-        ToolOptions(search_url="http://127.0.0.1:8888", search="exa")
+        with pytest.raises(UsageError, match=what):
+            prepare(choices, no_network=True)
 
 
 # --- ends ---------------------------------------------------------------------------------------------------
@@ -552,7 +553,8 @@ async def test_idle_containers_are_closed_and_the_oldest_make_room() -> None:
         ids.append(lease.id)
         lease.release()
     await until(lambda: echo.open_sessions == 2)
-    assert [containers.lease("a", wanted=name).id == name for name in ids] == [False, False, True, True]
+    kept = [containers.lease("a", wanted=name) for name in reversed(ids)]
+    assert [lease.id for lease in kept[:2]] == ids[:1:-1] and not {lease.id for lease in kept[2:]} & {*ids}
     await containers.aclose()
 
     containers = Containers(idle_seconds=0.001)
@@ -570,7 +572,7 @@ def test_the_command_switches_tools_on_and_says_what_cannot_be_had(notes: Path, 
     script = tmp_path / "turns.jsonl"
     turns = [said(browse("search", query="spring tide")), said(use("my__double", number=21)), said(answer("42"))]
     script.write_text("".join(f"{json.dumps(turn)}\n" for turn in turns))
-    (tmp_path / "my.py").write_text("def double(number: int) -> int:\n    return 2 * number\n")
+    (tmp_path / "my.py").write_text("def double(number: int) -> int:\n    'Twice it.'\n    return 2 * number\n")
     with Process(tmp_path, script, "--browse", str(notes), "--tools", str(tmp_path / "my.py")) as there:
         local = {"type": "mcp", "server_label": "my", "require_approval": "never"}
         body = {"input": "21 twice?", "tools": [SEARCH, local]}

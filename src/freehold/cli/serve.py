@@ -9,21 +9,25 @@ import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import (
+    Browse,
     Context,
     Dense,
     Device,
     Dtype,
     KvDtype,
+    McpConfig,
+    McpServers,
     ModelOption,
     PrefixCacheDir,
+    Search,
     StoreOption,
     Threads,
+    ToolFiles,
 )
 from freehold.errors import UsageError
 from freehold.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from freehold.serve.hosted import ToolOptions
     from freehold.session.served import Served
 
 _DEFAULTS = ServeSettings()
@@ -42,31 +46,12 @@ def command(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="How fast a script is said. Default: as fast as it goes.")
     ] = None,
-    browse: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR|FILE", help="Let clients search and read a folder or ZIM file; may be given again."),
-    ] = None,
-    search_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Let clients search the web, by this SearXNG server.")
-    ] = None,
-    search: Annotated[
-        str | None,
-        typer.Option(metavar="exa|you", help="Let clients search the web, with the key in EXA_API_KEY or YDC_API_KEY."),
-    ] = None,
-    python: Annotated[
-        bool, typer.Option("--python", help="Let clients' models run Python in a sandbox without network.")
-    ] = False,
-    mcp: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COMMAND|URL", help="Let clients use an MCP server, by its NAME=…; may be given again."),
-    ] = None,
-    mcp_config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Let clients use the MCP servers of a config file.")
-    ] = None,
-    tools: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Let clients use the functions of a Python file; may be given again."),
-    ] = None,
+    browse: Browse = None,
+    search: Search = None,
+    python: Annotated[bool, typer.Option("--python", help="Python in a sandbox without network.")] = False,
+    tools: ToolFiles = None,
+    mcp: McpServers = None,
+    mcp_config: McpConfig = None,
     harmony: Annotated[
         bool | None,
         typer.Option(help="Speak Harmony, or the model's template. Default: what the model was made for."),
@@ -157,6 +142,7 @@ def command(
             raise UsageError(f"a --script is no model, and takes nothing of one: leave {', '.join(given)} out")
     from freehold.serve.journal import start_logging
     from freehold.serve.start import start
+    from freehold.tools.kit import ToolChoices
 
     settings = dataclasses.replace(
         _DEFAULTS,
@@ -207,36 +193,14 @@ def command(
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
 
-    options = _tool_options(
-        browse=browse, search_url=search_url, search=search, python=python, mcp=mcp, mcp_config=mcp_config, files=tools
+    choices = ToolChoices(
+        browse=tuple(browse or ()),
+        search=search,
+        python=python,
+        functions=tuple(tools or ()),
+        mcp=tuple(mcp or ()),
+        mcp_config=tuple(mcp_config or ()),
     )
     start_logging(as_json=log_json)
     bars = terminal.progress_bars
-    sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=options, progress=bars))
-
-
-def _tool_options(
-    *,
-    browse: list[Path] | None,
-    search_url: str | None,
-    search: str | None,
-    python: bool,
-    mcp: list[str] | None,
-    mcp_config: Path | None,
-    files: list[Path] | None,
-) -> "ToolOptions":
-    from freehold.serve.hosted import ToolOptions
-    from freehold.tools.mcp_config import parse_server, read_config
-
-    if search not in (None, "exa", "you"):
-        raise UsageError(f"--search is exa or you, got {search!r}; for a server of your own give --search-url")
-    servers = [parse_server(each) for each in mcp or ()]
-    servers += read_config(mcp_config) if mcp_config is not None else ()
-    return ToolOptions(
-        browse=tuple(browse or ()),
-        search_url=search_url,
-        search=search,  # type: ignore[arg-type]
-        python=python,
-        mcp=tuple(servers),
-        functions=tuple(files or ()),
-    )
+    sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=choices, progress=bars))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from freehold.errors import UsageError
 from freehold.formats.conversation import Tool as Function
@@ -17,45 +17,15 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.serve.containers import Calls, Containers, Stoppable
 from freehold.tools.base import FunctionTools, Tool
+from freehold.tools.kit import ToolChoices, sources_of
 from freehold.tools.mcp_config import HttpServer, McpServer
 
-SearchService = Literal["exa", "you"]
+if TYPE_CHECKING:
+    from freehold.tools.browser.browser import Browser
+    from freehold.tools.browser.content import Source
+    from freehold.tools.mcp import McpTools
+
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolOptions:
-    """What is switched on: folders and ZIM files to `browse`, a SearXNG server or a service to search the web by,
-    Python, MCP servers, files of functions. Raises UsageError for what does not fit together."""
-
-    browse: tuple[Path, ...] = ()
-    search_url: str | None = None
-    search: SearchService | None = None
-    python: bool = False
-    mcp: tuple[McpServer, ...] = ()
-    functions: tuple[Path, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.search_url is not None and self.search is not None:
-            raise UsageError("--search-url and --search are two ways to search the web; give one of them")
-        labels = [server.name for server in self.mcp] + [_label(path) for path in self.functions]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise UsageError(
-                    f"two of --mcp and --tools go by the name {label!r}; give an MCP server another one with NAME=…, "
-                    "or rename the file"
-                )
-
-    def check_offline(self) -> None:
-        """Raises UsageError for what an air gap leaves nothing of."""
-        if self.search_url is not None or self.search is not None:
-            option = "--search-url" if self.search is None else "--search"
-            raise UsageError(f"{option} searches the web, and --airgap closes the network; leave one of them out")
-        for server in self.mcp:
-            if isinstance(server, HttpServer):
-                raise UsageError(
-                    f"the MCP server {server.name!r} is at a URL, and --airgap closes the network; leave one out"
-                )
 
 
 class HostedServer:
@@ -86,7 +56,7 @@ class HostedServer:
 class McpHostedServer(HostedServer):
     """An MCP server's functions, which have its name in front already."""
 
-    def __init__(self, server: McpServer, tools: "Any") -> None:
+    def __init__(self, server: McpServer, tools: "McpTools") -> None:
         super().__init__(server.name, tools, url=server.url if isinstance(server, HttpServer) else None)
         self._mcp = tools
 
@@ -119,8 +89,8 @@ class HostedTools:
     def __init__(
         self,
         *,
-        browser: Tool | None = None,
-        offline_browser: Tool | None = None,
+        browser: "Browser | None" = None,
+        offline_browser: "Browser | None" = None,
         python: Tool | None = None,
         mcp: Sequence[McpServer] = (),
         files: Sequence[HostedServer] = (),
@@ -130,8 +100,7 @@ class HostedTools:
         self.containers = containers or Containers()
         self.servers: dict[str, HostedServer] = {server.label: server for server in files}
         self._mcp = tuple(mcp)
-        self._to_close: list[Any] = [each for each in (browser, offline_browser) if each is not None]
-        self._connected: list[Any] = []
+        self._connected: list[McpTools] = []
 
     async def connect(self) -> None:
         """Start or reach the MCP servers. Raises BackendError for the first that cannot be used; then none runs on."""
@@ -156,79 +125,87 @@ class HostedTools:
         """Give back all that is held, on the loop of `connect`."""
         await self.stop()
         await self._disconnect()
-        for tool in {id(tool): tool for tool in self._to_close}.values():
-            tool.close()
-        self._to_close.clear()
+        for browser in (self.browser, self.offline_browser):
+            if browser is not None:
+                browser.close()
 
     async def _disconnect(self) -> None:
         while self._connected:
             await self._connected.pop().aclose()
 
 
-def prepare(
-    options: ToolOptions,
-    tokenizer: Tokenizer,
-    *,
-    containers: Containers | None = None,
-    progress: Progress = no_progress,
-) -> HostedTools | None:
-    """What the options say, None where that is nothing. Indexes folders, which takes time the first time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedTools:
+    """All that can be made ready before there is a model."""
 
-    Raises UsageError, UnsupportedError, BackendError and DiskError for what cannot be had.
-    """
-    if options == ToolOptions():
-        return None
+    sources: "tuple[Source, ...]" = ()
     python: Tool | None = None
-    if options.python:
-        from freehold.tools.python.tool import PythonTool
+    mcp: tuple[McpServer, ...] = ()
+    files: tuple[HostedServer, ...] = ()
+
+    def hosted(self, tokenizer: Tokenizer, containers: Containers | None = None) -> HostedTools:
+        """For a model with this tokenizer. Raises UsageError for sources that cannot be told apart."""
+        browser = _browser(self.sources, tokenizer)
+        local = [source for source in self.sources if source.local]
+        return HostedTools(
+            browser=browser,
+            offline_browser=browser if len(local) == len(self.sources) else _browser(local, tokenizer),
+            python=self.python,
+            mcp=self.mcp,
+            files=self.files,
+            containers=containers,
+        )
+
+
+def prepare(
+    choices: ToolChoices, *, no_network: bool = False, progress: Progress = no_progress
+) -> PreparedTools | None:
+    """What was chosen, None where that is nothing. Indexes folders, which takes time the first time.
+
+    Raises UsageError for choices that lead to nothing or need a network that there is not, UnsupportedError for what
+    cannot run here, DiskError where a folder cannot be indexed.
+    """
+    if choices.is_empty:
+        return None
+    servers = choices.servers
+    if no_network:
+        _check_offline(choices, servers)
+    _check_labels([server.name for server in servers] + [_label(path) for path in choices.functions])
+    files = tuple(_functions(path) for path in choices.functions)
+    python: Tool | None = None
+    if choices.python:
+        from freehold.tools.python import PythonTool
 
         python = PythonTool()
-    browser, offline = _browsers(options, tokenizer, progress)
-    return HostedTools(
-        browser=browser,
-        offline_browser=offline,
-        python=python,
-        mcp=options.mcp,
-        files=[_functions(path) for path in options.functions],
-        containers=containers,
-    )
+    sources = tuple(sources_of(choices, progress)) if choices.browse or choices.search is not None else ()
+    return PreparedTools(sources=sources, python=python, mcp=servers, files=files)
 
 
-def _browsers(options: ToolOptions, tokenizer: Tokenizer, progress: Progress) -> "tuple[Any, Any]":
-    """The browser, and the one that reaches nothing outside."""
-    web = _web(options)
-    if not options.browse and web is None:
-        return None, None
-    from freehold.tools.browser.browser import Browser
-    from freehold.tools.browser.documents import Documents
-    from freehold.tools.browser.zim import Zim
-
-    sources: list[Any] = []
-    for path in options.browse:
-        if path.suffix == ".zim":
-            sources.append(Zim(path))
-        else:
-            documents = Documents(path)
-            documents.refresh(progress=progress)
-            sources.append(documents)
-    offline = Browser(sources=sources, tokenizer=tokenizer) if sources else None
-    if web is None:
-        return offline, offline
-    return Browser(sources=[*sources, web], tokenizer=tokenizer), offline
+def _check_offline(choices: ToolChoices, servers: Sequence[McpServer]) -> None:
+    if choices.search is not None:
+        raise UsageError("--search reaches the web, and --airgap closes the network; leave one of them out")
+    for server in servers:
+        if isinstance(server, HttpServer):
+            raise UsageError(
+                f"the MCP server {server.name!r} is at a URL, and --airgap closes the network; leave one of them out"
+            )
 
 
-def _web(options: ToolOptions) -> Any:
-    if options.search_url is None and options.search is None:
+def _check_labels(labels: Sequence[str]) -> None:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UsageError(
+                f"two of --mcp and --tools go by the name {label!r}; give an MCP server another one with NAME=…, or "
+                "rename the file"
+            )
+
+
+def _browser(sources: "Sequence[Source]", tokenizer: Tokenizer) -> "Browser | None":
+    if not sources:
         return None
-    from freehold.tools.browser.engines import Exa, SearchEngine, Searxng, YouCom
-    from freehold.tools.browser.web import Web
+    from freehold.tools.browser.browser import Browser
 
-    engine: SearchEngine
-    if options.search_url is not None:
-        engine = Searxng(options.search_url)
-    else:
-        engine = Exa() if options.search == "exa" else YouCom()
-    return Web(engine=engine)
+    return Browser(sources=sources, tokenizer=tokenizer)
 
 
 def _functions(path: Path) -> HostedServer:

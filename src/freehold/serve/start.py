@@ -18,7 +18,7 @@ from freehold.serve.app import create_app
 from freehold.serve.connection import ConnectionLimits
 from freehold.serve.containers import Containers
 from freehold.serve.guard import guard
-from freehold.serve.hosted import ToolOptions, prepare
+from freehold.serve.hosted import prepare
 from freehold.serve.hosts import host_name, origin
 from freehold.serve.keys import Keys
 from freehold.serve.responses.seal import Sealer
@@ -27,10 +27,11 @@ from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
 from freehold.session.served import Served
 from freehold.session.store.store import Store
+from freehold.tools.kit import ToolChoices
 
 _HOUSEKEEPING_SECONDS = 600.0
 _DAY = 86_400.0
-_NO_TOOLS = ToolOptions()
+_NO_TOOLS = ToolChoices()
 
 
 def _unseen() -> AbstractContextManager[Progress]:
@@ -43,7 +44,7 @@ def start(
     *,
     store_url: str | None,
     no_network: bool,
-    tools: ToolOptions = _NO_TOOLS,
+    tools: ToolChoices = _NO_TOOLS,
     progress: Callable[[], AbstractContextManager[Progress]] = _unseen,
 ) -> int:
     """Serve until a signal; returns the exit code. `load` makes the model when everything else is in order. `tools` are
@@ -55,8 +56,6 @@ def start(
         host_name(name)
     for name in settings.cors_origins:
         origin(name)
-    if no_network:
-        tools.check_offline()
     tls = tls_context(settings.tls_cert, settings.tls_key)
     airgap.stay_offline()
     sockets = bind(settings.host, settings.port, write_seconds=settings.send_timeout)
@@ -69,12 +68,13 @@ def start(
             )
             for response_id in store.recover():
                 logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
+            with progress() as show:
+                prepared = prepare(tools, no_network=no_network, progress=show)
             served = load()
             served.warm_up()
             sealer = Sealer.from_file(data_dir() / "sealing.key")
             containers = Containers(idle_seconds=settings.container_timeout, most=settings.max_containers)
-            with progress() as show:
-                hosted = prepare(tools, served.prompting.the_tokenizer(), containers=containers, progress=show)
+            hosted = None if prepared is None else prepared.hosted(served.prompting.the_tokenizer(), containers)
             if hosted is not None and not served.speaks_harmony:
                 logger.log(NOTICE, "%s does not speak Harmony and uses no tools: clients are told so", served.name)
             app = create_app(served, settings, store=store, sealer=sealer, tools=hosted, lifespan=_life)

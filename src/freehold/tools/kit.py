@@ -17,6 +17,7 @@ from freehold.errors import UsageError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.tools.base import FunctionTools, Tool
+from freehold.tools.mcp_config import HttpServer, McpServer, parse_server, read_config
 
 if TYPE_CHECKING:
     from freehold.tools.apply_patch import Approve
@@ -45,7 +46,13 @@ class ToolChoices:
     @property
     def needs_network(self) -> bool:
         """Whether a tool of ours connects to anybody. What MCP servers do that are started here is their own affair."""
-        return self.search is not None or any(text.split("=", 1)[-1].startswith("http") for text in self.mcp)
+        return self.search is not None or any(isinstance(server, HttpServer) for server in self.servers)
+
+    @property
+    def servers(self) -> tuple[McpServer, ...]:
+        """The MCP servers. Raises UsageError and UnsupportedError for what is none, or a file that cannot be read."""
+        given = [parse_server(text) for text in self.mcp]
+        return (*given, *(server for path in self.mcp_config for server in read_config(path)))
 
 
 @contextmanager
@@ -80,7 +87,7 @@ def local_tools(
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
 
-            browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
+            browser = Browser(sources=sources_of(choices, progress), tokenizer=tokenizer)
             opened.callback(browser.close)
             tools.append(browser)
         yield tuple(tools)
@@ -96,18 +103,16 @@ async def mcp_tools(choices: ToolChoices) -> AsyncIterator[tuple[FunctionTools, 
         yield ()
         return
     from freehold.tools.mcp import McpTools
-    from freehold.tools.mcp_config import parse_server, read_config
 
-    servers = [parse_server(text) for text in choices.mcp]
-    servers += [server for path in choices.mcp_config for server in read_config(path)]
-    connected = await McpTools.connect(servers)
+    connected = await McpTools.connect(choices.servers)
     try:
         yield (connected,)
     finally:
         await connected.aclose()
 
 
-def _sources(choices: ToolChoices, progress: Progress) -> "list[Source]":
+def sources_of(choices: ToolChoices, progress: Progress) -> "list[Source]":
+    """What the browser reads, folders indexed. Whoever takes them closes them."""
     from freehold.tools.browser.documents import Documents
     from freehold.tools.browser.web import Web
     from freehold.tools.browser.zim import Zim
