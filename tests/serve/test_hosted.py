@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -579,5 +582,10 @@ def test_the_command_switches_tools_on_and_says_what_cannot_be_had(notes: Path, 
         answered = httpx.post(f"http://127.0.0.1:{there.address[1]}/v1/responses", json=body, timeout=60).json()
         assert first(answered, "mcp_call")["output"] == "42" and "web_search_call" in kinds(answered)
         assert there.terminate() == 0
-    with pytest.raises(AssertionError, match="MCP server gone cannot be used"):
-        Process(tmp_path, script, "--mcp", "gone=/no/such/program")
+    options = ("--script", str(script), "--port", "0", "--mcp", "gone=/no/such/program")
+    environment = {**os.environ, "FREEHOLD_DATA": str(tmp_path / "data")}
+    refused = subprocess.run(
+        [sys.executable, "-m", "freehold", "serve", *options], capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: MCP server gone cannot be used: there is no ")

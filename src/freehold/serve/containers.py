@@ -136,7 +136,8 @@ class Containers:
 
     def recall(self, owner: str, name: str) -> Mapping[str, Any] | None:
         """What a call with this item's id said, as long as its container is there."""
-        found = (container.recall(name) for container in self._by_id.values() if container.owner == owner)
+        there = [*self._by_id.values()]  # at once: this may be another thread
+        found = (container.recall(name) for container in there if container.owner == owner)
         return next((said for said in found if said is not None), None)
 
     def leased(self, container: Container) -> None:
@@ -160,7 +161,8 @@ class Containers:
             self._make_room()
 
     def _make_room(self) -> None:
-        idle = sorted((each for each in self._by_id.values() if not each.num_leases), key=lambda each: each.idle_since)
+        idle = [each for each in [*self._by_id.values()] if not each.num_leases]
+        idle.sort(key=lambda each: each.idle_since)
         for container in idle[: max(0, len(self._by_id) - self._most)]:
             self._drop(container)
 
@@ -215,13 +217,10 @@ class Lease:
         return await session.call(name, arguments)
 
     def release(self) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
-        if self._holds:
-            self.container.is_held = False
-            self.container.freed.set()
-        self._containers.left(self.container)
+        """The turn is over. On the loop that it was taken on."""
+        if not self._is_over:
+            self._is_over = True
+            _release(self._containers, self.container, self._holds)
 
     def __del__(self) -> None:
         if not self._is_over and not self._loop.is_closed():  # wherever the last reference was dropped
@@ -229,7 +228,6 @@ class Lease:
 
 
 def _release(containers: Containers, container: Container, holds: bool) -> None:
-    """What a forgotten lease has left to do."""
     if holds:
         container.is_held = False
         container.freed.set()

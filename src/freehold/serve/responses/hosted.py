@@ -17,6 +17,7 @@ from freehold.serve.hosted import HostedFunction, HostedServer, HostedTools
 from freehold.serve.responses.items import PRIVATE, Item
 from freehold.serve.responses.wire import (
     CodeInterpreterTool,
+    HostedChoice,
     McpChoice,
     McpFilter,
     McpTool,
@@ -165,9 +166,7 @@ class ChosenTools:
         kind = given["type"]
         if kind == "mcp":
             return self._of_server(read(McpChoice, given, param), param)
-        if unknown := [name for name in given if name != "type"]:
-            where = f"{param}.{unknown[0]:.80}"
-            raise ApiError(400, f"Unknown parameter: '{where}'.", param=where, code="unknown_parameter")
+        read(HostedChoice, given, param)
         if kind in SEARCHES and self.browser is not None:
             return tuple(f"{self.browser.namespace.name}.{name}" for name in _SEARCHES_OF_ONE)
         return (_PYTHON,) if kind == "code_interpreter" and self.python is not None else ()
