@@ -16,24 +16,22 @@ from hypothesis import strategies as st
 from freehold.errors import ClosedError, RequestError, UnsupportedError, UsageError
 from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import (
-    Conversation,
     DeveloperContent,
     Message,
     SystemContent,
     Tool,
-    ToolNamespace,
     text_message,
 )
 from freehold.formats.harmony.grammar import AllowedTools, NamedTool
 from freehold.formats.tokenizer import Tokenizer
 from freehold.session import turn as turn_module
-from freehold.session.generation import Said, SampleDone
+from freehold.session.generation import SampleDone
 from freehold.session.history import ToolDone, ToolStart, TurnEvent, TurnHistory
 from freehold.session.scripted import ScriptedTurn
 from freehold.session.toolbox import Toolbox
 from freehold.session.turn import TurnLimits
 from freehold.tools.apply_patch import ApplyPatchTool
-from freehold.tools.base import Citation, ToolError, ToolResult
+from freehold.tools.base import Citation, ToolResult
 from freehold.tools.browser.browser import Browser
 from freehold.tools.browser.documents import Documents
 from freehold.tools.functions import FunctionToolset
@@ -241,7 +239,7 @@ ROWS: dict[str, Row] = {
         told=["Error: A call goes to one tool only."],
     ),
     "a header that leaked into the reasoning": Row(
-        script=[raw('<|channel|>analysis<|message|>Well.assistantcommentary to=functions.add{"a":1,"b":2}<|call|>'),
+        script=[raw("<|channel|>analysis<|message|>Well.\nassistantcommentary to=functions.add json{}<|call|>"),
                 says("ok")],
         grammar=False,
         comes="thinks, calls add: leaked, start 0, done 0: malformed, says ok, stop",
@@ -431,7 +429,7 @@ def test_a_turn_comes_to_what_it_should(name: str) -> None:
         turn = await ready(served, toolbox, ask, limits=row.limits, approve=row.approve)
         events = await read(turn, served)
         assert ", ".join(outline(events)) == row.comes
-        assert not row.grammar or not set(diagnostics(events)) - {"broken off"}
+        assert not row.grammar or not set(diagnostics(events)) - {"broken off", "arguments not json"}
         assert len(told(events)) == len(row.told)
         for said, expected in zip(told(events), row.told, strict=True):
             assert said.startswith(expected)
@@ -631,7 +629,8 @@ def test_a_turn_that_is_forgotten_ends_its_request_and_closes_nothing_of_the_con
         while served.runner.stats().running:  # the loop closes what was forgotten
             await asyncio.sleep(0)
         check_history(turn.cut())
-        never_read = (await ready(serve(says("x")), toolbox)).events(served.runner)
+        served = serve(says("x"))
+        never_read = (await ready(served, toolbox)).events(served.runner)
         await never_read.aclose()
         assert served.runner.stats().running == 0
         assert laboratory.outcomes["closed"] == 0
@@ -978,11 +977,14 @@ PIECES = {
 STEPS = st.lists(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     steps=STEPS,
     limits=st.builds(
-        TurnLimits, max_steps=st.integers(1, 4), max_tool_calls=st.none() | st.integers(0, 3), tool_seconds=st.just(60.0)
+        TurnLimits,
+        max_steps=st.integers(1, 4),
+        max_tool_calls=st.none() | st.integers(0, 3),
+        tool_seconds=st.just(60.0),
     ),
     max_tokens=st.none() | st.integers(1, 90),
     leave=st.sampled_from([None, no, only_add]),

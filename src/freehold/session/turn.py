@@ -37,6 +37,19 @@ from freehold.session.served import AsyncRunner, Served
 from freehold.session.toolbox import Toolbox
 from freehold.tools.base import ToolError, ToolFile, ToolResult
 
+__all__ = [
+    "Approve",
+    "Cited",
+    "ToolDone",
+    "ToolProblem",
+    "ToolStart",
+    "Turn",
+    "TurnEvent",
+    "TurnEvents",
+    "TurnLimits",
+    "prepare",
+]
+
 _ANSWER = "Answer with what there is."
 _HEADER_TOKENS = 24  # of a tool's message, but for a very long name
 _CUT_MARK = "\n[The rest was too long and is not shown.]"
