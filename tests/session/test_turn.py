@@ -812,7 +812,7 @@ def test_a_call_that_is_asked_for_and_not_allowed_is_refused_before_anything_run
     async def scenario() -> None:
         for limits in (TurnLimits(max_steps=1), TurnLimits(max_tool_calls=0)):
             for choice in ("required", NamedTool("functions.add")):
-                ask = asking(*THEIRS[1:], choices=TurnChoices(tool_choice=choice))  # type: ignore[typeddict-item]
+                ask = asking(*THEIRS[1:], choices=TurnChoices(tool_choice=choice))
                 with pytest.raises(UsageError, match="limits do not allow"):
                     await events_of(serve(says("x")), [FUNCTIONS], ask, limits=limits)
             ask = asking(*THEIRS, choices=TurnChoices(tool_choice="required"))
@@ -866,7 +866,7 @@ def test_a_turn_without_end_tokens_is_not_asked_for_what_only_a_grammar_can_keep
 def test_limits_that_make_no_sense_are_refused() -> None:
     for wrong in ({"max_steps": 0}, {"max_tool_calls": -1}, {"tool_seconds": 0.0}, {"result_tokens": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            TurnLimits(**wrong)  # type: ignore[arg-type]
+            TurnLimits(**wrong)
 
     async def scenario() -> None:
         with pytest.raises(UsageError, match="one sample"):
