@@ -27,7 +27,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,7 @@ _NAME = re.compile(r"[A-Za-z_][\w\-]*", re.ASCII)
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*")
 _ARGUMENT = re.compile(r"(\*{0,2}\w+)(?: *\([^)]*\))? *:(?: +(.*)|)$")
 _SHOWN_ERRORS = 5
+_SHOWN_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class FunctionTool:
         name: str = marked.name or getattr(function, "__name__", None) or type(function).__name__
         if not _NAME.fullmatch(name):
             raise UsageError(f"{name!r} cannot be a tool's name; use ASCII letters, digits, '_' and '-'")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(f"tool {name}: it yields its results one by one; return a list of them")
         text, meanings = _docstring(inspect.getdoc(function) or "")
         description = text if marked.description is None else marked.description
         if not description:
@@ -103,16 +106,18 @@ class FunctionTool:
         """Check the JSON that the model wrote, run the function, and write its result. Raises ToolError."""
         values = self._read(arguments)
         try:
-            result = await self._function(**values) if self._is_async else (await _on_thread(self._function, values))()
+            result = await self._function(**values) if self._is_async else await _on_thread(self._function, values)
             if inspect.isawaitable(result):  # of a plain function that returns a coroutine
                 result = await result
         except ToolError:
             raise
         except FreeholdError as error:
             raise ToolError(f"{self.tool.name} failed: {error}") from error
-        except (Exception, SystemExit) as error:  # whatever it is, the model is told
+        except BaseException as error:  # whatever it is, the model is told
+            if _is_for_us(error, is_thread=not self._is_async):
+                raise
             raise ToolError(f"{self.tool.name} failed: {_told(error)}") from error
-        return result if isinstance(result, str) else self._json(result)
+        return _shown(result if isinstance(result, str) else await _on_thread(self._json, {"result": result}))
 
     def _read(self, arguments: str) -> dict[str, Any]:
         from pydantic import ValidationError
@@ -127,11 +132,13 @@ class FunctionTool:
         return {fields[name].alias or name: getattr(model, name) for name in model.model_fields_set}
 
     def _json(self, result: Any) -> str:
-        from pydantic_core import PydanticSerializationError, to_json
+        from pydantic_core import to_json
 
         try:
+            if isinstance(result, Iterator):  # it might never end
+                raise TypeError
             return to_json(result).decode()
-        except (PydanticSerializationError, ValueError, RecursionError):
+        except Exception:  # noqa: BLE001 — its own code may run there too
             raise ToolError(
                 f"{self.tool.name} returned a {type(result).__name__}, which cannot be written as JSON"
             ) from None
@@ -215,7 +222,7 @@ def _run(path: Path) -> Any:
     except UsageError as error:
         del sys.modules[name]
         raise UsageError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{path} cannot be run: {_told(error)}{_line_in(path, error)}") from error
     finally:
@@ -235,9 +242,24 @@ def _line_in(path: Path, error: BaseException) -> str:
     return f" (line {line})" if line else ""
 
 
-async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Callable[[], Any]:
-    """On a thread of its own that nobody waits for at exit: what never ends must not keep the program from ending.
-    What comes back gives the result, or raises what the function did: not every exception can cross a future."""
+def _is_for_us(error: BaseException, *, is_thread: bool) -> bool:
+    """Whether it is we who are cancelled or interrupted, and not something that the function raised by itself."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, GeneratorExit) or (isinstance(error, KeyboardInterrupt) and not is_thread)
+
+
+def _shown(text: str) -> str:
+    """A result as the model is shown it: of a size that a prompt can hold, and without halves of characters, which come
+    from names of files that are not UTF-8."""
+    if len(text) > _SHOWN_CHARACTERS:
+        text = f"{text[:_SHOWN_CHARACTERS]}\n[{len(text) - _SHOWN_CHARACTERS:,} more characters are not shown]"
+    return text.encode("utf-8", "replace").decode()
+
+
+async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """On a thread of its own that nobody waits for at exit: what never ends must not keep the program from ending."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     done: asyncio.Future[Callable[[], Any]] = loop.create_future()
 
@@ -251,7 +273,7 @@ async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Ca
             loop.call_soon_threadsafe(finish, outcome)
 
     threading.Thread(target=run, name=f"tool {getattr(function, '__name__', '')}", daemon=True).start()
-    return await done
+    return (await done)()  # not every exception can cross a future
 
 
 def _outcome(function: Callable[..., Any], values: dict[str, Any]) -> Callable[[], Any]:
@@ -284,18 +306,24 @@ def _arguments_model(name: str, function: Callable[..., Any], meanings: dict[str
     fields: dict[str, Any] = {}
     for index, parameter in enumerate(signature.parameters.values()):
         _check_parameter(name, parameter, hints)
-        field = Field(
-            default=... if parameter.default is parameter.empty else parameter.default,
-            alias=parameter.name,
-            description=meanings.pop(parameter.name, None) or None,
-        )
+        about: dict[str, Any] = {"alias": parameter.name}
+        if meaning := meanings.pop(parameter.name, None):  # otherwise an annotation's own may stand
+            about["description"] = meaning
+        field = Field(default=... if parameter.default is parameter.empty else parameter.default, **about)
         fields[f"p{index}"] = (hints[parameter.name], field)
     if meanings:
         raise UsageError(f"tool {name}: its docstring describes {', '.join(meanings)}, which it does not take")
     try:
-        return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
+        model = create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
     except (PydanticUserError, TypeError, ValueError) as error:
         raise UsageError(f"tool {name}: {_first_line(error)}") from None
+    for field, parameter in zip(model.model_fields.values(), signature.parameters.values(), strict=True):
+        if parameter.default is parameter.empty and not field.is_required():
+            raise UsageError(
+                f"tool {name}: {parameter.name} has its default in Field(...), where the function itself does not see "
+                "it; write it after the annotation"
+            )
+    return model
 
 
 def _check_parameter(name: str, parameter: inspect.Parameter, hints: dict[str, Any]) -> None:
@@ -410,7 +438,10 @@ def _problems(error: "ValidationError") -> str:
 
 
 def _told(error: BaseException) -> str:
-    message = str(error)
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 — its own code too
+        message = ""
     return f"{type(error).__name__}: {message:.2000}" if message else type(error).__name__
 
 
