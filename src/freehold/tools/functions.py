@@ -106,7 +106,7 @@ class FunctionTool:
         """Check the JSON that the model wrote, run the function, and write its result. Raises ToolError."""
         values = self._read(arguments)
         try:
-            result = await self._function(**values) if self._is_async else await _on_thread(self._function, values)
+            result = await self._function(**values) if self._is_async else (await _on_thread(self._function, values))()
             if inspect.isawaitable(result):  # of a plain function that returns a coroutine
                 result = await result
         except ToolError:
@@ -117,7 +117,7 @@ class FunctionTool:
             if _is_for_us(error, is_thread=not self._is_async):
                 raise
             raise ToolError(f"{self.tool.name} failed: {_told(error)}") from error
-        return _shown(result if isinstance(result, str) else await _on_thread(self._json, {"result": result}))
+        return _shown(result if isinstance(result, str) else (await _on_thread(self._json, {"result": result}))())
 
     def _read(self, arguments: str) -> dict[str, Any]:
         from pydantic import ValidationError
@@ -258,8 +258,9 @@ def _shown(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Any:
-    """On a thread of its own that nobody waits for at exit: what never ends must not keep the program from ending."""
+async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Callable[[], Any]:
+    """On a thread of its own that nobody waits for at exit: what never ends must not keep the program from ending.
+    What comes back gives the result, or raises what the function did: not every exception can cross a future."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     done: asyncio.Future[Callable[[], Any]] = loop.create_future()
 
@@ -273,7 +274,7 @@ async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> An
             loop.call_soon_threadsafe(finish, outcome)
 
     threading.Thread(target=run, name=f"tool {getattr(function, '__name__', '')}", daemon=True).start()
-    return (await done)()  # not every exception can cross a future
+    return await done
 
 
 def _outcome(function: Callable[..., Any], values: dict[str, Any]) -> Callable[[], Any]:

@@ -52,12 +52,12 @@ class ToolChoices:
 async def open_kit(
     choices: ToolChoices,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     progress: Progress = no_progress,
     approve_patch: "Approve | None" = None,
     patch_form: Literal["grammar", "text", "json"] = "grammar",
 ) -> AsyncIterator[tuple[Tool | FunctionTools, ...]]:
-    """The tools, until the end of the block. `tokenizer` is that of the model which reads pages; `approve_patch` is
+    """The tools, until the end of the block. `tokenizer` is that of the model which reads pages, None where it browses none; `approve_patch` is
     asked before files are changed.
 
     Raises UsageError for choices that lead to nothing, UnsupportedError and BackendError for what cannot run here, and
@@ -68,6 +68,7 @@ async def open_kit(
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
 
+            assert tokenizer is not None
             browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
             opened.callback(browser.close)
             tools.append(browser)
