@@ -468,16 +468,23 @@ def test_what_runs_as_somebody_else_does_so_no_more_once_it_is_patched(tmp_path:
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o755
 
 
-def test_long_repetitions_are_searched_as_fast_as_anything() -> None:
-    lines = ["x"] * 200_000  # some 10^8 comparisons of lines, if each place was compared with all of the hunk
-    hunk = [" x"] * 500 + [" y"] + [" x"] * 500
-    text = patch("*** Update File: f", "@@", *hunk, "+z")
+def test_long_repetitions_cost_no_more_than_other_lines() -> None:
+    lines, part = ["x"] * 60_000, 10_000  # 10^9 comparisons, if each place was compared with all of the hunk
+    text = patch("*** Update File: f", "@@", *[" x"] * part, " y", *[" x"] * part, "+z")
     begun = time.process_time()
     after = patched({"f": _text([*lines, "y", *lines])}, text)["f"]
-    assert after == _text([*lines, "y", *lines[:500], "z", *lines[500:]]).encode()
+    assert after == _text([*lines, "y", *lines[:part], "z", *lines[part:]]).encode()
     with pytest.raises(PatchError, match="does not fit"):
         patched({"f": _text([*lines, "Y", *lines])}, text)
-    assert time.process_time() - begun < 10
+    assert time.process_time() - begun < 5
+
+
+def test_more_different_lines_than_there_are_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freehold.tools.patch_plan._LAST_CHARACTER", 1)
+    before = _text(["a", "b", "c", "d", "b", "e", "f"])
+    assert patched({"f": before}, patch("*** Update File: f", "@@", " b", "-e", "+x"))["f"] == b"a\nb\nc\nd\nb\nx\nf\n"
+    with pytest.raises(PatchError, match="does not fit"):
+        patched({"f": before}, patch("*** Update File: f", "@@", " c", "-e", "+x"))
 
 
 # --- all or nothing -----------------------------------------------------------------------------------------

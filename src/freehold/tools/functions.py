@@ -315,7 +315,9 @@ def _arguments_model(name: str, function: Callable[..., Any], meanings: dict[str
     if meanings:
         raise UsageError(f"tool {name}: its docstring describes {', '.join(meanings)}, which it does not take")
     try:
-        model = create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
+        model: type[BaseModel] = create_model(
+            name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields
+        )
     except (PydanticUserError, TypeError, ValueError) as error:
         raise UsageError(f"tool {name}: {_first_line(error)}") from None
     for field, parameter in zip(model.model_fields.values(), signature.parameters.values(), strict=True):

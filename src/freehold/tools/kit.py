@@ -57,8 +57,8 @@ async def open_kit(
     approve_patch: "Approve | None" = None,
     patch_form: Literal["grammar", "text", "json"] = "grammar",
 ) -> AsyncIterator[tuple[Tool | FunctionTools, ...]]:
-    """The tools, until the end of the block. `tokenizer` is that of the model which reads pages, None where it browses none; `approve_patch` is
-    asked before files are changed.
+    """The tools, until the end of the block. `tokenizer` is that of the model which reads pages, None where nothing is
+    browsed; `approve_patch` is asked before files are changed.
 
     Raises UsageError for choices that lead to nothing, UnsupportedError and BackendError for what cannot run here, and
     DiskError where a folder cannot be indexed.

@@ -62,7 +62,8 @@ class HttpServer:
         for name, value in self.headers.items():
             if not _HEADER.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
                 raise UsageError(
-                    f"MCP server {self.name!r}: the header {name!r} cannot be sent; it has a line end, or what is not ASCII"
+                    f"MCP server {self.name!r}: the header {name!r} cannot be sent; it has a line end, spaces "
+                    "around it, or what is not ASCII"
                 )
 
 

@@ -30,6 +30,7 @@ _PUNCTUATION = str.maketrans(
         **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
     }
 )
+_LAST_CHARACTER = sys.maxunicode
 _SHOWN_LINES = 30
 _COMPARED = 200_000  # lines against lines, in search of what comes nearest to a hunk that was not found
 
@@ -201,8 +202,8 @@ _LENIENCES: tuple[Callable[[str], str], ...] = (_exact, str.rstrip, str.strip, _
 
 
 class _Form:
-    """The lines of a file in one leniency, a character for each: so that Python's search of text, which long repetitions
-    do not slow down, is the search for lines. Those that there are too many of for that share the last character."""
+    """The lines of a file in one leniency, a character for each, so that Python's search of text, which repetitions do
+    not slow down, is the search for lines. Where lines are more than characters, some share the last one."""
 
     def __init__(self, lines: Sequence[str], lenience: Callable[[str], str]) -> None:
         self._lines = [lenience(line) for line in lines]
@@ -210,7 +211,7 @@ class _Form:
         numbers: dict[str, int] = {}
         for line in self._lines:
             numbers.setdefault(line, len(numbers))
-        self._characters = {line: chr(min(number, sys.maxunicode)) for line, number in numbers.items()}
+        self._characters = {line: chr(min(number, _LAST_CHARACTER)) for line, number in numbers.items()}
         self._text = "".join([self._characters[line] for line in self._lines])
 
     def search(self, wanted: Sequence[str], begin: int, end: int | None) -> int | None:
@@ -221,7 +222,7 @@ class _Form:
         looked_for = "".join([self._characters[line] for line in lines])
         until = len(self._text) if end is None else end + len(lines) - 1
         at = self._text.find(looked_for, begin, until)
-        while at >= 0 and chr(sys.maxunicode) in looked_for and self._lines[at : at + len(lines)] != lines:
+        while at >= 0 and chr(_LAST_CHARACTER) in looked_for and self._lines[at : at + len(lines)] != lines:
             at = self._text.find(looked_for, at + 1, until)
         return at if at >= 0 else None
 
