@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
@@ -34,6 +35,14 @@ from tests.tools.trees import contents, plant, tree_hash
 
 def patch(*lines: str) -> str:
     return "\n".join(["*** Begin Patch", *lines, "*** End Patch"]) + "\n"
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> Iterator[Path]:
+    """A folder for tests that sync a thousand files: where there is one, on no disk."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def patched(files: Mapping[str, str | bytes], text: str) -> dict[str, bytes]:
@@ -335,7 +344,7 @@ def _edit(before: list[str], after: list[str]) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(before=TREES, after=TREES, corruption=st.data())
 def test_any_edit_can_be_written_and_no_corrupt_patch_changes_anything_by_halves(
-    tmp_path_factory: pytest.TempPathFactory, before: dict[str, list[str]], after: dict[str, list[str]], corruption: Any
+    in_memory: Path, before: dict[str, list[str]], after: dict[str, list[str]], corruption: Any
 ) -> None:
     sections: list[str] = []
     for name in sorted(before.keys() | after.keys()):
@@ -345,7 +354,7 @@ def test_any_edit_can_be_written_and_no_corrupt_patch_changes_anything_by_halves
             sections += [f"*** Add File: {name}", *(f"+{line}" for line in after[name])]
         elif before[name] != after[name]:
             sections += [f"*** Update File: {name}", *_edit(before[name], after[name])]
-    root = tmp_path_factory.mktemp("tree")
+    root = Path(tempfile.mkdtemp(dir=in_memory))
     plant(root, {name: _text(lines) for name, lines in before.items()})
     if not sections:
         return
@@ -506,7 +515,7 @@ WIDE_AFTER = {
 }
 
 
-def test_whatever_step_fails_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_step_fails_nothing_is_changed(in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = (errno.ENOSPC, errno.EACCES, errno.EIO)
 
     def failing(do: Callable[..., Any], calls: Iterator[int], step: int) -> Callable[..., Any]:
@@ -517,6 +526,7 @@ def test_whatever_step_fails_nothing_is_changed(tmp_path: Path, monkeypatch: pyt
 
         return instead
 
+    tmp_path = Path(tempfile.mkdtemp(dir=in_memory))
     root, num_undone = plant(tmp_path / "0", WIDE), 0
     for step in count():
         was, directory, calls = tree_hash(root), PatchDirectory(root), count()
@@ -625,7 +635,8 @@ def test_a_journal_that_somebody_else_wrote_is_refused(tmp_path: Path, journal: 
     assert tree_hash(tmp_path) == was
 
 
-def test_killed_at_any_step_it_is_undone_or_done(tmp_path: Path) -> None:
+def test_killed_at_any_step_it_is_undone_or_done(in_memory: Path) -> None:
+    tmp_path = Path(tempfile.mkdtemp(dir=in_memory))
     folder, out = plant(tmp_path / "folder", WIDE), tmp_path / "out"
     (tmp_path / "patch").write_text(WIDE_PATCH, encoding="utf-8")
     program = Path(__file__).with_name("killed_patch.py")

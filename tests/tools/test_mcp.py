@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +19,9 @@ from typer.testing import CliRunner
 
 from freehold.cli.main import app
 from freehold.errors import BackendError, FreeholdError, UnsupportedError, UsageError
-from freehold.formats.conversation import ToolNamespace
 from freehold.formats.harmony.builtins import PYTHON
 from freehold.formats.schema import enforceable
-from freehold.tools.base import Citation, ToolError, ToolFile, ToolResult, ToolSession
+from freehold.tools.base import ToolError, ToolSession
 from freehold.tools.mcp import McpLimits, McpTools, environment
 from freehold.tools.mcp_config import HttpServer, McpServer, StdioServer, parse_server, read_config
 from freehold.tools.python import PythonTool
@@ -455,37 +454,13 @@ def test_nothing_to_serve_is_an_error() -> None:
     assert isinstance(result.exception, UsageError) and "nothing to serve" in str(result.exception)
 
 
-class Echo:
-    """A built-in tool of the kind that takes code, and one with tools inside."""
-
-    def __init__(self, namespace: ToolNamespace, picture: Path) -> None:
-        self.namespace = namespace
-        self.picture = picture
-        self.closed = 0
-
-    async def open(self) -> ToolSession:
-        return self
-
-    async def call(self, name: str, arguments: str) -> ToolResult:
-        if arguments == "fail":
-            raise ToolError("first line\nsecond line")
-        files = (ToolFile(name="p.png", path=self.picture, media_type="image/png"),)
-        return ToolResult(text=f"{name}({arguments})", files=files)
-
-    def citations(self, answer: str) -> Sequence[Citation]:
-        return ()
-
-    async def aclose(self) -> None:
-        self.closed += 1
-
-
 def test_built_in_tools_go_by_their_names(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
         "from freehold.formats.harmony.builtins import BROWSER, PYTHON\n"
         "from freehold.tools.mcp_server import serve_mcp\n"
-        "from tests.tools.test_mcp import Echo\n"
+        "from tests.tools.echo_tool import Echo\n"
         "tools = [Echo(PYTHON, Path(sys.argv[1])), Echo(BROWSER, Path(sys.argv[1]))]\n"
         "asyncio.run(serve_mcp(tools))\n"
         "print([tool.closed for tool in tools])\n"
