@@ -2,15 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from freehold.cli.terminal import say
-
-if TYPE_CHECKING:
-    from freehold.log import Progress
-    from freehold.tools.kit import ToolChoices
+from freehold.log import Progress
 
 
 def command(
@@ -35,34 +32,27 @@ def command(
     freehold mcp --tools my_tools.py
     """
     import asyncio
+    from contextlib import ExitStack, nullcontext
 
+    from freehold.cli.terminal import progress_bars
     from freehold.errors import UsageError
-    from freehold.tools.kit import ToolChoices
+    from freehold.formats.tokenizer import Tokenizer
+    from freehold.tools.kit import ToolChoices, local_tools
+    from freehold.tools.mcp_server import serve_mcp
 
     choices = ToolChoices(browse=tuple(browse or ()), python=python, functions=tuple(tools or ()), patch=patch)
     if choices.is_empty:
         raise UsageError("there is nothing to serve; give --browse PATH, --python, --tools FILE or --patch DIR")
-    asyncio.run(_serve(choices))
-
-
-async def _serve(choices: "ToolChoices") -> None:
-    from contextlib import AsyncExitStack, nullcontext
-
-    from freehold.cli.terminal import progress_bars
-    from freehold.formats.tokenizer import Tokenizer
-    from freehold.tools.kit import open_kit
-    from freehold.tools.mcp_server import serve_mcp
-
     # The model that will read pages is not known; its tokens are much like gpt-oss's.
     tokenizer = Tokenizer.o200k_harmony() if choices.browse else None
-    async with AsyncExitStack() as opened:
+    with ExitStack() as opened:
         with progress_bars() if sys.stderr.isatty() else nullcontext(_lines()) as progress:
-            kit = open_kit(choices, tokenizer=tokenizer, progress=progress, patch_form="json")
-            tools = await opened.enter_async_context(kit)
-        await serve_mcp(tools)
+            kit = local_tools(choices, tokenizer=tokenizer, progress=progress, patch_form="json")
+            offered = opened.enter_context(kit)
+        asyncio.run(serve_mcp(offered))
 
 
-def _lines() -> "Progress":
+def _lines() -> Progress:
     """A line for each tenth that is done: what clients keep as a log is no place for bars."""
     shown: dict[str, int] = {}
 

@@ -12,7 +12,8 @@
 The parameters' JSON Schema comes from the signature (whatever pydantic knows: Literal, enums, Optional, dataclasses,
 models, TypedDict, dates), what they mean from the docstring: its text describes the tool, an `Args:` section in the
 style of Google's each parameter. What the model sends is checked against it before the function runs. Coroutine
-functions are awaited, others run on a thread, several conversations' at once. A result that is no text is sent as JSON.
+functions are awaited, others run on a thread, several conversations' at once. A result that is no text is sent as JSON,
+100,000 characters of it at most. Generators are refused: nobody knows whether they end.
 What a function raises reaches the model as type and message, never as a traceback.
 
 The functions run in this process, with all that the user may do. Cancelled, a coroutine function is; one on a thread

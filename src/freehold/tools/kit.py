@@ -1,14 +1,14 @@
 """The tools that a command's options switch on: for the terminal, the server and MCP alike.
 
-    async with open_kit(ToolChoices(browse=(Path("notes"),), python=True), tokenizer=tokenizer) as tools:
-        ...
+    with local_tools(choices, tokenizer=tokenizer) as tools:
+        async with mcp_tools(choices) as more: ...
 
 What cannot be had (a folder that is not there, a sandbox that this machine does not allow, an MCP server that does not
 start, a missing key) is an error before anything runs. Nothing is on that was not asked for.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -48,30 +48,23 @@ class ToolChoices:
         return self.search is not None or any(text.split("=", 1)[-1].startswith("http") for text in self.mcp)
 
 
-@asynccontextmanager
-async def open_kit(
+@contextmanager
+def local_tools(
     choices: ToolChoices,
     *,
     tokenizer: Tokenizer | None,
     progress: Progress = no_progress,
     approve_patch: "Approve | None" = None,
     patch_form: Literal["grammar", "text", "json"] = "grammar",
-) -> AsyncIterator[tuple[Tool | FunctionTools, ...]]:
-    """The tools, until the end of the block. `tokenizer` is that of the model which reads pages, None where nothing is
-    browsed; `approve_patch` is asked before files are changed.
+) -> Iterator[tuple[Tool | FunctionTools, ...]]:
+    """All but MCP's, until the end of the block; folders are indexed first, on this thread. `tokenizer` is that of the
+    model which reads pages, None where nothing is browsed; `approve_patch` is asked before files are changed.
 
-    Raises UsageError for choices that lead to nothing, UnsupportedError and BackendError for what cannot run here, and
-    DiskError where a folder cannot be indexed.
+    Raises UsageError for choices that lead to nothing, UnsupportedError for what cannot run here, DiskError where a
+    folder cannot be indexed.
     """
     tools: list[Tool | FunctionTools] = []
-    async with AsyncExitStack() as opened:
-        if choices.browse or choices.search is not None:
-            from freehold.tools.browser.browser import Browser
-
-            assert tokenizer is not None
-            browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
-            opened.callback(browser.close)
-            tools.append(browser)
+    with ExitStack() as opened:
         if choices.python:
             from freehold.tools.python import PythonTool
 
@@ -84,16 +77,35 @@ async def open_kit(
             from freehold.tools.apply_patch import ApplyPatchTool
 
             tools.append(ApplyPatchTool(choices.patch, approve=approve_patch, form=patch_form))
-        if choices.mcp or choices.mcp_config:
-            from freehold.tools.mcp import McpTools
-            from freehold.tools.mcp_config import parse_server, read_config
+        if choices.browse or choices.search is not None:
+            from freehold.tools.browser.browser import Browser
 
-            servers = [parse_server(text) for text in choices.mcp]
-            servers += [server for path in choices.mcp_config for server in read_config(path)]
-            connected = await McpTools.connect(servers)
-            opened.push_async_callback(connected.aclose)
-            tools.append(connected)
+            assert tokenizer is not None
+            browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
+            opened.callback(browser.close)
+            tools.append(browser)
         yield tuple(tools)
+
+
+@asynccontextmanager
+async def mcp_tools(choices: ToolChoices) -> AsyncIterator[tuple[FunctionTools, ...]]:
+    """Those of MCP servers, connected until the end of the block.
+
+    Raises UsageError and UnsupportedError for what is no server, BackendError for one that cannot be used.
+    """
+    if not (choices.mcp or choices.mcp_config):
+        yield ()
+        return
+    from freehold.tools.mcp import McpTools
+    from freehold.tools.mcp_config import parse_server, read_config
+
+    servers = [parse_server(text) for text in choices.mcp]
+    servers += [server for path in choices.mcp_config for server in read_config(path)]
+    connected = await McpTools.connect(servers)
+    try:
+        yield (connected,)
+    finally:
+        await connected.aclose()
 
 
 def _sources(choices: ToolChoices, progress: Progress) -> "list[Source]":

@@ -6,7 +6,8 @@
 
 Each tool is offered as `SERVER__TOOL`, with the schema that its server gives. Where our grammar cannot hold a model to
 that schema it is not strict, and the server checks. A connection serves all conversations, as clients of MCP do; it
-belongs to the event loop that it was opened on, and is restarted once for a call that finds it broken. A call during
+belongs to the event loop that it was opened on, and is restarted once for a call that finds it broken, or after one that
+it did not answer if it then answers nothing else either. A call during
 which the server died is repeated only where the server says that repeating it does no harm.
 
 A server started here gets PATH, HOME and a few more variables and what its config names, nothing else of this
