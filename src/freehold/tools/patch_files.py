@@ -8,7 +8,8 @@ patch left it is put back. A living process holds a lock on the folder.
 Refused: absolute paths, `..`, control characters, links anywhere on the way, what is no regular file, other mounted
 file systems, write-protected files, one file under two names, and `.git`, whose hooks are programs. All steps go from
 folder to folder by handle, so that a link that somebody puts there meanwhile leads nowhere. Permissions, owner and
-extended attributes stay, but for set-user-ID, set-group-ID and capabilities. A hard link to elsewhere is cut: the file there stays as it was.
+extended attributes stay, but for set-user-ID, set-group-ID and capabilities. A hard link to elsewhere is cut: the file
+there stays as it was.
 """
 
 import errno
