@@ -6,9 +6,9 @@
 
 Each tool is offered as `SERVER__TOOL`, with the schema that its server gives. Where our grammar cannot hold a model to
 that schema it is not strict, and the server checks. A connection serves all conversations, as clients of MCP do; it
-belongs to the event loop that it was opened on. It is made anew, once for a call, where it is broken, and where a server
-that did not answer a call in time answers nothing else either. A call during which the server died is repeated only
-where the server says that repeating it does no harm.
+belongs to the event loop that it was opened on. It is made anew, once for a call, where it is broken, or where a
+server that did not answer a call in time answers nothing else either. A call during which the server died is repeated
+only where the server says that repeating it does no harm.
 
 A server started here gets PATH, HOME and a few more variables and what its config names, nothing else of this
 environment: no keys and tokens. It is a program of the user's choice and runs with all of the user's rights. What
