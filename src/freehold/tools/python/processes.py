@@ -117,11 +117,6 @@ def go_on(first: int) -> None:
     _signal(descendants(first), signal.SIGCONT)
 
 
-def kill(pids: list[int]) -> None:
-    """End these processes; those that are gone already are as good."""
-    _signal(pids, signal.SIGKILL)
-
-
 def _signal(pids: list[int], number: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):

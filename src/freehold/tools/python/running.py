@@ -236,12 +236,6 @@ class RunningKernel:
         """How many processes it has."""
         return len(processes.descendants(self.first))
 
-    def end_strays(self) -> int:
-        """End all but the kernel itself; how many there were."""
-        strays = processes.descendants(self.first)[1:]
-        processes.kill(strays)
-        return len(strays)
-
     async def kill(self) -> None:
         """End it and all in it, and wait until that is so."""
         if not self.ended.done():

@@ -119,6 +119,8 @@ class PythonSession:
         finally:
             if call.fatal is None and not kernel.ended.done() and not await kernel.stop():
                 call.fatal = "its processes could not be stopped after the call"
+            if call.fatal is None and kernel.size() > self._limits.processes // 2:
+                call.fatal = f"the call left more than {self._limits.processes // 2} processes behind"
             if call.fatal is not None:
                 await self._end_kernel()
         return await self._result(call, before)
@@ -144,8 +146,6 @@ class PythonSession:
         after = await asyncio.to_thread(self._drive.contents)
         full = self._drive.too_full(after)
         fatal = call.fatal
-        if fatal is None and self._kernel is not None and self._kernel.size() > self._limits.processes // 2:
-            notes.append(f"[{self._kernel.end_strays()} processes that the call left behind were ended.]")
         if fatal is not None:
             notes.append(f"[The kernel was ended: {fatal}. {_NEW}]")
         if full is not None or call.filled_drive:
