@@ -534,7 +534,7 @@ def test_a_process_is_stopped_whatever_it_calls_itself(tight: Run) -> None:
 
 
 def test_what_is_said_while_the_host_is_busy_is_heard(inside: Run) -> None:
-    code = "open('begun', 'w').close()\nfor i in range(2000): print(i, flush=True)\nos.remove('begun')"
+    code = "open('begun', 'w').close()\nfor i in range(2000): display(i)\nimport os; os.remove('begun')"
 
     async def busy() -> str:
         call = asyncio.create_task(inside.session.call("python", code))
@@ -779,9 +779,9 @@ def test_pictures_fill_no_drive(tight: Run) -> None:
 def test_a_cancelled_call_is_interrupted_and_its_state_kept(tight: Run) -> None:
     session: PythonSession = tight.session
 
-    async def cancelled(code: str) -> float:
+    async def cancelled(before: str) -> float:
         started = session._drive.folder / "started"
-        call = asyncio.create_task(session.call("python", "open('started', 'w').close()\n" + code))
+        call = asyncio.create_task(session.call("python", before + "\nopen('started', 'w').close()\nwhile True: pass"))
         while not started.exists() and not call.done():
             await asyncio.sleep(0.01)
         began = time.monotonic()
@@ -792,9 +792,9 @@ def test_a_cancelled_call_is_interrupted_and_its_state_kept(tight: Run) -> None:
         return time.monotonic() - began
 
     tight("kept = 8")
-    assert tight.runner.run(cancelled("while True: pass")) < 1
+    assert tight.runner.run(cancelled("")) < 1
     assert tight("kept").text.startswith("8")
-    assert tight.runner.run(cancelled("import signal; signal.signal(2, signal.SIG_IGN)\nwhile True: pass")) < 2
+    assert tight.runner.run(cancelled("import signal; signal.signal(2, signal.SIG_IGN)")) < 2
     assert session._kernel is None and "NameError" in tight("kept").text
 
 
