@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,18 @@ import pytest
 from openai.types.responses import ResponseItemList
 
 from freehold.errors import BackendError, UsageError
+from freehold.formats.conversation import ToolNamespace
+from freehold.formats.harmony.builtins import PYTHON as PYTHON_NAMESPACE
 from freehold.formats.tokenizer import Tokenizer
 from freehold.serve.caller import Caller
 from freehold.serve.containers import Containers
 from freehold.serve.hosted import HostedServer, HostedTools, prepare
+from freehold.serve.responses.plan import plan
+from freehold.serve.responses.wire import ResponseCreate
+from freehold.serve.settings import ServeSettings
+from freehold.serve.start import start
+from freehold.session.scripted import ScriptedTurn, serve_script
+from freehold.tools.base import ToolResult
 from freehold.tools.browser.browser import Browser
 from freehold.tools.browser.documents import Documents
 from freehold.tools.functions import FunctionToolset
@@ -169,9 +175,6 @@ async def test_all_steps_are_charged_to_the_caller(searchable: Searchable) -> No
     turns = [said(browse("search", query="ferry")), said(answer("At nine."))]
     async with Responding(*turns, tools=searchable()) as there:
         caller = Caller()
-        from freehold.serve.responses.plan import plan
-        from freehold.serve.responses.wire import ResponseCreate
-
         planned = await plan(there.server, caller, ResponseCreate(input="When?", tools=[SEARCH]))
         stream = planned.stream(there.server)
         async for batch in there.server.read(caller, planned.turn, left=planned.release):
@@ -494,10 +497,8 @@ class Echo:
         self.running = 0
 
     @property
-    def namespace(self) -> Any:
-        from freehold.formats.harmony.builtins import PYTHON as NAMESPACE
-
-        return NAMESPACE
+    def namespace(self) -> ToolNamespace:
+        return PYTHON_NAMESPACE
 
     async def open(self) -> Any:
         self.open_sessions += 1
@@ -508,9 +509,7 @@ class EchoSession:
     def __init__(self, tool: Echo) -> None:
         self.tool = tool
 
-    async def call(self, name: str, arguments: str) -> Any:
-        from freehold.tools.base import ToolResult
-
+    async def call(self, name: str, arguments: str) -> ToolResult:
         self.tool.running += 1
         try:
             await self.tool.gate.wait()
@@ -571,7 +570,7 @@ async def test_idle_containers_are_closed_and_the_oldest_make_room() -> None:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_the_command_switches_tools_on_and_says_what_cannot_be_had(notes: Path, tmp_path: Path) -> None:
+def test_the_command_switches_tools_on(notes: Path, tmp_path: Path) -> None:
     script = tmp_path / "turns.jsonl"
     turns = [said(browse("search", query="spring tide")), said(use("my__double", number=21)), said(answer("42"))]
     script.write_text("".join(f"{json.dumps(turn)}\n" for turn in turns))
@@ -582,10 +581,19 @@ def test_the_command_switches_tools_on_and_says_what_cannot_be_had(notes: Path, 
         answered = httpx.post(f"http://127.0.0.1:{there.address[1]}/v1/responses", json=body, timeout=60).json()
         assert first(answered, "mcp_call")["output"] == "42" and "web_search_call" in kinds(answered)
         assert there.terminate() == 0
-    options = ("--script", str(script), "--port", "0", "--mcp", "gone=/no/such/program")
-    environment = {**os.environ, "FREEHOLD_DATA": str(tmp_path / "data")}
-    refused = subprocess.run(
-        [sys.executable, "-m", "freehold", "serve", *options], capture_output=True, text=True, env=environment
-    )
-    assert refused.returncode == 1
-    assert refused.stderr.splitlines()[-1].startswith("error: MCP server gone cannot be used: there is no ")
+
+
+def test_a_server_whose_tools_cannot_be_had_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "disabled", False)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("FREEHOLD_DATA", str(tmp_path))
+    turn = ScriptedTurn.from_json(said(answer("Hi.")))
+    with pytest.raises(BackendError, match="MCP server gone cannot be used"):
+        start(
+            lambda: serve_script([turn]),
+            ServeSettings(port=0),
+            store_url=f"sqlite:///{tmp_path / 'responses.db'}",
+            no_network=False,
+            tools=ToolChoices(mcp=("gone=/no/such/program",)),
+        )

@@ -5,6 +5,7 @@ where that is asked for, after the sockets are bound and before a model or any f
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 
@@ -121,7 +122,8 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         try:
             await server.tools.connect()
         except FreeholdError as error:
-            app.state.failure = error  # uvicorn has no way to hand it on
+            app.state.failure = error  # uvicorn has no way to hand it on, and tells of it by a traceback
+            logging.getLogger("uvicorn.error").disabled = True
             await server.tools.aclose()
             raise
     tidying = asyncio.create_task(_tidy(server))
