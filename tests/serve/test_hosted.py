@@ -52,7 +52,7 @@ def thought(text: str) -> str:
 
 
 def browse(function: str, **arguments: Any) -> str:
-    return f"<|channel|>analysis to=browser.{function} <|constrain|>json<|message|>{json.dumps(arguments)}<|call|>"
+    return f" to=browser.{function}<|channel|>analysis <|constrain|>json<|message|>{json.dumps(arguments)}<|call|>"
 
 
 def run(code: str) -> str:
