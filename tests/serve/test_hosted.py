@@ -28,7 +28,6 @@ from freehold.tools.browser.browser import Browser
 from freehold.tools.browser.documents import Documents
 from freehold.tools.functions import FunctionToolset
 from freehold.tools.kit import ToolChoices
-from freehold.tools.mcp_config import HttpServer
 from tests.serve.http import vanish
 from tests.serve.process import Process
 from tests.serve.responding import WEATHER, Responding, result_of
@@ -435,13 +434,6 @@ async def test_tools_of_the_operators_mcp_servers_are_listed_called_and_told_of(
         ):
             assert (await there.refused(input="x", tools=[{**server, **change}]))["param"] == param
         assert lines(tmp_path, "started") and "example.com" not in str(there.server.tools)
-
-
-async def test_an_mcp_server_that_cannot_be_used_keeps_the_tools_from_being_there(tmp_path: Path) -> None:
-    broken = HostedTools(mcp=[peer(tmp_path), HttpServer(name="gone", url="http://127.0.0.1:9/mcp")])
-    with pytest.raises(BackendError, match="gone"):
-        await broken.connect()
-    assert not broken._connected
 
 
 def test_tools_that_need_a_network_or_one_name_are_refused() -> None:
