@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -18,8 +20,10 @@ from hypothesis import strategies as st
 
 from freehold.errors import DiskError, UsageError
 from freehold.tools.base import ToolError
+from freehold.tools.browser import apart, markup, pdf
+from freehold.tools.browser import documents as documents_module
 from freehold.tools.browser import index as index_module
-from freehold.tools.browser import markup, pdf
+from freehold.tools.browser.apart import UnreadableError
 from freehold.tools.browser.documents import Documents
 from freehold.tools.browser.folder import Folder
 from freehold.tools.browser.index import Index, StoppedError
@@ -74,6 +78,23 @@ def test_a_search_sees_an_edit_at_once(docs: MakeDocs, tmp_path: Path) -> None:
     assert (names(documents, "before"), names(documents, "behind")) == ([], ["a.md"])
 
 
+def test_a_first_index_that_took_long_does_not_hide_an_edit(
+    docs: MakeDocs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    for module in (documents_module, index_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], time_ns=time.time_ns))
+    documents = docs({"a.md": "before"})
+
+    def an_hour(label: str, done: int, total: int) -> None:
+        clock[0] += 3600
+
+    documents.refresh(progress=an_hour)
+    clock[0] += 1
+    (tmp_path / "docs" / "a.md").write_text("changed since")
+    assert [hit.summary for hit in asyncio.run(documents.search("changed", 3))] == ["changed since"]
+
+
 def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
     documents = docs(
         {
@@ -84,6 +105,10 @@ def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
             "code.rs": "fn parse_header(input: &str) {}",
             "page.html": "<meta charset=iso-8859-1><p>caf\u00e9 <i>society</i>".encode("latin-1"),
             "print.pdf": corpus.pdf([["first page"], ["quicksilver"]], title="Metals"),
+            "lies.pdf": corpus.pdf([["aluminium"]]).replace(b"/Count 1", b"/Count 9"),
+            "torn.pdf": corpus.pdf([["page"], ["tungsten"]]).replace(b"/Kids [6", b"/Kids [1"),
+            "download": corpus.pdf([["molybdenum"]]),
+            "Re: plans #2.txt": "osmium",
             "long.txt": "x" * 10_000 + " needle " + "y" * 10_000,
             "empty.md": "",
         }
@@ -100,8 +125,15 @@ def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
         "needle": "long.txt",
         "empty": "empty.md",
         '"first page" AND (': "print.pdf",
+        "aluminium": "lies.pdf",
+        "tungsten": "torn.pdf",
+        "molybdenum": "download",
+        'the "osmium': "Re: plans #2.txt",
+        "'osmium yields": "Re: plans #2.txt",
     }.items():
         assert names(documents, query)[:1] == [name], query
+    assert asyncio.run(documents.fetch("Re: plans #2.txt")).text == "osmium"
+    assert asyncio.run(documents.fetch("torn.pdf")).page_lines == (0, 3)
 
 
 def test_what_cannot_be_read_is_named_and_left_out(
@@ -117,16 +149,25 @@ def test_what_cannot_be_read_is_named_and_left_out(
             "picture.png": b"readable",
         }
     )
+    odd = os.fsencode(tmp_path) + b"/docs/\xff.md"
+    Path(os.fsdecode(odd)).write_text("readable")
+    read: list[int] = []
+    digest = index_module._digest
+    monkeypatch.setattr(
+        index_module, "_digest", lambda file: read.append(os.fstat(file.fileno()).st_size) or digest(file)
+    )
     (tmp_path / "docs" / "dangling.md").symlink_to("missing")
     os.mkfifo(tmp_path / "docs" / "pipe.md")
     with caplog.at_level(logging.WARNING, "freehold"):
         changes = documents.refresh()
-    assert set(changes.skipped) == {"big.txt", "broken.pdf"}
+    assert changes.skipped.keys() == {"big.txt", "broken.pdf", "?.md"}
+    assert max(read) < 1000  # what is too large is not read to the end for nothing
     assert f"{tmp_path}/docs/broken.pdf is left out: it is damaged, or no PDF" in caplog.text
     assert "big.txt is left out: it is larger than 0 MiB" in caplog.text
     assert names(documents, "readable") == ["good.md"]
     caplog.clear()
     assert documents.refresh().skipped.keys() == changes.skipped.keys()
+    assert not caplog.text  # a search is no reason to say it again
     with pytest.raises(ToolError, match=r"`broken.pdf` cannot be opened: it is damaged"):
         asyncio.run(documents.fetch("broken.pdf"))
     with pytest.raises(ToolError, match=r"`binary.dat` is no text"):
@@ -435,6 +476,32 @@ def test_pages_made_to_be_slow_are_not() -> None:
         markup.of_markdown(text, "", resolve)
 
 
+def test_a_page_on_which_its_reader_works_for_hours_is_given_up(
+    docs: MakeDocs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "MAX_SECONDS", 0.3)
+    slow = "<p " + " ".join(f"a{number}=1" for number in range(200_000)) + ">words"
+    documents = docs({"slow.html": slow, "good.html": "<p>good words"})
+    changes = documents.refresh()
+    assert changes.skipped == {"slow.html": "it takes more than 0 seconds to read"}
+    assert names(documents, "words") == ["good.html"]
+    with pytest.raises(ToolError, match=r"`slow.html` cannot be opened: it takes more than"):
+        asyncio.run(documents.fetch("slow.html"))
+    monkeypatch.setattr(apart, "MAX_SECONDS", 60.0)
+    resolve, polls = markup.web_resolve(""), iter((False, False))
+    with pytest.raises(UnreadableError, match="was stopped"):
+        apart.of_html(slow, "", resolve, stopped=lambda: next(polls, True))
+    first, _ = apart._readers.take()
+    apart._readers.give_back(first)
+    first._process.kill()  # as if nobody had asked for a long time
+    first._process.wait()
+    assert apart.of_html("<p>more", "", resolve, stopped=lambda: False).text == "more"
+    monkeypatch.setattr(apart, "_CHILD", "import os, sys; os.read(0, 9); print({0!r})")
+    apart._readers.end()
+    with pytest.raises(UnreadableError, match="the HTML reader broke off"):
+        apart.of_html("<p>more", "", resolve, stopped=lambda: False)
+
+
 def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,7 +514,7 @@ def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
             return pdf.read(file, 1 << 20, lambda: stopped)
 
     assert read() == ("T", ["one", "two"])
-    with pytest.raises(pdf.UnreadableError, match="larger than 0 MiB"), path.open("rb") as file:
+    with pytest.raises(UnreadableError, match="larger than 0 MiB"), path.open("rb") as file:
         pdf.read(file, 1, lambda: False)
     for child, reason in {
         "import os; os.kill(os.getpid(), 11)": "broke off",
@@ -456,10 +523,10 @@ def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
         "while True: pass": "takes more than 0 seconds",
         "import os, json; print(json.dumps({'reason': str('EXA_API_KEY' in os.environ)}))": "False",
     }.items():
-        monkeypatch.setattr(pdf, "_CHILD", child)
+        monkeypatch.setattr(apart, "_CHILD", child)
         monkeypatch.setattr(pdf, "MAX_SECONDS", 0.3 if "while" in child else 60.0)
-        with pytest.raises(pdf.UnreadableError, match=reason):
+        with pytest.raises(UnreadableError, match=reason):
             read()
-    with pytest.raises(pdf.UnreadableError, match="was stopped"):
-        monkeypatch.setattr(pdf, "_CHILD", "while True: pass")
+    with pytest.raises(UnreadableError, match="was stopped"):
+        monkeypatch.setattr(apart, "_CHILD", "while True: pass")
         read(stopped=True)

@@ -77,6 +77,24 @@ class YouCom:
         return hits[:topn]
 
 
+def engine_of(text: str) -> SearchEngine:
+    """What a user names: `exa` or `you`, whose keys are in the environment, or the address of a SearXNG server.
+
+    Keys cannot be typed: other users of a machine see what a command is started with. Raises UsageError.
+    """
+    match text.strip().lower():
+        case "exa":
+            return Exa()
+        case "you" | "you.com":
+            return YouCom()
+        case named if "://" in named:
+            return Searxng(text.strip())
+    raise UsageError(
+        f"there is no search engine {text!r}; name exa, you, or the address of a SearXNG server such as "
+        "http://127.0.0.1:8888"
+    )
+
+
 def client_over(transport: "httpx.AsyncBaseTransport | None", seconds: float) -> "httpx.AsyncClient":
     """A client for one exchange, which tells nobody what was asked: httpx writes URLs, and so queries, to the log."""
     import httpx

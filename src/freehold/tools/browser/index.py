@@ -24,31 +24,35 @@ from typing import Any, NamedTuple
 
 from freehold.errors import DiskError
 from freehold.log import Progress, logger, no_progress
+from freehold.tools.browser.apart import UnreadableError
 from freehold.tools.browser.content import Content, without_links
-from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotTextError
-from freehold.tools.browser.pdf import UnreadableError
+from freehold.tools.browser.folder import Folder, Found, NotTextError
 
 _VERSION = "1"
 _PASSAGE = 4000  # characters
 _HEAP_BYTES = 96 << 20
 _WRITER_THREADS = 2
 _COMMIT_CHARACTERS = 256 << 20  # so that a stopped first run goes on where it was
-_SETTLED = 2_000_000_000  # nanoseconds: younger files may change again without another time stamp
+SETTLED = 2_000_000_000  # nanoseconds: younger files may change again without another time stamp
 _MAX_NAMED = 20
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-_SYNTAX = re.compile(r"[^\w\s\"'.-]+")
+_SYNTAX = re.compile(r"[^\w\s\".-]+")
 _FIELDS = ("title", "words", "body")
 _BOOSTS = {"title": 2.0, "words": 1.5}
 
 
 class Changes(NamedTuple):
-    """What bringing an index up to date has done. `skipped` are the files that could not be read, with the reasons."""
+    """What bringing an index up to date has done. `skipped` are the files that could not be read, with the reasons.
+
+    `look_seconds` is what looking through the folder took, without what was then read.
+    """
 
     added: int
     changed: int
     removed: int
     unchanged: int
     skipped: dict[str, str]
+    look_seconds: float
 
 
 class Passage(NamedTuple):
@@ -82,6 +86,7 @@ class Index:
     def __init__(self, folder: Folder, index_dir: Path) -> None:
         self._folder, self._dir = folder, index_dir
         self._passages: Any = None
+        self._warned: set[str] = set()  # files that the log has named
 
     # --- searching ---
 
@@ -91,6 +96,8 @@ class Index:
         if index is None:
             return []
         cleaned = _spread(_SYNTAX.sub(" ", query[:1000])).strip(" .-")
+        if cleaned.count('"') % 2:  # half a phrase would swallow what follows
+            cleaned = cleaned.replace('"', " ")
         parsed, _ = index.parse_query_lenient(cleaned, list(_FIELDS), field_boosts=_BOOSTS)
         searcher = index.searcher()
         passages = []
@@ -178,7 +185,7 @@ class Index:
             self._remove()
             passages, database, is_new = self._open()
         with closing(database):
-            run = _Run(self._folder, passages, database, progress, stopped, is_new)
+            run = _Run(self._folder, passages, database, progress, stopped, is_new, self._warned)
             try:
                 try:
                     return run.run()
@@ -251,6 +258,7 @@ class _Run:
         progress: Progress,
         stopped: Callable[[], bool],
         is_new: bool,
+        warned: set[str],
     ) -> None:
         self._folder, self._passages, self._database = folder, passages, database
         self._progress, self._stopped = progress, stopped
@@ -259,7 +267,7 @@ class _Run:
         self._pending: list[tuple[Any, ...]] = []
         self._gone: list[tuple[str]] = []
         self._uncommitted = 0
-        self._warned = 0
+        self._warned, self._more_warned = warned, 0
 
     def run(self) -> Changes:
         known = {
@@ -276,14 +284,14 @@ class _Run:
             skipped[name] = reason
             self._warn(name, reason)
 
-        now = time.time_ns()
+        begun, now = time.monotonic(), time.time_ns()
         present, todo, total = set(), [], 0
         for found in self._folder.files(problem):
             if self._stopped():
                 raise StoppedError
             present.add(found.name)
             state = known.get(found.name)
-            if state and state.found == found and found.changed < state.seen - _SETTLED:
+            if state and state.found == found and found.changed < state.seen - SETTLED:
                 if state.problem:
                     skipped[found.name] = state.problem
                 continue
@@ -293,8 +301,8 @@ class _Run:
         missing = known.keys() - present
         gone = [name for name in missing if not any(name == part or name.startswith(part + "/") for part in unlisted)]
 
-        added = changed = 0
-        done = 0
+        look_seconds = time.monotonic() - begun
+        added = changed = done = 0
         try:
             for name in gone:
                 self._delete(name)
@@ -316,9 +324,9 @@ class _Run:
         if _meta(self._database, "complete") != "1":
             with self._database:
                 self._database.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
-        if self._warned > _MAX_NAMED:
-            logger.warning("%d more files cannot be read", self._warned - _MAX_NAMED)
-        return Changes(added, changed, len(gone), len(present) - added - changed, skipped)
+        if self._more_warned:
+            logger.warning("%d more files cannot be read", self._more_warned)
+        return Changes(added, changed, len(gone), len(present) - added - changed, skipped, look_seconds)
 
     def close(self) -> None:
         """Lets merges of passages come to their end, so that the index stays in few pieces."""
@@ -329,7 +337,7 @@ class _Run:
         digest, reason, outcome = b"", "", ""
         try:
             with self._folder.open(found.name) as file:
-                if found.size <= MAX_PDF_BYTES:  # what is larger is not read anyway
+                if found.size <= self._folder.max_bytes(found.name, file):  # what is larger is not read anyway
                     digest = _digest(file)
                     file.seek(0)
                 if digest and state and state.digest == digest and not state.problem:
@@ -399,8 +407,12 @@ class _Run:
         self._pending, self._gone, self._uncommitted = [], [], 0
 
     def _warn(self, name: str, reason: str) -> None:
-        self._warned += 1
-        if self._warned <= _MAX_NAMED:
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        if len(self._warned) > _MAX_NAMED:
+            self._more_warned += 1
+        else:
             logger.warning("%s is left out: %s", self._folder.path / name, reason)
 
 
