@@ -31,7 +31,7 @@ _MAX_MEMORY = 2 << 30
 _MAX_ANSWER = 512 << 20  # bytes
 _TICK = 0.05
 _LENGTH = struct.Struct("<Q")
-_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from freehold.tools.browser import {0}; {0}.tell()"
+_CHILD = "import importlib, sys; sys.path.insert(0, sys.argv[1]); importlib.import_module(sys.argv[2]).tell()"
 
 
 class UnreadableError(Exception):
@@ -40,7 +40,7 @@ class UnreadableError(Exception):
 
 def command(module: str) -> list[str]:
     """What runs `tell` of a module of this package in a process of its own."""
-    return [sys.executable, "-P", "-c", _CHILD.format(module), str(Path(__file__).parents[3])]
+    return [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[3]), f"{__package__}.{module}"]
 
 
 def environment() -> dict[str, str]:
