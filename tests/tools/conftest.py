@@ -60,8 +60,8 @@ def browse(small: Tokenizer) -> Iterator[Browse]:
     """Opens a browser over sources, closed at the end of the test; a token is a byte, if it is not told otherwise."""
     opened: list[Browsing] = []
 
-    def make(*sources: Source, **settings: Any) -> Browsing:
-        settings = {"tokenizer": small, "view_tokens": 4096} | settings
+    def make(*sources: Source, **changed: Any) -> Browsing:
+        settings: dict[str, Any] = {"tokenizer": small, "view_tokens": 4096} | changed
         opened.append(Browsing(Browser(sources=sources, **settings)))
         return opened[-1]
 

@@ -123,7 +123,7 @@ class _Reader:
         with theirs:
             self._process = subprocess.Popen(
                 command("apart"),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=environment(),
