@@ -12,7 +12,7 @@ from freehold.serve.errors import ApiError
 from freehold.serve.responses.plan import plan
 from freehold.serve.responses.stream import ResponseStream
 from freehold.serve.responses.wire import ResponseCreate
-from freehold.session.turn import Said, TurnEvent
+from freehold.session.generation import GenerationEvent, Said
 from tests.serve.event_order import EventOrder
 from tests.serve.responding import WEATHER, Responding
 
@@ -25,10 +25,10 @@ TURN = {
 }
 
 
-async def events_and_stream(there: Responding) -> tuple[list[TurnEvent], Any]:
+async def events_and_stream(there: Responding) -> tuple[list[GenerationEvent], Any]:
     """What the turn says, and what makes new streams for it."""
     made = await plan(there.server, Caller(), ResponseCreate(input="Weather?", tools=[WEATHER]))
-    events = [event async for batch in made.turn.events() for event in batch]
+    events = [event async for batch in made.turn.events(there.server.served.runner) for event in batch]
 
     def stream() -> ResponseStream:
         numbers = count()
@@ -43,13 +43,13 @@ async def events_and_stream(there: Responding) -> tuple[list[TurnEvent], Any]:
     return events, stream
 
 
-def told(stream: ResponseStream, events: Sequence[TurnEvent]) -> dict[str, Any]:
+def told(stream: ResponseStream, events: Sequence[GenerationEvent]) -> dict[str, Any]:
     said = [*stream.created(), *stream.started()]
     said += [event for given in events for event in stream.feed(given)]
     return EventOrder.of([*said, *stream.ended()])
 
 
-def split(event: TurnEvent, size: int) -> list[TurnEvent]:
+def split(event: GenerationEvent, size: int) -> list[GenerationEvent]:
     if not isinstance(event, Said) or not isinstance(event.event, TextDelta | ReasoningDelta | ArgumentsDelta):
         return [event]
     kind, text = type(event.event), event.event.text

@@ -1,40 +1,52 @@
 """`freehold chat`: one answer, or a conversation in the terminal."""
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import (
+    Browse,
     Context,
     Dense,
     Device,
     Dtype,
     KvDtype,
     MaxTokens,
+    McpConfig,
+    McpServers,
     MinP,
     ModelOption,
     PrefixCacheDir,
     ReasoningEffort,
+    Search,
     Seed,
     Temperature,
     Threads,
+    ToolFiles,
     TopK,
     TopP,
 )
 from freehold.errors import FreeholdError, UsageError
-from freehold.log import logger
+from freehold.log import Progress
 
 if TYPE_CHECKING:
-    from freehold.formats.events import Event
-    from freehold.session.model import Model
+    from freehold.cli.talk import Talk
+    from freehold.session.served import Served
+    from freehold.tools.kit import ToolChoices
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+"""Runs something to its end; Ctrl-C stops it, and is raised as KeyboardInterrupt."""
 
 _HELP = (
-    '/reset forgets the conversation · /system TEXT sets the instructions · /quit leaves (or Ctrl-D) · """ starts and '
-    "ends a message of several lines, \\ at the end continues a line · Ctrl-C stops an answer"
+    "/reset forgets the conversation · /system TEXT sets the instructions · /output shows all of a call's result · "
+    '/quit leaves (or Ctrl-D) · """ starts and ends a message of several lines, \\ at the end continues a line · '
+    "Ctrl-C stops an answer"
 )
 _FENCE = '"""'
 
@@ -57,6 +69,32 @@ def command(
             help="on: replies are always well-formed Harmony. off: the model may say anything.", metavar="on|off"
         ),
     ] = "on",
+    tools: ToolFiles = None,
+    browse: Browse = None,
+    search: Search = None,
+    python: Annotated[bool, typer.Option("--python", help="Python in a sandbox without network.")] = False,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="A file or folder for Python's /mnt/data; what it makes comes back beside it. May be given again.",
+        ),
+    ] = None,
+    patch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder whose files the model may change, by patches.")
+    ] = None,
+    mcp: McpServers = None,
+    mcp_config: McpConfig = None,
+    approve: Annotated[
+        str,
+        typer.Option(
+            metavar="never|tools|always",
+            help="Ask before calls: never, of tools that reach beyond a sandbox, always.",
+        ),
+    ] = "tools",
+    script: Annotated[
+        Path | None, typer.Option(help="No model: say what this JSONL file says, for who tries tools.")
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -71,12 +109,13 @@ def command(
     threads: Threads = None,
     prefix_cache_dir: PrefixCacheDir = None,
 ) -> None:
-    """Ask a question, or hold a conversation.
+    """Ask a question, or hold a conversation, with tools where you name them.
 
     \b
     freehold chat "What is the capital of France?"
     freehold chat
     git diff | freehold chat --system "Explain this change."
+    freehold chat --browse ~/notes --python --files data.csv
     """
     if harmony_grammar not in ("on", "off"):
         raise UsageError(f"--harmony-grammar is on or off, got {harmony_grammar!r}")
@@ -85,11 +124,27 @@ def command(
         prompt = piped if prompt is None else "\n\n".join(filter(None, (piped, prompt)))
     if prompt is not None and not prompt.strip():
         raise UsageError("the question is empty; give it as an argument or through a pipe")
-    from freehold.session.model import load
+    from freehold.tools.kit import ToolChoices
 
-    with terminal.progress_bars() as progress:
-        loaded = load(
+    choices = ToolChoices(
+        browse=tuple(browse or ()),
+        search=search,
+        python=python or bool(files),
+        functions=tuple(tools or ()),
+        patch=patch,
+        mcp=tuple(mcp or ()),
+        mcp_config=tuple(mcp_config or ()),
+    )
+    if harmony is None and not choices.is_empty:
+        harmony = True  # only Harmony has words for all tools
+
+    def load(progress: Progress) -> "Served":
+        speaks: dict[str, Any] = {"harmony": harmony, "grammar": harmony_grammar == "on"}
+        if script is not None:
+            return _scripted(script, **speaks)
+        return _load(
             model,
+            **speaks,
             device=device,
             dtype=dtype,
             dense=dense,
@@ -99,98 +154,82 @@ def command(
             prefix_cache_dir=prefix_cache_dir,
             progress=progress,
         )
-    options = {
-        "harmony": harmony,
-        "grammar": harmony_grammar == "on",
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "seed": seed,
-        "reasoning_effort": reasoning_effort,
-    }
-    talk = _Talk(loaded, system, options)
-    if prompt is None:
-        _converse(talk)
-    elif not talk.answer(prompt):
-        sys.exit(130)
+
+    how = {"max_tokens": max_tokens, "effort": reasoning_effort}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    with _talk(load, choices, how, sampling, system=system, approve=approve, files=files or ()) as (talk, run):
+        if prompt is None:
+            _converse(talk, run)
+        elif not _answered(talk, run, prompt):
+            sys.exit(130)
 
 
-class _Talk:
-    """A conversation and the model that answers in it."""
+@contextmanager
+def _talk(
+    load: "Callable[[Progress], Served]",
+    choices: "ToolChoices",
+    how: dict[str, Any],
+    sampling: Any,
+    *,
+    system: str | None,
+    approve: str,
+    files: Sequence[Path],
+) -> "Iterator[tuple[Talk, Run]]":
+    """A conversation with the model and the tools, and what runs it. What is wrong with options shows before the model
+    is loaded, where it can be known then."""
+    import asyncio
 
-    def __init__(self, model: "Model", system: str | None, options: dict[str, Any]) -> None:
-        self._model = model
-        self._options = options
-        self.system = system
-        self.reset()
+    from freehold.cli.approval import Approval
+    from freehold.cli.exchange import Exchange
+    from freehold.cli.screen import Screen
+    from freehold.cli.talk import Talk
+    from freehold.formats.conversation import Conversation
+    from freehold.session.generation import Ask
+    from freehold.tools.kit import local_tools, mcp_tools
 
-    def reset(self) -> None:
-        """Forget everything but the instructions."""
-        from freehold.formats.conversation import Conversation, text_message
-
-        instructions = (text_message("system", self.system),) if self.system else ()
-        self._history: Conversation = Conversation(messages=instructions)
-
-    def answer(self, question: str) -> bool:
-        """Stream the answer to stdout; False if Ctrl-C stopped it. What was said by then stays in the history."""
-        from freehold.formats.conversation import text_message
-
-        asked = self._history.plus(text_message("user", question))
-        start = time.monotonic()
-        reply = self._model.stream_chat(asked, **self._options)
-        finished = True
-        try:
-            _show(reply.events)
-        except KeyboardInterrupt:
-            finished = False
-            terminal.say()
-        finally:
-            reply.events.close()
-        said = [message for message in reply.messages if message.text]
-        if finished or said:  # a question that was stopped before its answer began is taken back
-            self._history = asked.plus(*said)
-        seconds = time.monotonic() - start
-        logger.info(
-            "%d prompt tokens, %d new tokens in %.2f s (%.1f tokens/s)",
-            reply.num_prompt_tokens, reply.num_tokens, seconds, reply.num_tokens / seconds,
-        )  # fmt: skip
-        return finished
+    screen = Screen(cites=bool(choices.browse or choices.search))
+    approval = Approval(approve, screen)
+    exchange = Exchange(files) if files else None
+    ask = Ask(conversation=Conversation(messages=()), sampling=sampling, **how)
+    with asyncio.Runner() as runner, ExitStack() as opened:
+        with terminal.progress_bars() as progress:
+            served = load(progress)
+            opened.callback(lambda: runner.run(served.runner.drain(0)))
+            tokenizer = served.prompting.the_tokenizer()
+            local = local_tools(choices, tokenizer=tokenizer, progress=progress, approve_patch=approval.patch)
+            tools = opened.enter_context(local)
+        connected = mcp_tools(choices)
+        tools = (*tools, *runner.run(connected.__aenter__()))
+        opened.callback(lambda: runner.run(connected.__aexit__(None, None, None)))
+        approval.check(tools)
+        talk = Talk(served, ask, screen, system=system, tools=tools, approval=approval, exchange=exchange)
+        opened.callback(lambda: runner.run(talk.aclose()))
+        yield talk, runner.run
 
 
-def _show(events: "Iterator[Event]") -> None:
-    """The answer goes to stdout; reasoning and calls, which are not for other programs, to stderr."""
-    from freehold.formats.events import ArgumentsDelta, CallStart, Diagnostic, ReasoningDelta, TextDelta
+def _load(model: str, *, harmony: bool | None, grammar: bool, **options: Any) -> "Served":
+    from freehold.session.model import load
+    from freehold.session.served import serve_model
 
-    aside = False
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    return serve_model(load(model, **options), name=model, harmony=harmony, grammar=grammar)
+
+
+def _scripted(script: Path, *, harmony: bool | None, grammar: bool) -> "Served":
+    from freehold.session.scripted import read_script, serve_script
+
+    return replace(serve_script(read_script(script)), harmony=harmony, grammar=grammar)
+
+
+def _answered(talk: "Talk", run: "Run", question: str) -> bool:
+    """Show the answer; False if Ctrl-C stopped it."""
     try:
-        for event in events:
-            match event:
-                case ReasoningDelta(text=text) | ArgumentsDelta(text=text):
-                    if not aside:
-                        sys.stderr.write(dim)
-                        aside = True
-                    terminal.write_aside(text)
-                case CallStart(recipient=recipient):
-                    sys.stderr.write("\n" if aside else dim)
-                    terminal.write_aside(f"calls {recipient}: ")
-                    aside = True
-                case Diagnostic(code=code, detail=detail, position=position):
-                    logger.info("token %d of the reply: %s: %s", position, code, detail)
-                case TextDelta(text=text):
-                    if aside:
-                        terminal.say(plain)
-                        aside = False
-                    terminal.write(text)
-    finally:
-        if aside:
-            terminal.say(plain)
-    terminal.write("\n")
+        run(talk.answer(question))
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
-def _converse(talk: _Talk) -> None:
+def _converse(talk: "Talk", run: "Run") -> None:
     terminal.say(_HELP)
     while True:
         try:
@@ -209,17 +248,20 @@ def _converse(talk: _Talk) -> None:
             case ["/help", *_]:
                 terminal.say(_HELP)
             case ["/reset", *_]:
-                talk.reset()
+                run(talk.reset())
                 terminal.say("the conversation starts anew")
+            case ["/output", *_]:
+                outputs = talk.screen.outputs
+                terminal.say(terminal.harmless_aside(outputs[-1]) if outputs else "no tool was called yet")
             case ["/system", *text]:
                 talk.system = text[0] if text else None
-                talk.reset()
+                run(talk.reset())
                 terminal.say("instructions set; the conversation starts anew")
             case [word, *_] if word.startswith("/") and "\n" not in line:
                 terminal.say(f"there is no command {word}; {_HELP}")
             case _:
                 try:
-                    talk.answer(line)
+                    _answered(talk, run, line)
                 except FreeholdError as error:
                     terminal.say(f"error: {error}")
 

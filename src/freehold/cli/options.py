@@ -71,3 +71,27 @@ PrefixCacheDir = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Threads of the CPU kernels. Default: one for each physical core.")]
+
+ToolFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--tools", metavar="FILE", help="A Python file of functions. May be given again."),
+]
+Browse = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="A folder or ZIM file to search and read. May be given again."),
+]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exa|you|URL",
+        help="Search the web, by Exa or You.com (keys in EXA_API_KEY, YDC_API_KEY) or a SearXNG server.",
+    ),
+]
+McpServers = Annotated[
+    list[str] | None,
+    typer.Option("--mcp", metavar="SERVER", help="An MCP server's tools: its command or URL. May be given again."),
+]
+McpConfig = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="MCP servers of a file such as mcp.json. May be given again."),
+]

@@ -26,13 +26,18 @@ def write(text: str) -> None:
 
 def write_aside(text: str) -> None:
     """A piece of what is not the answer, on stderr, at once; a terminal is spared as by `write`."""
-    sys.stderr.write(text.translate(_HARMLESS) if sys.stderr.isatty() else text)
+    sys.stderr.write(harmless_aside(text))
     sys.stderr.flush()
 
 
 def harmless(text: str) -> str:
     """Without control sequences, where stdout is a terminal."""
     return text.translate(_HARMLESS) if sys.stdout.isatty() else text
+
+
+def harmless_aside(text: str) -> str:
+    """The same for stderr."""
+    return text.translate(_HARMLESS) if sys.stderr.isatty() else text
 
 
 def start_logging(level: int) -> None:

@@ -10,7 +10,14 @@ from itertools import groupby
 from typing import Literal, Protocol, TypedDict, Unpack
 
 from freehold.errors import CheckpointError, UnsupportedError, UsageError
-from freehold.formats.conversation import Conversation, DeveloperContent, Message, SystemContent, text_message
+from freehold.formats.conversation import (
+    Conversation,
+    DeveloperContent,
+    Message,
+    SystemContent,
+    ToolNamespace,
+    text_message,
+)
 from freehold.formats.events import Event, MessageDone, MessageStart, TextDelta
 from freehold.formats.forms import AnswerFormat
 from freehold.formats.harmony.grammar import ToolChoice, TurnGrammar, TurnOptions
@@ -117,7 +124,8 @@ def choose(
 
 
 class HarmonyFormat:
-    """gpt-oss's own format. Puts `system` before conversations that have no Harmony system message."""
+    """gpt-oss's own format. Puts `system` before conversations that have no Harmony system message; those that have one
+    are offered its tools."""
 
     def __init__(
         self,
@@ -151,8 +159,11 @@ class HarmonyFormat:
 
     def _whole(self, conversation: Conversation) -> Conversation:
         messages = _as_harmony(conversation.messages)
-        if not any(isinstance(part, SystemContent) for message in messages for part in message.parts):
+        place = next((i for i, message in enumerate(messages) if _has_system_content(message)), None)
+        if place is None:
             messages.insert(0, Message(role="system", parts=(self._system,)))
+        elif self._system.tools:
+            messages[place] = _offering(messages[place], self._system.tools)
         return Conversation(messages=tuple(messages))
 
 
@@ -167,8 +178,21 @@ def _as_harmony(messages: Iterable[Message]) -> list[Message]:
     return result
 
 
+def _has_system_content(message: Message) -> bool:
+    return any(isinstance(part, SystemContent) for part in message.parts)
+
+
+def _offering(message: Message, tools: tuple[ToolNamespace, ...]) -> Message:
+    """A system message with more tools."""
+    place = next(i for i, part in enumerate(message.parts) if isinstance(part, SystemContent))
+    system = message.parts[place]
+    assert isinstance(system, SystemContent)
+    whole = replace(system, tools=(*system.tools, *tools))
+    return replace(message, parts=(*message.parts[:place], whole, *message.parts[place + 1 :]))
+
+
 def _is_developers(message: Message) -> bool:
-    is_prompt = message.role == "system" and not any(isinstance(part, SystemContent) for part in message.parts)
+    is_prompt = message.role == "system" and not _has_system_content(message)
     return is_prompt or message.role == "developer"
 
 

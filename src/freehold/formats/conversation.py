@@ -227,11 +227,8 @@ class Conversation:
         are offered after the leading system messages. Of several calls of one id the latest is the one that a result
         answers. What client libraries add to the messages that they send back is taken where it says nothing new.
         """
-        result = [*chain.from_iterable(_each(messages, "message", _OpenAIReader().messages))]
-        if offered := tuple(_each(tools or (), "tool", _openai_tool)):
-            place = next((i for i, said in enumerate(result) if said.role not in ("system", "developer")), len(result))
-            result.insert(place, Message(role="developer", parts=(DeveloperContent(tools=offered),)))
-        return cls(messages=tuple(result))
+        result = chain.from_iterable(_each(messages, "message", _OpenAIReader().messages))
+        return cls(messages=tuple(result)).offering(tuple(_each(tools or (), "tool", _openai_tool)))
 
     @classmethod
     def from_harmony(cls, conversation: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Conversation":
@@ -240,6 +237,15 @@ class Conversation:
             _check_fields(conversation, ("messages",))
             conversation = conversation.get("messages", ())
         return cls(messages=tuple(_each(conversation, "message", _harmony_message)))
+
+    def offering(self, tools: tuple[Tool, ...]) -> "Conversation":
+        """This conversation with more functions to call, described after its leading instructions."""
+        if not tools:
+            return self
+        said = self.messages
+        place = next((i for i, message in enumerate(said) if message.role not in ("system", "developer")), len(said))
+        offer = Message(role="developer", parts=(DeveloperContent(tools=tools),))
+        return Conversation(messages=(*said[:place], offer, *said[place:]))
 
     def plus(self, *messages: Message) -> "Conversation":
         """This conversation with more messages at its end."""

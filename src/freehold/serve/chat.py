@@ -27,7 +27,7 @@ from freehold.serve.generation import FINGERPRINT, fault, usage
 from freehold.serve.logprobs import token_logprobs
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import DONE, EventStream, dumps
-from freehold.session.turn import SampleDone, ScoredToken, Turn, TurnEvent
+from freehold.session.generation import Generation, GenerationEvent, SampleDone, ScoredToken
 
 _BETWEEN_MESSAGES = "\n\n"
 
@@ -52,7 +52,7 @@ def router(server: Server) -> APIRouter:
 class _Reply:
     """One answer on its way: its events, and what every chunk of it says."""
 
-    def __init__(self, server: Server, body: ChatRequest, asked: Asked, turn: Turn, reading: Reading):
+    def __init__(self, server: Server, body: ChatRequest, asked: Asked, turn: Generation, reading: Reading):
         self.body = body
         self.reading = reading
         self.turn = turn
@@ -134,7 +134,7 @@ class _Sample:
         self._said: set[type] = set()
         self._between = ""  # what comes before the next text of this message, if there is any
 
-    def take(self, event: TurnEvent) -> Iterator[_Piece]:
+    def take(self, event: GenerationEvent) -> Iterator[_Piece]:
         if isinstance(event, SampleDone):
             if not self._num_calls and _Content not in self._said:
                 yield _Content("")

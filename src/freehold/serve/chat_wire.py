@@ -17,12 +17,12 @@ from freehold.formats.forms import JsonObject, JsonSchema
 from freehold.formats.harmony.grammar import AllowedTools, NamedTool, ToolChoice
 from freehold.formats.harmony.offer import FUNCTIONS
 from freehold.sampling import MOST_LOGPROBS
-from freehold.serve.effort import ReasoningEffort, speaks_harmony, thinking
+from freehold.serve.effort import ReasoningEffort, thinking
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.generation import Form, GenerationFields, blame
 from freehold.serve.wire import Hint, Refused
+from freehold.session.generation import Ask
 from freehold.session.served import Served
-from freehold.session.turn import Ask
 
 _MOST_TOOLS = 1024
 
@@ -121,7 +121,7 @@ def understand(body: ChatRequest, served: Served) -> Asked:
     choices = TurnChoices(**effort.choices)
     if form is not None:
         choices["response_format"] = form.form
-    if described is not None and speaks_harmony(served):
+    if described is not None and served.speaks_harmony:
         conversation = _describe(conversation, described)
     choice = _tool_choice(body.tool_choice, offered)
     if offered or choice == "required":

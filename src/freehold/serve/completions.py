@@ -28,7 +28,7 @@ from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import DONE, EventStream, dumps
 from freehold.serve.wire import Hint, Refused
 from freehold.session.completion import TextAsk
-from freehold.session.turn import Said, SampleDone, ScoredToken, Turn, TurnEvent
+from freehold.session.generation import Generation, GenerationEvent, Said, SampleDone, ScoredToken
 
 _MOST_PROMPTS = 2048
 _DEFAULT_MAX_TOKENS = 16
@@ -140,14 +140,14 @@ def _asks(server: Server, body: CompletionRequest) -> list[TextAsk]:
     ]
 
 
-async def _prepared(server: Server, caller: Caller, body: CompletionRequest, ask: TextAsk) -> Turn:
+async def _prepared(server: Server, caller: Caller, body: CompletionRequest, ask: TextAsk) -> Generation:
     try:
         return await server.text(caller, ask)
     except FreeholdError as error:
         raise _why_not(error, body) from error
 
 
-def _read(server: Server, caller: Caller, body: CompletionRequest, turn: Turn) -> Reading:
+def _read(server: Server, caller: Caller, body: CompletionRequest, turn: Generation) -> Reading:
     try:
         return server.read(caller, turn)
     except FreeholdError as error:
@@ -161,7 +161,7 @@ def _why_not(error: FreeholdError, body: CompletionRequest) -> ApiError:
 class _Reply:
     """The answers on their way, one prompt's after the other's: choice `prompt * n + sample`."""
 
-    def __init__(self, server: Server, body: CompletionRequest, turns: Sequence[Turn], readings: list[Reading]):
+    def __init__(self, server: Server, body: CompletionRequest, turns: Sequence[Generation], readings: list[Reading]):
         tokenizer = server.served.prompting.the_tokenizer()
         self.body = body
         self.turns = turns
@@ -176,7 +176,7 @@ class _Reply:
             "system_fingerprint": FINGERPRINT,
         }
 
-    async def events(self) -> AsyncGenerator[list[tuple[int, TurnEvent]], None]:
+    async def events(self) -> AsyncGenerator[list[tuple[int, GenerationEvent]], None]:
         """The events of all prompts as they come, with the number of their choice."""
         n = self.body.num_samples
         async for place, batch in _merged(self.readings):
@@ -193,7 +193,7 @@ class _Reply:
         )
 
 
-async def _merged(readings: Sequence[Reading]) -> AsyncGenerator[tuple[int, list[TurnEvent]], None]:
+async def _merged(readings: Sequence[Reading]) -> AsyncGenerator[tuple[int, list[GenerationEvent]], None]:
     """What several readings give, whichever has something; all of them end with this."""
     if len(readings) == 1:
         try:
@@ -223,7 +223,7 @@ async def _merged(readings: Sequence[Reading]) -> AsyncGenerator[tuple[int, list
 class _Choice:
     """One text and the places of its tokens, as they come."""
 
-    def __init__(self, body: CompletionRequest, turn: Turn, tokenizer: Tokenizer) -> None:
+    def __init__(self, body: CompletionRequest, turn: Generation, tokenizer: Tokenizer) -> None:
         self.finish: str | None = None
         self._turn = turn
         self._tokenizer = tokenizer
@@ -232,7 +232,7 @@ class _Choice:
         self._places = Detokenizer(tokenizer)
         self._offset = 0
 
-    def take(self, event: TurnEvent) -> tuple[str, dict[str, list[Any]]]:
+    def take(self, event: GenerationEvent) -> tuple[str, dict[str, list[Any]]]:
         """What an event adds to text and logprobs."""
         text, scored = "", [] if not self._echoes else self._prompt()
         if self._echoes:

@@ -7,7 +7,7 @@ Harmony has no such setting; it takes "none", which is what it does anyway, and 
 
 from typing import Literal, NamedTuple, get_args
 
-from freehold.formats.chat import HarmonyFormat, TurnChoices
+from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import Effort
 from freehold.serve.errors import ApiError
 from freehold.session.served import Served
@@ -38,7 +38,7 @@ def thinking(served: Served, effort: ReasoningEffort | None, *, param: str) -> T
     """What this effort is for this model. Raises a 400 that names `param` where it has none."""
     if effort is None:
         return Thinking()
-    if not speaks_harmony(served):
+    if not served.speaks_harmony:
         if effort == "none":
             return Thinking()
         raise ApiError(
@@ -52,8 +52,3 @@ def thinking(served: Served, effort: ReasoningEffort | None, *, param: str) -> T
     if effort == "none":
         return Thinking(nearest, TurnChoices(max_reasoning_tokens=0))
     return Thinking(nearest, warnings=() if effort == nearest else (f"{param} {effort} was taken as {nearest}",))
-
-
-def speaks_harmony(served: Served) -> bool:
-    """Whether the model's turns have Harmony's structure: reasoning, calls, an answer."""
-    return isinstance(served.prompting.chat_format(harmony=served.harmony), HarmonyFormat)

@@ -18,7 +18,7 @@ from freehold.serve.bodies import parse_json
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.sse import DONE, encode
 from freehold.serve.wire import Hint, Refused, Wire
-from freehold.session.turn import SampleDone
+from freehold.session.generation import SampleDone
 
 FINGERPRINT = f"freehold-{__version__}"
 """What answers name as the system that made them."""

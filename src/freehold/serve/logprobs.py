@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from freehold.formats.tokenizer import Tokenizer
-from freehold.session.turn import ScoredToken
+from freehold.session.generation import ScoredToken
 
 LEAST = -9999.0
 """What stands for a token that cannot come: JSON has no minus infinity."""

@@ -42,7 +42,7 @@ from freehold.formats.forms import JsonSchema
 from freehold.formats.harmony.grammar import NamedTool
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
-from freehold.serve.effort import speaks_harmony, thinking
+from freehold.serve.effort import thinking
 from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.messages_wire import (
     CountTokens,
@@ -58,7 +58,7 @@ from freehold.serve.messages_wire import (
 )
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import EventStream, dumps, encode
-from freehold.session.turn import Ask, SampleDone, Turn
+from freehold.session.generation import Ask, Generation, SampleDone
 
 _VERSIONS = ("2023-06-01", "2026-10-21")
 _PING = encode({"type": "ping"}, "ping")
@@ -136,7 +136,7 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
         tools=tuple(_tool(tool, at) for at, tool in enumerate(body.tools) if isinstance(tool, CustomTool)),
         response_formats=(
             (ResponseFormat(name="answer", schema=form.schema_),)
-            if form is not None and speaks_harmony(server.served)  # others are only held to it
+            if form is not None and server.served.speaks_harmony  # others are only held to it
             else ()
         ),
     )
@@ -202,7 +202,7 @@ def _choices(server: Server, body: CountTokens, form: JsonFormat | None, tools: 
             message = "goes with the type 'enabled', and with no other"
             raise ApiError(400, message, param="thinking.budget_tokens")
         case asked if asked.type == "disabled":
-            if speaks_harmony(server.served):  # others do not think anyway
+            if server.served.speaks_harmony:  # others do not think anyway
                 choices["max_reasoning_tokens"] = 0
         case asked if asked.budget_tokens is not None:
             choices["max_reasoning_tokens"] = asked.budget_tokens
@@ -418,7 +418,9 @@ def _new_id(kind: Literal["msg", "toolu"]) -> str:
 class _Reply:
     """One message of the assistant on its way out, as a stream of events or whole."""
 
-    def __init__(self, body: CreateMessage, asked: _Asked, turn: Turn, caller: Caller, spellings: _Spellings) -> None:
+    def __init__(
+        self, body: CreateMessage, asked: _Asked, turn: Generation, caller: Caller, spellings: _Spellings
+    ) -> None:
         self.turn = turn
         self.caller = caller
         self._body = body

@@ -16,9 +16,9 @@ from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
 from freehold.serve.threads import Threads
 from freehold.session.completion import TextAsk, prepare_text
+from freehold.session.generation import Ask, Generation, GenerationEvent, SampleDone, prepare_generation
 from freehold.session.served import Served
 from freehold.session.store.store import Store
-from freehold.session.turn import Ask, SampleDone, Turn, TurnEvent, prepare
 
 _T = TypeVar("_T")
 DEFAULT_NAME = "default"
@@ -50,11 +50,12 @@ class Server:
             message = f"The model '{name:.200}' does not exist here; this server has {known}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def turn(self, caller: Caller, ask: Ask) -> Turn:
+    async def turn(self, caller: Caller, ask: Ask) -> Generation:
         """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""
-        return await prepare(self.served, replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout))
+        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
+        return await prepare_generation(self.served, ask)
 
-    async def text(self, caller: Caller, ask: TextAsk) -> Turn:
+    async def text(self, caller: Caller, ask: TextAsk) -> Generation:
         """The same for a text without a conversation around it."""
         ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
         return await prepare_text(self.served, ask)
@@ -67,7 +68,7 @@ class Server:
                 400, f"{samples} answers at once are more than this server's {room}; ask for fewer", param=param
             )
 
-    def read(self, caller: Caller, turn: Turn) -> "Reading":
+    def read(self, caller: Caller, turn: Generation) -> "Reading":
         """Run a turn and read it; close or forget what this returns to end it.
 
         Raises, at once, a 429 where the queue is full and a 503 where the server is closing. What goes wrong later
@@ -80,19 +81,19 @@ class Server:
 class Reading:
     """The events of a turn on their way to one caller, who is charged for the tokens; see `Server.read`."""
 
-    def __init__(self, server: Server, caller: Caller, turn: Turn) -> None:
+    def __init__(self, server: Server, caller: Caller, turn: Generation) -> None:
         self._server = server
         self._caller = caller
         self._places = turn.num_samples  # from now on, whatever happens
         self._turn = turn
         self._num_charged = 0  # of the tokens written
-        self._events = turn.events()
+        self._events = turn.events(server.served.runner)
         caller.charge(turn.num_prompt_tokens)
 
     def __aiter__(self) -> "Reading":
         return self
 
-    async def __anext__(self) -> list[TurnEvent]:
+    async def __anext__(self) -> list[GenerationEvent]:
         try:
             batch = await anext(self._events)
         except BaseException:

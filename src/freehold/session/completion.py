@@ -1,7 +1,7 @@
 """Text that goes on: a prompt and its continuation, with no conversation around them.
 
 What comes are `Said` events of a `TextDelta` each, with every token that was drawn where logprobs were asked for, the
-one that ended the text among them: such a delta's text may be empty. The rest is that of freehold.session.turn.
+one that ended the text among them: such a delta's text may be empty. The rest is that of freehold.session.generation.
 """
 
 import asyncio
@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from freehold.engine.request import Step
+from freehold.formats.conversation import Message
 from freehold.formats.events import TextDelta
 from freehold.formats.forms import AnswerFormat
 from freehold.formats.stops import StopStrings
 from freehold.formats.text_grammar import TextGrammar
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.sampling import SamplingOptions
+from freehold.session.generation import Generation, GenerationEvent, Said, SampleDone, ScoredToken, kind_of_end
 from freehold.session.served import Served
-from freehold.session.turn import Said, SampleDone, ScoredToken, Turn, TurnEvent, kind_of_end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +44,13 @@ class TextAsk:
     deadline: float | None = None
 
 
-async def prepare_text(served: Served, ask: TextAsk) -> Turn:
+async def prepare_text(served: Served, ask: TextAsk) -> Generation:
     """Tokenise and compile, on another thread. Raises UsageError (ContextError where the prompt is too long) or
     SchemaError for what cannot be."""
     return await asyncio.to_thread(_prepare, served, ask)
 
 
-def _prepare(served: Served, ask: TextAsk) -> Turn:
+def _prepare(served: Served, ask: TextAsk) -> Generation:
     tokenizer = served.prompting.the_tokenizer()
     if isinstance(ask.prompt, str):
         served.prompting.check_length(ask.prompt)
@@ -67,15 +68,26 @@ def _prepare(served: Served, ask: TextAsk) -> Turn:
         prompt_logprobs=ask.prompt_logprobs,
         **ask.sampling,
     )
-    return Turn(served, request, [_Text(index, tokenizer, ask.stop, request.stop_ids) for index in range(ask.n)])
+    return Generation(
+        request,
+        [_Text(index, tokenizer, ask.stop, request.stop_ids, len(request.prompt)) for index in range(ask.n)],
+    )
 
 
 class _Text:
     """One text while it is read."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str], stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        stop_ids: frozenset[int],
+        num_prompt_tokens: int,
+    ) -> None:
         self.done = False
         self._index = index
+        self._num_prompt_tokens = num_prompt_tokens
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stop)
         self._stop_ids = stop_ids
@@ -85,7 +97,10 @@ class _Text:
         self._length = 0
         self._passed_on = 0
 
-    def take(self, step: Step) -> list[TurnEvent]:
+    def cut(self) -> tuple[Message, ...]:
+        return ()  # there is no conversation
+
+    def take(self, step: Step) -> list[GenerationEvent]:
         """What a step adds: at most one piece of text, and the end."""
         pieces: list[str] = []
         for i, token in enumerate(step.tokens):
@@ -102,7 +117,7 @@ class _Text:
         self.done = self._stops.stopped or step.finish is not None
         if self.done and not self._stops.stopped:
             pieces += [self._stops.feed(self._detokenizer.flush()), self._stops.flush()]
-        events: list[TurnEvent] = []
+        events: list[GenerationEvent] = []
         text = "".join(pieces)
         self._passed_on += len(text)
         if self._stops.stopped:  # a stop string's own tokens are no part of the text
@@ -123,6 +138,7 @@ class _Text:
             num_tokens=self._num_tokens,
             num_reasoning_tokens=0,
             num_cached_tokens=step.num_cached_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
             stop_string=self._stops.found,
             stats=step.stats,
         )

@@ -22,7 +22,7 @@ from freehold.engine.options import MAX_NUM_SEQS
 from freehold.engine.prefix_files import PrefixFiles
 from freehold.engine.request import TokenConstraint
 from freehold.errors import OutOfMemoryError, UsageError
-from freehold.formats.chat import ReplyReader, TurnChoices
+from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import Conversation, Effort, Message
 from freehold.formats.events import Event, TextDelta
 from freehold.formats.stops import StopStrings
@@ -33,6 +33,7 @@ from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.transformer import Transformer
 from freehold.sampling import GenerationDefaults, SamplingOptions
+from freehold.session.generation import Ask, Generation, GenerationEvent, Said, prepare_now
 from freehold.session.memory import MemoryPlan, fitting_plan, free_memory, gib
 from freehold.session.policy import Policy, decide, instruction_set, use_threads
 from freehold.session.prompting import Prompting
@@ -234,14 +235,16 @@ class Model:
         harmony: bool | None = None,
         grammar: bool = True,
         choices: TurnChoices | None = None,
-        **sampling: Any,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Unpack[SamplingOptions],
     ) -> "Reply":
         """Like `chat`, as it is made: reasoning, answer and calls, and in the end the messages for the history.
 
         `tools` are those of OpenAI's chat API. `reasoning_effort` (low, medium, high) is for models that speak Harmony;
         the others refuse it. `harmony` makes a model speak Harmony whose template says otherwise, if it has the control
-        tokens. Harmony's structure is enforced by a `grammar`, which also keeps to the `choices`. `sampling` is what
-        `generate` takes.
+        tokens. Harmony's structure is enforced by a `grammar`, which also keeps to the `choices`. An answer ends before
+        the first of the `stop` strings. `sampling` is what `generate` takes.
         """
         if isinstance(messages, Conversation):
             if tools:
@@ -249,13 +252,16 @@ class Model:
             conversation = messages
         else:
             conversation = Conversation.from_openai(messages, tools=tools)
-        turn = self.prompting.chat_format(reasoning_effort, harmony=harmony).turn(
-            conversation, grammar=grammar, **choices or {}
+        ask = Ask(
+            conversation=conversation,
+            effort=reasoning_effort,
+            choices=choices or {},
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=tuple(stop),
         )
-        if sampling.get("stop_ids") is None:
-            sampling["stop_ids"] = turn.stop_ids
-        tokens = self.generate(turn.prompt.ids, boundaries=turn.prompt.boundaries, constraint=turn.grammar, **sampling)
-        return Reply(tokens, turn.new_reader(), num_prompt_tokens=len(turn.prompt.ids))
+        generation = prepare_now(self.prompting, ask, harmony=harmony, grammar=grammar)
+        return Reply(generation, generation.events_now(self.engine.stream))
 
 
 def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -> Iterator[str]:
@@ -270,25 +276,25 @@ def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -
 class Reply:
     """One reply while it is made: read `events` to the end, then `messages`."""
 
-    def __init__(self, tokens: Iterator[int], reader: ReplyReader, *, num_prompt_tokens: int) -> None:
-        self.num_prompt_tokens = num_prompt_tokens
-        self.num_tokens = 0
-        self._reader = reader
-        self.events = self._read(tokens)
+    def __init__(self, generation: Generation, events: Iterator[GenerationEvent]) -> None:
+        self._generation = generation
+        self.events = self._read(events)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self._generation.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self._generation.num_tokens
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """What belongs in the history, also after the reader stopped half-way."""
-        return self._reader.messages
+        """What belongs in the history, also after the reader stopped half-way. Nothing more is read after this."""
+        return self._generation.cut()
 
-    def _read(self, tokens: Iterator[int]) -> Generator[Event]:
-        try:
-            for token in tokens:
-                self.num_tokens += 1
-                yield from self._reader.feed(token)
-        finally:
-            rest = self._reader.flush()
-        yield from rest
+    def _read(self, events: Iterator[GenerationEvent]) -> Generator[Event]:
+        yield from (said.event for said in events if isinstance(said, Said))
 
 
 @contextmanager

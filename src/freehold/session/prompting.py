@@ -11,10 +11,17 @@ from dataclasses import dataclass, field, replace
 from typing import Unpack
 
 from freehold.engine.request import Request, TokenConstraint
-from freehold.errors import CheckpointError, ContextError, UsageError
+from freehold.errors import CheckpointError, ContextError, UnsupportedError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat
-from freehold.formats.conversation import Conversation, DeveloperContent, Effort, SystemContent, Text
+from freehold.formats.conversation import (
+    Conversation,
+    DeveloperContent,
+    Effort,
+    SystemContent,
+    Text,
+    ToolNamespace,
+)
 from freehold.formats.tokenizer import Tokenizer
 from freehold.sampling import GenerationDefaults, SamplingOptions
 
@@ -115,17 +122,24 @@ class Prompting:
                         context=self.context,
                     )
 
-    def chat_format(self, reasoning_effort: Effort | None = None, *, harmony: bool | None = None) -> ChatFormat:
-        """How this model writes conversations; in Harmony, or not, where that is given.
+    def chat_format(
+        self,
+        reasoning_effort: Effort | None = None,
+        *,
+        harmony: bool | None = None,
+        builtins: tuple[ToolNamespace, ...] = (),
+    ) -> ChatFormat:
+        """How this model writes conversations; in Harmony, or not, where that is given; with `builtins` offered in all
+        of them.
 
         Raises CheckpointError where its folder does not say, or lacks what it takes; UsageError for an effort that it
-        has no word for.
+        has no word for, UnsupportedError for built-in tools that it does not know.
         """
         chosen = chat.choose(
             self.the_tokenizer(),
             self.chat_template,
             self.defaults.stop_ids,
-            system=SystemContent.today(reasoning_effort),
+            system=replace(SystemContent.today(reasoning_effort), tools=builtins),
             variables=self.template_variables,
             harmony=harmony,
         )
@@ -133,6 +147,9 @@ class Prompting:
             raise UsageError(
                 f"reasoning effort {reasoning_effort!r}: this model does not speak Harmony and has no such setting"
             )
+        if builtins and not isinstance(chosen, HarmonyFormat):
+            names = ", ".join(namespace.name for namespace in builtins)
+            raise UnsupportedError(f"the tools {names}: this model does not speak Harmony and does not know them")
         return chosen
 
     def checked(self, token_ids: Sequence[int]) -> list[int]:

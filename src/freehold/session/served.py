@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request, Step
+from freehold.formats.chat import HarmonyFormat
 from freehold.formats.guidance import prepare
 from freehold.session.prompting import Prompting
 
@@ -51,6 +52,12 @@ class Served:
     runner: AsyncRunner
     harmony: bool | None = None
     grammar: bool = True
+
+    @property
+    def speaks_harmony(self) -> bool:
+        """Whether its turns have Harmony's structure: reasoning, calls, an answer. Raises CheckpointError where nothing
+        says how it chats."""
+        return isinstance(self.prompting.chat_format(harmony=self.harmony), HarmonyFormat)
 
     def warm_up(self) -> None:
         """Do now what the first request would wait for: reading a large vocabulary takes more than a second."""

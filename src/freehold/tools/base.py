@@ -7,7 +7,7 @@ state the tool keeps between calls; sessions know nothing of each other. Who run
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from freehold.errors import FreeholdError
 from freehold.formats import conversation
@@ -81,6 +81,7 @@ class Tool(Protocol):
         """For a conversation that begins, or goes on."""
 
 
+@runtime_checkable
 class FunctionTools(Protocol):
     """Functions that the model may be offered in the namespace `functions`, among the client's own.
 

@@ -1,6 +1,7 @@
 """The tools that gpt-oss was trained on, described to the letter as it knows them.
 
-Where a description has to differ (another time limit, no network), use `dataclasses.replace`.
+Under a grammar their arguments always match: `strict` and what is not shown of a schema change nothing that the model
+reads. Where a description has to differ (another time limit, no network), use `dataclasses.replace`.
 """
 
 from freehold.formats.conversation import Tool, ToolNamespace
@@ -27,7 +28,9 @@ BROWSER = ToolNamespace(
                     "source": {"type": "string"},
                 },
                 "required": ["query"],
+                "additionalProperties": False,
             },
+            strict=True,
         ),
         Tool(
             name="open",
@@ -51,7 +54,9 @@ BROWSER = ToolNamespace(
                     "view_source": {"type": "boolean", "default": False},
                     "source": {"type": "string"},
                 },
+                "additionalProperties": False,
             },
+            strict=True,
         ),
         Tool(
             name="find",
@@ -63,7 +68,9 @@ BROWSER = ToolNamespace(
                     "cursor": {"type": "number", "default": -1},
                 },
                 "required": ["pattern"],
+                "additionalProperties": False,
             },
+            strict=True,
         ),
     ),
 )

@@ -13,15 +13,15 @@ from freehold.serve.journal import log_failure
 from freehold.serve.responses.stream import Event, ResponseStream
 from freehold.serve.sse import dumps
 from freehold.serve.threads import Threads
+from freehold.session.generation import GenerationEvent
 from freehold.session.store.records import ResponseRecord
 from freehold.session.store.store import Store
-from freehold.session.turn import TurnEvent
 
 
 class Batches(Protocol):
     """What a turn says, batch by batch; see freehold.serve.server.Reading."""
 
-    def __aiter__(self) -> AsyncIterator[list[TurnEvent]]: ...
+    def __aiter__(self) -> AsyncIterator[list[GenerationEvent]]: ...
 
     async def aclose(self) -> None: ...
 

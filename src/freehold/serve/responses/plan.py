@@ -24,7 +24,7 @@ from freehold.formats.forms import AnswerFormat, JsonObject, JsonSchema
 from freehold.formats.harmony.typescript import compact_json
 from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
-from freehold.serve.effort import speaks_harmony, thinking
+from freehold.serve.effort import thinking
 from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.responses.items import (
     Item,
@@ -46,8 +46,8 @@ from freehold.serve.responses.wire import (
     TextConfig,
 )
 from freehold.serve.server import Server
+from freehold.session.generation import Ask, Generation
 from freehold.session.store.records import ResponseRecord
-from freehold.session.turn import Ask, Turn
 
 _LOGPROBS = "message.output_text.logprobs"
 _ENCRYPTED = "reasoning.encrypted_content"
@@ -73,7 +73,7 @@ class Plan:
     """A response that is about to be made. `keeps` says whether it will be stored."""
 
     caller: Caller
-    turn: Turn
+    turn: Generation
     response: dict[str, Any]
     own: tuple[Item, ...]
     tools: Toolset
@@ -261,7 +261,7 @@ class _Asking:
         self._tools = tools
         self.warnings: list[str] = []
         served = server.served
-        self._is_harmony = speaks_harmony(served)
+        self._is_harmony = served.speaks_harmony
         self.tool_choice = tools.choice(body.tool_choice)
         self.parallel = bool(body.parallel_tool_calls)
         asked = None if body.reasoning is None else body.reasoning.effort
@@ -281,7 +281,7 @@ class _Asking:
                 "logprobs": self.top_logprobs,
             }
 
-    async def turn(self, caller: Caller, context: Context) -> Turn:
+    async def turn(self, caller: Caller, context: Context) -> Generation:
         """Raises ApiError."""
         try:
             return await self._server.turn(caller, self._ask([*context.history, *context.own]))
@@ -292,7 +292,7 @@ class _Asking:
         except FreeholdError as error:
             raise self._blamed(error) from None
 
-    async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Turn:
+    async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Generation:
         items = [*context.history, *context.own]
         cut = await asyncio.to_thread(self._cut, items)
         if cut is None:

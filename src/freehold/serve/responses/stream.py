@@ -23,7 +23,7 @@ from freehold.serve.errors import ApiError
 from freehold.serve.logprobs import token_logprobs
 from freehold.serve.responses.items import NewId
 from freehold.serve.responses.tools import ToolName
-from freehold.session.turn import Said, SampleDone, ScoredToken, TurnEvent
+from freehold.session.generation import GenerationEvent, Said, SampleDone, ScoredToken
 
 Event = dict[str, Any]
 _PAD_TO = 32
@@ -113,7 +113,7 @@ class ResponseStream:
 
     # --- while it is made ---------------------------------------------------------------------------------------
 
-    def feed(self, event: TurnEvent) -> list[Event]:
+    def feed(self, event: GenerationEvent) -> list[Event]:
         """What an event of the turn comes to."""
         if isinstance(event, SampleDone):
             return self._finish(event)

@@ -14,9 +14,9 @@ from freehold.errors import ClosedError, ContextError, RequestError, UsageError
 from freehold.formats.conversation import Conversation, DeveloperContent, Message, Tool, text_message
 from freehold.formats.events import MessageDone, ReasoningDelta, TextDelta
 from freehold.sampling import SamplingOptions
+from freehold.session.generation import Ask, GenerationEvent, GenerationEvents, Said, SampleDone, prepare_generation
 from freehold.session.scripted import ScriptedTurn, serve_script
 from freehold.session.served import Served
-from freehold.session.turn import Ask, Said, SampleDone, TurnEvent, TurnEvents, prepare
 
 TEXT = "Grüße aus 東京! 🌋🗻 It is sunny, sunny, and warm."
 ASK = Ask(conversation=Conversation(messages=(text_message("user", "Hello"),)))
@@ -30,16 +30,16 @@ def _run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scenario, 60))
 
 
-async def _events(served: Served, ask: Ask = ASK) -> list[TurnEvent]:
-    turn = await prepare(served, ask)
-    return [event async for batch in turn.events() for event in batch]
+async def _events(served: Served, ask: Ask = ASK) -> list[GenerationEvent]:
+    turn = await prepare_generation(served, ask)
+    return [event async for batch in turn.events(served.runner) for event in batch]
 
 
 def _asking(**changes: Any) -> Ask:
     return Ask(conversation=ASK.conversation, **changes)
 
 
-def _texts(events: Sequence[TurnEvent], index: int = 0) -> list[str]:
+def _texts(events: Sequence[GenerationEvent], index: int = 0) -> list[str]:
     return [
         event.event.text
         for event in events
@@ -47,7 +47,7 @@ def _texts(events: Sequence[TurnEvent], index: int = 0) -> list[str]:
     ]
 
 
-def _done(events: Sequence[TurnEvent]) -> SampleDone:
+def _done(events: Sequence[GenerationEvent]) -> SampleDone:
     (done,) = [event for event in events if isinstance(event, SampleDone)]
     assert events[-1] is done
     return done
@@ -259,10 +259,10 @@ def test_a_message_that_the_limit_cuts_is_kept_as_far_as_it_came() -> None:
 def test_a_fault_comes_after_what_was_said_and_frees_the_request() -> None:
     async def scenario() -> None:
         served = _script(answer="One two", fault="out of luck")
-        heard: list[TurnEvent] = []
-        turn = await prepare(served, ASK)
+        heard: list[GenerationEvent] = []
+        turn = await prepare_generation(served, ASK)
         with pytest.raises(RequestError, match="out of luck"):
-            async for batch in turn.events():
+            async for batch in turn.events(served.runner):
                 heard += batch
         assert "".join(_texts(heard)) == "One two"
         assert served.runner.stats().running == 0
@@ -281,19 +281,19 @@ def test_steps_that_just_stop_are_an_error() -> None:
     _run(scenario())
 
 
-async def _first(events: TurnEvents) -> None:
+async def _first(events: GenerationEvents) -> None:
     assert await anext(events)
 
 
 def test_who_leaves_in_the_middle_frees_everything() -> None:
-    async def closed(events: TurnEvents) -> None:
+    async def closed(events: GenerationEvents) -> None:
         await _first(events)
         await events.aclose()
 
-    async def unread(events: TurnEvents) -> None:
+    async def unread(events: GenerationEvents) -> None:
         pass
 
-    async def cancelled(events: TurnEvents) -> None:
+    async def cancelled(events: GenerationEvents) -> None:
         async def read() -> None:
             async for _ in events:
                 pass
@@ -308,8 +308,8 @@ def test_who_leaves_in_the_middle_frees_everything() -> None:
         gc.disable()  # forgetting is enough
         try:
             for leave in (closed, unread, cancelled):
-                turn = await prepare(served, ASK)
-                events = turn.events()
+                turn = await prepare_generation(served, ASK)
+                events = turn.events(served.runner)
                 assert served.runner.stats().running == 1
                 await leave(events)
                 del events
@@ -323,7 +323,7 @@ def test_who_leaves_in_the_middle_frees_everything() -> None:
 def test_a_turn_that_is_prepared_and_not_read_asks_nothing_of_the_engine() -> None:
     async def scenario() -> None:
         served = _script(answer=TEXT)
-        turn = await prepare(served, ASK)
+        turn = await prepare_generation(served, ASK)
         assert (served.runner.stats().running, served.runner.stats().requests) == (0, 0)
         assert turn.num_prompt_tokens > 0
 
@@ -334,13 +334,13 @@ def test_what_cannot_run_is_known_before_it_runs() -> None:
     async def scenario() -> None:
         served = _script(answer=TEXT)
         await served.runner.drain()
-        turn = await prepare(served, ASK)
+        turn = await prepare_generation(served, ASK)
         with pytest.raises(ClosedError):
-            turn.events()
+            turn.events(served.runner)
         with pytest.raises(UsageError, match="stop strings"):
-            await prepare(served, _asking(stop=("",)))
+            await prepare_generation(served, _asking(stop=("",)))
         long = Conversation(messages=(text_message("user", "a " * 140_000),))
         with pytest.raises(ContextError, match="131072"):
-            await prepare(served, Ask(conversation=long))
+            await prepare_generation(served, Ask(conversation=long))
 
     _run(scenario())

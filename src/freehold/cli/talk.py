@@ -1,0 +1,112 @@
+"""A conversation at the terminal: its history, its tools, and the model that answers in it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from freehold.cli.approval import Approval
+from freehold.cli.exchange import Exchange
+from freehold.cli.screen import Screen
+from freehold.errors import FreeholdError
+from freehold.formats.conversation import Conversation, text_message
+from freehold.log import logger
+from freehold.session.generation import Ask, Generation, prepare_generation
+from freehold.session.served import Served
+from freehold.session.toolbox import Toolbox
+from freehold.session.turn import ToolDone, Turn, TurnEvent, prepare
+from freehold.tools.base import FunctionTools, Tool
+from freehold.tools.python import PythonSession
+
+
+class Talk:
+    """For one event loop. `ask` is how the model is asked, whatever it is asked."""
+
+    def __init__(
+        self,
+        served: Served,
+        ask: Ask,
+        screen: Screen,
+        *,
+        system: str | None = None,
+        tools: Sequence[Tool | FunctionTools] = (),
+        approval: Approval | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self._served = served
+        self._ask = ask
+        self._tools = tools
+        self._toolbox: Toolbox | None = None
+        self._approval = approval
+        self._exchange = exchange
+        self.screen = screen
+        self.system = system
+        self._history = self._beginning()
+
+    def _beginning(self) -> Conversation:
+        return Conversation(messages=(text_message("system", self.system),) if self.system else ())
+
+    async def reset(self) -> None:
+        """Forget everything but the instructions; tools begin anew."""
+        self._history = self._beginning()
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Give back what the tools hold."""
+        toolbox, self._toolbox = self._toolbox, None
+        if toolbox is not None:
+            await toolbox.aclose()
+
+    async def answer(self, question: str) -> None:
+        """Show the answer as it is made. What was said stays in the history, also where it was stopped half-way; a
+        question that was stopped before its answer began is taken back."""
+        asked = self._history.plus(text_message("user", question))
+        start = time.monotonic()
+        reply = await self._prepare(replace(self._ask, conversation=asked))
+        reading = reply.events(self._served.runner)
+        finished = False
+        try:
+            async for batch in reading:
+                for event in batch:
+                    self._show(event)
+            finished = True
+        finally:
+            await reading.aclose()
+            self.screen.close(finished=finished)
+            said = [message for message in reply.cut() if message.text]
+            if finished or said:
+                self._history = asked.plus(*said)
+        seconds = time.monotonic() - start
+        logger.info(
+            "%d prompt tokens, %d new tokens in %.2f s (%.1f tokens/s)",
+            reply.num_prompt_tokens, reply.num_tokens, seconds, reply.num_tokens / seconds,
+        )  # fmt: skip
+
+    async def _prepare(self, ask: Ask) -> Generation | Turn:
+        if not self._tools:
+            return await prepare_generation(self._served, ask)
+        approve = None if self._approval is None else self._approval.call
+        return await prepare(self._served, ask, await self._open_toolbox(), approve=approve)
+
+    async def _open_toolbox(self) -> Toolbox:
+        if self._toolbox is None:
+            toolbox = await Toolbox.open(self._tools)
+            try:
+                session = toolbox.session("python")
+                if self._exchange is not None and isinstance(session, PythonSession):
+                    await self._exchange.put(session)
+            except BaseException:
+                await toolbox.aclose()
+                raise
+            self._toolbox = toolbox
+        return self._toolbox
+
+    def _show(self, event: TurnEvent) -> None:
+        self.screen.show(event)
+        if isinstance(event, ToolDone):
+            for file in event.files:
+                try:
+                    place = file.path if self._exchange is None else self._exchange.keep(file)
+                except FreeholdError as error:
+                    self.screen.note(f"{file.name} cannot be kept: {error}")
+                else:
+                    self.screen.note(f"file: {place}")

@@ -1,0 +1,138 @@
+"""The tools that a command's options switch on: for the terminal, the server and MCP alike.
+
+    with local_tools(choices, tokenizer=tokenizer) as tools:
+        async with mcp_tools(choices) as more: ...
+
+What cannot be had (a folder that is not there, a sandbox that this machine does not allow, an MCP server that does not
+start, a missing key) is an error before anything runs. Nothing is on that was not asked for.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from freehold.errors import UsageError
+from freehold.formats.tokenizer import Tokenizer
+from freehold.log import Progress, no_progress
+from freehold.tools.base import FunctionTools, Tool
+
+if TYPE_CHECKING:
+    from freehold.tools.apply_patch import Approve
+    from freehold.tools.browser.content import Source
+    from freehold.tools.browser.engines import SearchEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolChoices:
+    """`browse` are folders and ZIM files, `search` who searches the web: exa, you, or the URL of a SearXNG. `functions`
+    are Python files, `patch` is the folder whose files may be changed. `mcp` are commands and URLs, `mcp_config` are
+    files of them."""
+
+    browse: tuple[Path, ...] = ()
+    search: str | None = None
+    python: bool = False
+    functions: tuple[Path, ...] = ()
+    patch: Path | None = None
+    mcp: tuple[str, ...] = ()
+    mcp_config: tuple[Path, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return self == ToolChoices()
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether a tool of ours connects to anybody. What MCP servers do that are started here is their own affair."""
+        return self.search is not None or any(text.split("=", 1)[-1].startswith("http") for text in self.mcp)
+
+
+@contextmanager
+def local_tools(
+    choices: ToolChoices,
+    *,
+    tokenizer: Tokenizer,
+    progress: Progress = no_progress,
+    approve_patch: "Approve | None" = None,
+    patch_form: Literal["grammar", "text", "json"] = "grammar",
+) -> Iterator[tuple[Tool | FunctionTools, ...]]:
+    """All but MCP's, until the end of the block; folders are indexed first, on this thread. `tokenizer` is that of the
+    model which reads pages; `approve_patch` is asked before files are changed.
+
+    Raises UsageError for choices that lead to nothing, UnsupportedError for what cannot run here, DiskError where a
+    folder cannot be indexed.
+    """
+    tools: list[Tool | FunctionTools] = []
+    with ExitStack() as opened:
+        if choices.python:
+            from freehold.tools.python import PythonTool
+
+            tools.append(PythonTool())
+        if choices.functions:
+            from freehold.tools.functions import load_tools
+
+            tools += [load_tools(path) for path in choices.functions]
+        if choices.patch is not None:
+            from freehold.tools.apply_patch import ApplyPatchTool
+
+            tools.append(ApplyPatchTool(choices.patch, approve=approve_patch, form=patch_form))
+        if choices.browse or choices.search is not None:
+            from freehold.tools.browser.browser import Browser
+
+            browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
+            opened.callback(browser.close)
+            tools.append(browser)
+        yield tuple(tools)
+
+
+@asynccontextmanager
+async def mcp_tools(choices: ToolChoices) -> AsyncIterator[tuple[FunctionTools, ...]]:
+    """Those of MCP servers, connected until the end of the block.
+
+    Raises UsageError and UnsupportedError for what is no server, BackendError for one that cannot be used.
+    """
+    if not (choices.mcp or choices.mcp_config):
+        yield ()
+        return
+    from freehold.tools.mcp import McpTools
+    from freehold.tools.mcp_config import parse_server, read_config
+
+    servers = [parse_server(text) for text in choices.mcp]
+    servers += [server for path in choices.mcp_config for server in read_config(path)]
+    connected = await McpTools.connect(servers)
+    try:
+        yield (connected,)
+    finally:
+        await connected.aclose()
+
+
+def _sources(choices: ToolChoices, progress: Progress) -> "list[Source]":
+    from freehold.tools.browser.documents import Documents
+    from freehold.tools.browser.web import Web
+    from freehold.tools.browser.zim import Zim
+
+    sources: list[Source] = []
+    for path in choices.browse:
+        if path.suffix.lower() == ".zim":
+            sources.append(Zim(path))
+        else:
+            documents = Documents(path)
+            sources.append(documents)
+            documents.refresh(progress=progress)
+    if choices.search is not None:
+        sources.append(Web(engine=_engine(choices.search)))
+    return sources
+
+
+def _engine(search: str) -> "SearchEngine":
+    from freehold.tools.browser.engines import Exa, Searxng, YouCom
+
+    match search:
+        case "exa":
+            return Exa()
+        case "you":
+            return YouCom()
+    if not search.startswith(("http://", "https://")):
+        raise UsageError(f"the web is searched by exa, you, or the URL of a SearXNG server, got {search!r}")
+    return Searxng(search)
