@@ -50,7 +50,7 @@ def test_what_is_no_source_says_what_would_be_one(tmp_path: Path, monkeypatch: p
     }.items():
         with pytest.raises(UsageError, match=message):
             open_sources([tmp_path / name])
-    for web, message in {"exa": "set EXA_API_KEY", "bing": "there is no search engine 'bing'", "": "engine ''"}.items():
+    for web, message in {"exa": "set EXA_API_KEY", "bing": "got 'bing'", "": "got ''"}.items():
         with pytest.raises(UsageError, match=message):
             open_sources([], web=web)
     (you,) = open_sources([], web="you")

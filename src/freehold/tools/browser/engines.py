@@ -90,8 +90,7 @@ def engine_of(text: str) -> SearchEngine:
         case named if "://" in named:
             return Searxng(text.strip())
     raise UsageError(
-        f"there is no search engine {text!r}; name exa, you, or the address of a SearXNG server such as "
-        "http://127.0.0.1:8888"
+        f"the web is searched by exa, you, or the URL of a SearXNG server such as http://127.0.0.1:8888, got {text!r}"
     )
 
 
