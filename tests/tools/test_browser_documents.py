@@ -480,7 +480,7 @@ def test_pages_made_to_be_slow_are_not() -> None:
 
 
 def test_a_page_on_which_its_reader_works_for_hours_is_given_up(
-    docs: MakeDocs, monkeypatch: pytest.MonkeyPatch
+    docs: MakeDocs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = "<p " + " ".join(f"a{number}=1" for number in range(200_000)) + ">words"
     documents = docs({"slow.html": slow})
@@ -489,6 +489,7 @@ def test_a_page_on_which_its_reader_works_for_hours_is_given_up(
     with pytest.raises(ToolError, match=r"`slow.html` cannot be opened: it takes more than"):
         asyncio.run(documents.fetch("slow.html"))
     monkeypatch.setattr(apart, "MAX_SECONDS", 60.0)
+    (tmp_path / "docs" / "slow.html").unlink()
     docs({"good.html": "<p>good words"})
     assert names(documents, "words") == ["good.html"]
     resolve, polls = markup.web_resolve(""), iter((False, False))
