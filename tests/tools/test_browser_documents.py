@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,29 @@ def test_a_first_index_that_took_long_does_not_hide_an_edit(
     clock[0] += 1
     (tmp_path / "docs" / "a.md").write_text("changed since")
     assert [hit.summary for hit in asyncio.run(documents.search("changed", 3))] == ["changed since"]
+
+
+def test_a_search_does_not_wait_until_pieces_of_the_index_are_merged(
+    docs: MakeDocs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents, searched = docs({"a.md": "before"}), threading.Event()
+    documents.refresh()
+    merged: list[bool] = []
+    merge = index_module._Merge.__call__
+
+    def merges_at_leisure(each: index_module._Merge) -> None:
+        merged.append(searched.wait(60))
+        merge(each)
+
+    monkeypatch.setattr(index_module._Merge, "__call__", merges_at_leisure)
+    (tmp_path / "docs" / "a.md").write_text("behind the times")
+    assert names(documents, "behind") == ["a.md"]
+    assert not merged
+    assert documents._index.refresh(wait=0) is None  # nobody else writes meanwhile
+    searched.set()
+    documents.close()
+    assert merged == [True]
+    assert documents._index.refresh(wait=0) is not None
 
 
 def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
@@ -484,7 +508,7 @@ def test_a_page_on_which_its_reader_works_for_hours_is_given_up(
 ) -> None:
     slow = "<p " + " ".join(f"a{number}=1" for number in range(200_000)) + ">words"
     documents = docs({"slow.html": slow})
-    monkeypatch.setattr(apart, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(apart, "MAX_SECONDS", 0.02)
     assert documents.refresh().skipped == {"slow.html": "it takes more than 0 seconds to read"}
     with pytest.raises(ToolError, match=r"`slow.html` cannot be opened: it takes more than"):
         asyncio.run(documents.fetch("slow.html"))
@@ -500,10 +524,11 @@ def test_a_page_on_which_its_reader_works_for_hours_is_given_up(
     first._process.kill()  # as if nobody had asked for a long time
     first._process.wait()
     assert apart.of_html("<p>more", "", resolve, stopped=lambda: False).text == "more"
-    monkeypatch.setattr(apart, "_CHILD", "import os; os.read(0, 9)")
     apart._readers.end()
-    with pytest.raises(UnreadableError, match="the HTML reader broke off"):
-        apart.of_html("<p>more", "", resolve, stopped=lambda: False)
+    for child, reason in {"9": "the HTML reader broke off", "signal.SIGXCPU": "takes more than 60 seconds"}.items():
+        monkeypatch.setattr(apart, "_CHILD", f"import os, signal; os.read(0, 9); os.kill(os.getpid(), {child})")
+        with pytest.raises(UnreadableError, match=reason):
+            apart.of_html("<p>more", "", resolve, stopped=lambda: False)
 
 
 def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
@@ -525,10 +550,11 @@ def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
         "x = bytearray(1 << 50)": "broke off",
         "import sys; sys.stdout.write('{')": "broke off",
         "while True: pass": "takes more than 0 seconds",
+        "import os, signal; os.kill(os.getpid(), signal.SIGXCPU)": "takes more than 60 seconds",
         "import os, json; print(json.dumps({'reason': str('EXA_API_KEY' in os.environ)}))": "False",
     }.items():
         monkeypatch.setattr(apart, "_CHILD", child)
-        monkeypatch.setattr(pdf, "MAX_SECONDS", 0.3 if "while" in child else 60.0)
+        monkeypatch.setattr(pdf, "MAX_SECONDS", 0.03 if "while" in child else 60.0)
         with pytest.raises(UnreadableError, match=reason):
             read()
     with pytest.raises(UnreadableError, match="was stopped"):

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -24,7 +25,8 @@ from pathlib import Path
 
 from freehold.tools.browser import markup
 
-MAX_SECONDS = 30.0
+MAX_SECONDS = 30.0  # of computing
+PATIENCE = 10  # so many times as long may pass on a busy machine
 _IDLE_SECONDS = 60.0
 _MAX_IDLE = 2
 _MAX_MEMORY = 2 << 30
@@ -36,6 +38,10 @@ _CHILD = "import importlib, sys; sys.path.insert(0, sys.argv[1]); importlib.impo
 
 class UnreadableError(Exception):
     """A file that cannot be read; the message is the reason, as the end of a sentence that names the file."""
+
+
+def too_slow(seconds: float) -> UnreadableError:
+    return UnreadableError(f"it takes more than {seconds:.0f} seconds to read")
 
 
 def command(module: str) -> list[str]:
@@ -61,24 +67,25 @@ def confine() -> None:
 def limit_cpu(seconds: float) -> None:
     """End this process when it has computed for so long from now on, even if nobody is left to end it."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 5, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, hard))
 
 
 def of_html(
     html: str, base_url: str, resolve: markup.Resolve, *, article_only: bool = False, stopped: Callable[[], bool]
 ) -> markup.Text:
     """As markup.of_html; `resolve` goes along to the other process. Raises UnreadableError."""
-    request = pickle.dumps((html, base_url, resolve, article_only), protocol=pickle.HIGHEST_PROTOCOL)
-    until = time.monotonic() + MAX_SECONDS
+    request = pickle.dumps((html, base_url, resolve, article_only, MAX_SECONDS), protocol=pickle.HIGHEST_PROTOCOL)
+    until = time.monotonic() + PATIENCE * MAX_SECONDS
     reader, is_fresh = _readers.take()
     while True:
         try:
             answer = reader.ask(request, until, stopped)
             break
         except (OSError, EOFError):
-            reader.end()
+            if reader.end() == -signal.SIGXCPU:
+                raise too_slow(MAX_SECONDS) from None
             if is_fresh:
-                raise UnreadableError("the HTML reader broke off, at its limit of memory or of time") from None
+                raise UnreadableError("the HTML reader broke off, at damage or at its limit of memory") from None
             reader, is_fresh = _Reader(), True  # the other one may have gone for want of work
         except BaseException:
             reader.end()
@@ -96,8 +103,8 @@ def tell() -> None:
     with suppress(OSError, EOFError):
         while True:
             size = _LENGTH.unpack(_received(connection, _LENGTH.size, lambda: connection.settimeout(None)))[0]
-            html, base_url, resolve, article_only = pickle.loads(_received(connection, size, lambda: None))
-            limit_cpu(MAX_SECONDS)
+            html, base_url, resolve, article_only, seconds = pickle.loads(_received(connection, size, lambda: None))
+            limit_cpu(seconds)
             found = markup.of_html(html, base_url, resolve, article_only=article_only)
             answer = json.dumps(found).encode()
             connection.sendall(_LENGTH.pack(len(answer)) + answer)
@@ -140,7 +147,7 @@ class _Reader:
             if stopped():
                 raise UnreadableError("reading it was stopped")
             if time.monotonic() > until:
-                raise UnreadableError(f"it takes more than {MAX_SECONDS:.0f} seconds to read")
+                raise too_slow(MAX_SECONDS)
 
         rest = memoryview(_LENGTH.pack(len(request)) + request)
         while rest:
@@ -163,10 +170,11 @@ class _Reader:
                     raise EOFError
         return bytes(answer[_LENGTH.size :])
 
-    def end(self) -> None:
+    def end(self) -> int:
+        """How it ended, as subprocess has it."""
         self._connection.close()
         self._process.kill()
-        self._process.wait()
+        return self._process.wait()
 
 
 class _Readers:

@@ -70,6 +70,7 @@ class Documents:
 
     def close(self) -> None:
         self._threads.close()
+        self._index.close()
 
     def _search(self, query: str, topn: int, stopped: Stopped) -> Sequence[Hit]:
         if not _WORD.search(query):
@@ -77,7 +78,7 @@ class Documents:
         try:
             if time.monotonic() - self._looked >= _SHARE * self._took:
                 wait = _WAIT if self._index.is_complete() else None
-                changes = self._index.refresh(stopped=stopped, wait=wait)
+                changes = self._index.refresh(stopped=stopped, wait=wait, in_a_hurry=True)
                 # Who waited in vain waits no more for a while: the other one looks.
                 self._looked, self._took = time.monotonic(), _WAIT if changes is None else changes.look_seconds
             passages = self._index.search(query, 5 * topn)

@@ -16,9 +16,10 @@ import os
 import re
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +88,7 @@ class Index:
         self._folder, self._dir = folder, index_dir
         self._passages: Any = None
         self._warned: set[str] = set()  # files that the log has named
+        self._merging: threading.Thread | None = None
 
     # --- searching ---
 
@@ -138,15 +140,26 @@ class Index:
         progress: Progress = no_progress,
         stopped: Callable[[], bool] = lambda: False,
         wait: float | None = None,
+        in_a_hurry: bool = False,
     ) -> Changes | None:
         """See what changed, and index that. None where another does it and `wait` seconds were not enough.
 
-        Raises StoppedError, and DiskError where the index cannot be written.
+        Every now and then the index merges its pieces, which for a large one takes seconds; for who is `in_a_hurry` that
+        is done after the return, with the lock held. Raises StoppedError, and DiskError where nothing can be written.
         """
         try:
             self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._locked(stopped, wait, progress) as is_ours:
-                return self._refresh(progress, stopped) if is_ours else None
+            with ExitStack() as held:
+                if not held.enter_context(self._locked(stopped, wait, progress)):
+                    return None
+                changes, merge = self._refresh(progress, stopped)
+                if not in_a_hurry:
+                    merge()
+                elif merge.is_needed:
+                    merging = threading.Thread(target=_merge, args=(merge, held.pop_all()), name="freehold-merge")
+                    merging.start()
+                    self._merging = merging
+                return changes
         except UnreadableError as error:
             raise DiskError(f"{self._folder.path} cannot be read: {error}") from None
         except OSError as error:
@@ -177,7 +190,12 @@ class Index:
                 progress("waiting for another process to index", 1, 1)
             yield True
 
-    def _refresh(self, progress: Progress, stopped: Callable[[], bool]) -> Changes:
+    def close(self) -> None:
+        """Wait for what was left to be done."""
+        if self._merging is not None:
+            self._merging.join()
+
+    def _refresh(self, progress: Progress, stopped: Callable[[], bool]) -> tuple[Changes, "_Merge"]:
         try:
             passages, database, is_new = self._open()
         except (ValueError, sqlite3.Error):
@@ -188,9 +206,10 @@ class Index:
             run = _Run(self._folder, passages, database, progress, stopped, is_new, self._warned)
             try:
                 try:
-                    return run.run()
-                finally:
-                    run.close()
+                    return run.run(), run.merge
+                except BaseException:
+                    run.merge()
+                    raise
             except (ValueError, sqlite3.Error) as error:
                 self._remove()
                 raise DiskError(
@@ -328,10 +347,9 @@ class _Run:
             logger.warning("%d more files cannot be read", self._more_warned)
         return Changes(added, changed, len(gone), len(present) - added - changed, skipped, look_seconds)
 
-    def close(self) -> None:
-        """Lets merges of passages come to their end, so that the index stays in few pieces."""
-        if self._writer is not None:
-            self._writer.wait_merging_threads()
+    @property
+    def merge(self) -> "_Merge":
+        return _Merge(self._writer)
 
     def _take(self, found: Found, state: _State | None, now: int, skipped: dict[str, str]) -> str:
         digest, reason, outcome = b"", "", ""
@@ -414,6 +432,28 @@ class _Run:
             self._more_warned += 1
         else:
             logger.warning("%s is left out: %s", self._folder.path / name, reason)
+
+
+class _Merge(NamedTuple):
+    """Lets merges of passages come to their end, so that the index stays in few pieces."""
+
+    writer: Any
+
+    @property
+    def is_needed(self) -> bool:
+        return self.writer is not None
+
+    def __call__(self) -> None:
+        if self.writer is not None:
+            self.writer.wait_merging_threads()
+
+
+def _merge(merge: _Merge, held: ExitStack) -> None:
+    with held:
+        try:
+            merge()
+        except ValueError as error:  # nothing is lost: the pieces are there as they were
+            logger.warning("an index could not be merged (%s): see that its disk has space", error)
 
 
 def _schema() -> Any:
