@@ -2,13 +2,9 @@
 
 import json
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +14,9 @@ from freehold import __version__
 from freehold.cli.main import app, main
 from freehold.cli.reference import render
 from freehold.errors import FreeholdError, UsageError
+from tests.cli.terminal import FREEHOLD, Terminal
 
 ROOT = Path(__file__).parents[2]
-FREEHOLD = [sys.executable, "-c", "from freehold.cli.main import main; main()"]
 
 
 def _run(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -140,45 +136,8 @@ def test_errors_are_one_line(
         assert words in err
 
 
-class Terminal:
-    """`freehold chat` on a pseudo-terminal, typed at and read from as a person would."""
-
-    def __init__(self) -> None:
-        self.output = ""
-        self._pid, self._fd = pty.fork()
-        if self._pid == 0:
-            os.execvpe(FREEHOLD[0], [*FREEHOLD, "chat"], {**os.environ, "TERM": "dumb", "NO_COLOR": "1"})
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def wait_for(self, pattern: str, *, seconds: float = 60) -> str:
-        """Read until the new output matches; returns it and forgets it."""
-        deadline = time.monotonic() + seconds
-        while not re.search(pattern, self.output, re.DOTALL):
-            if not select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                pytest.fail(f"no {pattern!r} in {self.output!r}")
-            self.output += os.read(self._fd, 4096).decode(errors="replace")
-        seen, self.output = self.output, ""
-        return seen
-
-    def interrupt(self) -> None:
-        os.kill(self._pid, signal.SIGINT)
-
-    def interrupt_until(self, pattern: str) -> None:
-        """Press Ctrl-C until it is answered: readline loses one that comes while it is drawing the prompt."""
-        for _ in range(20):
-            self.interrupt()
-            if select.select([self._fd], [], [], 1.0)[0]:
-                break
-        self.wait_for(pattern)
-
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-
-
 def test_a_conversation_at_the_terminal(default_folder: Path) -> None:
-    terminal = Terminal()
+    terminal = Terminal("chat")
     terminal.wait_for(r"/quit.*> $")
     terminal.type("What is the capital of France?\n")
     assert "Paris" in terminal.wait_for(r"Paris[^>]*> $")

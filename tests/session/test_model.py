@@ -1,9 +1,10 @@
 """`freehold.load` and the Model that it returns, on random and on real weights."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -504,3 +505,27 @@ def test_a_tool_is_called_when_it_must_be(default: Model) -> None:
     assert call.recipient == "functions.paint"
     assert call.problem is None
     assert json.loads(call.arguments)["colour"] in ("red", "blue")
+
+
+def test_functions_are_called_by_chat_also_in_a_notebook(default: Model) -> None:
+    painted: list[str] = []
+
+    def paint(colour: Literal["red", "blue"]) -> str:
+        """Paints the wall."""
+        painted.append(colour)
+        return "done"
+
+    def ask() -> str:
+        choices = TurnChoices(tool_choice="required", max_reasoning_tokens=0)
+        question = [{"role": "user", "content": "Paint it."}]
+        return default.chat(question, tools=[paint], choices=choices, max_tokens=60, temperature=0)
+
+    async def notebook() -> str:
+        return ask()
+
+    said = ask()
+    times = len(painted)
+    assert times > 0
+    assert set(painted) <= {"red", "blue"}
+    assert asyncio.run(notebook()) == said
+    assert len(painted) == 2 * times

@@ -27,6 +27,8 @@ _LIBRARIES = (
 _CONNECTIONS = (
     "the default model's first use (`default`): pip fetches one wheel, unless it is in the cache already",
     "a database that you name by a network URL",
+    "the web, by whom you name with --search, and the pages that the model opens then",
+    "MCP servers that you name by URL",
 )
 """All that Freehold ever opens connections for."""
 
@@ -87,7 +89,19 @@ def _facts() -> dict[str, Any]:
             "wheel_present": has_wheel,
         },
         "works_offline": has_model or has_wheel,
+        "python_tool_trouble": _python_tool_trouble(),
     }
+
+
+def _python_tool_trouble() -> str | None:
+    """Why the sandbox cannot be made here; None where it can."""
+    from freehold.tools.python import PythonTool
+
+    try:
+        PythonTool()
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _air_gap() -> dict[str, Any]:
@@ -142,6 +156,7 @@ def _text(facts: dict[str, Any]) -> str:
         ("also searched", facts["hugging_face_cache"]),
         ("default model", default["path"] if default["ready"] else "not made yet"),
         ("offline", offline),
+        ("python tool", facts["python_tool_trouble"] or "runs in its sandbox here"),
         *(_air_gap_rows(facts["air_gap"]) if "air_gap" in facts else []),
     ]
     return "".join(f"{name:<14} {value}\n" for name, value in rows)

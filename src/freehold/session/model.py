@@ -37,6 +37,8 @@ from freehold.session.generation import Ask, Generation, GenerationEvent, Said, 
 from freehold.session.memory import MemoryPlan, fitting_plan, free_memory, gib
 from freehold.session.policy import Policy, decide, instruction_set, use_threads
 from freehold.session.prompting import Prompting
+from freehold.session.served import Served
+from freehold.tools.base import FunctionTools, Tool
 from freehold.weights.pack_file import load_packed, source_fingerprint
 
 
@@ -95,6 +97,20 @@ def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> Prefi
     """For these weights, run in this way: keys and values computed otherwise are other numbers."""
     how = (policy.device.type, policy.dtype, policy.dense, policy.kv, policy.native and instruction_set())
     return PrefixFiles(directory, f"{__version__} {source_fingerprint(folder.checkpoint)} {how}")
+
+
+class ChatOptions(SamplingOptions, total=False):
+    """How a reply is made; see Model.stream_chat."""
+
+    reasoning_effort: Effort | None
+    harmony: bool | None
+    grammar: bool
+    choices: TurnChoices | None
+    max_tokens: int | None
+    stop: Sequence[str]
+
+
+_SAMPLING = SamplingOptions.__annotations__
 
 
 class Model:
@@ -216,52 +232,76 @@ class Model:
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **options: Any,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any] | Tool | FunctionTools] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> str:
         """The reply to a conversation, given as OpenAI-style dicts or as a Conversation: what is meant for the user.
 
-        `options` are what `stream_chat` takes.
+        Functions with types and a docstring (freehold.tool), and tools of freehold.tools, are called as the model asks
+        for them until it answers; that takes Harmony. Tools that are dicts are the caller's own: the reply ends with
+        their call. `options` are what `stream_chat` takes.
         """
-        events = self.stream_chat(messages, tools=tools, **options).events
-        return "".join(event.text for event in events if isinstance(event, TextDelta))
+        described = [tool for tool in tools or () if isinstance(tool, Mapping)]
+        ours = [tool for tool in tools or () if not isinstance(tool, Mapping)]
+        if not ours:
+            events = self.stream_chat(messages, tools=described, **options).events
+            return "".join(event.text for event in events if isinstance(event, TextDelta))
+        from freehold.session.agent import LocalRunner, answer
+
+        served = Served(
+            name=str(self.path),
+            prompting=self.prompting,
+            runner=LocalRunner(self.engine),
+            harmony=options.get("harmony", True),
+            grammar=options.get("grammar", True),
+        )
+        done = answer(served, _ask(messages, described, options), ours)
+        return "".join(message.text for message in done.messages if message.channel == "final")
 
     def stream_chat(
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        reasoning_effort: Effort | None = None,
-        harmony: bool | None = None,
-        grammar: bool = True,
-        choices: TurnChoices | None = None,
-        max_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> "Reply":
         """Like `chat`, as it is made: reasoning, answer and calls, and in the end the messages for the history.
 
         `tools` are those of OpenAI's chat API. `reasoning_effort` (low, medium, high) is for models that speak Harmony;
         the others refuse it. `harmony` makes a model speak Harmony whose template says otherwise, if it has the control
         tokens. Harmony's structure is enforced by a `grammar`, which also keeps to the `choices`. An answer ends before
-        the first of the `stop` strings. `sampling` is what `generate` takes.
+        the first of the `stop` strings. The other options are what `generate` takes.
         """
-        if isinstance(messages, Conversation):
-            if tools:
-                raise UsageError("tools of a Conversation are part of its developer message; put them there")
-            conversation = messages
-        else:
-            conversation = Conversation.from_openai(messages, tools=tools)
-        ask = Ask(
-            conversation=conversation,
-            effort=reasoning_effort,
-            choices=choices or {},
-            sampling=sampling,
-            max_tokens=max_tokens,
-            stop=tuple(stop),
+        ask = _ask(messages, tools, options)
+        generation = prepare_now(
+            self.prompting, ask, harmony=options.get("harmony"), grammar=options.get("grammar", True)
         )
-        generation = prepare_now(self.prompting, ask, harmony=harmony, grammar=grammar)
         return Reply(generation, generation.events_now(self.engine.stream))
+
+
+def _ask(
+    messages: Conversation | Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    options: ChatOptions,
+) -> Ask:
+    if isinstance(messages, Conversation):
+        if tools:
+            raise UsageError("tools of a Conversation are part of its developer message; put them there")
+        conversation = messages
+    else:
+        conversation = Conversation.from_openai(messages, tools=tools)
+    sampling: dict[str, Any] = {name: value for name, value in options.items() if name in _SAMPLING}
+    unknown = options.keys() - ChatOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {min(unknown)!r}; there are {', '.join(ChatOptions.__annotations__)}")
+    return Ask(
+        conversation=conversation,
+        effort=options.get("reasoning_effort"),
+        choices=options.get("choices") or {},
+        sampling=SamplingOptions(**sampling),  # type: ignore[typeddict-item]
+        max_tokens=options.get("max_tokens"),
+        stop=tuple(options.get("stop", ())),
+    )
 
 
 def _text(tokens: Iterator[int], detokenizer: Detokenizer, stops: StopStrings) -> Iterator[str]:

@@ -49,13 +49,13 @@ class ToolChoices:
 def local_tools(
     choices: ToolChoices,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     progress: Progress = no_progress,
     approve_patch: "Approve | None" = None,
     patch_form: Literal["grammar", "text", "json"] = "grammar",
 ) -> Iterator[tuple[Tool | FunctionTools, ...]]:
     """All but MCP's, until the end of the block; folders are indexed first, on this thread. `tokenizer` is that of the
-    model which reads pages; `approve_patch` is asked before files are changed.
+    model which reads pages, None where nothing is browsed; `approve_patch` is asked before files are changed.
 
     Raises UsageError for choices that lead to nothing, UnsupportedError for what cannot run here, DiskError where a
     folder cannot be indexed.
@@ -78,6 +78,7 @@ def local_tools(
             from freehold.tools.browser.browser import Browser
             from freehold.tools.browser.sources import open_sources
 
+            assert tokenizer is not None
             sources = open_sources(choices.browse, web=choices.search, progress=progress)
             browser = Browser(sources=sources, tokenizer=tokenizer)
             opened.callback(browser.close)

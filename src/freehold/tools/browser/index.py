@@ -144,8 +144,9 @@ class Index:
     ) -> Changes | None:
         """See what changed, and index that. None where another does it and `wait` seconds were not enough.
 
-        Every now and then the index merges its pieces, which for a large one takes seconds; for who is `in_a_hurry` that
-        is done after the return, with the lock held. Raises StoppedError, and DiskError where nothing can be written.
+        Every now and then the index merges its pieces, which for a large one takes seconds; for who is `in_a_hurry`
+        that is done after the return, with the lock held. Raises StoppedError, and DiskError where nothing can be
+        written.
         """
         try:
             self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
