@@ -44,9 +44,9 @@ def test_what_is_no_source_says_what_would_be_one(tmp_path: Path, monkeypatch: p
     (tmp_path / "notes.md").write_text("text")
     (tmp_path / "wiki.zim").write_text("text")
     for name, message in {
-        "notes.md": "is neither a folder nor a ZIM file; name the folder that it lies in",
+        "notes.md": "is no folder and no ZIM file; name the folder that it lies in",
         "wiki.zim": "cannot be opened as a ZIM file",
-        "gone": "there is no folder or ZIM file",
+        "gone": "is no folder and no ZIM file; name one that is there",
     }.items():
         with pytest.raises(UsageError, match=message):
             open_sources([tmp_path / name])

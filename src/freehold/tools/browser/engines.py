@@ -89,9 +89,7 @@ def engine_of(text: str) -> SearchEngine:
             return YouCom()
         case named if "://" in named:
             return Searxng(text.strip())
-    raise UsageError(
-        f"the web is searched by exa, you, or the URL of a SearXNG server such as http://127.0.0.1:8888, got {text!r}"
-    )
+    raise UsageError(f"the web is searched by exa, you, or the URL of a SearXNG server, got {text!r}")
 
 
 def client_over(transport: "httpx.AsyncBaseTransport | None", seconds: float) -> "httpx.AsyncClient":

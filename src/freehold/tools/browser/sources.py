@@ -57,8 +57,8 @@ def _open(path: Path, name: str) -> Source:
     if path.suffix.lower().startswith(".zim"):  # large ones come in parts: .zimaa, .zimab
         return Zim(path, name=name)
     if not path.exists():
-        raise UsageError(f"there is no folder or ZIM file {path}; name one that is there")
-    raise UsageError(f"{path} is neither a folder nor a ZIM file; name the folder that it lies in")
+        raise UsageError(f"{path} is no folder and no ZIM file; name one that is there")
+    raise UsageError(f"{path} is no folder and no ZIM file; name the folder that it lies in")
 
 
 def _free(name: str, taken: set[str]) -> str:
