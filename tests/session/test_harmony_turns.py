@@ -28,7 +28,7 @@ from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.text_grammar import TextGrammar
 from freehold.formats.tokenizer import Tokenizer
 from freehold.sampling import GenerationDefaults, Sampling, SamplingOptions
-from freehold.session.generation import Ask
+from freehold.session.generation import Ask, SampleDone
 from freehold.session.prompting import Prompting
 from freehold.session.served import Served
 from freehold.session.toolbox import Toolbox
@@ -310,11 +310,16 @@ def test_a_step_computes_only_what_was_said_since_the_one_before(engine: Engine,
         )
         turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_steps=2))
         events = [event async for batch in turn.events(served.runner) for event in batch]
-        print(events[-1], turn.num_cached_tokens)
         await served.runner.drain(5)
+        done = events[-1]
+        assert isinstance(done, SampleDone) and done.end == "stop" and done.stats is not None
+        assert [message.role for message in done.messages] == ["assistant", "tool", "assistant"]
+        num_first = done.num_prompt_tokens - done.stats.num_prompt_tokens + done.num_tokens - done.stats.num_tokens
+        assert num_first > 300
+        # The last tokens, which the grammar forced, were written and not computed.
+        assert turn.num_cached_tokens == done.stats.num_cached_tokens >= num_first - 4
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
-    raise AssertionError
 
 
 def test_a_constraint_is_what_the_engine_wants(tokenizer: Tokenizer) -> None:

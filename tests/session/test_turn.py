@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freehold.engine.request import Request
 from freehold.errors import ClosedError, RequestError, UnsupportedError, UsageError
 from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import (
@@ -812,7 +813,7 @@ def test_a_call_that_is_asked_for_and_not_allowed_is_refused_before_anything_run
     async def scenario() -> None:
         for limits in (TurnLimits(max_steps=1), TurnLimits(max_tool_calls=0)):
             for choice in ("required", NamedTool("functions.add")):
-                ask = asking(*THEIRS[1:], choices=TurnChoices(tool_choice=choice))  # type: ignore[typeddict-item]
+                ask = asking(*THEIRS[1:], choices=TurnChoices(tool_choice=choice))
                 with pytest.raises(UsageError, match="limits do not allow"):
                     await events_of(serve(says("x")), [FUNCTIONS], ask, limits=limits)
             ask = asking(*THEIRS, choices=TurnChoices(tool_choice="required"))
@@ -866,7 +867,7 @@ def test_a_turn_without_end_tokens_is_not_asked_for_what_only_a_grammar_can_keep
 def test_limits_that_make_no_sense_are_refused() -> None:
     for wrong in ({"max_steps": 0}, {"max_tool_calls": -1}, {"tool_seconds": 0.0}, {"result_tokens": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            TurnLimits(**wrong)  # type: ignore[arg-type]
+            TurnLimits(**wrong)
 
     async def scenario() -> None:
         with pytest.raises(UsageError, match="one sample"):
@@ -955,6 +956,51 @@ def test_citations_that_fail_do_not_take_the_answer_with_them() -> None:
         assert outline(events) == ["thinks", "cites a 1-2", "says Ok.", "stop"]
 
     run(scenario())
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def prompts_of(script: Sequence[ScriptedTurn], *, grammar: bool = True, **asks: Any) -> list[str]:
+    """As the model sees them, step by step."""
+    prompts: list[str] = []
+
+    async def scenario() -> None:
+        served = serve(*script, grammar=grammar)
+        submit = served.runner.submit
+
+        def note(request: Request) -> Any:
+            prompts.append(served.prompting.the_tokenizer().decode(request.prompt, control="show"))
+            ends = [served.prompting.the_tokenizer().decode([request.prompt[at - 1]], control="show")
+                    for at in request.boundaries]  # fmt: skip
+            assert set(ends) <= {"<|end|>", "<|call|>"} and len(ends) == prompts[-1].count("<|message|>")
+            return submit(request)
+
+        served.runner.submit = note  # type: ignore[method-assign]
+        await events_of(served, [FUNCTIONS, Lab()], asking(**asks))
+
+    run(scenario())
+    return prompts
+
+
+def test_a_step_goes_on_from_the_very_tokens_of_the_one_before() -> None:
+    said = f"<|channel|>analysis<|message|>Add.<|end|>{NEXT}{SUM}"
+    answer = f"<|start|>functions.add to=assistant<|channel|>commentary<|message|>3<|end|>{NEXT}"
+    first, second, third = prompts_of([raw(said), PAIR, says("3")], choices=PARALLEL)
+    assert second == first + said + answer
+    assert third == second + PAIR.completion.removesuffix("<|return|>") + answer.removesuffix(NEXT) + answer.replace(
+        ">3<", ">7<"
+    )
+
+
+def test_what_had_to_be_mended_is_shown_to_the_model_as_it_was_understood() -> None:
+    said = SUM.replace("functions.add", "add")
+    first, second = prompts_of([raw(said), says("3")], grammar=False)
+    rendered = ' to=functions.add<|channel|>commentary <|constrain|>json<|message|>{"a":1,"b":2}<|call|>'
+    assert second.startswith(first + rendered)
+    gone_on = f"<|channel|>analysis<|message|>Hm.<|end|>{NEXT}<|channel|>final<|message|>So.<|end|>{NEXT}{SUM}"
+    first, second = prompts_of([raw(gone_on), says("3")], grammar=False)
+    assert "Hm." not in second and "So." in second
 
 
 # --- any turn ---------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Talk:
         finally:
             await reading.aclose()
             self.screen.close(finished=finished)
-            said = [message for message in reply.cut() if message.text]
+            said = [message for message in reply.cut() if _is_said(message)]
             if finished or said:
                 self._history = asked.plus(*said)
         seconds = time.monotonic() - start
@@ -132,7 +132,12 @@ def _gone_on_from(turns: Sequence[RecordedTurn]) -> Conversation:
     """What is kept of a recording: as in `answer`, no question that was stopped before its answer began."""
     messages: list[Message] = []
     for turn in turns:
-        kept = [message for message in turn.history()[len(turn.asked) :] if message.text]
+        kept = [message for message in turn.history()[len(turn.asked) :] if _is_said(message)]
         messages += [message for message in turn.asked if kept or turn.is_complete or message.role != "user"]
         messages += kept
     return Conversation(messages=tuple(messages))
+
+
+def _is_said(message: Message) -> bool:
+    """Whether it is to be kept: an empty answer is none, but a call and what it gave may well be empty."""
+    return bool(message.text) or message.role == "tool" or message.recipient is not None

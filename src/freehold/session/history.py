@@ -176,7 +176,7 @@ class TurnHistory:
         start = self._open
         if start is None:
             return ()
-        channel = next((known for known in CHANNELS if known == start.channel), "final")
+        channel: Channel = next((known for known in CHANNELS if known == start.channel), "final")
         text = Text(text="".join(self._text))
         return (Message(role="assistant", parts=(text,), channel=channel, name=start.name),)
 

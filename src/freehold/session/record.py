@@ -249,7 +249,8 @@ def _encode(value: Any, type_: Any) -> Any:
             return {"kind": _NAMES[type(value)], **_encode(value, type(value))}
         return _encode(value, members[0])
     if is_dataclass(type_):
-        hints = _hints(type_)
+        kind: Any = type(value)
+        hints = _hints(kind)
         return {
             field.name: _encode(part, hints[field.name])
             for field in fields(type_)

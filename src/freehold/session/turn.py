@@ -18,10 +18,12 @@ from typing import Literal, NamedTuple
 
 from freehold.errors import ContextError, FreeholdError, UnsupportedError, UsageError
 from freehold.formats.chat import TurnChoices
-from freehold.formats.conversation import Message
-from freehold.formats.events import CallProblem, MessageDone
+from freehold.formats.conversation import Conversation, Message
+from freehold.formats.events import CallProblem, Diagnostic, MessageDone
 from freehold.formats.harmony.grammar import AllowedTools, NamedTool, ToolChoice
 from freehold.formats.harmony.offer import Offer
+from freehold.formats.harmony.render import Rendered, render
+from freehold.formats.harmony.vocabulary import HarmonyVocabulary
 from freehold.log import logger
 from freehold.session.generation import (
     Ask,
@@ -144,10 +146,13 @@ class Turn:
         self._runner: AsyncRunner | None = None
         self._generation: Generation | None = None
         self._history = TurnHistory()
+        self._written: Rendered | None = None  # the last prompt and what was written then, where that needed no mending
+        self._answers: list[Message] = []  # to the calls in it
         self._num_steps = 0
         self._num_calls = 0
         self._num_carried_out = 0
         self._is_told = False  # that no more calls are carried out
+        self._is_mended = False  # in the last step, something that was not as it should be
         self._is_last_chance = False  # of the model, to answer
         self._tool_seconds = 0.0
         self._began: float | None = None
@@ -194,9 +199,24 @@ class Turn:
 
     async def prepare(self) -> None:
         """Make the next step ready. Raises as freehold.session.generation.prepare."""
-        self._generation = await prepare_generation(self._served, self._next_ask())
+        prompt = await asyncio.to_thread(self._next_prompt)
+        self._generation = await prepare_generation(self._served, self._next_ask(), prompt=prompt)
+        self._answers.clear()
         self._num_steps += 1
         self._is_last_chance = self._is_told or self._num_steps >= self._limits.max_steps
+
+    def _next_prompt(self) -> Rendered | None:
+        """The last prompt, what the model wrote, to the token, and what its calls gave. Rendered anew, its headers
+        would not be the ones that it wrote, and all that it wrote, its reasoning included, be computed again. None
+        where a whole conversation has to be rendered."""
+        written = self._written
+        if written is None:
+            return None
+        answers = render(Conversation(messages=tuple(self._answers)), self._served.prompting.the_tokenizer())
+        length = len(written.ids)
+        return Rendered(
+            [*written.ids, *answers.ids], [*written.boundaries, *(length + boundary for boundary in answers.boundaries)]
+        )
 
     def _next_ask(self) -> Ask:
         ask = self._ask
@@ -262,6 +282,19 @@ class Turn:
         self._num_cached_tokens += generation.num_cached_tokens
         self._num_tokens += generation.num_tokens
         self._length = generation.num_prompt_tokens + generation.num_tokens
+        self._written = self._as_written(generation)
+
+    def _as_written(self, generation: Generation) -> Rendered | None:
+        known = HarmonyVocabulary.of(self._served.prompting.the_tokenizer())
+        tokens = list(generation.tokens)
+        if tokens[-1:] == [known.return_]:  # after several calls; no prompt has it
+            del tokens[-1]
+        if self._is_mended or tokens[-1:] != [known.call]:
+            return None
+        ends = [
+            at for at, token in enumerate(tokens, generation.num_prompt_tokens + 1) if token in (known.end, known.call)
+        ]
+        return Rendered([*generation.prompt, *tokens], [*generation.boundaries, *ends])
 
     # --- running ----------------------------------------------------------------------------------------------
 
@@ -269,6 +302,7 @@ class Turn:
         """For TurnEvents: all steps, one after the other."""
         while True:
             done: SampleDone | None = None
+            self._is_mended = False
             async with aclosing(reading):
                 async for batch in reading:
                     events: list[TurnEvent] = []
@@ -276,7 +310,10 @@ class Turn:
                         match event:
                             case SampleDone():
                                 done = event
-                            case Said():
+                            case Said(event=said):
+                                # After an answer, reasoning before it is shown no more.
+                                is_answer = isinstance(said, MessageDone) and said.message.channel == "final"
+                                self._is_mended |= is_answer or isinstance(said, Diagnostic)
                                 events += [*self._cited(event), event]
                     if events:
                         yield self._noted(events)
@@ -294,7 +331,9 @@ class Turn:
                 start = ToolStart(number=self._num_calls, recipient=call.recipient, arguments=call.arguments)
                 self._num_calls += 1
                 yield self._noted([start])
-                yield self._noted([await self._carry_out(call, start)])
+                finish = await self._carry_out(call, start)
+                self._answers.append(finish.message)
+                yield self._noted([finish])
             if not ours:
                 self._history.end_step()
             following = "calls" if len(ours) < len(calls) else await self._go_on()
