@@ -17,7 +17,7 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.serve.containers import Calls, Containers, Stoppable
 from freehold.tools.base import FunctionTools, Tool
-from freehold.tools.kit import ToolChoices, sources_of
+from freehold.tools.kit import ToolChoices
 from freehold.tools.mcp_config import HttpServer, McpServer
 
 if TYPE_CHECKING:
@@ -177,7 +177,11 @@ def prepare(
         from freehold.tools.python import PythonTool
 
         python = PythonTool()
-    sources = tuple(sources_of(choices, progress)) if choices.browse or choices.search is not None else ()
+    sources: tuple[Source, ...] = ()
+    if choices.browse or choices.search is not None:
+        from freehold.tools.browser.sources import open_sources
+
+        sources = open_sources(choices.browse, web=choices.search, progress=progress)
     return PreparedTools(sources=sources, python=python, mcp=servers, files=files)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from freehold.errors import UsageError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.tools.base import FunctionTools, Tool
@@ -21,8 +20,6 @@ from freehold.tools.mcp_config import HttpServer, McpServer, parse_server, read_
 
 if TYPE_CHECKING:
     from freehold.tools.apply_patch import Approve
-    from freehold.tools.browser.content import Source
-    from freehold.tools.browser.engines import SearchEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +83,11 @@ def local_tools(
             tools.append(ApplyPatchTool(choices.patch, approve=approve_patch, form=patch_form))
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
+            from freehold.tools.browser.sources import open_sources
 
             assert tokenizer is not None
-            browser = Browser(sources=sources_of(choices, progress), tokenizer=tokenizer)
+            sources = open_sources(choices.browse, web=choices.search, progress=progress)
+            browser = Browser(sources=sources, tokenizer=tokenizer)
             opened.callback(browser.close)
             tools.append(browser)
         yield tuple(tools)
@@ -110,35 +109,3 @@ async def mcp_tools(choices: ToolChoices) -> AsyncIterator[tuple[FunctionTools, 
         yield (connected,)
     finally:
         await connected.aclose()
-
-
-def sources_of(choices: ToolChoices, progress: Progress) -> "list[Source]":
-    """What the browser reads, folders indexed. Whoever takes them closes them."""
-    from freehold.tools.browser.documents import Documents
-    from freehold.tools.browser.web import Web
-    from freehold.tools.browser.zim import Zim
-
-    sources: list[Source] = []
-    for path in choices.browse:
-        if path.suffix.lower() == ".zim":
-            sources.append(Zim(path))
-        else:
-            documents = Documents(path)
-            sources.append(documents)
-            documents.refresh(progress=progress)
-    if choices.search is not None:
-        sources.append(Web(engine=_engine(choices.search)))
-    return sources
-
-
-def _engine(search: str) -> "SearchEngine":
-    from freehold.tools.browser.engines import Exa, Searxng, YouCom
-
-    match search:
-        case "exa":
-            return Exa()
-        case "you":
-            return YouCom()
-    if not search.startswith(("http://", "https://")):
-        raise UsageError(f"the web is searched by exa, you, or the URL of a SearXNG server, got {search!r}")
-    return Searxng(search)
