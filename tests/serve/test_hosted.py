@@ -236,10 +236,35 @@ async def test_a_client_that_keeps_its_items_goes_on_with_what_was_found_as_long
         assert "no longer kept" in shown(there, prompts[4]) and '"query":"spring tide"' in shown(there, prompts[4])
 
 
+async def test_items_that_clients_send_back_are_what_they_say_and_nothing_else(
+    searchable: Searchable, tmp_path: Path
+) -> None:
+    turns = [said(browse("search", query="spring tide")), said(use("local__echo", text="a")), said(answer("Hi."))]
+    files = [HostedServer("local", FunctionToolset([_echo]))]
+    echo = Echo()
+    tools = searchable(files=files, python=echo)
+    async with Responding(said(run("1")), *turns, *[said(answer("Hi."))] * 5, path=tmp_path, tools=tools) as there:
+        made = await there.make(input="x", tools=[SEARCH, PYTHON, LOCAL], store=False)
+        search, code = (first(made, kind) for kind in ("web_search_call", "code_interpreter_call"))
+        call = {"type": "mcp_call", "server_label": "local", "name": "echo", "arguments": "{}"}
+        for item in (
+            {"type": "web_search_call", "id": code["id"], "action": {"type": "search", "query": "q"}},
+            {**code, "id": search["id"]},
+            {**call, "error": "It broke."},
+            {**call, "error": {"content": [{"text": 3}, 4]}},
+        ):
+            then = await there.make(input=[item, {"role": "user", "content": "x"}], tools=[SEARCH])
+            listed = await there.get(f"responses/{then['id']}/input_items", include=INCLUDE)
+            check(ResponseItemList, listed)
+            assert "7.2 metres" not in str(listed)
+        listing = {"type": "mcp_list_tools", "server_label": "local", "tools": [1]}
+        assert (await there.refused(input=[listing]))["param"] == "input[0].tools[0]"
+
+
 async def test_what_is_not_switched_on_is_left_out_and_what_is_asked_of_it_is_honoured_or_refused(
     searchable: Searchable, tmp_path: Path
 ) -> None:
-    async with Responding(*[said(answer("Hi."))] * 4, path=tmp_path, tools=searchable()) as there:
+    async with Responding(*[said(answer("Hi."))] * 5, path=tmp_path, tools=searchable()) as there:
         made = await there.make(input="Hi", tools=[SEARCH, PYTHON, LOCAL])
         assert made["tools"] == [
             {"type": "web_search", "search_context_size": "medium", "user_location": None, "filters": None}
@@ -258,6 +283,8 @@ async def test_what_is_not_switched_on_is_left_out_and_what_is_asked_of_it_is_ho
         assert "code_interpreter" in (await there.refused(
             input="Hi", tools=[SEARCH, PYTHON], tool_choice={"type": "code_interpreter"}
         ))["message"]  # fmt: skip
+        await there.make(input="Hi", tools=[SEARCH], include=["web_search_call.results"])
+        assert there.warnings.startswith("include: web_search_call.results adds nothing")
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     async with Responding(said("Hi."), template=template, tools=searchable()) as there:
         assert (await there.make(input="Hi", tools=[SEARCH]))["tools"] == []
@@ -302,6 +329,18 @@ async def test_openais_sdk_and_agents_see_what_the_tools_do(searchable: Searchab
         assert ran.final_output == "7【0†L4】."
         items = ran.to_input_list()
         await there.sdk.responses.input_tokens.count(model="default", input=items)
+
+
+async def test_tools_that_cannot_be_told_apart_or_called_are_refused_by_name() -> None:
+    named = {"name": "echo", "type": "function", "parameters": {"type": "object", "properties": {}}}
+    space = {"type": "namespace", "name": "local", "tools": [named]}
+    async with Responding(tools=Waiting().tools()) as there:
+        for tools, choice, param in (
+            ([LOCAL, {**named, "name": "local__echo"}], "auto", "tools[1].name"),
+            ([space, LOCAL], "auto", "tools[0].tools[0].name"),
+            ([{**LOCAL, "allowed_tools": []}], "required", "tool_choice"),
+        ):
+            assert (await there.refused(input="x", tools=tools, tool_choice=choice))["param"] == param
 
 
 # --- choices and limits -------------------------------------------------------------------------------------
@@ -550,6 +589,20 @@ async def test_idle_containers_are_closed_and_the_oldest_make_room() -> None:
     kept = [containers.lease("a", wanted=name) for name in reversed(ids)]
     assert [lease.id for lease in kept[:2]] == ids[:1:-1] and not {lease.id for lease in kept[2:]} & {*ids}
     await containers.aclose()
+
+    # Who only asks takes nobody's, and who calls often takes their own.
+    containers = Containers(most=2)
+    victims = containers.lease("victim")
+    await (await victims.tool("echo", echo).open()).call("python", "x")
+    victims.release()
+    asking = [containers.lease("other") for _ in range(4)]
+    for lease in asking:
+        await (await lease.tool("echo", echo).open()).call("python", "x")
+    for lease in asking:
+        lease.release()
+    assert containers.lease("victim", wanted=victims.id).id == victims.id
+    await containers.aclose()
+    await until(lambda: echo.open_sessions == 0)
 
     containers = Containers(idle_seconds=0.001)
     forgotten = containers.lease("a")

@@ -2,14 +2,14 @@
 
 A `Container` holds a session of each tool that its conversation has used, each opened by the first call. A turn has a
 `Lease` of one: two turns never use a container at once, the second waits with its first call. What nobody has used for
-a while is closed, and where there are too many the one that has been idle for longest. A container is its owner's
+a while is closed, and where there are too many the idle ones of whoever has the most. A container is its owner's
 alone: for everybody else there is none of that name. Nothing here survives the process.
 """
 
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -100,8 +100,8 @@ class Container:
 
 
 class Containers:
-    """All that there are. For one event loop. Where there are more than `most`, those that nobody uses go, the one that
-    has been idle for longest first."""
+    """All that there are. For one event loop. Where more than `most` hold something, those that nobody uses go: of the
+    owner who has the most, the one that has been idle for longest first."""
 
     def __init__(
         self, *, idle_seconds: float = 1200.0, most: int = 32, clock: Callable[[], float] = time.monotonic
@@ -130,9 +130,7 @@ class Containers:
         if container is None or (exact is None and container.num_leases):
             container = Container(owner)
             self._by_id[container.id] = container
-        lease = Lease(self, container)
-        self._make_room()
-        return lease
+        return Lease(self, container)
 
     def recall(self, owner: str, name: str) -> Mapping[str, Any] | None:
         """What a call with this item's id said, as long as its container is there."""
@@ -158,13 +156,22 @@ class Containers:
         else:
             loop = asyncio.get_running_loop()
             container.closing = loop.call_later(self._idle_seconds, self._drop, container)
-            self._make_room()
+            self.make_room()
 
-    def _make_room(self) -> None:
-        idle = [each for each in [*self._by_id.values()] if not each.num_leases]
-        idle.sort(key=lambda each: each.idle_since)
-        for container in idle[: max(0, len(self._by_id) - self._most)]:
-            self._drop(container)
+    def make_room(self) -> None:
+        """Close what is too much, of the owner who has the most: nobody takes another's by calling often. Where all of
+        those are in use, theirs go when they are left."""
+        holding = [each for each in self._by_id.values() if each.sessions]
+        num_held = Counter(each.owner for each in holding)
+        for _ in range(len(holding) - self._most):
+            greatest = max(num_held.values())
+            idle = [each for each in holding if not each.num_leases and num_held[each.owner] == greatest]
+            if not idle:
+                return
+            first = min(idle, key=lambda each: each.idle_since)
+            holding.remove(first)
+            num_held[first.owner] -= 1
+            self._drop(first)
 
     def _drop(self, container: Container) -> None:
         self._by_id.pop(container.id, None)
@@ -214,6 +221,7 @@ class Lease:
                 self.container.freed.clear()
                 await self.container.freed.wait()
         session = await self.container.session(key, tool)
+        self._containers.make_room()
         return await session.call(name, arguments)
 
     def release(self) -> None:

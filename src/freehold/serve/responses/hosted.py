@@ -78,7 +78,7 @@ class ChosenTools:
     warnings: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return self.browser is not None or self.python is not None or bool(self.servers)
+        return self.browser is not None or self.python is not None or any(server.functions for server in self.servers)
 
     # --- reading ------------------------------------------------------------------------------------------------
 

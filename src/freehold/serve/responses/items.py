@@ -164,7 +164,7 @@ def _read(raw: Item, new_id: NewId, open_: Open, recall: Recall, stored: Mapping
         case "mcp_list_tools":
             listed = read(McpListToolsItem, raw, param)
             item = {"type": listed.type, "id": listed.id or new_id("mcpl"), "server_label": listed.server_label}
-            return {**item, "tools": listed.tools, "error": listed.error}
+            return {**item, "tools": [tool.model_dump() for tool in listed.tools], "error": listed.error}
         case "item_reference":
             return stored[read(ReferenceItem, raw, param).id]
     known = ", ".join((*_PREFIXES, "item_reference"))
@@ -247,7 +247,7 @@ def _web_search(call: WebSearchCallItem, new_id: NewId, recall: Recall) -> Item:
         "action": call.action.model_dump(exclude_none=True),
         "status": call.status or "completed",
     }
-    if call.id is not None and (said := recall(call.id)) is not None:
+    if call.id is not None and (said := recall(call.id)) is not None and "sources" in said:  # of a search's own id
         return {**item, PRIVATE: said}
     match call.action:
         case SearchAction(query=query, queries=queries):
@@ -271,6 +271,8 @@ def _code_interpreter(call: CodeInterpreterCallItem, new_id: NewId, recall: Reca
         "status": call.status or "completed",
     }
     said = None if call.id is None else recall(call.id)
+    if said is not None and said["recipient"] != "python":
+        said = None
     if outputs is not None:
         result = "".join(output.logs for output in outputs)
     else:
@@ -291,7 +293,7 @@ def _mcp_call(call: McpCallItem, new_id: NewId) -> Item:
         "name": call.name,
         "arguments": call.arguments,
         "output": call.output,
-        "error": call.error,
+        "error": None if call.error is None else mcp_error(_error_text(call.error)),
         "approval_request_id": None,
         "status": call.status or "completed",
     }

@@ -53,6 +53,8 @@ from freehold.session.turn import Turn, TurnLimits
 
 _LOGPROBS = "message.output_text.logprobs"
 _ENCRYPTED = "reasoning.encrypted_content"
+_RESULTS = "web_search_call.results"
+_SOURCES = "web_search_call.action.sources"
 _JSON_HINT = "Answer with a JSON object."
 
 
@@ -198,6 +200,8 @@ def _taken_otherwise(body: InputTokens) -> list[str]:
     if isinstance(body, ResponseCreate):
         if body.service_tier not in (None, "auto", "default"):
             taken.append(f"service_tier {body.service_tier} was taken as default")
+        if _RESULTS in (body.include or ()):
+            taken.append(f"include: {_RESULTS} adds nothing; {_SOURCES} says what was found")
         if body.prompt_cache_retention == "24h":
             taken.append("prompt_cache_retention 24h was taken as in_memory")
     if body.text is not None and body.text.verbosity not in (None, "medium"):

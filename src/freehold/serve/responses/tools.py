@@ -109,7 +109,7 @@ class Toolset:
     def _not_here(self, kind: Any, param: str) -> ApiError:
         if kind in HOSTED:
             return ApiError(
-                400, f"The tool {kind!r} is not switched on here, so it cannot be chosen.", param=param,
+                400, f"The tool {kind!r} is not among those of the request that are switched on here.", param=param,
                 code="unsupported_parameter",
             )  # fmt: skip
         known = "function, custom and allowed_tools"
@@ -131,6 +131,7 @@ def read_tools(given: Sequence[dict[str, Any]] | None, hosted: HostedTools | Non
     reader = _Reader(hosted)
     for at, raw in enumerate(given or ()):
         reader.read(raw, f"tools[{at}]")
+    reader.check_names()
     return Toolset(
         offered=tuple(reader.offered),
         on_wire=tuple(reader.on_wire),
@@ -162,6 +163,13 @@ class _Reader:
                     self.on_wire.append(shown)
             case _:
                 self.on_wire.append(self._tool(raw, param, None))
+
+    def check_names(self) -> None:
+        """Raise ApiError for a tool of the client's with the name of one that runs here."""
+        for name, tool in self.by_name.items():
+            if f"functions.{name}" in self.hosted.names:
+                where = f"{tool.param.rpartition('.')[0]}.name"
+                raise ApiError(400, f"Two tools are called {name!r}; each needs its own name.", param=where)
 
     def _is_left_out(self, raw: dict[str, Any]) -> bool:
         """Whether it is a hosted tool inside a namespace, where nobody offers any; remembered for the warning."""

@@ -200,7 +200,11 @@ class ResponseCreate(InputTokens):
     ] = None
     client_metadata: Annotated[dict[str, str] | None, Hint("nothing is done with it")] = None
     context_management: Annotated[Any, Refused("conversations are not compacted", unless=(None, []))] = None
-    include: list[Include] | None = None
+    include: list[Include] | None = Field(
+        default=None,
+        description="`web_search_call.results` adds nothing: ask for `web_search_call.action.sources`, and "
+        "`x-freehold-warnings` says so. There are no computers, file searches and images, so theirs add nothing either",
+    )
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
@@ -577,13 +581,22 @@ class McpCallItem(_HostedItem):
     approval_request_id: Annotated[Any, Refused("calls are made without asking")] = None
 
 
+class ListedTool(Wire):
+    """A tool that an MCP server offers."""
+
+    name: str
+    input_schema: Any
+    description: str | None = None
+    annotations: Any = None
+
+
 class McpListToolsItem(_Item):
     """What an MCP server offers. The model is told of what it offers now."""
 
     type: Literal["mcp_list_tools"]
     server_label: str
-    tools: Annotated[list[Any], _FROM_CLIENTS]
-    error: Annotated[Any, _FROM_CLIENTS] = None
+    tools: Annotated[list[ListedTool], _FROM_CLIENTS]
+    error: Annotated[str | None, _FROM_CLIENTS] = None
 
 
 class ReferenceItem(Wire):
