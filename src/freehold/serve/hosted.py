@@ -97,7 +97,7 @@ class HostedTools:
         containers: Containers | None = None,
     ) -> None:
         self.browser, self.offline_browser, self.python = browser, offline_browser, python
-        self.containers = containers or Containers()
+        self.containers = Containers() if containers is None else containers  # an empty one is false
         self.servers: dict[str, HostedServer] = {server.label: server for server in files}
         self._mcp = tuple(mcp)
         self._connected: list[McpTools] = []
