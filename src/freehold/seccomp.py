@@ -69,9 +69,15 @@ def only(error: int, number: int, argument: int, *values: int) -> bytes:
     return _when_equal(number, _argument(argument) + allowed + _step(_RETURN, _failing(error)))
 
 
-def none_of(error: int, number: int, argument: int, *values: int) -> bytes:
-    """The call fails where the low half of its argument is one of `values`, else it is allowed."""
-    refused = b"".join(_when_equal(value, _step(_RETURN, _failing(error))) for value in values)
+def none_of(error: int, number: int, argument: int, *values: int | range) -> bytes:
+    """The call fails where the low half of its argument is one of `values`, or lies in one, else it is allowed."""
+    failing = _step(_RETURN, _failing(error))
+    refused = b"".join(
+        _step(_JUMP_IF_AT_LEAST, value.start, 0, 2) + _step(_JUMP_IF_AT_LEAST, value.stop, 1, 0) + failing
+        if isinstance(value, range)
+        else _when_equal(value, failing)
+        for value in values
+    )
     return _when_equal(number, _argument(argument) + refused + _step(_RETURN, ALLOW))
 
 

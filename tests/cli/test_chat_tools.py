@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from freehold.cli import approval
 from freehold.cli.footnotes import Footnotes
 from freehold.cli.main import app
-from freehold.errors import FreeholdError, UnsupportedError
+from freehold.errors import FreeholdError, UnsupportedError, UsageError
+from freehold.session.record import read_recording
 from freehold.tools.base import Citation
 from freehold.tools.python import PythonTool
 from tests.cli.terminal import FREEHOLD, Terminal
@@ -74,6 +75,37 @@ def _chat(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
+
+
+def test_what_is_recorded_is_shown_again_and_gone_on_from(place: Path) -> None:
+    script = _script(
+        place, _function("weather", city="Oslo"), {"reasoning": "Hm.", "answer": "Rain."}, {"answer": "No."}
+    )
+    shown = ""
+    for question in ("Rain?", "Sure?"):
+        options = ["--record", "talk.jsonl", "--tools", "my_tools.py", "--approve", "never", "--script", str(script)]
+        result = CliRunner().invoke(app, ["chat", *options, question])
+        assert result.exit_code == 0, result.output
+        shown += f"> {question}\n{result.stderr}"
+        script.write_text(script.read_text().splitlines()[-1])
+    again = CliRunner().invoke(app, ["replay", "talk.jsonl"])
+    assert again.exit_code == 0
+    assert again.stdout == "Rain.\nNo.\n"
+    assert again.stderr == shown
+    history = [message for turn in read_recording(place / "talk.jsonl") for message in turn.history()]
+    assert [(message.role, message.text[:8]) for message in history if message.channel != "analysis"] == [
+        ("user", "Rain?"),
+        ("assistant", '{"city":'),
+        ("tool", "line 0 o"),
+        ("assistant", "Rain."),
+        ("user", "Sure?"),
+        ("assistant", "No."),
+    ]
+    (place / "other.txt").write_text("something else\n")
+    for arguments in (["replay", "other.txt"], ["chat", "--record", "other.txt", "Hi"]):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, UsageError)
+        assert "no recording" in str(result.exception)
 
 
 def _has_sandbox() -> bool:

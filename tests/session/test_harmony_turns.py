@@ -1,5 +1,6 @@
 """The engine, a random model at temperature 2 and the turn's grammar: whatever comes out is a legal turn."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,12 @@ import pytest
 import freehold
 from freehold.config import ModelConfig, RopeConfig
 from freehold.engine.core import Engine
+from freehold.engine.loop import AsyncEngine
 from freehold.engine.options import EngineOptions
 from freehold.engine.request import Completion, Request, TokenConstraint
 from freehold.formats.byte_level import CHARACTERS
-from freehold.formats.conversation import Conversation, Message, Tool, ToolNamespace
+from freehold.formats.chat import TurnChoices
+from freehold.formats.conversation import Conversation, Message, SystemContent, Tool, ToolNamespace, text_message
 from freehold.formats.forms import Choice, FreeText, JsonObject, JsonSchema, Lark, Regex
 from freehold.formats.harmony.grammar import AllowedTools, NamedTool, ToolChoice, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
@@ -24,7 +27,13 @@ from freehold.formats.harmony.render import render
 from freehold.formats.harmony.vocabulary import CONTROL_TOKENS
 from freehold.formats.text_grammar import TextGrammar
 from freehold.formats.tokenizer import Tokenizer
-from freehold.sampling import Sampling
+from freehold.sampling import GenerationDefaults, Sampling, SamplingOptions
+from freehold.session.generation import Ask, SampleDone
+from freehold.session.prompting import Prompting
+from freehold.session.served import Served
+from freehold.session.toolbox import Toolbox
+from freehold.session.turn import TurnLimits, prepare
+from freehold.tools.functions import FunctionToolset
 from freehold.weights.synth import write_random_checkpoint
 from tests.schemas import SCHEMAS, validator
 
@@ -274,6 +283,43 @@ def test_plain_text_of_a_form(engine: Engine, tokenizer: Tokenizer) -> None:
             num_whole += 1
         assert completion.finish in ("stop", "length")
     assert num_whole >= 0.9 * len(completions)
+
+
+def test_a_step_computes_only_what_was_said_since_the_one_before(engine: Engine, tokenizer: Tokenizer) -> None:
+    """The agent loop on the real engine: of a second step's prompt nearly all is known from the first."""
+
+    def look(word: str) -> str:
+        """Looks."""
+        return "It is there."
+
+    async def scenario() -> None:
+        defaults = GenerationDefaults(stop_ids=frozenset({tokenizer.control_id("<|return|>")}))
+        prompting = Prompting(
+            source="the random model", tokenizer=tokenizer, vocab_size=tokenizer.vocab_size, context=CONTEXT,
+            longest=CONTEXT, defaults=defaults,
+        )  # fmt: skip
+        served = Served(name="random", prompting=prompting, runner=AsyncEngine(engine))
+        toolbox = await Toolbox.open([FunctionToolset([look])])
+        system = SystemContent(identity=None, knowledge_cutoff=None, effort=None)
+        messages = (Message(role="system", parts=(system,)), text_message("user", "Where is it? " * 10))
+        ends = [*tokenizer.control_tokens.values(), *(tokenizer.encode(end)[0] for end in '"}], ')]
+        ask = Ask(
+            conversation=Conversation(messages=messages),
+            choices=TurnChoices(tool_choice="required"),
+            sampling=SamplingOptions(temperature=2.0, seed=1, logit_bias=dict.fromkeys(ends, 8.0)),
+        )
+        turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_steps=2))
+        events = [event async for batch in turn.events(served.runner) for event in batch]
+        await served.runner.drain(5)
+        done = events[-1]
+        assert isinstance(done, SampleDone) and done.end == "stop" and done.stats is not None
+        assert [message.role for message in done.messages] == ["assistant", "tool", "assistant"]
+        num_first = done.num_prompt_tokens - done.stats.num_prompt_tokens + done.num_tokens - done.stats.num_tokens
+        assert num_first > 300
+        # The last tokens, which the grammar forced, were written and not computed.
+        assert turn.num_cached_tokens == done.stats.num_cached_tokens >= num_first - 4
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_a_constraint_is_what_the_engine_wants(tokenizer: Tokenizer) -> None:

@@ -19,6 +19,8 @@ TOOLS: dict[str, dict[str, bool]] = {
     "die_once": {"readOnlyHint": True},
     "die_always": {"idempotentHint": True},
     "learn": {},
+    "hang": {},
+    "error": {},
 }
 
 
@@ -37,6 +39,8 @@ def called(name: str) -> str:
     note(name)
     if is_mortal:
         os._exit(3)
+    if name == "hang":
+        sys.exit(len(sys.stdin.read()))  # the client's end of it, and no answer before
     if name == "learn":
         TOOLS["learnt"] = {}
         say({"method": "notifications/tools/list_changed"})
@@ -53,6 +57,8 @@ def answer(method: str, parameters: dict[str, Any]) -> dict[str, Any]:
                 {"name": name, "inputSchema": {"type": "object"}, "annotations": hints} for name, hints in TOOLS.items()
             ]
             return {"result": {"tools": tools}}
+        case "tools/call" if parameters["name"] == "error":
+            return {"error": {"code": -32000, "message": "of its own"}}
         case "tools/call":
             return {"result": {"content": [{"type": "text", "text": called(parameters["name"])}]}}
     return {"error": {"code": -32601, "message": f"no method {method}"}}

@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -32,6 +35,14 @@ from tests.tools.trees import contents, plant, tree_hash
 
 def patch(*lines: str) -> str:
     return "\n".join(["*** Begin Patch", *lines, "*** End Patch"]) + "\n"
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> Iterator[Path]:
+    """A folder for tests that sync a thousand files: where there is one, on no disk."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def patched(files: Mapping[str, str | bytes], text: str) -> dict[str, bytes]:
@@ -107,6 +118,7 @@ FITS: list[tuple[str, str, list[str], str | None]] = [
     ("only lines taken out", "a\nb\nc\n", ["@@", " a", "-b", " c"], "a\nc\n"),
     ("the end of the file, of two places that fit", "x\ny\nx\n", ["@@", "-x", "+z", "*** End of File"], "x\ny\nz\n"),
     ("an empty line as context without its space", "a\n\nb\n", ["@@", " a", "", "-b", "+c"], "a\n\nc\n"),
+    ("an empty first line, and a star in the next", "\n * a\nb\n", ["", "  * a", "-b", "+c"], "\n * a\nc\n"),
     ("blank lines between hunks", "a\nb\n", ["@@", "-a", "+A", "", "@@", "-b", "+B", ""], "A\nB\n"),
     ("an empty last line that is not there", "a\nb\n", ["@@", "-b", "+c", " "], "a\nc\n"),
     ("spaces at line ends", "a  \nb\t\nc\n", ["@@", " a", "-b", "+B", " c"], "a  \nB\nc\n"),
@@ -332,7 +344,7 @@ def _edit(before: list[str], after: list[str]) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(before=TREES, after=TREES, corruption=st.data())
 def test_any_edit_can_be_written_and_no_corrupt_patch_changes_anything_by_halves(
-    tmp_path_factory: pytest.TempPathFactory, before: dict[str, list[str]], after: dict[str, list[str]], corruption: Any
+    in_memory: Path, before: dict[str, list[str]], after: dict[str, list[str]], corruption: Any
 ) -> None:
     sections: list[str] = []
     for name in sorted(before.keys() | after.keys()):
@@ -342,7 +354,7 @@ def test_any_edit_can_be_written_and_no_corrupt_patch_changes_anything_by_halves
             sections += [f"*** Add File: {name}", *(f"+{line}" for line in after[name])]
         elif before[name] != after[name]:
             sections += [f"*** Update File: {name}", *_edit(before[name], after[name])]
-    root = tmp_path_factory.mktemp("tree")
+    root = Path(tempfile.mkdtemp(dir=in_memory))
     plant(root, {name: _text(lines) for name, lines in before.items()})
     if not sections:
         return
@@ -378,6 +390,7 @@ def test_any_edit_can_be_written_and_no_corrupt_patch_changes_anything_by_halves
         ("file-link", "symbolic link"),
         ("dangling", "symbolic link"),
         ("a\0b", "control character"),
+        ("a\u202egpj.b", "control character"),
         ("sub", "is a folder"),
         ("a/b", "no folder"),
         (".", "names no file"),
@@ -452,6 +465,37 @@ def test_permissions_stay(tmp_path: Path) -> None:
     assert tree_hash(tmp_path) == was
 
 
+def test_a_file_is_no_folder_of_another(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match="a/b cannot be written: a is a file of this patch"):
+        PatchDirectory(tmp_path).plan(parse(patch("*** Add File: a", "+1", "*** Add File: a/b", "+2")))
+
+
+def test_what_runs_as_somebody_else_does_so_no_more_once_it_is_patched(tmp_path: Path) -> None:
+    plant(tmp_path, {"a": "1\n"})
+    (tmp_path / "a").chmod(0o6755)
+    apply(tmp_path, patch("*** Update File: a", "@@", "-1", "+2"))
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o755
+
+
+def test_long_repetitions_cost_no_more_than_other_lines() -> None:
+    lines, part = ["x"] * 60_000, 10_000  # 10^9 comparisons, if each place was compared with all of the hunk
+    text = patch("*** Update File: f", "@@", *[" x"] * part, " y", *[" x"] * part, "+z")
+    begun = time.process_time()
+    after = patched({"f": _text([*lines, "y", *lines])}, text)["f"]
+    assert after == _text([*lines, "y", *lines[:part], "z", *lines[part:]]).encode()
+    with pytest.raises(PatchError, match="does not fit"):
+        patched({"f": _text([*lines, "Y", *lines])}, text)
+    assert time.process_time() - begun < 5
+
+
+def test_more_different_lines_than_there_are_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freehold.tools.patch_plan._LAST_CHARACTER", 1)
+    before = _text(["a", "b", "c", "d", "b", "e", "f"])
+    assert patched({"f": before}, patch("*** Update File: f", "@@", " b", "-e", "+x"))["f"] == b"a\nb\nc\nd\nb\nx\nf\n"
+    with pytest.raises(PatchError, match="does not fit"):
+        patched({"f": before}, patch("*** Update File: f", "@@", " c", "-e", "+x"))
+
+
 # --- all or nothing -----------------------------------------------------------------------------------------
 
 WIDE = {"keep": "0\n", "update": "1\n2\n", "delete": "3\n", "move": "4\n", "deep/update": "5\n"}
@@ -471,7 +515,7 @@ WIDE_AFTER = {
 }
 
 
-def test_whatever_step_fails_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_step_fails_nothing_is_changed(in_memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = (errno.ENOSPC, errno.EACCES, errno.EIO)
 
     def failing(do: Callable[..., Any], calls: Iterator[int], step: int) -> Callable[..., Any]:
@@ -482,6 +526,7 @@ def test_whatever_step_fails_nothing_is_changed(tmp_path: Path, monkeypatch: pyt
 
         return instead
 
+    tmp_path = Path(tempfile.mkdtemp(dir=in_memory))
     root, num_undone = plant(tmp_path / "0", WIDE), 0
     for step in count():
         was, directory, calls = tree_hash(root), PatchDirectory(root), count()
@@ -525,7 +570,73 @@ def test_somebodys_new_file_of_that_name_is_not_replaced(tmp_path: Path, monkeyp
     assert contents(tmp_path) == {name: text.encode() for name, text in WIDE.items()} | {"new/folder/file": b""}
 
 
-def test_killed_at_any_step_it_is_undone_or_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", [["*** Delete File: a"], ["*** Update File: a", "@@", "-1", "+2"]])
+def test_what_somebody_saves_while_a_patch_is_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: list[str]
+) -> None:
+    plant(tmp_path, {"a": "1\n", "0": "0\n"})
+    fsync, saved = os.fsync, list[int]()
+
+    def meanwhile(handle: int) -> None:
+        if not saved:
+            saved.append(handle)
+            plant(tmp_path, {"a": "theirs\n"})
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(PatchError, match="nothing was changed: a was changed by somebody else meanwhile"):
+        apply(tmp_path, patch("*** Update File: 0", "@@", "-0", "+x", *section))
+    assert contents(tmp_path) == {"a": b"theirs\n", "0": b"0\n"}
+
+
+def test_a_folder_where_a_new_file_was_to_be_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def meanwhile(handle: int) -> None:
+        (tmp_path / "new").mkdir(exist_ok=True)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    with pytest.raises(PatchError, match=r"nothing was changed: .*File exists"):
+        apply(tmp_path, patch("*** Add File: new", "+1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_who_holds_the_lock_for_ever_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freehold.tools.patch_files._LOCK_SECONDS", 0.0)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(PatchError, match="another program holds the folder's lock"):
+        apply(tmp_path, patch("*** Add File: a", "+1"))
+    os.close(held)
+    apply(tmp_path, patch("*** Add File: a", "+1"))
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        None,
+        b"\xff",
+        b"[" * 100_000,
+        b"[1]",
+        b'{"changes": [[null, null, null]], "made": []}',
+        b'{"changes": [["../a", null, null]], "made": []}',
+        b'{"changes": [[".git/config", null, null]], "made": []}',
+    ],
+)
+def test_a_journal_that_somebody_else_wrote_is_refused(tmp_path: Path, journal: bytes | None) -> None:
+    plant(tmp_path / "root", {"b": "1\n", ".git/config": "", f"{ASIDE}0/old-0": "evil\n"})
+    plant(tmp_path, {"a": "1\n"})
+    path = tmp_path / "root" / f"{ASIDE}0" / "journal.json"
+    os.mkfifo(path) if journal is None else path.write_bytes(journal)
+    was = tree_hash(tmp_path)
+    with pytest.raises(PatchError, match="cannot be undone"):
+        PatchDirectory(tmp_path / "root").recover()
+    assert tree_hash(tmp_path) == was
+
+
+def test_killed_at_any_step_it_is_undone_or_done(in_memory: Path) -> None:
+    tmp_path = Path(tempfile.mkdtemp(dir=in_memory))
     folder, out = plant(tmp_path / "folder", WIDE), tmp_path / "out"
     (tmp_path / "patch").write_text(WIDE_PATCH, encoding="utf-8")
     program = Path(__file__).with_name("killed_patch.py")
@@ -609,6 +720,7 @@ def test_nothing_is_written_before_the_user_agrees(tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     plant(tmp_path, {"a": "1\n"})
+    plant(tmp_path / f"{ASIDE}0", {"old-0": ""})  # a killed patch, which is not undone either
     was, tool = tree_hash(tmp_path), ApplyPatchTool(tmp_path, dry_run=True)
     assert call(tool, patch("*** Delete File: a")).text.startswith("Dry run: nothing was written.")
     with pytest.raises(ToolError, match="there is no such file"):

@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_serializer
 from typing_extensions import TypedDict
 
 import freehold
@@ -42,6 +42,14 @@ class Person(BaseModel):
     age: Annotated[int, Field(ge=0)] = 0
 
 
+class Strange(BaseModel):
+    """Cannot say what it is."""
+
+    @model_serializer
+    def say(self) -> str:
+        raise KeyError("x")
+
+
 class Options(TypedDict, total=False):
     loud: bool
 
@@ -53,8 +61,8 @@ def called(function: Callable[..., Any], **arguments: Any) -> str:
 def weather(
     city: str,
     unit: Literal["C", "F"] = "C",
-    days: Annotated[int, Field(ge=1, le=7)] = 1,
-    colour: Colour | None = None,
+    days: Annotated[int, Field(ge=1, le=7, description="Not this.")] = 1,
+    colour: Annotated[Colour | None, Field(description="Of the sky.")] = None,
     near: Optional[Point] = None,  # noqa: UP045 — the old way is written too
     people: list[Person] = [],  # noqa: B006
     options: Options = {},  # noqa: B006
@@ -108,6 +116,7 @@ def test_the_model_reads_every_type() -> None:
     for line in (
         "// Where, as people write it: with its country.\ncity: string,",
         'unit?: "C" | "F", // default: C',
+        "// Of the sky.\ncolour?: ",
         'colour?: "red" | "blue" | null,',
         "x: number,",
         "age?: number,",
@@ -154,31 +163,53 @@ def test_what_does_not_fit_names_the_field(arguments: str, complaint: str) -> No
 def test_results_are_text_or_json() -> None:
     def give(what: int) -> Any:
         """Give."""
-        return ["text", {"é": [1, None]}, Point(1, 2), Person(name="Ada"), {date(2026, 1, 2)}, None, object()][what]
+        strange = Strange.model_construct()
+        plain = ["text", {"é": [1, None]}, Point(1, 2), Person(name="Ada"), {date(2026, 1, 2)}, None]
+        return [*plain, object(), (x for x in [1]), strange, "a\udce9b", "x" * 100_005][what]
 
     expected = ["text", '{"é":[1,null]}', '{"x":1,"y":2}', '{"name":"Ada","age":0}', '["2026-01-02"]', "null"]
     assert [called(give, what=index) for index in range(6)] == expected
-    with pytest.raises(ToolError, match="give returned a object, which cannot be written as JSON"):
-        called(give, what=6)
+    for index, kind in enumerate(("object", "generator", "Strange"), 6):
+        with pytest.raises(ToolError, match=f"give returned a {kind}, which cannot be written as JSON"):
+            called(give, what=index)
+    assert called(give, what=9) == "a?b"  # half of a character, as in names of files that are not UTF-8
+    assert called(give, what=10) == "x" * 100_000 + "\n[5 more characters are not shown]"
 
 
 def test_what_a_function_raises_is_told_without_a_traceback() -> None:
     def fail(kind: str) -> None:
         """Fail."""
-        raise {"value": ValueError("no such city"), "stop": StopIteration(3), "exit": SystemExit("bye")}[kind]
+        raise errors[kind]
 
-    async def fail_later() -> None:
+    async def fail_later(kind: str = "") -> None:
         """Fail."""
-        raise KeyError("x")
+        raise errors.get(kind, KeyError("x"))
 
+    class Mute(BaseException):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    errors = {
+        "value": ValueError("no such city"),
+        "stop": StopIteration(3),
+        "exit": SystemExit("bye"),
+        "cancelled": asyncio.CancelledError("of its own"),
+        "interrupted": KeyboardInterrupt(),
+        "mute": Mute(),
+    }
     for kind, told in {
         "value": "ValueError: no such city",
         "stop": "StopIteration: 3",
         "exit": "SystemExit: bye",
+        "cancelled": "CancelledError: of its own",
+        "interrupted": "KeyboardInterrupt",
+        "mute": "Mute",
     }.items():
         with pytest.raises(ToolError) as raised:
             called(fail, kind=kind)
         assert str(raised.value) == f"fail failed: {told}"
+    with pytest.raises(ToolError, match="fail_later failed: CancelledError: of its own"):
+        called(fail_later, kind="cancelled")
     with pytest.raises(ToolError, match="fail_later failed: KeyError: 'x'") as raised:
         called(fail_later)
     assert __file__ not in str(raised.value)
@@ -236,6 +267,13 @@ def test_signatures_that_cannot_be_are_refused() -> None:
     def fielded(a: int = Field(default=3, ge=1)) -> None:
         """D."""
 
+    def hidden(a: Annotated[int, Field(default=3)]) -> None:
+        """D."""
+
+    def one_by_one() -> Iterator[int]:
+        """D."""
+        yield 1
+
     def foreign(a: threading.Lock) -> None:
         """D."""
 
@@ -259,6 +297,8 @@ def test_signatures_that_cannot_be_are_refused() -> None:
         (untyped, "a has no annotation"),
         (undocumented, "has no docstring"),
         (fielded, r"write Annotated\[TYPE, Field\(\.\.\.\)\]"),
+        (hidden, r"a has its default in Field\(\.\.\.\)"),
+        (one_by_one, "return a list of them"),
         (foreign, "tool foreign: "),
         (callback, "JSON cannot say what it takes"),
         (unknown, "signature cannot be read: name 'Nowhere'"),
@@ -345,6 +385,7 @@ def _private(x): ...
     [
         ("x = 1", "has no function"),
         ("x = 1\n1 / 0", r"cannot be run: ZeroDivisionError: division by zero \(line 2\)"),
+        ("import sys\nsys.exit('not like this')", r"cannot be run: SystemExit: not like this \(line 2\)"),
         ("def f(:\n", r"cannot be run: SyntaxError.*\(line 1\)"),
         ("import nowhere_at_all", "cannot be run: ModuleNotFoundError"),
         ("def f(a):\n  'F.'", r"tools\.py: tool f: a has no annotation"),

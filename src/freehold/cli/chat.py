@@ -92,6 +92,13 @@ def command(
             help="Ask before calls: never, of tools that reach beyond a sandbox, always.",
         ),
     ] = "tools",
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write down all that happens, for `freehold replay`; what is there already is gone on from.",
+        ),
+    ] = None,
     script: Annotated[
         Path | None, typer.Option(help="No model: say what this JSONL file says, for who tries tools.")
     ] = None,
@@ -157,7 +164,10 @@ def command(
 
     how = {"max_tokens": max_tokens, "effort": reasoning_effort}
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    with _talk(load, choices, how, sampling, system=system, approve=approve, files=files or ()) as (talk, run):
+    with _talk(load, choices, how, sampling, system=system, approve=approve, files=files or (), record=record) as (
+        talk,
+        run,
+    ):
         if prompt is None:
             _converse(talk, run)
         elif not _answered(talk, run, prompt):
@@ -174,6 +184,7 @@ def _talk(
     system: str | None,
     approve: str,
     files: Sequence[Path],
+    record: Path | None,
 ) -> "Iterator[tuple[Talk, Run]]":
     """A conversation with the model and the tools, and what runs it. What is wrong with options shows before the model
     is loaded, where it can be known then."""
@@ -185,6 +196,7 @@ def _talk(
     from freehold.cli.talk import Talk
     from freehold.formats.conversation import Conversation
     from freehold.session.generation import Ask
+    from freehold.session.record import Recorder, read_recording
     from freehold.tools.kit import local_tools, mcp_tools
 
     screen = Screen(cites=bool(choices.browse or choices.search))
@@ -192,6 +204,10 @@ def _talk(
     exchange = Exchange(files) if files else None
     ask = Ask(conversation=Conversation(messages=()), sampling=sampling, **how)
     with asyncio.Runner() as runner, ExitStack() as opened:
+        recorder = None if record is None else opened.enter_context(Recorder(record))
+        recorded = [] if record is None else read_recording(record)
+        if recorded and system is not None:
+            raise UsageError(f"the conversation in {record} has its instructions already; leave --system out")
         with terminal.progress_bars() as progress:
             served = load(progress)
             opened.callback(lambda: runner.run(served.runner.drain(0)))
@@ -202,7 +218,17 @@ def _talk(
         tools = (*tools, *runner.run(connected.__aenter__()))
         opened.callback(lambda: runner.run(connected.__aexit__(None, None, None)))
         approval.check(tools)
-        talk = Talk(served, ask, screen, system=system, tools=tools, approval=approval, exchange=exchange)
+        talk = Talk(
+            served,
+            ask,
+            screen,
+            system=system,
+            tools=tools,
+            approval=approval,
+            exchange=exchange,
+            recorder=recorder,
+            recorded=recorded,
+        )
         opened.callback(lambda: runner.run(talk.aclose()))
         yield talk, runner.run
 
@@ -247,6 +273,8 @@ def _converse(talk: "Talk", run: "Run") -> None:
                 return
             case ["/help", *_]:
                 terminal.say(_HELP)
+            case ["/reset" | "/system", *_] if talk.is_recorded:
+                terminal.say("this conversation is recorded as one: start another with another file")
             case ["/reset", *_]:
                 run(talk.reset())
                 terminal.say("the conversation starts anew")

@@ -23,6 +23,7 @@ from freehold.cli import (
     mcp,
     pack,
     receipt,
+    replay,
     serve,
     synth,
     terminal,
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and so answers twice as fast
     context_settings=HELP_OPTIONS,
 )
-for module in (chat, serve, mcp, generate, inspect, bench, receipt, convert, synth, pack, doctor):
+for module in (chat, replay, serve, mcp, generate, inspect, bench, receipt, convert, synth, pack, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)

@@ -1,17 +1,19 @@
 """`freehold mcp`: our tools for other programs that speak MCP, such as editors and desktop assistants."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from freehold.tools.base import FunctionTools, Tool
+from freehold.cli.terminal import say
+from freehold.log import Progress
 
 
 def command(
     browse: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="A folder to search and read. May be given again.")
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A folder or ZIM file to search and read. May be given again."),
     ] = None,
     python: Annotated[bool, typer.Option("--python", help="Python in a sandbox without network.")] = False,
     tools: Annotated[
@@ -23,32 +25,41 @@ def command(
 ) -> None:
     """Serve tools to other programs over MCP, on standard input and output.
 
+    Folders are indexed before the first answer; a large one takes minutes the first time.
+
     \b
     freehold mcp --browse ~/notes --python
     freehold mcp --tools my_tools.py
     """
     import asyncio
+    from contextlib import ExitStack, nullcontext
 
+    from freehold.cli.terminal import progress_bars
     from freehold.errors import UsageError
+    from freehold.formats.tokenizer import Tokenizer
+    from freehold.tools.kit import ToolChoices, local_tools
     from freehold.tools.mcp_server import serve_mcp
 
-    offered = _tools(browse or [], python=python, functions=tools or [], patch=patch)
-    if not offered:
-        raise UsageError("there is nothing to serve; give --browse DIR, --python, --tools FILE or --patch DIR")
-    asyncio.run(serve_mcp(offered))
+    choices = ToolChoices(browse=tuple(browse or ()), python=python, functions=tuple(tools or ()), patch=patch)
+    if choices.is_empty:
+        raise UsageError("there is nothing to serve; give --browse PATH, --python, --tools FILE or --patch DIR")
+    # The model that will read pages is not known; its tokens are much like gpt-oss's.
+    tokenizer = Tokenizer.o200k_harmony() if choices.browse else None
+    with ExitStack() as opened:
+        with progress_bars() if sys.stderr.isatty() else nullcontext(_lines()) as progress:
+            kit = local_tools(choices, tokenizer=tokenizer, progress=progress, patch_form="json")
+            offered = opened.enter_context(kit)
+        asyncio.run(serve_mcp(offered))
 
 
-def _tools(
-    browse: list[Path], *, python: bool, functions: list[Path], patch: Path | None
-) -> "list[Tool | FunctionTools]":
-    from freehold.errors import UnsupportedError
-    from freehold.tools.apply_patch import ApplyPatchTool
-    from freehold.tools.functions import load_tools
+def _lines() -> Progress:
+    """A line for each tenth that is done: what clients keep as a log is no place for bars."""
+    shown: dict[str, int] = {}
 
-    offered: list[Tool | FunctionTools] = []
-    if browse or python:
-        raise UnsupportedError("--browse and --python are not in this build; leave them out")
-    offered += [load_tools(path) for path in functions]
-    if patch is not None:
-        offered.append(ApplyPatchTool(patch, form="json"))
-    return offered
+    def progress(label: str, done: int, total: int) -> None:
+        tenths = 10 * done // max(total, 1)
+        if shown.get(label) != tenths:
+            shown[label] = tenths
+            say(f"freehold: {label}: {10 * tenths} %")
+
+    return progress

@@ -17,6 +17,7 @@ from freehold.errors import RequestError
 from freehold.formats.chat import ReplyReader, TurnChoices
 from freehold.formats.conversation import Conversation, Effort, Message, Text, ToolNamespace
 from freehold.formats.events import CallDone, Event, MessageDone, MessageStart, TextDelta
+from freehold.formats.harmony.render import Rendered
 from freehold.formats.stops import StopStrings
 from freehold.sampling import SamplingOptions
 from freehold.session.prompting import Prompting
@@ -91,27 +92,38 @@ class SampleDone:
 GenerationEvent = Said | SampleDone
 
 
-async def prepare_generation(served: Served, ask: Ask) -> "Generation":
-    """Render and compile, on another thread: that takes milliseconds, and tokenising a book much longer.
+async def prepare_generation(served: Served, ask: Ask, *, prompt: Rendered | None = None) -> "Generation":
+    """Render and compile, on another thread: that takes milliseconds, and tokenising a book much longer. A `prompt`
+    stands in place of the conversation's own.
 
     Raises UsageError (ContextError where the prompt is too long), UnsupportedError or SchemaError for what cannot be.
     """
-    return await asyncio.to_thread(prepare_now, served.prompting, ask, harmony=served.harmony, grammar=served.grammar)
+    return await asyncio.to_thread(
+        prepare_now, served.prompting, ask, harmony=served.harmony, grammar=served.grammar, prompt=prompt
+    )
 
 
-def prepare_now(prompting: Prompting, ask: Ask, *, harmony: bool | None = None, grammar: bool = True) -> "Generation":
+def prepare_now(
+    prompting: Prompting,
+    ask: Ask,
+    *,
+    harmony: bool | None = None,
+    grammar: bool = True,
+    prompt: Rendered | None = None,
+) -> "Generation":
     """The same on this thread, for a model that nobody serves."""
     prompting.check_length(ask.conversation)
     chat_format = prompting.chat_format(ask.effort, harmony=harmony, builtins=ask.builtins)
     grammar = grammar and not ask.ignore_eos  # a grammar ends where its turn does
     turn = chat_format.turn(ask.conversation, grammar=grammar, **ask.choices)
+    prompt = prompt or turn.prompt
     request = prompting.request(
-        turn.prompt.ids,
+        prompt.ids,
         max_tokens=ask.max_tokens,
         min_tokens=ask.min_tokens,
         stop_ids=frozenset() if ask.ignore_eos else turn.stop_ids,
         n=ask.n,
-        boundaries=turn.prompt.boundaries,
+        boundaries=prompt.boundaries,
         constraint=turn.grammar,
         cache_salt=ask.cache_salt,
         volatile=ask.volatile,
@@ -147,11 +159,22 @@ class Generation:
         self._samples = samples
         self._num_cached_tokens = 0
         self._num_tokens = 0
+        self._tokens: list[int] = []  # of the first sample
         self._begun = False
 
     @property
     def prompt(self) -> Sequence[int]:
         return self._request.prompt
+
+    @property
+    def boundaries(self) -> Sequence[int]:
+        """Where messages of the prompt end."""
+        return self._request.boundaries
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """What the first sample has written so far."""
+        return self._tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -201,6 +224,7 @@ class Generation:
         """What a step adds: nothing to a sample that has ended."""
         if step.index == 0:
             self._num_cached_tokens = step.num_cached_tokens
+            self._tokens += step.tokens
         if step.prompt_logprobs is not None:
             self.prompt_logprobs = step.prompt_logprobs
         self._num_tokens += len(step.tokens)

@@ -78,8 +78,10 @@ class ApplyPatchTool:
         return (self._tool,)
 
     async def open(self) -> ToolSession:
-        """Undoes first what a killed process left half-done. Raises ToolError where that cannot be."""
-        await _finished(self._directory.recover)
+        """Undoes first what a killed process left half-done, unless nothing may be written. Raises ToolError where that
+        cannot be."""
+        if not self._dry_run:
+            await _finished(self._directory.recover)
         return _Session(self._directory, self._approve, self._dry_run)
 
 

@@ -12,7 +12,8 @@
 The parameters' JSON Schema comes from the signature (whatever pydantic knows: Literal, enums, Optional, dataclasses,
 models, TypedDict, dates), what they mean from the docstring: its text describes the tool, an `Args:` section in the
 style of Google's each parameter. What the model sends is checked against it before the function runs. Coroutine
-functions are awaited, others run on a thread, several conversations' at once. A result that is no text is sent as JSON.
+functions are awaited, others run on a thread, several conversations' at once. A result that is no text is sent as JSON,
+100,000 characters of it at most. Generators are refused: nobody knows whether they end.
 What a function raises reaches the model as type and message, never as a traceback.
 
 The functions run in this process, with all that the user may do. Cancelled, a coroutine function is; one on a thread
@@ -27,7 +28,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,7 @@ _NAME = re.compile(r"[A-Za-z_][\w\-]*", re.ASCII)
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Example|Examples|Note|Notes):\s*")
 _ARGUMENT = re.compile(r"(\*{0,2}\w+)(?: *\([^)]*\))? *:(?: +(.*)|)$")
 _SHOWN_ERRORS = 5
+_SHOWN_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class FunctionTool:
         name: str = marked.name or getattr(function, "__name__", None) or type(function).__name__
         if not _NAME.fullmatch(name):
             raise UsageError(f"{name!r} cannot be a tool's name; use ASCII letters, digits, '_' and '-'")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(f"tool {name}: it yields its results one by one; return a list of them")
         text, meanings = _docstring(inspect.getdoc(function) or "")
         description = text if marked.description is None else marked.description
         if not description:
@@ -110,9 +114,11 @@ class FunctionTool:
             raise
         except FreeholdError as error:
             raise ToolError(f"{self.tool.name} failed: {error}") from error
-        except (Exception, SystemExit) as error:  # whatever it is, the model is told
+        except BaseException as error:  # whatever it is, the model is told
+            if _is_for_us(error, is_thread=not self._is_async):
+                raise
             raise ToolError(f"{self.tool.name} failed: {_told(error)}") from error
-        return result if isinstance(result, str) else self._json(result)
+        return _shown(result if isinstance(result, str) else (await _on_thread(self._json, {"result": result}))())
 
     def _read(self, arguments: str) -> dict[str, Any]:
         from pydantic import ValidationError
@@ -127,11 +133,13 @@ class FunctionTool:
         return {fields[name].alias or name: getattr(model, name) for name in model.model_fields_set}
 
     def _json(self, result: Any) -> str:
-        from pydantic_core import PydanticSerializationError, to_json
+        from pydantic_core import to_json
 
         try:
+            if isinstance(result, Iterator):  # it might never end
+                raise TypeError
             return to_json(result).decode()
-        except (PydanticSerializationError, ValueError, RecursionError):
+        except Exception:  # noqa: BLE001 — its own code may run there too
             raise ToolError(
                 f"{self.tool.name} returned a {type(result).__name__}, which cannot be written as JSON"
             ) from None
@@ -215,7 +223,7 @@ def _run(path: Path) -> Any:
     except UsageError as error:
         del sys.modules[name]
         raise UsageError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{path} cannot be run: {_told(error)}{_line_in(path, error)}") from error
     finally:
@@ -233,6 +241,22 @@ def _line_in(path: Path, error: BaseException) -> str:
             line = trace.tb_lineno
         trace = trace.tb_next
     return f" (line {line})" if line else ""
+
+
+def _is_for_us(error: BaseException, *, is_thread: bool) -> bool:
+    """Whether it is we who are cancelled or interrupted, and not something that the function raised by itself."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, GeneratorExit) or (isinstance(error, KeyboardInterrupt) and not is_thread)
+
+
+def _shown(text: str) -> str:
+    """A result as the model is shown it: of a size that a prompt can hold, and without halves of characters, which come
+    from names of files that are not UTF-8."""
+    if len(text) > _SHOWN_CHARACTERS:
+        text = f"{text[:_SHOWN_CHARACTERS]}\n[{len(text) - _SHOWN_CHARACTERS:,} more characters are not shown]"
+    return text.encode("utf-8", "replace").decode()
 
 
 async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Callable[[], Any]:
@@ -284,18 +308,26 @@ def _arguments_model(name: str, function: Callable[..., Any], meanings: dict[str
     fields: dict[str, Any] = {}
     for index, parameter in enumerate(signature.parameters.values()):
         _check_parameter(name, parameter, hints)
-        field = Field(
-            default=... if parameter.default is parameter.empty else parameter.default,
-            alias=parameter.name,
-            description=meanings.pop(parameter.name, None) or None,
-        )
+        about: dict[str, Any] = {"alias": parameter.name}
+        if meaning := meanings.pop(parameter.name, None):  # otherwise an annotation's own may stand
+            about["description"] = meaning
+        field = Field(default=... if parameter.default is parameter.empty else parameter.default, **about)
         fields[f"p{index}"] = (hints[parameter.name], field)
     if meanings:
         raise UsageError(f"tool {name}: its docstring describes {', '.join(meanings)}, which it does not take")
     try:
-        return create_model(name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields)
+        model: type[BaseModel] = create_model(
+            name, __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields
+        )
     except (PydanticUserError, TypeError, ValueError) as error:
         raise UsageError(f"tool {name}: {_first_line(error)}") from None
+    for field, parameter in zip(model.model_fields.values(), signature.parameters.values(), strict=True):
+        if parameter.default is parameter.empty and not field.is_required():
+            raise UsageError(
+                f"tool {name}: {parameter.name} has its default in Field(...), where the function itself does not see "
+                "it; write it after the annotation"
+            )
+    return model
 
 
 def _check_parameter(name: str, parameter: inspect.Parameter, hints: dict[str, Any]) -> None:
@@ -410,7 +442,10 @@ def _problems(error: "ValidationError") -> str:
 
 
 def _told(error: BaseException) -> str:
-    message = str(error)
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 — its own code too
+        message = ""
     return f"{type(error).__name__}: {message:.2000}" if message else type(error).__name__
 
 

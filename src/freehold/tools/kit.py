@@ -52,13 +52,13 @@ class ToolChoices:
 def local_tools(
     choices: ToolChoices,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     progress: Progress = no_progress,
     approve_patch: "Approve | None" = None,
     patch_form: Literal["grammar", "text", "json"] = "grammar",
 ) -> Iterator[tuple[Tool | FunctionTools, ...]]:
     """All but MCP's, until the end of the block; folders are indexed first, on this thread. `tokenizer` is that of the
-    model which reads pages; `approve_patch` is asked before files are changed.
+    model which reads pages, None where nothing is browsed; `approve_patch` is asked before files are changed.
 
     Raises UsageError for choices that lead to nothing, UnsupportedError for what cannot run here, DiskError where a
     folder cannot be indexed.
@@ -80,6 +80,7 @@ def local_tools(
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
 
+            assert tokenizer is not None
             browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
             opened.callback(browser.close)
             tools.append(browser)

@@ -6,8 +6,9 @@
 
 Each tool is offered as `SERVER__TOOL`, with the schema that its server gives. Where our grammar cannot hold a model to
 that schema it is not strict, and the server checks. A connection serves all conversations, as clients of MCP do; it
-belongs to the event loop that it was opened on, and is restarted once for a call that finds it broken. A call during
-which the server died is repeated only where the server says that repeating it does no harm.
+belongs to the event loop that it was opened on. It is made anew, once for a call, where it is broken, or where a
+server that did not answer a call in time answers nothing else either. A call during which the server died is repeated
+only where the server says that repeating it does no harm.
 
 A server started here gets PATH, HOME and a few more variables and what its config names, nothing else of this
 environment: no keys and tokens. It is a program of the user's choice and runs with all of the user's rights. What
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "TZ")
 _KEPT_COMPLAINTS = 2_000  # bytes of what a server last wrote to its standard error
 _PLAIN = frozenset({"type", "properties", "required", "additionalProperties", "title", "description", "$schema"})
+_PATIENCE = 10.0  # seconds for a server that did not answer a call to show that it lives
+_HALF = re.compile("[\ud800-\udfff]")
 _MAX_PAGES = 100
 _MAX_TOOLS = 1_000
 
@@ -109,6 +112,8 @@ class McpTools:
             raise ToolError(f"the arguments of {name} are no JSON: {error}") from None
         if not isinstance(values, dict):
             raise ToolError(f"the arguments of {name} are a JSON object, got {arguments!r:.80}")
+        if _HALF.search(json.dumps(values, ensure_ascii=False)):
+            raise ToolError(f"the arguments of {name} have half a character in them, as \\ud800 is one")
         return await found.server.call(found.theirs, values)
 
     def _offered(self) -> "dict[str, _Offered]":
@@ -269,7 +274,7 @@ class _Link:
         """Raises ToolError, and _Died where the connection is over."""
         import anyio
         import mcp
-        from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT
+        from mcp_types import REQUEST_TIMEOUT
 
         if self._client is None or self._is_dead:
             raise _Died
@@ -277,8 +282,9 @@ class _Link:
             result = await self._client.call_tool(name, values, read_timeout_seconds=self._limits.call_seconds)
         except mcp.MCPError as error:
             if error.code == REQUEST_TIMEOUT:
+                self._suspect()  # whether it is only this call, or all of it
                 raise ToolError(f"{name} did not answer within {self._limits.call_seconds:g} s") from None
-            if error.code == CONNECTION_CLOSED or "Session terminated" in error.message:
+            if _is_over(error):
                 self._died()
                 raise _Died from None
             raise ToolError(f"{name} failed: {error.message}") from None
@@ -372,13 +378,13 @@ class _Link:
     async def _list_again(self, client: "mcp.Client") -> None:
         """Since its tools have changed, or to see whether it still answers."""
         import mcp
-        from mcp_types import CONNECTION_CLOSED
 
         try:
-            await self._list(client)
+            async with asyncio.timeout(min(_PATIENCE, self._limits.start_seconds)):
+                await self._list(client)
         except Exception as error:  # noqa: BLE001 — what it offered before is still there
             logger.info("MCP server %s does not list its tools: %s", self._server.name, _reason(error))
-            if not isinstance(error, mcp.MCPError) or error.code == CONNECTION_CLOSED:
+            if not isinstance(error, mcp.MCPError) or _is_over(error):
                 self._died()
         self._settled.set()
 
@@ -478,6 +484,14 @@ class _Complaints:
 
 
 # --- what is said -------------------------------------------------------------------------------------------
+
+
+def _is_over(error: "mcp.MCPError") -> bool:
+    """Whether the library says that the connection has ended. Servers use the same code for errors of their own."""
+    from mcp_types import CONNECTION_CLOSED
+
+    closed = error.code == CONNECTION_CLOSED and error.message == "Connection closed"
+    return closed or "Session terminated" in error.message
 
 
 def _described(server: str, tools: "Sequence[mcp_types.Tool]") -> "Iterator[tuple[mcp_types.Tool, Tool]]":

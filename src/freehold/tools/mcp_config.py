@@ -25,6 +25,8 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_\-]*)=(.+)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _RUNNERS = ("uvx", "npx", "bunx", "pipx", "uv", "python", "python3", "node", "deno", "run", "docker", "podman")
 _TRANSPORTS = {"stdio": "command", "http": "url", "streamable-http": "url", "streamableHttp": "url"}
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~\w\-]+", re.ASCII)
+_HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\t\x20-\x7e]*[\x21-\x7e])?|")
 _OTHERS = ("alwaysAllow", "autoApprove", "autoapprove", "trust", "description", "name", "title", "icon", "gallery")
 
 
@@ -34,7 +36,7 @@ class StdioServer:
 
     name: str
     command: str
-    args: tuple[str, ...] = ()
+    args: tuple[str, ...] = field(default=(), repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     cwd: Path | None = None
 
@@ -49,17 +51,28 @@ class HttpServer:
     """A server at a URL, by streamable HTTP."""
 
     name: str
-    url: str
+    url: str = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _check_name(self.name)
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"MCP server {self.name!r}: {self.url!r} is no http or https URL")
+            raise UsageError(f"MCP server {self.name!r}: {without_secrets(self.url)!r} is no http or https URL")
+        for name, value in self.headers.items():
+            if not _HEADER.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+                raise UsageError(
+                    f"MCP server {self.name!r}: the header {name!r} cannot be sent; it has a line end, spaces "
+                    "around it, or what is not ASCII"
+                )
 
 
 McpServer = StdioServer | HttpServer
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: without user, password and query."""
+    return re.sub(r"(?<=//)[^/?#]*@", "", url).partition("?")[0]
 
 
 def parse_server(text: str) -> McpServer:

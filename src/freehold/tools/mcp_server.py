@@ -174,7 +174,8 @@ async def _called(entry: _Entry | None, parameters: "mcp_types.CallToolRequestPa
 def _file(file: ToolFile) -> "mcp_types.ContentBlock":
     import mcp_types
 
-    if file.media_type.startswith("image/") and file.path.stat().st_size <= _MAX_IMAGE_BYTES:
-        data = base64.b64encode(file.path.read_bytes()).decode("ascii")
-        return mcp_types.ImageContent(data=data, mime_type=file.media_type)
+    with suppress(OSError):  # gone by now: then a link says where it was
+        if file.media_type.startswith("image/") and file.path.stat().st_size <= _MAX_IMAGE_BYTES:
+            data = base64.b64encode(file.path.read_bytes()).decode("ascii")
+            return mcp_types.ImageContent(data=data, mime_type=file.media_type)
     return mcp_types.ResourceLink(name=file.name, uri=file.path.absolute().as_uri(), mime_type=file.media_type)

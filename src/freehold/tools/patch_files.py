@@ -8,7 +8,8 @@ patch left it is put back. A living process holds a lock on the folder.
 Refused: absolute paths, `..`, control characters, links anywhere on the way, what is no regular file, other mounted
 file systems, write-protected files, one file under two names, and `.git`, whose hooks are programs. All steps go from
 folder to folder by handle, so that a link that somebody puts there meanwhile leads nowhere. Permissions, owner and
-extended attributes stay. A hard link to elsewhere is cut: the file there stays as it was.
+extended attributes stay, but for set-user-ID, set-group-ID and capabilities. A hard link to elsewhere is cut: the file
+there stays as it was.
 """
 
 import errno
@@ -16,13 +17,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from freehold.errors import UsageError
 from freehold.tools.patch_format import AddFile, DeleteFile, Patch, PatchError, UpdateFile
@@ -33,6 +36,9 @@ _JOURNAL = "journal.json"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_FILE_BYTES = 16 * 2**20
 _PIECE = 2**20
+_LOCK_SECONDS = 10.0
+# With those that end lines, and those that turn around what is shown of the text after them.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class PatchDirectory:
@@ -59,19 +65,24 @@ class PatchDirectory:
                     raise PatchError(f"{path} and {known} are the same file; patch it under one name")
                 return data
 
-            return plan(_normalised(patch), read)
+            changes = plan(_normalised(patch), read)
+            _check_folders(changes)
+            return changes
 
     def apply(self, changes: Sequence[Change]) -> None:
         """Carry out what was planned. Raises PatchError, and has changed nothing, where a file is not any more what it
         was then or something fails."""
         with self._locked() as root:
             _recover(root)
+            states: dict[str, _State] = {}
             for change in changes:
                 found = _read(root, change.path)
                 if (None if found is None else found[0]) != change.before:
-                    raise PatchError(f"{change.path} was changed by somebody else meanwhile; read it again")
+                    raise _changed(change.path)
+                if found is not None:
+                    states[change.path] = _state(found[1])
             if changes:
-                _Transaction(root, changes).run()
+                _Transaction(root, changes, states).run()
 
     def recover(self) -> list[str]:
         """Undo what a killed process left half-done; returns the paths that were put back."""
@@ -92,11 +103,22 @@ class PatchDirectory:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         with self._opened() as root:
-            try:
-                fcntl.flock(root, fcntl.LOCK_EX)
-            except OSError as error:
-                raise PatchError(f"the folder cannot be locked against other patches: {error.strerror}") from None
+            _lock(root)
             yield root
+
+
+def _lock(root: int) -> None:
+    """Against other patches; it ends with the handle. Whoever has it and does not let go is not waited for for ever."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(root, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise PatchError("another program holds the folder's lock; nothing was changed. Try again.") from None
+            time.sleep(0.02)
+        except OSError as error:
+            raise PatchError(f"the folder cannot be locked against other patches: {error.strerror}") from None
 
 
 # --- paths --------------------------------------------------------------------------------------------------
@@ -113,6 +135,16 @@ def _normalised(patch: Patch) -> Patch:
     return Patch(tuple(sections))
 
 
+def _check_folders(changes: Sequence[Change]) -> None:
+    """Raises PatchError where a path that is to be a file is to be a folder too."""
+    files = {change.path for change in changes if change.after is not None}
+    for path in files:
+        for depth in range(1, path.count("/") + 1):
+            folder = "/".join(path.split("/")[:depth])
+            if folder in files:
+                raise PatchError(f"{path} cannot be written: {folder} is a file of this patch. Nothing was changed.")
+
+
 def _parts(path: str) -> list[str]:
     """The names on the way to a file. Raises PatchError for what leads out, or where nothing may be written."""
     if path.startswith("/"):
@@ -125,7 +157,7 @@ def _parts(path: str) -> list[str]:
             raise PatchError(f"{path} leads out of its folder; paths go down only, without '..'")
         if part.casefold() == ".git" or part.startswith(ASIDE):
             raise PatchError(f"{path} cannot be patched: {part} is not for patches")
-        if any(ord(character) < 32 or ord(character) == 127 for character in part):
+        if _CONTROL.search(part):
             raise PatchError(f"{path!r} has a control character in it")
         try:
             length = len(part.encode("utf-8"))
@@ -183,13 +215,17 @@ def _read(root: int, path: str) -> tuple[bytes, os.stat_result] | None:
     return data, status
 
 
+class _NoFileError(PatchError):
+    """Something else than a file stands at a path."""
+
+
 def _check_regular(path: str, status: os.stat_result) -> None:
     if stat.S_ISLNK(status.st_mode):
-        raise PatchError(f"{path} is a symbolic link; patch the file that it leads to, under its own name")
+        raise _NoFileError(f"{path} is a symbolic link; patch the file that it leads to, under its own name")
     if stat.S_ISDIR(status.st_mode):
-        raise PatchError(f"{path} is a folder; name a file")
+        raise _NoFileError(f"{path} is a folder; name a file")
     if not stat.S_ISREG(status.st_mode):
-        raise PatchError(f"{path} is no regular file")
+        raise _NoFileError(f"{path} is no regular file")
 
 
 # --- all or nothing -----------------------------------------------------------------------------------------
@@ -207,10 +243,11 @@ class _Entry:
 class _Transaction:
     """One patch while it is carried out."""
 
-    def __init__(self, root: int, changes: Sequence[Change]) -> None:
+    def __init__(self, root: int, changes: Sequence[Change], states: "Mapping[str, _State]") -> None:
+        """`states` are of the files as they were when their bytes were compared."""
         self._root = root
         self._changes = changes
-        self._touched: set[str] = set()
+        self._states = states
 
     def run(self) -> None:
         """All of it, or PatchError and nothing. Ctrl-C counts as a failure."""
@@ -282,6 +319,10 @@ class _Transaction:
         folders: dict[str, None] = {}
         for index, change in enumerate(self._changes):
             with _parent(self._root, change.path) as (folder, name):
+                if change.before is not None:
+                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    if _state(status) != self._states[change.path]:
+                        raise _changed(change.path)
                 if change.after is None:
                     os.unlink(name, dir_fd=folder)
                 elif change.before is not None:
@@ -292,6 +333,22 @@ class _Transaction:
         for path in folders:
             with _parent(self._root, path) as (folder, _):
                 os.fsync(folder)
+
+
+def _changed(path: str) -> PatchError:
+    return PatchError(f"{path} was changed by somebody else meanwhile; read it again")
+
+
+class _State(NamedTuple):
+    """What is not the same any more where somebody has written or replaced a file."""
+
+    inode: int
+    size: int
+    changed_ns: int
+
+
+def _state(status: os.stat_result) -> _State:
+    return _State(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _add(aside: int, new: str, folder: int, name: str) -> None:
@@ -334,10 +391,13 @@ def _take_after(new: int, folder: int, name: str) -> None:
         status = os.fstat(old)
         with suppress(OSError):  # only root may give files away
             os.fchown(new, status.st_uid, status.st_gid)
-        os.fchmod(new, stat.S_IMODE(status.st_mode))
+        # As the kernel has it when a file is written: what its program may do beyond its user is gone.
+        os.fchmod(new, stat.S_IMODE(status.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
         with suppress(OSError):  # not every file system has them
             for attribute in os.listxattr(old):
-                os.setxattr(new, attribute, os.getxattr(old, attribute))
+                if attribute != "security.capability":
+                    with suppress(OSError):
+                        os.setxattr(new, attribute, os.getxattr(old, attribute))
     finally:
         os.close(old)
 
@@ -399,12 +459,16 @@ def _journal(aside: int) -> Iterator[tuple[int, _Entry | None, list[str]]]:
     """Each change, the last one first; then the folders that were made. Nothing where there is no journal yet, or not
     any more. Raises ValueError for one that nobody here wrote."""
     try:
-        with os.fdopen(os.open(_JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=aside), "rb") as file:
+        # Not blocking: the folder may have come from anybody, with anything in it.
+        handle = os.open(_JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=aside)
+        with os.fdopen(handle, "rb") as file:
             raw: Any = json.load(file)
     except FileNotFoundError:
         return
+    except RecursionError:
+        raise ValueError("its journal is damaged") from None
     try:
-        entries = [_Entry(*map(_text_or_none, entry)) for entry in raw["changes"]]  # type: ignore[arg-type]
+        entries = [_entry(*entry) for entry in raw["changes"]]
         made = [str(folder) for folder in raw["made"]]
     except (TypeError, KeyError):
         raise ValueError("its journal is damaged") from None
@@ -413,15 +477,18 @@ def _journal(aside: int) -> Iterator[tuple[int, _Entry | None, list[str]]]:
     yield -1, None, made
 
 
-def _text_or_none(value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise TypeError
-    return value
+def _entry(path: object, before: object, after: object) -> _Entry:
+    if isinstance(path, str) and isinstance(before, str | None) and isinstance(after, str | None):
+        return _Entry(path, before, after)
+    raise TypeError
 
 
 def _put_back(root: int, aside: int, index: int, entry: _Entry) -> bool:
     """Whether there was anything to undo. What somebody changed since is theirs, and stays."""
-    found = _read(root, entry.path)
+    try:
+        found = _read(root, entry.path)
+    except _NoFileError:
+        return False
     data = None if found is None else found[0]
     if _hash(data) == entry.before:
         return False

@@ -212,7 +212,7 @@ class _Parser:
     def _ends_section(self) -> bool:
         """Whether nothing but blank lines is left before the next section."""
         index = self._blank_until[self._next]
-        return index >= len(self._lines) or self._lines[index].lstrip().startswith("*")
+        return index >= len(self._lines) or self._lines[index].lstrip().startswith("*** ")
 
     def _hunk(self, *, is_first: bool) -> Hunk:
         headings = self._headings()

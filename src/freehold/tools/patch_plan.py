@@ -12,6 +12,7 @@ Used by `patch_files` and `apply_patch`; any `read` will do.
 
 import codecs
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _PUNCTUATION = str.maketrans(
         **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
     }
 )
+_LAST_CHARACTER = sys.maxunicode
 _SHOWN_LINES = 30
 _COMPARED = 200_000  # lines against lines, in search of what comes nearest to a hunk that was not found
 
@@ -199,6 +201,32 @@ def _normalised(text: str) -> str:
 _LENIENCES: tuple[Callable[[str], str], ...] = (_exact, str.rstrip, str.strip, _normalised)
 
 
+class _Form:
+    """The lines of a file in one leniency, a character for each, so that Python's search of text, which repetitions do
+    not slow down, is the search for lines. Where lines are more than characters, some share the last one."""
+
+    def __init__(self, lines: Sequence[str], lenience: Callable[[str], str]) -> None:
+        self._lines = [lenience(line) for line in lines]
+        self._lenience = lenience
+        numbers: dict[str, int] = {}
+        for line in self._lines:
+            numbers.setdefault(line, len(numbers))
+        self._characters = {line: chr(min(number, _LAST_CHARACTER)) for line, number in numbers.items()}
+        self._text = "".join([self._characters[line] for line in self._lines])
+
+    def search(self, wanted: Sequence[str], begin: int, end: int | None) -> int | None:
+        """The first place from `begin`, and before `end`."""
+        lines = [self._lenience(text) for text in wanted]
+        if not all(line in self._characters for line in lines):
+            return None
+        looked_for = "".join([self._characters[line] for line in lines])
+        until = len(self._text) if end is None else end + len(lines) - 1
+        at = self._text.find(looked_for, begin, until)
+        while at >= 0 and chr(_LAST_CHARACTER) in looked_for and self._lines[at : at + len(lines)] != lines:
+            at = self._text.find(looked_for, at + 1, until)
+        return at if at >= 0 else None
+
+
 class _Finder:
     """Where the hunks of one file belong, asked in their order. `matched` is how many lines the last one found."""
 
@@ -206,14 +234,11 @@ class _Finder:
 
     def __init__(self, path: str, lines: Sequence[str], num_hunks: int) -> None:
         self._path = path
-        self._forms = [list(lines), *([] for _ in _LENIENCES[1:])]
+        self._lines = list(lines)
+        self._forms: list[_Form | None] = [None for _ in _LENIENCES]
         self._num_hunks = num_hunks
         self._from = 0
         self.matched = 0
-
-    @property
-    def _lines(self) -> list[str]:
-        return self._forms[0]
 
     def find(self, hunk: Hunk, number: int) -> int:
         """The line that it begins with, counted from 0. Raises PatchError."""
@@ -248,21 +273,12 @@ class _Finder:
 
     def _search(self, wanted: Sequence[str], begin: int, end: int | None = None) -> int | None:
         """The first place from `begin`, and before `end`, in the strictest way in which there is one."""
-        last = len(self._lines) - len(wanted) + 1
-        last = last if end is None else min(last, end)
-        for level, form in enumerate(_LENIENCES):
-            if not self._forms[level]:
-                self._forms[level] = [form(line) for line in self._lines]
-            lines, looked_for = self._forms[level], [form(text) for text in wanted]
-            at = begin
-            while at < last:
-                try:
-                    at = lines.index(looked_for[0], at, last)
-                except ValueError:
-                    break
-                if lines[at + len(wanted) - 1] == looked_for[-1] and lines[at : at + len(wanted)] == looked_for:
-                    return at
-                at += 1
+        for level, lenience in enumerate(_LENIENCES):
+            form = self._forms[level]
+            if form is None:
+                form = self._forms[level] = _Form(self._lines, lenience)
+            if (at := form.search(wanted, begin, end)) is not None:
+                return at
         return None
 
     def _not_found(self, hunk: Hunk, number: int, begin: int, wanted: Sequence[str], what: str) -> PatchError:

@@ -7,7 +7,8 @@ it runs. `confinement` says how, `syscalls` what is left of the kernel's interfa
 
 - rlimits, which the code cannot raise: memory of a process, processes and threads of all, the size of a file;
 - the size of /tmp and /dev/shm;
-- a look ten times a second at the memory of all processes and the contents of /mnt/data, which ends the kernel;
+- a look ten times a second at the memory of all processes, with their page tables and sockets, at the contents of
+  /mnt/data and at how many files /tmp and /dev/shm hold, which ends the kernel;
 - time and output, after which the call is interrupted, and the kernel ended where that does not help within a second.
 
 What it does not stop:
@@ -16,9 +17,9 @@ What it does not stop:
 - reading the installed packages, the system's programs, and what /proc tells of the machine: processor, memory in use,
   load, kernel version, the paths (not the contents) of what is mounted, among them that of the interpreter;
 - using all processors for the time of a call, and seeing by timing that others use them too: side channels;
-- more of memory or disk than the limits for a tenth of a second, or for as long as a look takes; and memory that no
-  process has mapped: buffers of sockets and pipes, tables of the kernel. There is no control group around it;
-- deleted files that are mapped or on their way through a socket: the disk they take is not counted while the call runs;
+- more of memory or disk than the limits for a tenth of a second, or for as long as a look takes; and what else the
+  kernel keeps: for pipes, locks, mappings. There is no control group around it;
+- deleted files that are mapped or on their way through a socket: the disk they take, until the kernel ends;
 - lying. Output, names and pictures are what the code says they are. Its result can be wrong or try to persuade the
   model; whoever opens a file from /mnt/data opens a file that somebody else's code has made.
 """

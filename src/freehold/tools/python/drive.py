@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,9 @@ class Drive:
     def __init__(self, folder: Path, copies: Path, *, max_bytes: int, max_files: int, owner: int | None) -> None:
         self.folder = folder
         self._copies = copies
-        self._numbers: dict[tuple[str, ...], int] = {}
+        self._handed_out: dict[tuple[str, ...], tuple[Path, int]] = {}  # folder and bytes of each copy, the latest last
+        self._copied_bytes = 0
+        self._numbers = count()
         self._max_bytes = max_bytes
         self._max_files = max_files
         self._owner = owner
@@ -60,6 +63,7 @@ class Drive:
         most = self._max_files if most is None else most
         entries: dict[tuple[str, ...], Mark] = {}
         size = 0
+        looks = 0  # not the entries: a name that comes and goes can be met any number of times
         countless = False
         folders: list[tuple[str, ...]] = [()]
         with _opened(self.folder) as top:
@@ -68,13 +72,14 @@ class Drive:
                 try:
                     with _walked(top, path) as handle:
                         for name in _names(handle):
+                            looks += 1
                             with suppress(FileNotFoundError):
                                 status = os.stat(name, dir_fd=handle, follow_symlinks=False)
                                 entries[*path, name] = _mark(status)
                                 size += max(status.st_size, status.st_blocks * 512)
                                 if stat.S_ISDIR(status.st_mode):
                                     folders.append((*path, name))
-                            if len(entries) > most or len(path) >= _MAX_DEPTH:
+                            if looks > most or len(path) >= _MAX_DEPTH:
                                 countless = True
                                 break
                 except PermissionError:  # a folder that its maker has closed could hide anything
@@ -90,6 +95,11 @@ class Drive:
         if contents.countless:
             return f"/mnt/data may hold {self._max_files:,} files, in readable folders no more than {_MAX_DEPTH} deep"
         return None
+
+    def _full_with(self, size: int) -> str | None:
+        """What would be wrong if one more file lay there."""
+        now = self.contents(most=self._max_files - 1)
+        return self.too_full(now, size)
 
     def restore(self, before: Contents) -> None:
         """Remove what was not there, or was otherwise, when `before` was looked at. Nothing may run in the sandbox."""
@@ -127,11 +137,8 @@ class Drive:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise UsageError(f"{source} is not a file: give files one by one")
-                if self.contents().size + status.st_size > self._max_bytes:
-                    raise UsageError(
-                        f"{source} has {amount(status.st_size)} and does not fit: /mnt/data may hold "
-                        f"{amount(self._max_bytes)} in all"
-                    )
+                if full := self._full_with(status.st_size):
+                    raise UsageError(f"{source} has {amount(status.st_size)} and does not fit: {full}")
                 with _opened(self.folder) as top:
                     name, handle = self._create(top, wanted)
                     with os.fdopen(handle, "wb") as target:
@@ -141,7 +148,12 @@ class Drive:
         return name
 
     def write(self, name: str, data: bytes) -> str:
-        """Make a file; returns its name, which is another where that one is taken. Raises DiskError."""
+        """Make a file; returns its name, which is another where that one is taken.
+
+        Raises DiskError, also where it does not fit.
+        """
+        if full := self._full_with(len(data)):
+            raise DiskError(f"{name} has {amount(len(data))} and does not fit: {full}")
         try:
             with _opened(self.folder) as top:
                 name, handle = self._create(top, name)
@@ -163,7 +175,10 @@ class Drive:
         raise FileExistsError(0, "no name is free")
 
     def hand_out(self, paths: list[tuple[str, ...]]) -> tuple[ToolFile, ...]:
-        """Copies of these files, for the user. What is no regular file any more is left out."""
+        """Copies of these files, for the user. What is no regular file any more is left out.
+
+        The copies of earlier calls go when all together would be more than the drive may hold.
+        """
         files = []
         with _opened(self.folder) as top:
             for path in paths:
@@ -171,17 +186,28 @@ class Drive:
                     files.append(self._copied(top, path))
         return tuple(files)
 
+    def _place(self, path: tuple[str, ...], size: int) -> Path:
+        """A folder for a copy. Those of other files go, the oldest first, where all would be too much."""
+        place, before = self._handed_out.pop(path, (self._copies / str(next(self._numbers)), 0))
+        self._handed_out[path] = place, size
+        self._copied_bytes += size - before
+        while self._copied_bytes > self._max_bytes or len(self._handed_out) > self._max_files:
+            oldest, before = self._handed_out.pop(next(iter(self._handed_out)))
+            self._copied_bytes -= before
+            remove_tree(oldest)
+        place.mkdir(exist_ok=True)
+        return place
+
     def _copied(self, top: int, path: tuple[str, ...]) -> ToolFile:
         name = shown(path)
-        place = self._copies / str(self._numbers.setdefault(path, len(self._numbers)))
-        place.mkdir(exist_ok=True)
-        target = place / (safe_name(path[-1]) or "file")
         with _walked(top, path[:-1]) as parent:
             handle = os.open(path[-1], _OPEN_FILE, dir_fd=parent)
             with os.fdopen(handle, "rb") as source:
                 status = os.fstat(handle)
                 if not stat.S_ISREG(status.st_mode):
                     raise OSError("not a regular file")
+                place = self._place(path, status.st_size)
+                target = place / (safe_name(path[-1]) or "file")
                 partial = place / ".partial"
                 with partial.open("wb") as copy:
                     left = min(status.st_size, self._max_bytes)  # it may be growing
@@ -237,7 +263,7 @@ def remove_tree(folder: Path) -> None:
                     if not _is_folder(name, top):
                         os.unlink(name, dir_fd=top)
                         continue
-                    os.chmod(name, 0o700, dir_fd=top)
+                    _open_up(name, top)
                     with _walked(top, (name,)) as handle:
                         for inner in list(_names(handle)):
                             if _is_folder(inner, handle):
@@ -251,8 +277,17 @@ def remove_tree(folder: Path) -> None:
 
 def _move(name: str, source: int, new_name: str, destination: int) -> None:
     if _is_folder(name, source):
-        os.chmod(name, 0o700, dir_fd=source)  # else it cannot be moved
+        _open_up(name, source)  # else it cannot be moved
     os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=destination)
+
+
+def _open_up(name: str, parent: int) -> None:
+    """Let its owner into a folder."""
+    handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{handle}", 0o700)  # noqa: PTH101 — by name it would follow a link
+    finally:
+        os.close(handle)
 
 
 def _is_folder(name: str, parent: int) -> bool:

@@ -5,6 +5,7 @@ sockets that the host listens on for it, the limits, how long pieces of output m
 here can be relied on: whatever code in the kernel must not do, the host and the sandbox have to prevent.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -23,6 +24,10 @@ def main() -> None:
         resource.setrlimit(number, (value, value))
     os.nice(settings["nice"])
     sys.argv[1:] = []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208 — of names
+        if descriptor > 2 and descriptor not in settings["sockets"]:  # what bubblewrap has left open
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     zmq: Any = importlib.import_module("zmq")
     from ipykernel.iostream import IOPubThread, OutStream
@@ -80,6 +85,8 @@ def main() -> None:
 
         def _bind_socket(self, socket: Any, port: int) -> int:
             descriptor: int = next(descriptors)
+            if socket.type in (zmq.PUB, zmq.XPUB):  # to wait while the host is busy, not to drop what it has to hear
+                socket.set(zmq.XPUB_NODROP, 1)
             socket.set(zmq.USE_FD, descriptor)
             socket.bind(f"ipc:///freehold/{descriptor}")  # a name: the socket is bound already
             return descriptor

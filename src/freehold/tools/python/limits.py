@@ -11,8 +11,8 @@ class Limits:
 
     seconds: of a call, from when the kernel is up; all processors at once, so processor time is a multiple of it.
     memory_bytes: of each process (an allocation beyond fails) and of all together (the kernel is ended), without what
-        lies in /tmp and /dev/shm, which is `scratch_bytes` each.
-    processes: and threads, all together.
+        lies in /tmp and /dev/shm, which is `scratch_bytes` each, a file taking 4 KiB at least.
+    processes: and threads, all together. More than half as many processes must not be left behind by a call.
     disk_bytes, files: in /mnt/data; also the size of any one file.
     output_chars: of a result. More loses its middle.
     output_bytes: that a call may say before it is interrupted.

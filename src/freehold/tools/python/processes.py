@@ -6,20 +6,22 @@ given to the first process. Nothing here believes what they say; all of it is re
 
 import os
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 _PROC = Path("/proc")
-_STOPPED = ("T", "t", "Z", "X")
+_STOPPED = (b"T", b"t", b"Z", b"X")
+_TELLING = (b"State:", b"voluntary_ctxt_switches:", b"nonvoluntary_ctxt_switches:")
 
 
 class Usage(NamedTuple):
     """What processes take."""
 
-    processes: int
     memory_bytes: int
     deleted_bytes: int  # in files that have no name any more, on the asked-for file system
 
@@ -37,70 +39,82 @@ def children(pid: int) -> Iterator[int]:
     with suppress(OSError):
         for task in (_PROC / str(pid) / "task").iterdir():
             with suppress(OSError):
-                yield from map(int, (task / "children").read_text().split())
+                yield from map(int, (task / "children").read_bytes().split())
 
 
 def usage(first: int, *, device: int, enough_bytes: int) -> Usage:
     """What the processes below `first` take together.
 
-    Memory is what they have touched and cannot be dropped. A page that several share counts for each of them, until
-    that comes to more than `enough_bytes`: then it is counted again, exactly.
+    Memory is what they have touched and cannot be dropped, their page tables, and for each socket what its buffer may
+    hold. A page that several share counts for each of them, until that comes to more than `enough_bytes`: then it is
+    counted again, exactly.
     """
     pids = descendants(first)
-    memory_bytes = sum(_resident(pid) for pid in pids)
-    if memory_bytes > enough_bytes:
-        memory_bytes = sum(_proportional(pid) for pid in pids)
     deleted: dict[int, int] = {}
+    sockets: set[int] = set()
     for pid in pids:
-        deleted.update(_deleted(pid, device))
-    return Usage(len(pids), memory_bytes, sum(deleted.values()))
+        for status in _open_files(pid):
+            if stat.S_ISSOCK(status.st_mode):
+                sockets.add(status.st_ino)
+            elif status.st_nlink == 0 and status.st_dev == device:
+                deleted[status.st_ino] = status.st_blocks * 512
+    kernel_bytes = len(sockets) * _socket_bytes() + sum(_kilobytes(pid, "status", b"VmPTE:") for pid in pids)
+    memory_bytes = kernel_bytes + sum(_kilobytes(pid, "status", b"RssAnon:", b"RssShmem:") for pid in pids)
+    if memory_bytes > enough_bytes:
+        memory_bytes = kernel_bytes
+        memory_bytes += sum(_kilobytes(pid, "smaps_rollup", b"Pss_Anon:", b"Pss_Shmem:") for pid in pids)
+    return Usage(memory_bytes, sum(deleted.values()))
 
 
-def _resident(pid: int) -> int:
-    """Private and shared memory, without files' pages."""
-    return _kilobytes(_PROC / str(pid) / "status", "RssAnon:", "RssShmem:")
-
-
-def _proportional(pid: int) -> int:
-    return _kilobytes(_PROC / str(pid) / "smaps_rollup", "Pss_Anon:", "Pss_Shmem:")
-
-
-def _kilobytes(path: Path, *fields: str) -> int:
+def _kilobytes(pid: int, file: str, *fields: bytes) -> int:
     try:
-        lines = path.read_text().splitlines()
+        lines = (_PROC / str(pid) / file).read_bytes().splitlines()
     except OSError:  # it has ended
         return 0
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(fields))
 
 
-def _deleted(pid: int, device: int) -> Iterator[tuple[int, int]]:
+def _open_files(pid: int) -> Iterator[os.stat_result]:
     with suppress(OSError):
         for entry in os.scandir(_PROC / str(pid) / "fd"):
             with suppress(OSError):
-                status = entry.stat()
-                if status.st_nlink == 0 and status.st_dev == device:
-                    yield status.st_ino, status.st_blocks * 512
+                yield entry.stat()
+
+
+@cache
+def _socket_bytes() -> int:
+    """What may wait in a Unix socket to be read, which the sandbox cannot change."""
+    try:
+        return int((_PROC / "sys/net/core/wmem_default").read_bytes())
+    except OSError:
+        return 212_992
 
 
 def stop(first: int, *, seconds: float = 1.0) -> bool:
-    """Stop all that is below `first`; whether that was possible. What forks meanwhile is stopped in the next round."""
+    """Stop all that is below `first`; whether that was possible.
+
+    That all were seen stopped is not enough: they could wake each other in turn, and each be seen asleep. When two
+    looks find the same threads, all stopped, and none of them was switched to in between, there was a moment at which
+    nothing ran; from then on nothing does.
+    """
     deadline = time.monotonic() + seconds
-    while running := [pid for pid in descendants(first) if _state(pid) not in _STOPPED]:
+    before: dict[tuple[int, int], tuple[bytes, ...]] = {}
+    while True:
+        now = _threads(first)
+        running = {pid for (pid, _), (state, *_) in now.items() if state not in _STOPPED}
+        if not running and now == before:
+            return True
         if time.monotonic() > deadline:
             return False
-        _signal(running, signal.SIGSTOP)
-        time.sleep(0.0005)  # it takes effect when they are next scheduled
-    return True
+        if running:
+            _signal(list(running), signal.SIGSTOP)
+            time.sleep(0.0005)  # it takes effect when they are next scheduled
+        before = now
 
 
 def go_on(first: int) -> None:
     """Let them run again."""
     _signal(descendants(first), signal.SIGCONT)
-
-
-def kill(pids: list[int]) -> None:
-    """End these processes; those that are gone already are as good."""
-    _signal(pids, signal.SIGKILL)
 
 
 def _signal(pids: list[int], number: int) -> None:
@@ -109,8 +123,14 @@ def _signal(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def _state(pid: int) -> str:
-    try:
-        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
+def _threads(first: int) -> dict[tuple[int, int], tuple[bytes, ...]]:
+    """The threads below `first`, by process and thread: state, and how often each gave up a processor or lost it."""
+    found = {}
+    for pid in descendants(first):
+        with suppress(OSError):
+            for thread in (_PROC / str(pid) / "task").iterdir():
+                with suppress(OSError):
+                    # As bytes: a process calls itself what it likes.
+                    lines = (thread / "status").read_bytes().splitlines()
+                    found[pid, int(thread.name)] = tuple(line.split()[1] for line in lines if line.startswith(_TELLING))
+    return found

@@ -48,6 +48,7 @@ class RunningKernel:
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(self._pid_handle, self._process_ended)
         self.first = 0  # the first process inside, by its number outside
+        self.root = Path()  # what the sandbox has as /, as long as it lives
         self._interpreter_handle = -1
         self._shell: Wire | None = None
         self._wires: list[Wire] = []
@@ -57,6 +58,7 @@ class RunningKernel:
         self._idle: asyncio.Event = asyncio.Event()
         self._current = ""
         self._broken: WireError | None = None
+        self._heard = 0  # messages
 
     @classmethod
     async def start(cls, confinement: Confinement, limits: Limits, folder: Path) -> "RunningKernel":
@@ -112,6 +114,7 @@ class RunningKernel:
         inside = self._process.pid
         line = [inside := _only_child(inside) for _ in range(depth() + 1)]
         self.first = line[-2]
+        self.root = Path(f"/proc/{line[-1]}/root")
         self._interpreter_handle = os.pidfd_open(line[-1])
         with contextlib.suppress(OSError):  # when memory runs out, it goes before the model does
             Path(f"/proc/{line[-1]}/oom_score_adj").write_text("800")
@@ -160,6 +163,7 @@ class RunningKernel:
         try:
             while True:
                 message = await wire.receive()
+                self._heard += 1
                 if self._listener is not None and message.size:
                     self._listener(message)
                 if message.parent == self._current:
@@ -183,8 +187,11 @@ class RunningKernel:
         await self._replied.wait()
         if self._broken is not None:
             raise self._broken
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), idle_seconds)
+        heard = -1
+        while not self._idle.is_set() and heard != self._heard:  # as long as more comes
+            heard = self._heard
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), idle_seconds)
         return self._idle.is_set()
 
     async def execute(self, code: str, listener: Listener) -> None:
@@ -204,7 +211,7 @@ class RunningKernel:
             "store_history": True,
             "user_expressions": {},
             "allow_stdin": False,
-            "stop_on_error": True,
+            "stop_on_error": False,  # it would drop a request that comes right after an error
         }
         self._listener = heard
         try:
@@ -228,12 +235,6 @@ class RunningKernel:
     def size(self) -> int:
         """How many processes it has."""
         return len(processes.descendants(self.first))
-
-    def end_strays(self) -> int:
-        """End all but the kernel itself; how many there were."""
-        strays = processes.descendants(self.first)[1:]
-        processes.kill(strays)
-        return len(strays)
 
     async def kill(self) -> None:
         """End it and all in it, and wait until that is so."""

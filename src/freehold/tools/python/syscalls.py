@@ -2,8 +2,9 @@
 
 All are allowed but those that work on data never needs and that lead out, or have led out before: mounts, namespaces,
 other processes' memory, keys, kernel modules, BPF, io_uring, every socket but Unix ones. Some are refused because what
-they take is counted against no limit: memory without a mapping (memfd), memory that outlives its process (System V).
-A call newer than this table does not exist. 32-bit and x32 calls fail, all of them.
+they take is counted against no limit: memory without a mapping (memfd), memory that outlives its process (System V),
+extended attributes, larger buffers of sockets. Sockets answer no questions about interfaces: those that the host hands
+in are of the host's network. A call newer than this table does not exist. 32-bit and x32 calls fail, all of them.
 
 It makes the kernel's surface smaller. It is one wall of several, and not the one that keeps files and network away:
 that is what namespaces do.
@@ -103,8 +104,14 @@ _REFUSED = {
     "semget": (64, 190),
     "mq_open": (240, 180),
 }
+_UNSUPPORTED = {  # as on a file system without them, which is what copying programs expect
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+}
 _MISSING = {"clone3": (435, 435), "openat2": (437, 437)}  # their arguments lie in memory: callers fall back on the old
-_CLONE, _IOCTL, _SOCKET, _SOCKETPAIR = (56, 220), (16, 29), (41, 198), (53, 199)
+_CLONE, _IOCTL, _SOCKET, _SOCKETPAIR, _SETSOCKOPT = (56, 220), (16, 29), (41, 198), (53, 199), (54, 208)
 _FIRST_UNKNOWN = 467  # the same everywhere
 
 # Calls that set a file's mode, and which argument has it.
@@ -127,6 +134,7 @@ _SET_USER_OR_GROUP_ID = 0o6000
 # signal that clone3 has elsewhere: no signal is that high.
 _NEW_NAMESPACES = 0x80 | 0x20000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C  # typing into somebody's terminal
+_OF_INTERFACES = range(0x8900, 0x8A00)  # SIOC…
 
 
 def program() -> bytes:
@@ -144,7 +152,9 @@ def program() -> bytes:
         seccomp.refuse(errno.ENOSYS, *(numbers[column] for numbers in _MISSING.values())),
         seccomp.refuse(errno.EPERM, *(number for number in refused if number is not None)),
         seccomp.without_bits(errno.EPERM, _CLONE[column], 0, _NEW_NAMESPACES),
-        seccomp.none_of(errno.EPERM, _IOCTL[column], 1, _TIOCSTI, _TIOCLINUX),
+        seccomp.refuse(errno.ENOTSUP, *(numbers[column] for numbers in _UNSUPPORTED.values())),
+        seccomp.none_of(errno.EPERM, _IOCTL[column], 1, _TIOCSTI, _TIOCLINUX, _OF_INTERFACES),
+        seccomp.none_of(errno.EPERM, _SETSOCKOPT[column], 2, socket.SO_SNDBUF),
         seccomp.only(errno.EACCES, _SOCKET[column], 0, socket.AF_UNIX),
         seccomp.only(errno.EACCES, _SOCKETPAIR[column], 0, socket.AF_UNIX),
     ]

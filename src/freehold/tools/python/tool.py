@@ -27,6 +27,7 @@ from freehold.tools.python.wire import Message, WireError
 _PREFIX = "freehold-python-"
 _GRACE_SECONDS = 1.0  # for an interrupted call to end by itself; less than the 2 s that a time-out may be late
 _LOOK_SECONDS = 0.1
+_FILE_BYTES = 1 << 12  # of scratch space, at least
 _MAX_CODE_CHARS = 1 << 20
 _MAX_MESSAGES = 20_000
 _NEW = "The next call starts a new one: variables and imports are gone, files in /mnt/data are kept."
@@ -69,9 +70,7 @@ class PythonSession:
         self._seen: Contents | None = None
         self._closed = False
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever finds it unlocked may remove it
+            self._folder, self._lock = _own_folder()
             for name in ("data", "copies", "empty"):
                 (self._folder / name).mkdir()
             owner = owner_outside()
@@ -118,8 +117,12 @@ class PythonSession:
                 await self._end_kernel()
             raise
         finally:
-            if not kernel.ended.done() and not await kernel.stop():
-                call.fatal = call.fatal or "its processes could not be stopped after the call"
+            if call.fatal is None and not kernel.ended.done() and not await kernel.stop():
+                call.fatal = "its processes could not be stopped after the call"
+            if call.fatal is None and kernel.size() > self._limits.processes // 2:
+                call.fatal = f"the call left more than {self._limits.processes // 2} processes behind"
+            if call.fatal is not None:
+                await self._end_kernel()
         return await self._result(call, before)
 
     async def _ready_kernel(self) -> RunningKernel:
@@ -136,17 +139,14 @@ class PythonSession:
     async def _end_kernel(self) -> None:
         if self._kernel is not None:
             kernel, self._kernel = self._kernel, None
-            await kernel.kill()
+            await asyncio.shield(kernel.kill())
 
     async def _result(self, call: "_Call", before: Contents) -> ToolResult:
         notes = list(call.notes)
         after = await asyncio.to_thread(self._drive.contents)
         full = self._drive.too_full(after)
         fatal = call.fatal
-        if fatal is None and self._kernel is not None and self._kernel.size() > self._limits.processes // 2:
-            notes.append(f"[{self._kernel.end_strays()} processes that the call left behind were ended.]")
         if fatal is not None:
-            await self._end_kernel()
             notes.append(f"[The kernel was ended: {fatal}. {_NEW}]")
         if full is not None or call.filled_drive:
             await asyncio.to_thread(self._drive.restore, before)
@@ -271,9 +271,28 @@ class _Call:
         used = processes.usage(self._kernel.first, device=self._drive.device, enough_bytes=self._limits.memory_bytes)
         if used.memory_bytes > self._limits.memory_bytes:
             return f"all its processes together may take {amount(self._limits.memory_bytes)} of memory"
+        for place in ("tmp", "dev/shm"):  # whose size does not count files that are empty
+            with contextlib.suppress(OSError):
+                status = os.statvfs(self._kernel.root / place)
+                if (status.f_files - status.f_ffree) * _FILE_BYTES > self._limits.scratch_bytes:
+                    return f"/{place} may hold {self._limits.scratch_bytes // _FILE_BYTES:,} files"
         full = self._drive.too_full(self._drive.contents(), used.deleted_bytes)
         self.filled_drive = full is not None
         return full
+
+
+def _own_folder() -> tuple[Path, int]:
+    """A new folder, and the lock on it: whoever finds one that is not locked may remove it. Raises OSError."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # found before it was locked
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(handle).st_nlink:
+                    return folder, os.dup(handle)
+            finally:
+                os.close(handle)
 
 
 def _remove_abandoned() -> None:
