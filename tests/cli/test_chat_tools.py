@@ -116,7 +116,10 @@ def _has_sandbox() -> bool:
     return True
 
 
-@pytest.mark.skipif(not _has_sandbox(), reason="no sandbox can be made inside this one")
+needs_sandbox = pytest.mark.skipif(not _has_sandbox(), reason="no sandbox can be made inside this one")
+
+
+@needs_sandbox
 def test_the_answer_and_its_footnotes_are_on_stdout_and_all_else_on_stderr(place: Path) -> None:
     (place / "docs").mkdir()
     (place / "docs" / "guide.md").write_text("# Hours\n\nIt opens at nine.\nNever on Mondays.\n")
@@ -230,7 +233,9 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
     ("options", "words"),
     [
         (["--tools", "my_tools.py"], "no terminal to ask in before calls of weather; give --approve never"),
-        (["--python", "--approve", "always"], "no terminal to ask in before calls of python"),
+        pytest.param(
+            ["--python", "--approve", "always"], "no terminal to ask in before calls of python", marks=needs_sandbox
+        ),
         (["--approve", "sometimes"], "--approve is never, tools, always, got 'sometimes'"),
         (["--files", "nothing.csv"], "there is no nothing.csv"),
         (["--browse", "nothing"], "nothing is no folder"),
