@@ -242,6 +242,9 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
         (["--tools", "nothing.py"], r"nothing\.py"),
         (["--patch", "my_tools.py"], r"my_tools\.py"),
         (["--search", "google"], "searched by exa, you, or the URL of a SearXNG server, got 'google'"),
+        (["--python-limit", "minutes=3"], "no limit 'minutes'; it has seconds, memory_bytes"),
+        (["--python-limit", "memory_bytes=plenty"], "'memory_bytes=plenty': give a number"),
+        (["--python-limit", "memory_bytes=1MiB"], "memory_bytes cannot be 1048576: give 134217728 or more"),
         (["--mcp", "nothing-of-the-kind"], "nothing-of-the-kind"),
     ],
 )
