@@ -17,7 +17,7 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.serve.containers import Calls, Containers, Stoppable
 from freehold.tools.base import FunctionTools, Tool
-from freehold.tools.kit import ToolChoices
+from freehold.tools.kit import ToolChoices, python_tool
 from freehold.tools.mcp_config import HttpServer, McpServer
 
 if TYPE_CHECKING:
@@ -174,9 +174,7 @@ def prepare(
     files = tuple(_functions(path) for path in choices.functions)
     python: Tool | None = None
     if choices.python:
-        from freehold.tools.python import PythonTool
-
-        python = PythonTool()
+        python = python_tool(choices)
     sources: tuple[Source, ...] = ()
     if choices.browse or choices.search is not None:
         from freehold.tools.browser.sources import open_sources

@@ -20,17 +20,19 @@ from freehold.tools.mcp_config import HttpServer, McpServer, parse_server, read_
 
 if TYPE_CHECKING:
     from freehold.tools.apply_patch import Approve
+    from freehold.tools.python import PythonTool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolChoices:
-    """`browse` are folders and ZIM files, `search` who searches the web: exa, you, or the URL of a SearXNG. `functions`
-    are Python files, `patch` is the folder whose files may be changed. `mcp` are commands and URLs, `mcp_config` are
-    files of them."""
+    """`browse` are folders and ZIM files, `search` who searches the web: exa, you, or the URL of a SearXNG.
+    `python_limits` are texts such as `seconds=300`, `functions` Python files, `patch` is the folder whose files may be
+    changed. `mcp` are commands and URLs, `mcp_config` are files of them."""
 
     browse: tuple[Path, ...] = ()
     search: str | None = None
     python: bool = False
+    python_limits: tuple[str, ...] = ()
     functions: tuple[Path, ...] = ()
     patch: Path | None = None
     mcp: tuple[str, ...] = ()
@@ -52,6 +54,13 @@ class ToolChoices:
         return (*given, *(server for path in self.mcp_config for server in read_config(path)))
 
 
+def python_tool(choices: ToolChoices) -> "PythonTool":
+    """As it was chosen. Raises UsageError for limits that are none, UnsupportedError where there can be no sandbox."""
+    from freehold.tools.python import PythonTool, read_limits
+
+    return PythonTool(**read_limits(choices.python_limits))  # type: ignore[arg-type] # they are of the fields' types
+
+
 @contextmanager
 def local_tools(
     choices: ToolChoices,
@@ -70,9 +79,7 @@ def local_tools(
     tools: list[Tool | FunctionTools] = []
     with ExitStack() as opened:
         if choices.python:
-            from freehold.tools.python import PythonTool
-
-            tools.append(PythonTool())
+            tools.append(python_tool(choices))
         if choices.functions:
             from freehold.tools.functions import load_tools
 
