@@ -1,5 +1,8 @@
 """`freehold serve` as who starts it meets it: what cannot be is said at once, before any model is looked at."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from typer.testing import CliRunner
 
@@ -29,3 +32,18 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(options: list[str], 
     result = CliRunner().invoke(app, asked)
     assert isinstance(result.exception, UsageError)
     assert says in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "harmony"), [([], None), (["--tools", "my.py"], True), (["--tools", "my.py", "--no-harmony"], False)]
+)
+def test_a_model_speaks_harmony_where_there_are_tools_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], harmony: bool | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spoken: list[Any] = []
+    monkeypatch.setattr("freehold.session.model.load", lambda *_, **__: None)
+    monkeypatch.setattr("freehold.session.served.serve_model", lambda *_, harmony, **__: spoken.append(harmony))
+    monkeypatch.setattr("freehold.serve.start.start", lambda load, *_, **__: load() or 0)
+    assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
+    assert spoken == [harmony]

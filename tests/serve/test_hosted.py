@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from freehold.tools.browser.browser import Browser
 from freehold.tools.browser.documents import Documents
 from freehold.tools.functions import FunctionToolset
 from freehold.tools.kit import ToolChoices
+from tests.cli.test_chat_tools import needs_sandbox
 from tests.serve.http import vanish
 from tests.serve.process import Process
 from tests.serve.responding import WEATHER, Responding, result_of
@@ -400,6 +402,7 @@ async def test_calls_in_one_turn_wait_for_one_another_and_one_that_fails_says_so
 # --- python -------------------------------------------------------------------------------------------------
 
 
+@needs_sandbox
 async def test_a_conversation_keeps_its_kernel_and_nobody_else_gets_it(tmp_path: Path) -> None:
     prepared = prepare(ToolChoices(python=True))
     assert prepared is not None
@@ -437,6 +440,24 @@ async def test_a_conversation_keeps_its_kernel_and_nobody_else_gets_it(tmp_path:
             tool = {"type": "code_interpreter", "container": container}
             assert (await there.refused(input="x", tools=[tool]))["param"] == param
     assert len(tools.containers) == 0
+
+
+@needs_sandbox
+async def test_a_kernel_whose_files_somebody_removed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    prepared = prepare(ToolChoices(python=True))
+    assert prepared is not None
+    turns = [said(run("print(1)")), said(answer("1")), said(run("print(2)")), said(run("print(3)")), said(answer("3"))]
+    async with Responding(*turns, path=tmp_path, tools=prepared.hosted(Tokenizer.o200k_harmony())) as there:
+        made = await there.make(input="x", tools=[PYTHON])
+        [folder] = tmp_path.glob("freehold-python-*")
+        shutil.rmtree(folder)
+        then = await there.make(input="x", tools=[PYTHON], include=INCLUDE, previous_response_id=made["id"])
+        logs = [item["outputs"][0]["logs"] for item in then["output"] if item["type"] == "code_interpreter_call"]
+        assert "begins anew" in logs[0] and str(tmp_path) not in logs[0] and logs[1] == "3"
+    assert not list(tmp_path.glob("freehold-python-*"))
 
 
 # --- MCP ----------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def command(
         float, typer.Option(help="Seconds that a conversation's kernel and pages are kept without being used.")
     ] = _DEFAULTS.container_timeout,
     max_containers: Annotated[
-        int, typer.Option(help="So many conversations' kernels and pages are kept; the oldest idle ones go first.")
+        int,
+        typer.Option(help="So many conversations' kernels and pages are kept; idle ones of whoever has the most go."),
     ] = _DEFAULTS.max_containers,
     max_concurrency: Annotated[int, typer.Option(help="So many answers are written at once.")] = _DEFAULTS.max_running,
     max_queue: Annotated[
@@ -171,6 +172,18 @@ def command(
         log_content=log_content,
     )
 
+    choices = ToolChoices(
+        browse=tuple(browse or ()),
+        search=search,
+        python=python or bool(python_limit),
+        python_limits=tuple(python_limit or ()),
+        functions=tuple(tools or ()),
+        mcp=tuple(mcp or ()),
+        mcp_config=tuple(mcp_config or ()),
+    )
+    if harmony is None and not choices.is_empty:
+        harmony = True  # only Harmony has words for all tools
+
     def load() -> "Served":
         if script is not None:
             from freehold.session.scripted import read_script, serve_script
@@ -195,15 +208,6 @@ def command(
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
 
-    choices = ToolChoices(
-        browse=tuple(browse or ()),
-        search=search,
-        python=python or bool(python_limit),
-        python_limits=tuple(python_limit or ()),
-        functions=tuple(tools or ()),
-        mcp=tuple(mcp or ()),
-        mcp_config=tuple(mcp_config or ()),
-    )
     start_logging(as_json=log_json)
     bars = terminal.progress_bars
     sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=choices, progress=bars))

@@ -91,12 +91,20 @@ class Container:
     def recall(self, name: str) -> Mapping[str, Any] | None:
         return self._remembered.get(name)
 
+    async def close(self, key: str) -> None:
+        """One session, which is of no use any more."""
+        await _close([self.sessions.pop(key)] if key in self.sessions else [])
+
     async def aclose(self) -> None:
         sessions = [*self.sessions.values()]
         self.sessions.clear()
-        for outcome in await asyncio.gather(*(session.aclose() for session in sessions), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                logger.warning("a tool could not be closed: %s", outcome)
+        await _close(sessions)
+
+
+async def _close(sessions: Sequence[ToolSession]) -> None:
+    for outcome in await asyncio.gather(*(session.aclose() for session in sessions), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            logger.warning("a tool could not be closed: %s", outcome)
 
 
 class Containers:
@@ -222,7 +230,12 @@ class Lease:
                 await self.container.freed.wait()
         session = await self.container.session(key, tool)
         self._containers.make_room()
-        return await session.call(name, arguments)
+        try:
+            return await session.call(name, arguments)
+        except FileNotFoundError:  # of its own: somebody tidies the folder for temporary files
+            logger.warning("the files of the tool %s are gone; it is opened anew", tool.namespace.name)
+            await self.container.close(key)
+            raise ToolError("what the tool kept is gone, variables and files. The next call begins anew") from None
 
     def release(self) -> None:
         """The turn is over. On the loop that it was taken on."""

@@ -76,7 +76,7 @@ _LIMITS = {
     "send_timeout": "seconds that a client may not read",
     "drain_timeout": "seconds for running requests once the server is told to stop",
     "container_timeout": "seconds that what a conversation's tools hold is kept without being used",
-    "max_containers": "conversations whose tools' kernels and pages are kept; the oldest idle ones go first",
+    "max_containers": "conversations whose tools' kernels and pages are kept; idle ones of whoever has the most go",
 }
 
 
