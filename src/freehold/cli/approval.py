@@ -6,8 +6,8 @@
     always   the user is asked before every call
 
 A patch is shown as a diff when it is asked about. Questions go to the terminal even where stdin is a pipe, and what
-they are about too where stderr is none. What was typed before a question does not answer it. Where there is no terminal,
-tools that would need an answer are refused beforehand.
+they are about too where stderr is none. What was typed before a question does not answer it. Where there is no
+terminal, tools that would need an answer are refused beforehand.
 """
 
 import signal
