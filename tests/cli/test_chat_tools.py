@@ -130,7 +130,10 @@ def _has_sandbox() -> bool:
     return True
 
 
-@pytest.mark.skipif(not _has_sandbox(), reason="no sandbox can be made inside this one")
+needs_sandbox = pytest.mark.skipif(not _has_sandbox(), reason="no sandbox can be made inside this one")
+
+
+@needs_sandbox
 def test_the_answer_and_its_footnotes_are_on_stdout_and_all_else_on_stderr(place: Path) -> None:
     (place / "docs").mkdir()
     (place / "docs" / "guide.md").write_text("# Hours\n\nIt opens at nine.\nNever on Mondays.\n")
@@ -287,13 +290,18 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
     ("options", "words"),
     [
         (["--tools", "my_tools.py"], "no terminal to ask in before calls of weather; give --approve never"),
-        (["--python", "--approve", "always"], "no terminal to ask in before calls of python"),
+        pytest.param(
+            ["--python", "--approve", "always"], "no terminal to ask in before calls of python", marks=needs_sandbox
+        ),
         (["--approve", "sometimes"], "--approve is never, tools, always, got 'sometimes'"),
         (["--files", "nothing.csv"], "there is no nothing.csv"),
         (["--browse", "nothing"], "nothing is no folder"),
         (["--tools", "nothing.py"], r"nothing\.py"),
         (["--patch", "my_tools.py"], r"my_tools\.py"),
         (["--search", "google"], "searched by exa, you, or the URL of a SearXNG server, got 'google'"),
+        (["--python-limit", "minutes=3"], "no limit 'minutes'; it has seconds, memory_bytes"),
+        (["--python-limit", "memory_bytes=plenty"], "'memory_bytes=plenty': give a number"),
+        (["--python-limit", "memory_bytes=1MiB"], "memory_bytes cannot be 1048576: give 134217728 or more"),
         (["--mcp", "nothing-of-the-kind"], "nothing-of-the-kind"),
     ],
 )

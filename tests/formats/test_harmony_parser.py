@@ -1094,7 +1094,7 @@ def test_no_stream_breaks_the_parser(request: pytest.FixtureRequest, vocabulary:
     offers = (OFFER, Offer(), PYTHON_FUNCTION)
     roles: list[Role | None] = ["assistant"] * 5
     roles += [*ROLES, None]
-    for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "20000")) // 2):
+    for _ in range(int(os.environ.get("FREEHOLD_FUZZ", "10000")) // 2):
         ids = fuzzed(tokenizer, random, turns)
         role = random.choice(roles)
         parser = HarmonyParser(tokenizer, offer=random.choice(offers), role=role)

@@ -19,6 +19,8 @@ _TEXTS = {
     "response.reasoning_text": "text",
     "response.function_call_arguments": "arguments",
     "response.custom_tool_call_input": "input",
+    "response.code_interpreter_call_code": "code",
+    "response.mcp_call_arguments": "arguments",
 }
 _BY_ITEM = {
     "message": ("response.output_text", True),
@@ -26,10 +28,27 @@ _BY_ITEM = {
     "function_call": ("response.function_call_arguments", False),
     "custom_tool_call": ("response.custom_tool_call_input", False),
 }
+# What comes between `added` and `done` of a call that the server makes, where it comes to its end; `*` any number.
+_HOSTED = {
+    "web_search_call": ("web_search_call.in_progress", "web_search_call.searching", "web_search_call.completed"),
+    "code_interpreter_call": (
+        *("code_interpreter_call.in_progress", "code_interpreter_call_code.delta*", "code_interpreter_call_code.done"),
+        *("code_interpreter_call.interpreting", "code_interpreter_call.completed"),
+    ),
+    "mcp_call": (
+        *("mcp_call.in_progress", "mcp_call_arguments.delta*", "mcp_call_arguments.done"),
+        "mcp_call.completed",
+    ),
+    "mcp_list_tools": ("mcp_list_tools.in_progress", "mcp_list_tools.completed"),
+}
 
 
 class EventOrder:
-    """Raises AssertionError for an event that cannot come here, or is not of the SDK's type."""
+    """Raises AssertionError for an event that cannot come here, or is not of the SDK's type.
+
+    Calls that the server makes may wait for those before them, while the model goes on; everything else comes one after
+    the other.
+    """
 
     def __init__(self) -> None:
         self.response: dict[str, Any] | None = None
@@ -38,7 +57,10 @@ class EventOrder:
         self._item: dict[str, Any] | None = None
         self._step = ""  # within the item: "added", "part", "text", "part done"
         self._text = ""
-        self._done: list[dict[str, Any]] = []
+        self._at = -1
+        self._num_annotations = 0
+        self._hosted: dict[int, _HostedCall] = {}  # that are not done, by their places
+        self._done: dict[int, dict[str, Any]] = {}
         self._id = ""
 
     @classmethod
@@ -86,19 +108,31 @@ class EventOrder:
             case _:
                 assert response["status"] in _LAST[kind], (kind, response["status"])
                 cut = response["status"] in ("failed", "cancelled")
-                assert cut or (self._state == "in_progress" and self._item is None)
-                assert cut or response["output"] == self._done
+                assert cut or (self._state == "in_progress" and self._item is None and not self._hosted)
+                assert cut or response["output"] == [self._done[at] for at in range(len(self._done))]
                 assert self._state != "error" or kind == "response.failed"
                 self.response = response
 
     def _of_item(self, kind: str, event: dict[str, Any]) -> None:
+        at = event["output_index"]
         if kind == "response.output_item.added":
-            assert self._item is None and event["output_index"] == len(self._done)
-            self._item, self._step, self._text = event["item"], "added", ""
-            assert self._item["status"] == "in_progress"
+            assert at == len(self._done) + len(self._hosted) + (self._item is not None)
+            item = event["item"]
+            assert item.get("status", "in_progress") == "in_progress"
+            if item["type"] in _HOSTED:
+                self._hosted[at] = _HostedCall(item)
+                return
+            assert self._item is None
+            self._item, self._at, self._step, self._text, self._num_annotations = item, at, "added", "", 0
+            return
+        if at in self._hosted:
+            if kind == "response.output_item.done":
+                self._done[at] = self._hosted.pop(at).finish(event["item"])
+            else:
+                self._hosted[at].feed(kind.removeprefix("response."), event)
             return
         assert self._item is not None, kind
-        assert event["output_index"] == len(self._done)
+        assert at == self._at
         prefix, has_parts = _BY_ITEM[self._item["type"]]
         if kind == "response.output_item.done":
             assert self._step == ("part done" if has_parts else "text"), self._step
@@ -110,6 +144,10 @@ class EventOrder:
             case "response.content_part.added":
                 assert has_parts and self._step == "added" and event["part"]["text"] == ""
                 self._step = "part"
+            case "response.output_text.annotation.added":
+                assert self._step == "part" and event["annotation_index"] == self._num_annotations
+                assert 0 <= event["annotation"]["start_index"] < event["annotation"]["end_index"] <= len(self._text)
+                self._num_annotations += 1
             case "response.content_part.done":
                 assert self._step == "text" and event["part"]["text"] == self._text
                 self._step = "part done"
@@ -132,5 +170,43 @@ class EventOrder:
         prefix = _BY_ITEM[item["type"]][0]
         said = item["content"][0]["text"] if has_parts else item[_TEXTS[prefix]]
         assert said == self._text
-        self._done.append(item)
+        if item["type"] == "message":
+            assert len(item["content"][0]["annotations"]) == self._num_annotations
+        self._done[self._at] = item
         self._item = None
+
+
+class _HostedCall:
+    """One call that the server makes."""
+
+    def __init__(self, item: dict[str, Any]) -> None:
+        self._item = item
+        self._to_come = [*_HOSTED[item["type"]]]
+        self._text = ""
+
+    def feed(self, kind: str, event: dict[str, Any]) -> None:
+        assert event["item_id"] == self._item["id"]
+        if kind == "mcp_call.failed":
+            kind = "mcp_call.completed"
+            self._item = {**self._item, "status": "failed"}
+        while self._to_come[0].endswith("*") and kind != self._to_come[0][:-1]:
+            self._to_come.pop(0)
+        if self._to_come[0].endswith("*"):
+            assert event["delta"]
+            self._text += event["delta"]
+            return
+        assert kind == self._to_come.pop(0), kind
+        if (field := _TEXTS.get(f"response.{kind.removesuffix('.done')}")) is not None:
+            assert event[field] == self._text
+
+    def finish(self, item: dict[str, Any]) -> dict[str, Any]:
+        assert (item["id"], item["type"]) == (self._item["id"], self._item["type"])
+        if self._item.get("status") == "failed":
+            assert item["status"] == "failed"
+        elif "status" not in item or item["status"] == "completed":
+            assert not self._to_come, self._to_come
+        else:  # nothing says of a search or a program that it has failed, but the item
+            assert item["status"] in ("failed", "incomplete") and self._to_come
+        for field in ("code", "arguments"):
+            assert item.get(field, self._text) == self._text
+        return item

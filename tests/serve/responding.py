@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freehold.serve.app import create_app
 from freehold.serve.caller import Caller
+from freehold.serve.hosted import HostedTools
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
@@ -21,6 +22,9 @@ from freehold.session.scripted import ScriptedTurn, serve_script
 from freehold.session.store.store import Store
 from tests.serve.event_order import EventOrder
 from tests.serve.sdk import check
+
+PRIVATE = "_call"
+"""What stored items have and nobody is shown."""
 
 WEATHER = {
     "type": "function",
@@ -56,6 +60,7 @@ class Responding:
         tokens_per_second: float | None = None,
         context: int | None = None,
         template: str | None = None,
+        tools: HostedTools | None = None,
         **settings: Any,
     ) -> None:
         self.store = None if path is None else Store.open(f"sqlite:///{path / 'responses.db'}")
@@ -65,8 +70,9 @@ class Responding:
         if template is not None:
             prompting = replace(served.prompting, chat_template=template)
             served = replace(served, prompting=prompting, harmony=False)
-        self.app = app = create_app(served, ServeSettings(**settings), store=self.store, sealer=sealer)
+        self.app = app = create_app(served, ServeSettings(**settings), store=self.store, sealer=sealer, tools=tools)
         self.server: Server = app.state.server
+        self.warnings = ""  # of the response that was made last
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app=Named(app)), base_url="http://127.0.0.1:8000")
         self.sdk = AsyncOpenAI(
             api_key="none",
@@ -76,10 +82,14 @@ class Responding:
         )
 
     async def __aenter__(self) -> "Responding":
+        if self.server.tools is not None:
+            await self.server.tools.connect()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.server.background.finish()
+        if self.server.tools is not None:
+            await self.server.tools.aclose()
         await self.http.aclose()
         await self.sdk.close()
         if self.store is not None:
@@ -89,6 +99,8 @@ class Responding:
         """A response that has to be one; read as a stream where the body says so."""
         answer = await self.http.post("/v1/responses", json=body, headers=_of(owner))
         assert answer.status_code == 200, answer.text
+        assert f'"{PRIVATE}"' not in answer.text
+        self.warnings = answer.headers.get("x-freehold-warnings", "")
         if body.get("stream"):
             return EventOrder.of(events_of(answer.text))
         response: dict[str, Any] = answer.json()
@@ -105,6 +117,7 @@ class Responding:
     async def get(self, path: str, status: int = 200, *, owner: str = "", method: str = "GET", **query: Any) -> Any:
         answer = await self.http.request(method, f"/v1/{path}", params=query, headers=_of(owner))
         assert answer.status_code == status, answer.text
+        assert f'"{PRIVATE}"' not in answer.text
         return answer.json() if "json" in answer.headers["content-type"] else answer.text
 
 

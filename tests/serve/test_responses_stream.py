@@ -12,7 +12,8 @@ from freehold.serve.errors import ApiError
 from freehold.serve.responses.plan import plan
 from freehold.serve.responses.stream import ResponseStream
 from freehold.serve.responses.wire import ResponseCreate
-from freehold.session.generation import GenerationEvent, Said
+from freehold.session.generation import Said
+from freehold.session.turn import TurnEvent
 from tests.serve.event_order import EventOrder
 from tests.serve.responding import WEATHER, Responding
 
@@ -25,7 +26,7 @@ TURN = {
 }
 
 
-async def events_and_stream(there: Responding) -> tuple[list[GenerationEvent], Any]:
+async def events_and_stream(there: Responding) -> tuple[list[TurnEvent], Any]:
     """What the turn says, and what makes new streams for it."""
     made = await plan(there.server, Caller(), ResponseCreate(input="Weather?", tools=[WEATHER]))
     events = [event async for batch in made.turn.events(there.server.served.runner) for event in batch]
@@ -36,20 +37,19 @@ async def events_and_stream(there: Responding) -> tuple[list[GenerationEvent], A
             made.response,
             new_id=lambda kind: f"{kind}_{next(numbers)}",
             names=made.tools.by_name,
-            num_prompt_tokens=made.turn.num_prompt_tokens,
             clock=lambda: 1.0,
         )
 
     return events, stream
 
 
-def told(stream: ResponseStream, events: Sequence[GenerationEvent]) -> dict[str, Any]:
+def told(stream: ResponseStream, events: Sequence[TurnEvent]) -> dict[str, Any]:
     said = [*stream.created(), *stream.started()]
     said += [event for given in events for event in stream.feed(given)]
     return EventOrder.of([*said, *stream.ended()])
 
 
-def split(event: GenerationEvent, size: int) -> list[GenerationEvent]:
+def split(event: TurnEvent, size: int) -> list[TurnEvent]:
     if not isinstance(event, Said) or not isinstance(event.event, TextDelta | ReasoningDelta | ArgumentsDelta):
         return [event]
     kind, text = type(event.event), event.event.text

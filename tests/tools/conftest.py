@@ -56,12 +56,13 @@ def small() -> Tokenizer:
 
 
 @pytest.fixture
-def browse(gpt_oss: Tokenizer) -> Iterator[Browse]:
-    """Opens a browser over sources, closed at the end of the test."""
+def browse(small: Tokenizer) -> Iterator[Browse]:
+    """Opens a browser over sources, closed at the end of the test; a token is a byte, if it is not told otherwise."""
     opened: list[Browsing] = []
 
-    def make(*sources: Source, **settings: Any) -> Browsing:
-        opened.append(Browsing(Browser(sources=sources, tokenizer=gpt_oss, **settings)))
+    def make(*sources: Source, **changed: Any) -> Browsing:
+        settings: dict[str, Any] = {"tokenizer": small, "view_tokens": 4096} | changed
+        opened.append(Browsing(Browser(sources=sources, **settings)))
         return opened[-1]
 
     yield make

@@ -6,7 +6,7 @@ TOWNS = 300
 
 
 def name_of(number: int) -> str:
-    kind = "pdf" if number % 30 == 4 else ("md", "html", "txt", "py")[number % 5 % 4]
+    kind = "pdf" if number % 75 == 4 else ("md", "html", "txt", "py")[number % 5 % 4]
     return f"region{number % 7}/town{number:03}.{kind}"
 
 

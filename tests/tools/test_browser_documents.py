@@ -9,8 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -18,8 +22,10 @@ from hypothesis import strategies as st
 
 from freehold.errors import DiskError, UsageError
 from freehold.tools.base import ToolError
+from freehold.tools.browser import apart, markup, pdf
+from freehold.tools.browser import documents as documents_module
 from freehold.tools.browser import index as index_module
-from freehold.tools.browser import markup, pdf
+from freehold.tools.browser.apart import UnreadableError
 from freehold.tools.browser.documents import Documents
 from freehold.tools.browser.folder import Folder
 from freehold.tools.browser.index import Index, StoppedError
@@ -74,6 +80,46 @@ def test_a_search_sees_an_edit_at_once(docs: MakeDocs, tmp_path: Path) -> None:
     assert (names(documents, "before"), names(documents, "behind")) == ([], ["a.md"])
 
 
+def test_a_first_index_that_took_long_does_not_hide_an_edit(
+    docs: MakeDocs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    for module in (documents_module, index_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], time_ns=time.time_ns))
+    documents = docs({"a.md": "before"})
+
+    def an_hour(label: str, done: int, total: int) -> None:
+        clock[0] += 3600
+
+    documents.refresh(progress=an_hour)
+    clock[0] += 1
+    (tmp_path / "docs" / "a.md").write_text("changed since")
+    assert [hit.summary for hit in asyncio.run(documents.search("changed", 3))] == ["changed since"]
+
+
+def test_a_search_does_not_wait_until_pieces_of_the_index_are_merged(
+    docs: MakeDocs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents, searched = docs({"a.md": "before"}), threading.Event()
+    documents.refresh()
+    merged: list[bool] = []
+    merge = index_module._Merge.__call__
+
+    def merges_at_leisure(each: index_module._Merge) -> None:
+        merged.append(searched.wait(60))
+        merge(each)
+
+    monkeypatch.setattr(index_module._Merge, "__call__", merges_at_leisure)
+    (tmp_path / "docs" / "a.md").write_text("behind the times")
+    assert names(documents, "behind") == ["a.md"]
+    assert not merged
+    assert documents._index.refresh(wait=0) is None  # nobody else writes meanwhile
+    searched.set()
+    documents.close()
+    assert merged == [True]
+    assert documents._index.refresh(wait=0) is not None
+
+
 def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
     documents = docs(
         {
@@ -84,6 +130,10 @@ def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
             "code.rs": "fn parse_header(input: &str) {}",
             "page.html": "<meta charset=iso-8859-1><p>caf\u00e9 <i>society</i>".encode("latin-1"),
             "print.pdf": corpus.pdf([["first page"], ["quicksilver"]], title="Metals"),
+            "lies.pdf": corpus.pdf([["aluminium"]]).replace(b"/Count 1", b"/Count 9"),
+            "torn.pdf": corpus.pdf([["page"], ["tungsten"]]).replace(b"/Kids [6", b"/Kids [1"),
+            "download": corpus.pdf([["molybdenum"]]),
+            "Re: plans #2.txt": "osmium",
             "long.txt": "x" * 10_000 + " needle " + "y" * 10_000,
             "empty.md": "",
         }
@@ -100,8 +150,15 @@ def test_every_kind_and_script_is_found(docs: MakeDocs) -> None:
         "needle": "long.txt",
         "empty": "empty.md",
         '"first page" AND (': "print.pdf",
+        "aluminium": "lies.pdf",
+        "tungsten": "torn.pdf",
+        "molybdenum": "download",
+        'the "osmium': "Re: plans #2.txt",
+        "'osmium yields": "Re: plans #2.txt",
     }.items():
         assert names(documents, query)[:1] == [name], query
+    assert asyncio.run(documents.fetch("Re: plans #2.txt")).text == "osmium"
+    assert asyncio.run(documents.fetch("torn.pdf")).page_lines == (0, 4)
 
 
 def test_what_cannot_be_read_is_named_and_left_out(
@@ -117,16 +174,28 @@ def test_what_cannot_be_read_is_named_and_left_out(
             "picture.png": b"readable",
         }
     )
+    odd = os.fsencode(tmp_path) + b"/docs/\xff.md"
+    Path(os.fsdecode(odd)).write_text("readable")
+    read: list[int] = []
+    digest = index_module._digest
+
+    def noted(file: BinaryIO) -> bytes:
+        read.append(os.fstat(file.fileno()).st_size)
+        return digest(file)
+
+    monkeypatch.setattr(index_module, "_digest", noted)
     (tmp_path / "docs" / "dangling.md").symlink_to("missing")
     os.mkfifo(tmp_path / "docs" / "pipe.md")
     with caplog.at_level(logging.WARNING, "freehold"):
         changes = documents.refresh()
-    assert set(changes.skipped) == {"big.txt", "broken.pdf"}
+    assert changes.skipped.keys() == {"big.txt", "broken.pdf", "?.md"}
+    assert max(read) < 1000  # what is too large is not read to the end for nothing
     assert f"{tmp_path}/docs/broken.pdf is left out: it is damaged, or no PDF" in caplog.text
     assert "big.txt is left out: it is larger than 0 MiB" in caplog.text
     assert names(documents, "readable") == ["good.md"]
     caplog.clear()
     assert documents.refresh().skipped.keys() == changes.skipped.keys()
+    assert not caplog.text  # a search is no reason to say it again
     with pytest.raises(ToolError, match=r"`broken.pdf` cannot be opened: it is damaged"):
         asyncio.run(documents.fetch("broken.pdf"))
     with pytest.raises(ToolError, match=r"`binary.dat` is no text"):
@@ -159,49 +228,43 @@ def test_a_folder_that_cannot_be_listed_takes_nothing_away(
         Documents(tmp_path / "docs", tmp_path / "index")
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "../secret.md",
-        "sub/../../secret.md",
-        "{root}/../secret.md",
-        "file://{root}/../secret.md",
-        "file://{root}/%2e%2e/secret.md",
-        "file://elsewhere{root}/a.md",
-        "{outside}/secret.md",
-        "file://{outside}/secret.md",
-        "link.md",
-        "linked/secret.md",
-        ".hidden.md",
-        ".git/config",
-        "sub/.env",
-        "node_modules/a.md",
-        "a.md\0",
-        "",
-        "/etc/passwd",
-        "//etc/passwd",
-        "pipe.md",
-        "sub",
-        ".",
-    ],
+OUTSIDE_OR_HIDDEN = (
+    "../secret.md",
+    "sub/../../secret.md",
+    "{root}/../secret.md",
+    "file://{root}/../secret.md",
+    "file://{root}/%2e%2e/secret.md",
+    "file://elsewhere{root}/a.md",
+    "{outside}/secret.md",
+    "file://{outside}/secret.md",
+    "link.md",
+    "linked/secret.md",
+    ".hidden.md",
+    ".git/config",
+    "sub/.env",
+    "node_modules/a.md",
+    "a.md\0",
+    "",
+    "/etc/passwd",
+    "//etc/passwd",
+    "pipe.md",
+    "sub",
+    ".",
 )
-def test_nothing_outside_and_nothing_hidden_can_be_opened(docs: MakeDocs, tmp_path: Path, address: str) -> None:
+
+
+def test_nothing_outside_and_nothing_hidden_can_be_opened(docs: MakeDocs, tmp_path: Path) -> None:
+    hidden = dict.fromkeys((".hidden.md", ".git/config", "sub/.env", "node_modules/a.md"), "secret")
     (tmp_path / "secret.md").write_text("secret")
-    documents = docs(
-        {
-            "a.md": "x",
-            ".hidden.md": "secret",
-            ".git/config": "secret",
-            "sub/.env": "secret",
-            "node_modules/a.md": "secret",
-        }
-    )
+    documents = docs({"a.md": "x", **hidden})
     root = tmp_path / "docs"
     (root / "link.md").symlink_to(tmp_path / "secret.md")
     (root / "linked").symlink_to(tmp_path)
     os.mkfifo(root / "pipe.md")
-    with pytest.raises(ToolError):
-        asyncio.run(documents.fetch(address.format(root=root, outside=tmp_path)))
+    for address in OUTSIDE_OR_HIDDEN:
+        with pytest.raises(ToolError):
+            asyncio.run(documents.fetch(address.format(root=root, outside=tmp_path)))
+            pytest.fail(f"{address} was opened")
     assert names(documents, "secret") == []
 
 
@@ -244,25 +307,30 @@ def test_the_index_is_private_and_made_anew_where_it_is_damaged(
 def test_killed_at_any_point_the_next_run_goes_on_and_nothing_is_there_twice(docs: MakeDocs, tmp_path: Path) -> None:
     documents = docs({f"{n}.md": f"alpha number{n} " + "filler " * 200 for n in range(40)})
     script = (
-        "import os, sys, pathlib\n"
+        "import os, sys, pathlib, tantivy\n"
         "from freehold.tools.browser import index\n"
         "from freehold.tools.browser.documents import Documents\n"
         "index._COMMIT_CHARACTERS = 5000\n"
-        "calls, at = [0], int(sys.argv[3])\n"
-        "def trace(frame, event, argument):\n"
-        "    if event == 'call' and frame.f_code.co_filename == index.__file__:\n"
-        "        calls[0] += 1\n"
-        "        if calls[0] == at: os.kill(os.getpid(), 9)\n"
-        "sys.setprofile(trace)\n"
-        "Documents(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])).refresh()\n"
+        "for at in map(int, sys.argv[3:]):\n"
+        "    if child := os.fork():\n"
+        "        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "        continue\n"
+        "    calls = [0]\n"
+        "    def trace(frame, event, argument):\n"
+        "        if event == 'call' and frame.f_code.co_filename == index.__file__:\n"
+        "            calls[0] += 1\n"
+        "            if calls[0] == at: os.kill(os.getpid(), 9)\n"
+        "    sys.setprofile(trace)\n"
+        "    Documents(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])).refresh()\n"
+        "    os._exit(0)\n"
     )
     source = random.Random(7)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = 0
-    for at in [*sorted(source.sample(range(20, 900), 6)), 10**9]:
-        command = [sys.executable, "-c", script, str(tmp_path / "docs"), str(tmp_path / "index-docs"), str(at)]
-        killed += subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
-    assert killed >= 3
+    points = [str(at) for at in [*sorted(source.sample(range(20, 900), 6)), 10**9]]
+    command = [sys.executable, "-c", script, str(tmp_path / "docs"), str(tmp_path / "index-docs"), *points]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split()
+    assert told.count(str(-signal.SIGKILL)) >= 3
+    assert told[-1] == "0"
     assert documents.refresh()[:3] == (0, 0, 0)
     for n in range(40):
         assert names(documents, f"number{n}") == [f"{n}.md"]
@@ -406,7 +474,7 @@ HTML = st.lists(
 
 
 @given(HTML)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_html_says_it_becomes_plain_text(html: str) -> None:
     for article_only in (False, True):
         found = markup.of_html(html, "https://e.org/", markup.web_resolve("https://e.org/"), article_only=article_only)
@@ -435,6 +503,34 @@ def test_pages_made_to_be_slow_are_not() -> None:
         markup.of_markdown(text, "", resolve)
 
 
+def test_a_page_on_which_its_reader_works_for_hours_is_given_up(
+    docs: MakeDocs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = "<p " + " ".join(f"a{number}=1" for number in range(200_000)) + ">words"
+    documents = docs({"slow.html": slow})
+    monkeypatch.setattr(apart, "MAX_SECONDS", 0.02)
+    assert documents.refresh().skipped == {"slow.html": "it takes more than 0 seconds to read"}
+    with pytest.raises(ToolError, match=r"`slow.html` cannot be opened: it takes more than"):
+        asyncio.run(documents.fetch("slow.html"))
+    monkeypatch.setattr(apart, "MAX_SECONDS", 60.0)
+    (tmp_path / "docs" / "slow.html").unlink()
+    docs({"good.html": "<p>good words"})
+    assert names(documents, "words") == ["good.html"]
+    resolve, polls = markup.web_resolve(""), iter((False, False))
+    with pytest.raises(UnreadableError, match="was stopped"):
+        apart.of_html(slow, "", resolve, stopped=lambda: next(polls, True))
+    first, _ = apart._readers.take()
+    apart._readers.give_back(first)
+    first._process.kill()  # as if nobody had asked for a long time
+    first._process.wait()
+    assert apart.of_html("<p>more", "", resolve, stopped=lambda: False).text == "more"
+    apart._readers.end()
+    for child, reason in {"9": "the HTML reader broke off", "signal.SIGXCPU": "takes more than 60 seconds"}.items():
+        monkeypatch.setattr(apart, "_CHILD", f"import os, signal; os.read(0, 9); os.kill(os.getpid(), {child})")
+        with pytest.raises(UnreadableError, match=reason):
+            apart.of_html("<p>more", "", resolve, stopped=lambda: False)
+
+
 def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,19 +543,20 @@ def test_a_pdf_that_ends_or_stalls_its_reader_harms_nobody_else(
             return pdf.read(file, 1 << 20, lambda: stopped)
 
     assert read() == ("T", ["one", "two"])
-    with pytest.raises(pdf.UnreadableError, match="larger than 0 MiB"), path.open("rb") as file:
+    with pytest.raises(UnreadableError, match="larger than 0 MiB"), path.open("rb") as file:
         pdf.read(file, 1, lambda: False)
     for child, reason in {
         "import os; os.kill(os.getpid(), 11)": "broke off",
         "x = bytearray(1 << 50)": "broke off",
         "import sys; sys.stdout.write('{')": "broke off",
         "while True: pass": "takes more than 0 seconds",
+        "import os, signal; os.kill(os.getpid(), signal.SIGXCPU)": "takes more than 60 seconds",
         "import os, json; print(json.dumps({'reason': str('EXA_API_KEY' in os.environ)}))": "False",
     }.items():
-        monkeypatch.setattr(pdf, "_CHILD", child)
-        monkeypatch.setattr(pdf, "MAX_SECONDS", 0.3 if "while" in child else 60.0)
-        with pytest.raises(pdf.UnreadableError, match=reason):
+        monkeypatch.setattr(apart, "_CHILD", child)
+        monkeypatch.setattr(pdf, "MAX_SECONDS", 0.03 if "while" in child else 60.0)
+        with pytest.raises(UnreadableError, match=reason):
             read()
-    with pytest.raises(pdf.UnreadableError, match="was stopped"):
-        monkeypatch.setattr(pdf, "_CHILD", "while True: pass")
+    with pytest.raises(UnreadableError, match="was stopped"):
+        monkeypatch.setattr(apart, "_CHILD", "while True: pass")
         read(stopped=True)

@@ -27,6 +27,7 @@ from freehold.tools.browser.web import Web
 from tests.tools.conftest import Browse
 
 PUBLIC, OTHER = "93.184.216.34", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
+TRUSTS_NOBODY = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # made once, since reading root certificates takes long
 Write = Callable[[bytes], Awaitable[None]]
 Respond = Callable[[str, Write], Awaitable[None]]
 
@@ -53,7 +54,7 @@ class Site:
         self.later_answers: dict[str, Sequence[str]] = {}  # from the second look-up on
         self._path, self._respond = folder / "s", respond
         self._tls: ssl.SSLContext | None = settings.pop("server_tls", None)
-        self._verify = settings.pop("verify", True)
+        self._verify = settings.pop("verify", TRUSTS_NOBODY)
         engine = settings.pop("engine", Searxng("http://127.0.0.1:9"))
         self.web = Web(engine=engine, resolve=self._resolve, transport=self._transport, **settings)
 

@@ -41,6 +41,7 @@ def zim_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     pages = {
         "A/Airship": '<h1>Airship</h1><p>An airship flies, see <a href="Count%20Z">the count</a>, '
         '<a href="../I/z.png">picture</a>, <a href="https://x.org/">out</a>, <a href="../../../etc/passwd">up</a>.',
+        "A/C#": "<h1>Sharp</h1><p>A language.",
         "A/Count Z": "<h1>Count</h1><p>A count【1†L1】.",
     }
     with libzim_writer.Creator(path).config_indexing(request.param, "eng") as creator:
@@ -66,6 +67,7 @@ def test_articles_are_found_opened_followed_and_cited(browse: Browse, zim_file: 
     for cursor, link, reason in ((1, 1, "is no text but image/png"), (1, 3, "There is no `etc/passwd` in wiki")):
         with pytest.raises(ToolError, match=reason):
             browsing("open", cursor=cursor, id=link)
+    assert "A language." in browsing("open", id="zim://wiki/A/C%23#part")
     assert "Nothing was found" in browsing("search", query="submarine")
 
 

@@ -23,6 +23,7 @@ from freehold.cli.options import (
     MinP,
     ModelOption,
     PrefixCacheDir,
+    PythonLimit,
     ReasoningEffort,
     Search,
     Seed,
@@ -73,6 +74,7 @@ def command(
     browse: Browse = None,
     search: Search = None,
     python: Annotated[bool, typer.Option("--python", help="Python in a sandbox without network.")] = False,
+    python_limit: PythonLimit = None,
     files: Annotated[
         list[Path] | None,
         typer.Option(
@@ -137,7 +139,8 @@ def command(
     choices = ToolChoices(
         browse=tuple(browse or ()),
         search=search,
-        python=python or bool(files),
+        python=python or bool(files or python_limit),
+        python_limits=tuple(python_limit or ()),
         functions=tuple(tools or ()),
         patch=patch,
         mcp=tuple(mcp or ()),

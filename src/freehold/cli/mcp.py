@@ -6,19 +6,16 @@ from typing import Annotated
 
 import typer
 
+from freehold.cli.options import Browse, PythonLimit, ToolFiles
 from freehold.cli.terminal import say
 from freehold.log import Progress
 
 
 def command(
-    browse: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="A folder or ZIM file to search and read. May be given again."),
-    ] = None,
+    browse: Browse = None,
     python: Annotated[bool, typer.Option("--python", help="Python in a sandbox without network.")] = False,
-    tools: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A Python file of functions. May be given again.")
-    ] = None,
+    python_limit: PythonLimit = None,
+    tools: ToolFiles = None,
     patch: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder whose files may be patched, without being asked.")
     ] = None,
@@ -40,7 +37,13 @@ def command(
     from freehold.tools.kit import ToolChoices, local_tools
     from freehold.tools.mcp_server import serve_mcp
 
-    choices = ToolChoices(browse=tuple(browse or ()), python=python, functions=tuple(tools or ()), patch=patch)
+    choices = ToolChoices(
+        browse=tuple(browse or ()),
+        python=python or bool(python_limit),
+        python_limits=tuple(python_limit or ()),
+        functions=tuple(tools or ()),
+        patch=patch,
+    )
     if choices.is_empty:
         raise UsageError("there is nothing to serve; give --browse PATH, --python, --tools FILE or --patch DIR")
     # The model that will read pages is not known; its tokens are much like gpt-oss's.

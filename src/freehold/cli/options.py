@@ -80,6 +80,13 @@ Browse = Annotated[
     list[Path] | None,
     typer.Option(metavar="PATH", help="A folder or ZIM file to search and read. May be given again."),
 ]
+PythonLimit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="What Python may take, such as seconds=300 or memory_bytes=4GiB. May be given again.",
+    ),
+]
 Search = Annotated[
     str | None,
     typer.Option(

@@ -9,15 +9,21 @@ import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import (
+    Browse,
     Context,
     Dense,
     Device,
     Dtype,
     KvDtype,
+    McpConfig,
+    McpServers,
     ModelOption,
     PrefixCacheDir,
+    PythonLimit,
+    Search,
     StoreOption,
     Threads,
+    ToolFiles,
 )
 from freehold.errors import UsageError
 from freehold.serve.settings import ServeSettings
@@ -41,6 +47,13 @@ def command(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="How fast a script is said. Default: as fast as it goes.")
     ] = None,
+    browse: Browse = None,
+    search: Search = None,
+    python: Annotated[bool, typer.Option("--python", help="Python in a sandbox without network.")] = False,
+    python_limit: PythonLimit = None,
+    tools: ToolFiles = None,
+    mcp: McpServers = None,
+    mcp_config: McpConfig = None,
     harmony: Annotated[
         bool | None,
         typer.Option(help="Speak Harmony, or the model's template. Default: what the model was made for."),
@@ -66,6 +79,12 @@ def command(
     airgap: Annotated[
         bool, typer.Option("--airgap", help="Let neither this process nor its children open any connection.")
     ] = False,
+    container_timeout: Annotated[
+        float, typer.Option(help="Seconds that a conversation's kernel and pages are kept without being used.")
+    ] = _DEFAULTS.container_timeout,
+    max_containers: Annotated[
+        int, typer.Option(help="So many conversations' kernels and pages are kept; the oldest idle ones go first.")
+    ] = _DEFAULTS.max_containers,
     max_concurrency: Annotated[int, typer.Option(help="So many answers are written at once.")] = _DEFAULTS.max_running,
     max_queue: Annotated[
         int, typer.Option(help="So many more may wait; who comes then is sent away.")
@@ -103,6 +122,7 @@ def command(
     \b
     freehold serve
     freehold serve --model /data/gpt-oss-20b --port 8080
+    freehold serve --model /data/gpt-oss-20b --browse ~/notes --python
     freehold serve --script turns.jsonl --tokens-per-second 50
     """
     if script is None and tokens_per_second is not None:
@@ -124,6 +144,7 @@ def command(
             raise UsageError(f"a --script is no model, and takes nothing of one: leave {', '.join(given)} out")
     from freehold.serve.journal import start_logging
     from freehold.serve.start import start
+    from freehold.tools.kit import ToolChoices
 
     settings = dataclasses.replace(
         _DEFAULTS,
@@ -142,6 +163,8 @@ def command(
         receive_timeout=receive_timeout,
         send_timeout=send_timeout,
         drain_timeout=drain_timeout,
+        container_timeout=container_timeout,
+        max_containers=max_containers,
         keep_days=_DEFAULTS.keep_days if keep_days is None else keep_days or None,
         keep_bytes=_DEFAULTS.keep_bytes if keep_bytes is None else keep_bytes or None,
         log_json=log_json,
@@ -172,5 +195,15 @@ def command(
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
 
+    choices = ToolChoices(
+        browse=tuple(browse or ()),
+        search=search,
+        python=python or bool(python_limit),
+        python_limits=tuple(python_limit or ()),
+        functions=tuple(tools or ()),
+        mcp=tuple(mcp or ()),
+        mcp_config=tuple(mcp_config or ()),
+    )
     start_logging(as_json=log_json)
-    sys.exit(start(load, settings, store_url=store, no_network=airgap))
+    bars = terminal.progress_bars
+    sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=choices, progress=bars))

@@ -17,6 +17,7 @@ from freehold.serve import chat, completions, conversations, messages, models, o
 from freehold.serve.document import document
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
+from freehold.serve.hosted import HostedTools
 from freehold.serve.journal import log_failure
 from freehold.serve.refusal import body_of
 from freehold.serve.responses import routes as responses
@@ -34,13 +35,17 @@ def create_app(
     *,
     store: Store | None = None,
     sealer: Sealer | None = None,
+    tools: HostedTools | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
-    """All endpoints for this model. Without a `store` no response is kept; a `sealer` opens what it sealed before.
-    `lifespan` is entered when serving begins, and left when it has ended."""
+    """All endpoints for this model.
+
+    Without a `store` no response is kept; a `sealer` opens what it sealed before. `tools` are run for clients; who made
+    them connects and closes them. `lifespan` is entered when serving begins, and left when it has ended.
+    """
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
-    server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer())
+    server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer(), tools=tools)
     app = FastAPI(
         title="Freehold",
         version=__version__,

@@ -52,7 +52,9 @@ def router(server: Server) -> APIRouter:
 class _Reply:
     """One answer on its way: its events, and what every chunk of it says."""
 
-    def __init__(self, server: Server, body: ChatRequest, asked: Asked, turn: Generation, reading: Reading):
+    def __init__(
+        self, server: Server, body: ChatRequest, asked: Asked, turn: Generation, reading: Reading[GenerationEvent]
+    ):
         self.body = body
         self.reading = reading
         self.turn = turn

@@ -96,7 +96,7 @@ def router(server: Server) -> APIRouter:
 async def _begin(server: Server, caller: Caller, body: CompletionRequest) -> "_Reply":
     server.check_room(len(body.prompt) * body.num_samples, param="prompt" if len(body.prompt) > 1 else "n")
     turns = [await _prepared(server, caller, body, ask) for ask in _asks(server, body)]
-    readings: list[Reading] = []
+    readings: list[Reading[GenerationEvent]] = []
     async with AsyncExitStack() as begun:  # all of them or none
         for turn in turns:
             readings.append(_read(server, caller, body, turn))
@@ -147,7 +147,7 @@ async def _prepared(server: Server, caller: Caller, body: CompletionRequest, ask
         raise _why_not(error, body) from error
 
 
-def _read(server: Server, caller: Caller, body: CompletionRequest, turn: Generation) -> Reading:
+def _read(server: Server, caller: Caller, body: CompletionRequest, turn: Generation) -> Reading[GenerationEvent]:
     try:
         return server.read(caller, turn)
     except FreeholdError as error:
@@ -161,7 +161,13 @@ def _why_not(error: FreeholdError, body: CompletionRequest) -> ApiError:
 class _Reply:
     """The answers on their way, one prompt's after the other's: choice `prompt * n + sample`."""
 
-    def __init__(self, server: Server, body: CompletionRequest, turns: Sequence[Generation], readings: list[Reading]):
+    def __init__(
+        self,
+        server: Server,
+        body: CompletionRequest,
+        turns: Sequence[Generation],
+        readings: list[Reading[GenerationEvent]],
+    ):
         tokenizer = server.served.prompting.the_tokenizer()
         self.body = body
         self.turns = turns
@@ -193,7 +199,9 @@ class _Reply:
         )
 
 
-async def _merged(readings: Sequence[Reading]) -> AsyncGenerator[tuple[int, list[GenerationEvent]], None]:
+async def _merged(
+    readings: Sequence[Reading[GenerationEvent]],
+) -> AsyncGenerator[tuple[int, Sequence[GenerationEvent]], None]:
     """What several readings give, whichever has something; all of them end with this."""
     if len(readings) == 1:
         try:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import Caller, caller_of
 from freehold.serve.errors import ApiError
-from freehold.serve.responses.items import Item, read_items
+from freehold.serve.responses.items import Item, on_wire, read_items
 from freehold.serve.responses.plan import new_id
 from freehold.serve.responses.routes import check_query, listed, stored
 from freehold.serve.responses.wire import ConversationCreate, ConversationUpdate, ItemsCreate
@@ -56,11 +56,11 @@ def router(server: Server) -> APIRouter:
     @routes.post("/{conversation_id}/items")
     async def create_items(request: Request, conversation_id: str, body: ItemsCreate) -> dict[str, Any]:
         """Add items at its end; 20 at most."""
-        check_query(request)
+        include = check_query(request)
         caller = caller_of(request)
         items = _items(server, caller, body.items)
         await stored(server, lambda store: store.add_conversation_items(conversation_id, caller.owner, items), _PARAM)
-        return listed(Page(items=tuple(items), has_more=False))
+        return listed(Page(items=tuple(items), has_more=False), include)
 
     @routes.get("/{conversation_id}/items")
     async def list_items(
@@ -71,23 +71,23 @@ def router(server: Server) -> APIRouter:
         order: Annotated[Literal["asc", "desc"], Query()] = "desc",
     ) -> dict[str, Any]:
         """Its items, the last one first unless `order` says otherwise."""
-        check_query(request, "after", "limit", "order")
+        include = check_query(request, "after", "limit", "order")
         owner = caller_of(request).owner
         page: Page = await stored(
             server,
             lambda store: store.conversation_items(conversation_id, owner, after=after, limit=limit, order=order),
             _PARAM,
         )
-        return listed(page)
+        return listed(page, include)
 
     @routes.get("/{conversation_id}/items/{item_id}")
     async def retrieve_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
-        check_query(request)
+        include = check_query(request)
         owner = caller_of(request).owner
         item: Item = await stored(
             server, lambda store: store.conversation_item(conversation_id, item_id, owner), "item_id"
         )
-        return item
+        return on_wire(item, include)
 
     @routes.delete("/{conversation_id}/items/{item_id}")
     async def delete_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
@@ -110,6 +110,7 @@ def _items(server: Server, caller: Caller, given: list[Item] | None) -> list[Ite
         given,
         new_id=new_id,
         open_=lambda sealed: server.sealer.open(caller.owner, sealed),
+        recall=lambda name: server.recall(caller, name),
         stored={},
         param="items",
     )

@@ -58,7 +58,7 @@ from freehold.serve.messages_wire import (
 )
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import EventStream, dumps, encode
-from freehold.session.generation import Ask, Generation, SampleDone
+from freehold.session.generation import Ask, Generation, GenerationEvent, SampleDone
 
 _VERSIONS = ("2023-06-01", "2026-10-21")
 _PING = encode({"type": "ping"}, "ping")
@@ -628,7 +628,7 @@ def _event(kind: str, **data: Any) -> bytes:
     return encode({"type": kind, **data}, kind)
 
 
-async def _answer(reading: Reading, reply: _Reply) -> dict[str, Any]:
+async def _answer(reading: Reading[GenerationEvent], reply: _Reply) -> dict[str, Any]:
     try:
         async for batch in reading:
             for event in batch:
@@ -639,7 +639,7 @@ async def _answer(reading: Reading, reply: _Reply) -> dict[str, Any]:
     raise AssertionError("a turn ends with its sample")
 
 
-async def _stream(reading: Reading, reply: _Reply) -> AsyncGenerator[bytes, None]:
+async def _stream(reading: Reading[GenerationEvent], reply: _Reply) -> AsyncGenerator[bytes, None]:
     begun = False
     try:
         async for batch in reading:

@@ -42,7 +42,7 @@ _HEADERS = (
     (
         "x-freehold-warnings",
         "answer",
-        "what was left out, such as hosted tools that are not there, or taken otherwise than written",
+        "what was left out, such as hosted tools that are not switched on, or taken otherwise than written",
     ),
     ("retry-after", "answer", "seconds, with 429 and 503"),
 )
@@ -75,6 +75,8 @@ _LIMITS = {
     "receive_timeout": "seconds for a body to come",
     "send_timeout": "seconds that a client may not read",
     "drain_timeout": "seconds for running requests once the server is told to stop",
+    "container_timeout": "seconds that what a conversation's tools hold is kept without being used",
+    "max_containers": "conversations whose tools' kernels and pages are kept; the oldest idle ones go first",
 }
 
 

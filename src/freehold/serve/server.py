@@ -2,32 +2,61 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 
 from freehold.serve.caller import Caller
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
+from freehold.serve.hosted import HostedTools
 from freehold.serve.responses.background import Background
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
 from freehold.serve.threads import Threads
 from freehold.session.completion import TextAsk, prepare_text
-from freehold.session.generation import Ask, Generation, GenerationEvent, SampleDone, prepare_generation
-from freehold.session.served import Served
+from freehold.session.generation import Ask, Generation, SampleDone, prepare_generation
+from freehold.session.served import AsyncRunner, Served
 from freehold.session.store.store import Store
+from freehold.session.toolbox import Toolbox
+from freehold.session.turn import Turn, TurnLimits, prepare
 
 _T = TypeVar("_T")
+_Event = TypeVar("_Event", covariant=True)
 DEFAULT_NAME = "default"
+
+
+class Events(Protocol[_Event]):
+    """What a turn says, batch by batch. `aclose` ends it, wherever it is."""
+
+    def __aiter__(self) -> AsyncIterator[Sequence[_Event]]: ...
+
+    async def __anext__(self) -> Sequence[_Event]: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Runnable(Protocol[_Event]):
+    """What `Server.read` can read: a Generation, or a Turn with tools. The numbers are of what was done so far."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def events(self, runner: AsyncRunner) -> Events[_Event]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """One server's parts. Without a `store` nothing is kept. `sealer` seals what clients keep for it; `created` is when
-    it began, in seconds since 1970."""
+    it began, in seconds since 1970; `tools` are those that it runs for its clients."""
 
     served: Served
     settings: ServeSettings
@@ -36,6 +65,7 @@ class Server:
     sealer: Sealer = field(default_factory=Sealer)
     store_threads: Threads = field(default_factory=lambda: Threads("freehold-store", 4))
     background: Background = field(default_factory=Background)
+    tools: HostedTools | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -55,6 +85,26 @@ class Server:
         ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
         return await prepare_generation(self.served, ask)
 
+    @property
+    def hosted(self) -> HostedTools | None:
+        """The tools that this model can use: none where it does not speak Harmony."""
+        return self.tools if self.tools is not None and self.served.speaks_harmony else None
+
+    async def turn_with_tools(self, caller: Caller, ask: Ask, toolbox: Toolbox, limits: TurnLimits) -> Turn:
+        """The same with tools that the server runs."""
+        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
+        return await prepare(self.served, ask, toolbox, limits=limits)
+
+    def recall(self, caller: Caller, name: str) -> Mapping[str, Any] | None:
+        """What a hosted tool's call with this item's id said to this caller, where that is still known."""
+        return None if self.tools is None else self.tools.containers.recall(caller.owner, name)
+
+    async def stop(self) -> None:
+        """End all that runs; what is asked next is refused."""
+        await self.served.runner.drain(0)
+        if self.tools is not None:
+            await self.tools.stop()
+
     async def text(self, caller: Caller, ask: TextAsk) -> Generation:
         """The same for a text without a conversation around it."""
         ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
@@ -68,32 +118,40 @@ class Server:
                 400, f"{samples} answers at once are more than this server's {room}; ask for fewer", param=param
             )
 
-    def read(self, caller: Caller, turn: Generation) -> "Reading":
-        """Run a turn and read it; close or forget what this returns to end it.
+    def read(
+        self, caller: Caller, turn: Runnable[_Event], *, left: Callable[[], None] = lambda: None
+    ) -> "Reading[_Event]":
+        """Run a turn and read it; close or forget what this returns to end it. `left` is called when it is over, also
+        where it does not begin.
 
         Raises, at once, a 429 where the queue is full and a 503 where the server is closing. What goes wrong later
         comes while it is read: a turn that ends for want of time, or because the server stops, is an error too.
         """
-        self.gate.enter(turn.num_samples)
-        return Reading(self, caller, turn)
+        try:
+            self.gate.enter(turn.num_samples)
+        except BaseException:
+            left()
+            raise
+        return Reading(self, caller, turn, left)
 
 
-class Reading:
+class Reading(Generic[_Event]):
     """The events of a turn on their way to one caller, who is charged for the tokens; see `Server.read`."""
 
-    def __init__(self, server: Server, caller: Caller, turn: Generation) -> None:
+    def __init__(self, server: Server, caller: Caller, turn: Runnable[_Event], left: Callable[[], None]) -> None:
         self._server = server
         self._caller = caller
+        self._left = left
         self._places = turn.num_samples  # from now on, whatever happens
         self._turn = turn
-        self._num_charged = 0  # of the tokens written
+        self._num_charged = 0
         self._events = turn.events(server.served.runner)
-        caller.charge(turn.num_prompt_tokens)
+        self._charge()
 
-    def __aiter__(self) -> "Reading":
+    def __aiter__(self) -> "Reading[_Event]":
         return self
 
-    async def __anext__(self) -> list[GenerationEvent]:
+    async def __anext__(self) -> Sequence[_Event]:
         try:
             batch = await anext(self._events)
         except BaseException:
@@ -116,13 +174,15 @@ class Reading:
         self._leave()
 
     def _charge(self) -> None:
-        """For what was written since; also who leaves before the end has had it made."""
-        self._caller.charge(self._turn.num_tokens - self._num_charged)
-        self._num_charged = self._turn.num_tokens
+        """For what was read and written since; also who leaves before the end has had it made."""
+        so_far = self._turn.num_prompt_tokens + self._turn.num_tokens
+        self._caller.charge(so_far - self._num_charged)
+        self._num_charged = so_far
 
     def _leave(self) -> None:
         if self._places:
             self._charge()
+            self._left()
         self._server.gate.leave(self._places)
         self._places = 0
 

@@ -14,9 +14,10 @@ class ServeSettings:
 
     Times are in seconds. `max_running` requests run at once and `max_queue` more wait; what comes then is sent away.
     A request takes `request_timeout` at most, a client that stops reading is cut off after `send_timeout`, and on
-    SIGTERM running requests have `drain_timeout` to come to their end. Stored responses are kept for
-    `keep_days` and up to `keep_bytes`, the oldest go first; None keeps them for ever. Without a `tls_key` the file
-    `tls_cert` holds the key too.
+    SIGTERM running requests have `drain_timeout` to come to their end. What a conversation's tools hold is closed when
+    they have not been used for `container_timeout`, or where there are more than `max_containers`. Stored responses are
+    kept for `keep_days` and up to `keep_bytes`, the oldest go first; None keeps them for ever. Without a `tls_key` the
+    file `tls_cert` holds the key too.
     """
 
     host: str = "127.0.0.1"
@@ -34,6 +35,8 @@ class ServeSettings:
     receive_timeout: float = 30.0
     send_timeout: float = 30.0
     drain_timeout: float = 60.0
+    container_timeout: float = 1200.0
+    max_containers: int = 32
     keep_days: float | None = 30.0
     keep_bytes: int | None = 4 << 30
     log_json: bool = False
@@ -46,10 +49,10 @@ class ServeSettings:
             raise UsageError("a model cannot go by no name; give --served-model-name one that clients can send")
         if self.tls_key is not None and self.tls_cert is None:
             raise UsageError("a key alone makes no TLS; give its certificate with --tls-cert")
-        for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1)):
+        for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1), ("max_containers", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{option_of(name)} must be {least} or more, got {getattr(self, name)!r}")
-        for name in ("request_timeout", "receive_timeout", "send_timeout", "drain_timeout"):
+        for name in ("request_timeout", "receive_timeout", "send_timeout", "drain_timeout", "container_timeout"):
             if not 0 < getattr(self, name) <= _LONGEST_SECONDS:
                 raise UsageError(
                     f"{option_of(name)} must be more than 0 and at most {_LONGEST_SECONDS:,.0f} seconds, "

@@ -5,17 +5,21 @@ where that is asked for, after the sockets are bound and before a model or any f
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 
 from fastapi import FastAPI
 
 from freehold import airgap
-from freehold.log import NOTICE, logger
+from freehold.errors import FreeholdError
+from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.paths import data_dir
 from freehold.serve.app import create_app
 from freehold.serve.connection import ConnectionLimits
+from freehold.serve.containers import Containers
 from freehold.serve.guard import guard
+from freehold.serve.hosted import prepare
 from freehold.serve.hosts import host_name, origin
 from freehold.serve.keys import Keys
 from freehold.serve.responses.seal import Sealer
@@ -24,13 +28,28 @@ from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
 from freehold.session.served import Served
 from freehold.session.store.store import Store
+from freehold.tools.kit import ToolChoices
 
 _HOUSEKEEPING_SECONDS = 600.0
 _DAY = 86_400.0
+_NO_TOOLS = ToolChoices()
 
 
-def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str | None, no_network: bool) -> int:
-    """Serve until a signal; returns the exit code. `load` makes the model when everything else is in order.
+def _unseen() -> AbstractContextManager[Progress]:
+    return nullcontext(no_progress)
+
+
+def start(
+    load: Callable[[], Served],
+    settings: ServeSettings,
+    *,
+    store_url: str | None,
+    no_network: bool,
+    tools: ToolChoices = _NO_TOOLS,
+    progress: Callable[[], AbstractContextManager[Progress]] = _unseen,
+) -> int:
+    """Serve until a signal; returns the exit code. `load` makes the model when everything else is in order. `tools` are
+    what clients may use; `progress` opens what shows how far the indexing of their documents is.
 
     Raises UsageError, StoreError, DiskError and whatever `load` does.
     """
@@ -50,10 +69,17 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
             )
             for response_id in store.recover():
                 logger.log(NOTICE, "response %s was not complete when the server stopped: it has failed", response_id)
+            with progress() as show:
+                prepared = prepare(tools, no_network=no_network, progress=show)
             served = load()
             served.warm_up()
             sealer = Sealer.from_file(data_dir() / "sealing.key")
-            app = create_app(served, settings, store=store, sealer=sealer, lifespan=_life)
+            containers = Containers(idle_seconds=settings.container_timeout, most=settings.max_containers)
+            hosted = None if prepared is None else prepared.hosted(served.prompting.the_tokenizer(), containers)
+            if hosted is not None and not served.speaks_harmony:
+                logger.log(NOTICE, "%s does not speak Harmony and uses no tools: clients are told so", served.name)
+            app = create_app(served, settings, store=store, sealer=sealer, tools=hosted, lifespan=_life)
+            app.state.failure = None
             server: Server = app.state.server
             guarded = guard(
                 app,
@@ -65,16 +91,19 @@ def start(load: Callable[[], Served], settings: ServeSettings, *, store_url: str
                 receive_timeout=settings.receive_timeout,
                 log_content=settings.log_content,
             )
-            return serve(
-                guarded,
-                sockets,
-                tls=tls,
-                limits=ConnectionLimits(write_seconds=settings.send_timeout),
-                drain_timeout=settings.drain_timeout,
-                on_drain=server.gate.drain,
-                on_late=lambda: server.served.runner.drain(0),
-                on_ready=_log_ready if settings.log_json else None,
-            )
+            try:
+                return serve(
+                    guarded,
+                    sockets,
+                    tls=tls,
+                    limits=ConnectionLimits(write_seconds=settings.send_timeout),
+                    drain_timeout=settings.drain_timeout,
+                    on_drain=server.gate.drain,
+                    on_late=server.stop,
+                    on_ready=_log_ready if settings.log_json else None,
+                )
+            except FreeholdError as error:
+                raise app.state.failure or error from None
     finally:
         for socket in sockets:
             socket.close()
@@ -89,6 +118,14 @@ def _log_ready(url: str) -> None:
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     """While the server runs its store is kept tidy; then what is still being made comes to an end, and is stored."""
     server: Server = app.state.server
+    if server.tools is not None:
+        try:
+            await server.tools.connect()
+        except FreeholdError as error:
+            app.state.failure = error  # uvicorn has no way to hand it on, and tells of it by a traceback
+            logging.getLogger("uvicorn.error").disabled = True
+            await server.tools.aclose()
+            raise
     tidying = asyncio.create_task(_tidy(server))
     await asyncio.to_thread(app.openapi)  # a second's work, which the first to ask for it would impose on everybody
     try:
@@ -98,8 +135,10 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         with suppress(asyncio.CancelledError):
             await tidying
         await server.background.finish(server.settings.drain_timeout)
-        await server.served.runner.drain(0)
+        await server.stop()
         await server.background.finish()
+        if server.tools is not None:
+            await server.tools.aclose()
 
 
 async def _tidy(server: Server) -> None:

@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from freehold.errors import UsageError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.tools.base import FunctionTools, Tool
+from freehold.tools.mcp_config import HttpServer, McpServer, parse_server, read_config
 
 if TYPE_CHECKING:
     from freehold.tools.apply_patch import Approve
-    from freehold.tools.browser.content import Source
-    from freehold.tools.browser.engines import SearchEngine
+    from freehold.tools.python import PythonTool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolChoices:
-    """`browse` are folders and ZIM files, `search` who searches the web: exa, you, or the URL of a SearXNG. `functions`
-    are Python files, `patch` is the folder whose files may be changed. `mcp` are commands and URLs, `mcp_config` are
-    files of them."""
+    """`browse` are folders and ZIM files, `search` who searches the web: exa, you, or the URL of a SearXNG.
+    `python_limits` are texts such as `seconds=300`, `functions` Python files, `patch` is the folder whose files may be
+    changed. `mcp` are commands and URLs, `mcp_config` are files of them."""
 
     browse: tuple[Path, ...] = ()
     search: str | None = None
     python: bool = False
+    python_limits: tuple[str, ...] = ()
     functions: tuple[Path, ...] = ()
     patch: Path | None = None
     mcp: tuple[str, ...] = ()
@@ -45,7 +45,20 @@ class ToolChoices:
     @property
     def needs_network(self) -> bool:
         """Whether a tool of ours connects to anybody. What MCP servers do that are started here is their own affair."""
-        return self.search is not None or any(text.split("=", 1)[-1].startswith("http") for text in self.mcp)
+        return self.search is not None or any(isinstance(server, HttpServer) for server in self.servers)
+
+    @property
+    def servers(self) -> tuple[McpServer, ...]:
+        """The MCP servers. Raises UsageError and UnsupportedError for what is none, or a file that cannot be read."""
+        given = [parse_server(text) for text in self.mcp]
+        return (*given, *(server for path in self.mcp_config for server in read_config(path)))
+
+
+def python_tool(choices: ToolChoices) -> "PythonTool":
+    """As it was chosen. Raises UsageError for limits that are none, UnsupportedError where there can be no sandbox."""
+    from freehold.tools.python import PythonTool, read_limits
+
+    return PythonTool(**read_limits(choices.python_limits))  # type: ignore[arg-type] # they are of the fields' types
 
 
 @contextmanager
@@ -66,9 +79,7 @@ def local_tools(
     tools: list[Tool | FunctionTools] = []
     with ExitStack() as opened:
         if choices.python:
-            from freehold.tools.python import PythonTool
-
-            tools.append(PythonTool())
+            tools.append(python_tool(choices))
         if choices.functions:
             from freehold.tools.functions import load_tools
 
@@ -79,9 +90,11 @@ def local_tools(
             tools.append(ApplyPatchTool(choices.patch, approve=approve_patch, form=patch_form))
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
+            from freehold.tools.browser.sources import open_sources
 
             assert tokenizer is not None
-            browser = Browser(sources=_sources(choices, progress), tokenizer=tokenizer)
+            sources = open_sources(choices.browse, web=choices.search, progress=progress)
+            browser = Browser(sources=sources, tokenizer=tokenizer)
             opened.callback(browser.close)
             tools.append(browser)
         yield tuple(tools)
@@ -97,43 +110,9 @@ async def mcp_tools(choices: ToolChoices) -> AsyncIterator[tuple[FunctionTools, 
         yield ()
         return
     from freehold.tools.mcp import McpTools
-    from freehold.tools.mcp_config import parse_server, read_config
 
-    servers = [parse_server(text) for text in choices.mcp]
-    servers += [server for path in choices.mcp_config for server in read_config(path)]
-    connected = await McpTools.connect(servers)
+    connected = await McpTools.connect(choices.servers)
     try:
         yield (connected,)
     finally:
         await connected.aclose()
-
-
-def _sources(choices: ToolChoices, progress: Progress) -> "list[Source]":
-    from freehold.tools.browser.documents import Documents
-    from freehold.tools.browser.web import Web
-    from freehold.tools.browser.zim import Zim
-
-    sources: list[Source] = []
-    for path in choices.browse:
-        if path.suffix.lower() == ".zim":
-            sources.append(Zim(path))
-        else:
-            documents = Documents(path)
-            sources.append(documents)
-            documents.refresh(progress=progress)
-    if choices.search is not None:
-        sources.append(Web(engine=_engine(choices.search)))
-    return sources
-
-
-def _engine(search: str) -> "SearchEngine":
-    from freehold.tools.browser.engines import Exa, Searxng, YouCom
-
-    match search:
-        case "exa":
-            return Exa()
-        case "you":
-            return YouCom()
-    if not search.startswith(("http://", "https://")):
-        raise UsageError(f"the web is searched by exa, you, or the URL of a SearXNG server, got {search!r}")
-    return Searxng(search)

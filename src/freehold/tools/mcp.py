@@ -34,7 +34,7 @@ from freehold.formats.harmony.typescript import typescript
 from freehold.formats.schema import object_schema
 from freehold.log import logger
 from freehold.tools.base import Citation, ToolError, ToolResult, ToolSession
-from freehold.tools.mcp_config import HttpServer, McpServer, StdioServer
+from freehold.tools.mcp_config import HttpServer, McpServer, StdioServer, function_name
 
 if TYPE_CHECKING:
     import mcp
@@ -94,6 +94,19 @@ class McpTools:
     def functions(self) -> tuple[Tool, ...]:
         return tuple(offered.tool for offered in self._offered().values())
 
+    @property
+    def offers(self) -> "tuple[McpOffer, ...]":
+        """The same as the servers have them."""
+        return tuple(
+            McpOffer(
+                name=offered.theirs.name,
+                tool=offered.tool,
+                schema=offered.theirs.input_schema,
+                read_only=bool(offered.theirs.annotations and offered.theirs.annotations.read_only_hint),
+            )
+            for offered in self._offered().values()
+        )
+
     async def open(self) -> ToolSession:
         return _Session(self)
 
@@ -125,6 +138,17 @@ class McpTools:
                     name, number = f"{tool.name}_{number}", number + 1
                 offered[name] = _Offered(server, theirs, tool if name == tool.name else _renamed(tool, name))
         return offered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class McpOffer:
+    """A server's tool: its `name` there, the `schema` as the server has it, and whether the server says that it changes
+    nothing; `tool` is how the model is told of it."""
+
+    name: str
+    tool: Tool
+    schema: Mapping[str, Any]
+    read_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,7 +521,7 @@ def _is_over(error: "mcp.MCPError") -> bool:
 def _described(server: str, tools: "Sequence[mcp_types.Tool]") -> "Iterator[tuple[mcp_types.Tool, Tool]]":
     for theirs in tools:
         schema = theirs.input_schema
-        name = re.sub(r"[^A-Za-z0-9_\-]+", "_", f"{server}__{theirs.name}")
+        name = function_name(server, theirs.name)
         takes_nothing = (
             not schema.get("properties") and not schema.get("additionalProperties") and _PLAIN.issuperset(schema)
         )

@@ -70,6 +70,11 @@ class HttpServer:
 McpServer = StdioServer | HttpServer
 
 
+def function_name(server: str, tool: str) -> str:
+    """What the model calls a server's tool."""
+    return re.sub(r"[^A-Za-z0-9_\-]+", "_", f"{server}__{tool}")
+
+
 def without_secrets(url: str) -> str:
     """A URL as it may be shown: without user, password and query."""
     return re.sub(r"(?<=//)[^/?#]*@", "", url).partition("?")[0]

@@ -10,18 +10,19 @@ from typing import Any, Protocol
 
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.journal import log_failure
-from freehold.serve.responses.stream import Event, ResponseStream
+from freehold.serve.responses.output import Event
+from freehold.serve.responses.stream import ResponseStream
 from freehold.serve.sse import dumps
 from freehold.serve.threads import Threads
-from freehold.session.generation import GenerationEvent
 from freehold.session.store.records import ResponseRecord
 from freehold.session.store.store import Store
+from freehold.session.turn import TurnEvent
 
 
 class Batches(Protocol):
     """What a turn says, batch by batch; see freehold.serve.server.Reading."""
 
-    def __aiter__(self) -> AsyncIterator[list[GenerationEvent]]: ...
+    def __aiter__(self) -> AsyncIterator[Sequence[TurnEvent]]: ...
 
     async def aclose(self) -> None: ...
 
@@ -75,7 +76,7 @@ class Run:
         keep_events: bool,
         ended: Callable[["Run"], None],
     ) -> None:
-        first = record(stream.response)
+        first = record(stream.stored)
         self.key = (first.owner, first.id)
         self.keeps_events = keep_events
         self.task: asyncio.Task[None] | None = None
@@ -101,6 +102,11 @@ class Run:
     def response(self) -> dict[str, Any]:
         """As it is by now."""
         return self._stream.response
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The same with what is not for the wire."""
+        return self._stream.stored
 
     async def queue(self) -> None:
         events = numbered(self._stream.created())
@@ -194,7 +200,7 @@ class Run:
                 self._tell(events)
 
     def _put(self, events: Sequence[Numbered]) -> None:
-        self._store.put_response(self._record(self._stream.response), events if self.keeps_events else ())
+        self._store.put_response(self._record(self._stream.stored), events if self.keeps_events else ())
 
     def _tell(self, events: Sequence[Numbered]) -> None:
         if self.keeps_events:

@@ -2,6 +2,12 @@
 
 An item is kept as the dict that goes on the wire. What a message of it is depends on the item alone, so that a later
 prompt begins like the one that the item was said in. Ids of calls live here only: messages know the tools' names.
+
+Calls of hosted tools are one item each, with what came of them. Harmony shows the model a browser's and Python's until
+it has answered, but the wire has no place for what a page said: such items have a field more, `PRIVATE`, which is
+stored with them and taken off by `on_wire`. Clients that keep their items themselves send them without; what is missing
+is then asked of `recall`, which knows it as long as the call's container is there. After that the model is told that it
+is gone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,18 +15,28 @@ from typing import Any, Literal
 
 from freehold.errors import UsageError
 from freehold.formats.conversation import Channel, Message, Text, text_message
+from freehold.formats.harmony.offer import BUILTIN_CHANNEL, FUNCTION_CHANNEL
+from freehold.formats.harmony.typescript import compact_json
 from freehold.serve.errors import ApiError
 from freehold.serve.responses.wire import (
+    CodeInterpreterCallItem,
     CustomCallItem,
+    FindAction,
     FunctionCallItem,
+    McpCallItem,
+    McpListToolsItem,
     MessageItem,
+    OpenAction,
     OutputItem,
     ReasoningItem,
     ReferenceItem,
     RefusalPart,
+    SearchAction,
     TextPart,
+    WebSearchCallItem,
 )
 from freehold.serve.wire import read
+from freehold.tools.mcp_config import function_name
 
 Item = dict[str, Any]
 NewId = Callable[[str], str]
@@ -29,6 +45,13 @@ NewId = Callable[[str], str]
 Open = Callable[[str], str]
 """Opens encrypted content; see seal.py."""
 
+Recall = Callable[[str], Mapping[str, Any] | None]
+"""What the call with an item's id said, as it stands under `PRIVATE`; None where nobody knows."""
+
+PRIVATE = "_call"
+"""Of a stored item: `recipient`, `content_type` and `text` of the call as the model wrote it, `result` as the model
+read it, `container`, and the `sources` of a search. Never on the wire."""
+
 _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
@@ -36,10 +59,33 @@ _PREFIXES = {
     "custom_tool_call": "ctc",
     "custom_tool_call_output": "ctco",
     "reasoning": "rs",
+    "web_search_call": "ws",
+    "code_interpreter_call": "ci",
+    "mcp_call": "mcp",
+    "mcp_list_tools": "mcpl",
 }
 _CALLS = {"function_call": "function_call_output", "custom_tool_call": "custom_tool_call_output"}
+_JSON = "<|constrain|>json"
+_OVER = ("completed", "failed")
+_GONE = "[What this call said is no longer kept here. Make it again if it matters.]"
 _TEXT_ONLY = "gpt-oss reads text only"
 _PARTS_REFUSED = ("input_image", "input_file", "input_audio", "image_url", "computer_screenshot")
+
+
+def on_wire(item: Item, include: Sequence[str] = ()) -> Item:
+    """As clients see it, with more of it where that is to be included."""
+    if PRIVATE not in item:
+        return item
+    shown = {key: value for key, value in item.items() if key != PRIVATE}
+    said = item[PRIVATE]
+    if item["type"] == "code_interpreter_call" and "code_interpreter_call.outputs" in include:
+        shown["outputs"] = [{"type": "logs", "logs": said["result"]}]
+    if item["type"] == "web_search_call" and "web_search_call.action.sources" in include:
+        action = shown["action"]
+        if action["type"] == "search":
+            sources = [{"type": "url", "url": url} for url in said["sources"]]
+            shown["action"] = {**action, "sources": sources}
+    return shown
 
 
 def flat_name(namespace: str | None, name: str) -> str:
@@ -66,6 +112,7 @@ def read_items(
     *,
     new_id: NewId,
     open_: Open,
+    recall: Recall,
     stored: Mapping[str, Item],
     param: str = "input",
 ) -> list[Item]:
@@ -77,7 +124,7 @@ def read_items(
         return []
     if isinstance(given, str):
         return [_message(MessageItem(role="user", content=given), new_id, param)]
-    return [_read(item, new_id, open_, stored, f"{param}[{at}]") for at, item in enumerate(given)]
+    return [_read(item, new_id, open_, recall, stored, f"{param}[{at}]") for at, item in enumerate(given)]
 
 
 def _kind(item: Item) -> Any:
@@ -86,7 +133,7 @@ def _kind(item: Item) -> Any:
     return "message" if "role" in item else "item_reference"
 
 
-def _read(raw: Item, new_id: NewId, open_: Open, stored: Mapping[str, Item], param: str) -> Item:
+def _read(raw: Item, new_id: NewId, open_: Open, recall: Recall, stored: Mapping[str, Item], param: str) -> Item:
     match _kind(raw):
         case "message":
             return _message(read(MessageItem, raw, param), new_id, param)
@@ -108,6 +155,16 @@ def _read(raw: Item, new_id: NewId, open_: Open, stored: Mapping[str, Item], par
             }
         case "reasoning":
             return _reasoning(read(ReasoningItem, raw, param), new_id, open_, param)
+        case "web_search_call":
+            return _web_search(read(WebSearchCallItem, raw, param), new_id, recall)
+        case "code_interpreter_call":
+            return _code_interpreter(read(CodeInterpreterCallItem, raw, param), new_id, recall)
+        case "mcp_call":
+            return _mcp_call(read(McpCallItem, raw, param), new_id)
+        case "mcp_list_tools":
+            listed = read(McpListToolsItem, raw, param)
+            item = {"type": listed.type, "id": listed.id or new_id("mcpl"), "server_label": listed.server_label}
+            return {**item, "tools": listed.tools, "error": listed.error}
         case "item_reference":
             return stored[read(ReferenceItem, raw, param).id]
     known = ", ".join((*_PREFIXES, "item_reference"))
@@ -180,6 +237,63 @@ def _reasoning(item: ReasoningItem, new_id: NewId, open_: Open, param: str) -> I
         "summary": [{"type": "summary_text", "text": part.text} for part in item.summary or ()],
         "content": content,
         "status": item.status or "completed",
+    }
+
+
+def _web_search(call: WebSearchCallItem, new_id: NewId, recall: Recall) -> Item:
+    item = {
+        "type": "web_search_call",
+        "id": call.id or new_id("ws"),
+        "action": call.action.model_dump(exclude_none=True),
+        "status": call.status or "completed",
+    }
+    if call.id is not None and (said := recall(call.id)) is not None:
+        return {**item, PRIVATE: said}
+    match call.action:
+        case SearchAction(query=query, queries=queries):
+            name, arguments = "search", {"query": query or ", ".join(queries or ())}
+        case OpenAction(url=url):
+            name, arguments = "open", {"id": url or ""}
+        case FindAction(pattern=pattern):
+            name, arguments = "find", {"pattern": pattern}
+    text = compact_json(arguments)
+    return {**item, PRIVATE: _said(f"browser.{name}", _JSON, text, _GONE, sources=[])}
+
+
+def _code_interpreter(call: CodeInterpreterCallItem, new_id: NewId, recall: Recall) -> Item:
+    outputs = call.outputs
+    item = {
+        "type": "code_interpreter_call",
+        "id": call.id or new_id("ci"),
+        "code": call.code or "",
+        "container_id": call.container_id,
+        "outputs": None if outputs is None else [output.model_dump() for output in outputs],
+        "status": call.status or "completed",
+    }
+    said = None if call.id is None else recall(call.id)
+    if outputs is not None:
+        result = "".join(output.logs for output in outputs)
+    else:
+        result = _GONE if said is None else said["result"]
+    content_type = "code" if said is None else said["content_type"]
+    return {**item, PRIVATE: _said("python", content_type, call.code or "", result, container=call.container_id)}
+
+
+def _said(recipient: str, content_type: str | None, text: str, result: str, **more: Any) -> dict[str, Any]:
+    return {"recipient": recipient, "content_type": content_type, "text": text, "result": result, **more}
+
+
+def _mcp_call(call: McpCallItem, new_id: NewId) -> Item:
+    return {
+        "type": "mcp_call",
+        "id": call.id or new_id("mcp"),
+        "server_label": call.server_label,
+        "name": call.name,
+        "arguments": call.arguments,
+        "output": call.output,
+        "error": call.error,
+        "approval_request_id": None,
+        "status": call.status or "completed",
     }
 
 
@@ -266,6 +380,12 @@ def to_messages(items: Sequence[Item]) -> list[Message]:
                 names[item["call_id"]] = name = f"functions.{flat_name(item.get('namespace'), item['name'])}"
                 if item["status"] == "completed" or item["call_id"] in answered:
                     messages.append(_to_call(item, name))
+            case "web_search_call" | "code_interpreter_call":
+                messages += _to_builtin_call(item)
+            case "mcp_call":
+                messages += _to_mcp_call(item)
+            case "mcp_list_tools":
+                pass  # the prompt describes what there is now
             case _:
                 output = item["output"]
                 text = output if isinstance(output, str) else _joined(output)
@@ -290,6 +410,60 @@ def _to_call(item: Item, name: str) -> Message:
         recipient=name,
         content_type="<|constrain|>json" if is_json else None,
     )
+
+
+def _to_builtin_call(item: Item) -> list[Message]:
+    said = item.get(PRIVATE)
+    if said is None or item["status"] not in _OVER:
+        return []
+    call = Message(
+        role="assistant",
+        parts=(Text(text=said["text"]),),
+        channel=BUILTIN_CHANNEL,
+        recipient=said["recipient"],
+        content_type=said["content_type"],
+    )
+    result = Message(
+        role="tool",
+        parts=(Text(text=said["result"]),),
+        channel=BUILTIN_CHANNEL,
+        recipient="assistant",
+        name=said["recipient"],
+    )
+    return [call, result]
+
+
+def _to_mcp_call(item: Item) -> list[Message]:
+    if item["status"] not in _OVER:
+        return []
+    name = f"functions.{function_name(item['server_label'], item['name'])}"
+    call = Message(
+        role="assistant",
+        parts=(Text(text=item["arguments"]),),
+        channel=FUNCTION_CHANNEL,
+        recipient=name,
+        content_type=_JSON,
+    )
+    text = item["output"] or ""
+    if item["error"] is not None:
+        text = _error_text(item["error"])
+    return [call, _to_result(name, text)]
+
+
+def mcp_error(text: str) -> dict[str, Any]:
+    """What went wrong in a call of an MCP server's tool, as the wire has it; `text` is what the model was told."""
+    return {"type": "mcp_tool_execution_error", "content": [{"type": "text", "text": text}]}
+
+
+def _error_text(error: Any) -> str:
+    """What the model was told."""
+    if isinstance(error, str):
+        return error
+    if isinstance(content := error.get("content"), list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    message = error.get("message")
+    return message if isinstance(message, str) else "Error"
 
 
 def _to_result(name: str, text: str) -> Message:

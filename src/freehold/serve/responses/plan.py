@@ -26,6 +26,7 @@ from freehold.sampling import SamplingOptions
 from freehold.serve.caller import Caller
 from freehold.serve.effort import thinking
 from freehold.serve.errors import ApiError, api_error, warning_headers
+from freehold.serve.responses.hosted import Hosting
 from freehold.serve.responses.items import (
     Item,
     check_items,
@@ -48,6 +49,7 @@ from freehold.serve.responses.wire import (
 from freehold.serve.server import Server
 from freehold.session.generation import Ask, Generation
 from freehold.session.store.records import ResponseRecord
+from freehold.session.turn import Turn, TurnLimits
 
 _LOGPROBS = "message.output_text.logprobs"
 _ENCRYPTED = "reasoning.encrypted_content"
@@ -70,10 +72,13 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A response that is about to be made. `keeps` says whether it will be stored."""
+    """A response that is about to be made, with the tools that it runs. `keeps` says whether it will be stored."""
 
     caller: Caller
-    turn: Generation
+    turn: Generation | Turn
+    hosting: Hosting | None
+    lists: tuple[Item, ...]
+    include: tuple[str, ...]
     response: dict[str, Any]
     own: tuple[Item, ...]
     tools: Toolset
@@ -91,6 +96,11 @@ class Plan:
     def headers(self) -> dict[str, str]:
         return warning_headers(self.warnings)
 
+    def release(self) -> None:
+        """The turn is over, or was never begun."""
+        if self.hosting is not None:
+            self.hosting.release()
+
     def stream(self, server: Server) -> ResponseStream:
         """What makes the Response object of the turn's events."""
         owner = self.caller.owner
@@ -98,14 +108,16 @@ class Plan:
             self.response,
             new_id=new_id,
             names=self.tools.by_name,
-            num_prompt_tokens=self.turn.num_prompt_tokens,
+            hosting=self.hosting,
+            lists=self.lists,
+            include=self.include,
             seal=(lambda text: server.sealer.seal(owner, text)) if self.encrypted else None,
             tokenizer=server.served.prompting.the_tokenizer() if self.logprobs else None,
             obfuscate=self.obfuscate,
         )
 
     def record(self, response: dict[str, Any]) -> ResponseRecord:
-        """As the store keeps it."""
+        """As the store keeps it; `response` with what is not for the wire."""
         conversation = response["conversation"]
         return ResponseRecord(
             id=self.id,
@@ -124,13 +136,22 @@ async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
     """Raises ApiError for what cannot be."""
     server.check_model(body.model or server.model_names[0])
     _check_state(server, body)
-    tools = read_tools(body.tools)
+    tools = read_tools(body.tools, server.hosted)
     context = await read_context(server, caller, body)
-    asking = _Asking(server, body, tools)
-    turn = await asking.turn(caller, context)
+    hosting = await _hosting(tools, caller, context)
+    try:
+        asking = _Asking(server, body, tools, hosting)
+        turn = await asking.turn(caller, context)
+    except BaseException:
+        if hosting is not None:
+            hosting.release()
+        raise
     return Plan(
         caller=caller,
         turn=turn,
+        hosting=hosting,
+        lists=tuple(tools.hosted.lists((*context.history, *context.own))),
+        include=tuple(body.include or ()),
         response=_response(server, body, tools, asking),
         own=context.own,
         tools=tools,
@@ -140,6 +161,13 @@ async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
         obfuscate=bool(body.stream_options and body.stream_options.include_obfuscation),
         warnings=(*tools.warnings, *_taken_otherwise(body), *asking.warnings),
     )
+
+
+async def _hosting(tools: Toolset, caller: Caller, context: Context) -> Hosting | None:
+    """Whoever asks for it releases it."""
+    if not tools.hosted:
+        return None
+    return await Hosting.open(tools.hosted, caller.owner, (*context.history, *context.own))
 
 
 class Count(NamedTuple):
@@ -152,10 +180,15 @@ class Count(NamedTuple):
 async def count_input(server: Server, caller: Caller, body: InputTokens) -> Count:
     """How many tokens the input of such a response has."""
     server.check_model(body.model or server.model_names[0])
-    tools = read_tools(body.tools)
+    tools = read_tools(body.tools, server.hosted)
     context = await read_context(server, caller, body)
-    asking = _Asking(server, body, tools)
-    turn = await asking.turn(caller, context)
+    hosting = await _hosting(tools, caller, context)
+    try:
+        asking = _Asking(server, body, tools, hosting)
+        turn = await asking.turn(caller, context)
+    finally:
+        if hosting is not None:
+            hosting.release()
     return Count(turn.num_prompt_tokens, (*tools.warnings, *_taken_otherwise(body), *asking.warnings))
 
 
@@ -212,6 +245,7 @@ async def read_context(server: Server, caller: Caller, body: InputTokens) -> Con
             body.input,
             new_id=new_id,
             open_=lambda sealed: server.sealer.open(caller.owner, sealed),
+            recall=lambda name: server.recall(caller, name),
             stored=stored,
         )
     )
@@ -255,8 +289,9 @@ def _kept(server: Server, param: str, name: str, method: Callable[[Any], Callabl
 class _Asking:
     """A request in terms of a turn, with all that had to be decided on the way."""
 
-    def __init__(self, server: Server, body: InputTokens, tools: Toolset) -> None:
+    def __init__(self, server: Server, body: InputTokens, tools: Toolset, hosting: Hosting | None) -> None:
         self._server = server
+        self._hosting = hosting
         self._body = body
         self._tools = tools
         self.warnings: list[str] = []
@@ -281,10 +316,10 @@ class _Asking:
                 "logprobs": self.top_logprobs,
             }
 
-    async def turn(self, caller: Caller, context: Context) -> Generation:
+    async def turn(self, caller: Caller, context: Context) -> Generation | Turn:
         """Raises ApiError."""
         try:
-            return await self._server.turn(caller, self._ask([*context.history, *context.own]))
+            return await self._prepared(caller, [*context.history, *context.own])
         except ContextError as error:
             if self._body.truncation != "auto":
                 raise api_error(error, param="input") from None
@@ -292,21 +327,30 @@ class _Asking:
         except FreeholdError as error:
             raise self._blamed(error) from None
 
-    async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Generation:
+    async def _prepared(self, caller: Caller, items: Sequence[Item]) -> Generation | Turn:
+        if self._hosting is None:
+            return await self._server.turn(caller, self._ask(items))
+        body = self._body
+        most = body.max_tool_calls if isinstance(body, ResponseCreate) else None
+        limits = TurnLimits(max_tool_calls=most)
+        return await self._server.turn_with_tools(caller, self._ask(items), self._hosting.toolbox, limits)
+
+    async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Generation | Turn:
         items = [*context.history, *context.own]
         cut = await asyncio.to_thread(self._cut, items)
         if cut is None:
             raise api_error(error, param="input")
         self.warnings.append(f"the input was too long and lost its oldest {cut} items")
         try:
-            return await self._server.turn(caller, self._ask(without_oldest(items, cut)))
+            return await self._prepared(caller, without_oldest(items, cut))
         except FreeholdError as left:
             raise self._blamed(left) from None
 
     def _cut(self, items: Sequence[Item]) -> int | None:
         """Where to begin so that prompt and answer fit; the latest place where they never will, None for no place."""
         served = self._server.served
-        chat_format = served.prompting.chat_format(self._thinking.effort, harmony=served.harmony)
+        builtins = () if self._hosting is None else self._hosting.toolbox.builtins
+        chat_format = served.prompting.chat_format(self._thinking.effort, harmony=served.harmony, builtins=builtins)
         context = served.prompting.context
         room = min(self._max_tokens or context // 8, context // 2)
         places = cuts(items)
@@ -321,6 +365,8 @@ class _Asking:
 
     def _num_tokens(self, chat_format: ChatFormat, items: Sequence[Item]) -> int:
         conversation = self._ask(items).conversation
+        if self._hosting is not None:
+            conversation = conversation.offering(self._hosting.toolbox.functions)
         try:
             self._server.served.prompting.check_length(conversation)
         except ContextError as error:
@@ -369,7 +415,7 @@ class _Asking:
         choices: TurnChoices = {**self._thinking.choices}
         if self.tool_choice != "auto":
             choices["tool_choice"] = self.tool_choice
-        if self._tools.offered and self.parallel:
+        if (self._tools.offered or self._tools.hosted) and self.parallel:
             choices["parallel_tool_calls"] = True
         if (form := self._enforced_form()) is not None:
             choices["response_format"] = form

@@ -6,7 +6,7 @@ stored, since nobody could go on from it.
 """
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -19,14 +19,16 @@ from freehold.serve.caller import caller_of
 from freehold.serve.errors import ApiError, api_error, warning_headers
 from freehold.serve.journal import log_failure
 from freehold.serve.responses.background import Numbered, Run
-from freehold.serve.responses.items import Item
+from freehold.serve.responses.items import Item, on_wire
+from freehold.serve.responses.output import Event
 from freehold.serve.responses.plan import Plan, count_input, plan
-from freehold.serve.responses.stream import Event, ResponseStream
+from freehold.serve.responses.stream import ResponseStream
 from freehold.serve.responses.wire import INCLUDABLE, InputTokens, ResponseCreate
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import DONE, EventStream, encode
 from freehold.session.store.records import Page, ResponseRecord
 from freehold.session.store.store import Store
+from freehold.session.turn import TurnEvent
 
 _ENCRYPTED = "reasoning.encrypted_content"
 
@@ -42,7 +44,7 @@ def router(server: Server) -> APIRouter:
         stream = planned.stream(server)
         if body.background:
             return await _in_background(server, planned, stream, is_stream=bool(body.stream))
-        reading = server.read(caller, planned.turn)
+        reading = _read(server, planned)
         if body.stream:
             return _streamed(server, planned, stream, reading)
         response = await whole(request, _at_once(server, planned, stream, reading))
@@ -81,7 +83,7 @@ def router(server: Server) -> APIRouter:
         ):
             if given:
                 raise ApiError(400, f"'{name}' is for streams; send stream=true as well.", param=name)
-        response = await _current(server, owner, response_id)
+        response = _shown(await _current(server, owner, response_id), include)
         if _ENCRYPTED in include:
             response = {**response, "output": [_with_sealed(server, owner, item) for item in response["output"]]}
         return JSONResponse(response)
@@ -106,7 +108,7 @@ def router(server: Server) -> APIRouter:
             raise ApiError(400, f"The response {response_id!r} was not made in the background.", param="response_id")
         if not record.finished:
             raise _elsewhere(response_id)
-        return record.response
+        return _shown(record.response)
 
     @routes.get("/{response_id}/input_items")
     async def list_input_items(
@@ -117,22 +119,22 @@ def router(server: Server) -> APIRouter:
         order: Annotated[Literal["asc", "desc"], Query()] = "desc",
     ) -> dict[str, Any]:
         """The response's own input items, the last one first unless `order` says otherwise."""
-        check_query(request, "after", "limit", "order")
+        include = check_query(request, "after", "limit", "order")
         owner = caller_of(request).owner
         page: Page = await stored(
             server,
             lambda store: store.input_items(response_id, owner, after=after, limit=limit, order=order),
             "response_id",
         )
-        return listed(page)
+        return listed(page, include)
 
     return routes
 
 
-def listed(page: Page) -> dict[str, Any]:
+def listed(page: Page, include: Sequence[str] = ()) -> dict[str, Any]:
     """A page as it goes on the wire."""
     ids = [item["id"] for item in page.items] or [""]
-    data = list(page.items)
+    data = [on_wire(item, include) for item in page.items]
     return {"object": "list", "data": data, "first_id": ids[0], "last_id": ids[-1], "has_more": page.has_more}
 
 
@@ -163,7 +165,14 @@ async def stored(server: Server, work: Callable[[Store], Any], param: str) -> An
 # --- making -----------------------------------------------------------------------------------------------------
 
 
-async def _at_once(server: Server, planned: Plan, stream: ResponseStream, reading: Reading) -> dict[str, Any]:
+def _read(server: Server, planned: Plan) -> Reading[TurnEvent]:
+    """Run the turn; whatever becomes of it, its tools are released."""
+    return server.read(planned.caller, planned.turn, left=planned.release)
+
+
+async def _at_once(
+    server: Server, planned: Plan, stream: ResponseStream, reading: Reading[TurnEvent]
+) -> dict[str, Any]:
     try:
         async for batch in reading:
             for event in batch:
@@ -176,10 +185,10 @@ async def _at_once(server: Server, planned: Plan, stream: ResponseStream, readin
 
 async def _keep(server: Server, planned: Plan, stream: ResponseStream) -> None:
     if planned.keeps and server.store is not None:
-        await server.store_threads.run(server.store.put_response, planned.record(stream.response))
+        await server.store_threads.run(server.store.put_response, planned.record(stream.stored))
 
 
-def _streamed(server: Server, planned: Plan, stream: ResponseStream, reading: Reading) -> Response:
+def _streamed(server: Server, planned: Plan, stream: ResponseStream, reading: Reading[TurnEvent]) -> Response:
     def fault(error: ApiError) -> bytes:
         stream.fail(error)
         return _encoded(stream.ended()) + DONE
@@ -187,7 +196,9 @@ def _streamed(server: Server, planned: Plan, stream: ResponseStream, reading: Re
     return EventStream(_told(server, planned, stream, reading), fault=fault, headers=planned.headers)
 
 
-async def _told(server: Server, planned: Plan, stream: ResponseStream, reading: Reading) -> AsyncGenerator[bytes, None]:
+async def _told(
+    server: Server, planned: Plan, stream: ResponseStream, reading: Reading[TurnEvent]
+) -> AsyncGenerator[bytes, None]:
     try:
         yield _encoded([*stream.created(), *stream.started()])
         async for batch in reading:
@@ -213,7 +224,7 @@ async def _keep_failure(server: Server, planned: Plan, stream: ResponseStream, e
 
 async def _in_background(server: Server, planned: Plan, stream: ResponseStream, *, is_stream: bool) -> Response:
     assert server.store is not None
-    reading = server.read(planned.caller, planned.turn)
+    reading = _read(server, planned)
     try:
         run = await server.background.begin(
             server.store, server.store_threads, stream, planned.record, keep_events=is_stream
@@ -277,10 +288,15 @@ def _unable(error: ApiError) -> bytes:
     return encode(event, "error") + DONE
 
 
+def _shown(response: dict[str, Any], include: Sequence[str] = ()) -> dict[str, Any]:
+    """A response of the store's as it goes on the wire."""
+    return {**response, "output": [on_wire(item, include) for item in response["output"]]}
+
+
 async def _current(server: Server, owner: str, name: str) -> dict[str, Any]:
     run = server.background.find(owner, name)
     if run is not None and not run.is_over:
-        return run.response
+        return run.stored
     return (await _record(server, owner, name)).response
 
 

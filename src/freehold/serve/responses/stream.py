@@ -21,11 +21,14 @@ from freehold.formats.events import (
 from freehold.formats.tokenizer import Tokenizer
 from freehold.serve.errors import ApiError
 from freehold.serve.logprobs import token_logprobs
-from freehold.serve.responses.items import NewId
+from freehold.serve.responses.hosted import Hosting
+from freehold.serve.responses.hosted_output import CodeInterpreterCall, HostedCall, McpCall, WebSearchCall
+from freehold.serve.responses.items import PRIVATE, Item, NewId
+from freehold.serve.responses.output import Call, Event, Message, OutputItem, Reasoning
 from freehold.serve.responses.tools import ToolName
-from freehold.session.generation import GenerationEvent, Said, SampleDone, ScoredToken
+from freehold.session.generation import Said, SampleDone, ScoredToken
+from freehold.session.turn import Cited, ToolDone, ToolStart, TurnEvent
 
-Event = dict[str, Any]
 _PAD_TO = 32
 _FUNCTIONS = "functions."
 _ENDINGS = {
@@ -38,7 +41,9 @@ _ENDINGS = {
 
 class ResponseStream:
     """`response` is the object without output, complete but for what the turn decides. `seal` makes the encrypted
-    content of reasoning, where that was asked for; with a `tokenizer` text comes with its logprobs."""
+    content of reasoning, where that was asked for; with a `tokenizer` text comes with its logprobs. `hosting` are the
+    tools that the turn runs itself, `lists` the items that say first what MCP servers offer, and `include` what is to
+    be shown of calls."""
 
     def __init__(
         self,
@@ -46,7 +51,9 @@ class ResponseStream:
         *,
         new_id: NewId,
         names: Mapping[str, ToolName],
-        num_prompt_tokens: int,
+        hosting: Hosting | None = None,
+        lists: Sequence[Item] = (),
+        include: Sequence[str] = (),
         seal: Callable[[str], str] | None = None,
         tokenizer: Tokenizer | None = None,
         obfuscate: bool = False,
@@ -55,7 +62,10 @@ class ResponseStream:
         self.response: dict[str, Any] = {**response, "output": []}
         self.new_id = new_id
         self._names = names
-        self._num_prompt_tokens = num_prompt_tokens
+        self.hosting = hosting
+        self.include = include
+        self._lists = [*lists]
+        self._private: dict[str, dict[str, Any]] = {}  # of items, by id
         self._seal = seal
         self._tokenizer = tokenizer
         self._obfuscate = obfuscate
@@ -63,8 +73,19 @@ class ResponseStream:
         self._number = 0
         self._end: int | None = None
         self._parting: list[Event] = []  # of what was cut short
-        self._item: _Item | None = None
-        self._closing: _Item | None = None  # its message is over; how, the next event tells
+        self._item: OutputItem | None = None
+        self._closing: OutputItem | None = None  # its message is over; how, the next event tells
+        self._waiting: list[HostedCall] = []  # written, and not carried out yet
+        self._running: HostedCall | None = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The response as the store has it, with what the items of calls do not show."""
+        output = [
+            {**item, PRIVATE: self._private[item["id"]]} if item["id"] in self._private else item
+            for item in self.response["output"]
+        ]
+        return {**self.response, "output": output}
 
     @property
     def is_ended(self) -> bool:
@@ -109,45 +130,114 @@ class ResponseStream:
             self._closing = item
             self._parting += self._close("incomplete")
         self._item = None
+        self._parting += self._give_up()
         self.response |= {"status": status, "error": error, "completed_at": None, "incomplete_details": None}
 
     # --- while it is made ---------------------------------------------------------------------------------------
 
-    def feed(self, event: GenerationEvent) -> list[Event]:
+    def feed(self, event: TurnEvent) -> list[Event]:
         """What an event of the turn comes to."""
-        if isinstance(event, SampleDone):
-            return self._finish(event)
-        return self._said(event)
+        first = [told for item in self._lists for told in self._list(item)]
+        self._lists.clear()
+        match event:
+            case SampleDone():
+                return [*first, *self._finish(event)]
+            case ToolStart():
+                return [*first, *self._close("completed"), *self._start(event)]
+            case ToolDone():
+                return [*first, *self._called(event)]
+            case Cited(citations=citations):
+                answer = self._item
+                return [*first, *(answer.cite(each) for each in citations if isinstance(answer, Message))]
+            case Said():
+                return [*first, *self._said(event)]
 
     def _said(self, said: Said) -> list[Event]:
         match said.event:
             case TextDelta(text=text) | ReasoningDelta(text=text) | ArgumentsDelta(text=text):
-                return [] if self._item is None else [self._delta(self._item, text, said.scored)]
+                return [] if self._item is None else self._delta(self._item, text, said.scored)
             case MessageStart(role="assistant", recipient=None, channel=channel):
-                return [*self._close("completed"), *self._open(_Reasoning if channel == "analysis" else _Message, said)]
+                return [*self._close("completed"), *self._open(Reasoning if channel == "analysis" else Message, said)]
             case MessageStart():
                 return self._close("completed")
             case CallStart(recipient=recipient):
                 return self._open_call(recipient)
             case CallDone(arguments=arguments, problem=problem):
-                if isinstance(self._item, _Call):
+                if isinstance(self._item, Call | HostedCall):
                     self._item.complete(arguments, is_whole=problem is None)
-            case MessageDone(stop_id=stop_id):
+            case MessageDone(message=message, stop_id=stop_id):
                 self._closing, self._item = self._item, None
+                if isinstance(self._closing, HostedCall):
+                    call, self._closing = self._closing, None
+                    self._waiting.append(call)
+                    return call.written(message)
                 return [] if stop_id is None else self._close("completed")
         return []
 
-    def _open(self, kind: "type[_Message] | type[_Reasoning]", said: Said) -> list[Event]:
+    def _open(self, kind: type[Message] | type[Reasoning], said: Said) -> list[Event]:
         assert isinstance(said.event, MessageStart)
         return self._begin(kind(self, said.event.channel))
 
     def _open_call(self, recipient: str) -> list[Event]:
-        name = recipient.removeprefix(_FUNCTIONS)
-        known = self._names.get(name, ToolName("function", name, None, ""))
-        return [*self._close("completed"), *self._begin(_Call(self, known))]
+        hosted = None if self.hosting is None else self.hosting.names.get(recipient)
+        if self.hosting is None or hosted is None:
+            name = recipient.removeprefix(_FUNCTIONS)
+            known = self._names.get(name, ToolName("function", name, None, ""))
+            return [*self._close("completed"), *self._begin(Call(self, known))]
+        match hosted.kind:
+            case "web_search":
+                self._item = WebSearchCall(self, recipient, self.hosting)
+                return self._close("completed")  # it is told of when it is known what is searched for
+            case "code_interpreter":
+                return [*self._close("completed"), *self._begin(CodeInterpreterCall(self, recipient, self.hosting))]
+        return [*self._close("completed"), *self._begin(McpCall(self, recipient, self.hosting))]
 
-    def _begin(self, item: "_Item") -> list[Event]:
-        self._item = item
+    # --- hosted tools -------------------------------------------------------------------------------------------
+
+    def _list(self, listed: Item) -> list[Event]:
+        index, name = self.new_item("mcpl")
+        item = {**listed, "id": name}
+        self.response["output"].append(item)
+        place = {"item_id": name, "output_index": index}
+        return [
+            self.event("response.output_item.added", output_index=index, item={**item, "tools": []}),
+            self.event("response.mcp_list_tools.in_progress", **place),
+            self.event("response.mcp_list_tools.completed", **place),
+            self.event("response.output_item.done", output_index=index, item={**item}),
+        ]
+
+    def _start(self, start: ToolStart) -> list[Event]:
+        """The first of the calls to this recipient that wait; a call of the client's that is answered here, since it
+        cannot be made, has an item of its own already."""
+        found = next((call for call in self._waiting if call.recipient == start.recipient), None)
+        if found is None:
+            return []
+        self._waiting.remove(found)
+        self._running = found
+        found.look(start.arguments)
+        events = [] if found.is_open else self._begin(found)
+        return [*events, *found.start()]
+
+    def _called(self, done: ToolDone) -> list[Event]:
+        call, self._running = self._running, None
+        if call is None:
+            return []
+        if (said := call.said(done)) is not None:
+            self._private[call.id] = said
+            call.hosting.remember(call.id, said)
+        return [*call.done(done), self._done(call)]
+
+    def _give_up(self) -> list[Event]:
+        """No more calls are carried out."""
+        left = [*([] if self._running is None else [self._running]), *self._waiting]
+        self._running = None
+        self._waiting.clear()
+        return [event for call in left if call.is_open for event in (*call.finish("incomplete"), self._done(call))]
+
+    def _begin(self, item: OutputItem) -> list[Event]:
+        if item is not self._running:
+            self._item = item
+        item.place_in(*self.new_item(item.prefix))
         self.response["output"].append(item.wire)
         return [
             self.event("response.output_item.added", output_index=item.index, item=_copy(item.wire)),
@@ -158,34 +248,36 @@ class ResponseStream:
         item, self._closing = self._closing, None
         if item is None:
             return []
-        closing = item.finish(status)
-        return [
-            *closing,
-            self.event("response.output_item.done", output_index=item.index, item=_copy(item.wire)),
-        ]
+        return [*item.finish(status), self._done(item)]
 
-    def _delta(self, item: "_Item", text: str, scored: Sequence[ScoredToken]) -> Event:
+    def _done(self, item: OutputItem) -> Event:
+        return self.event("response.output_item.done", output_index=item.index, item=_copy(item.wire))
+
+    def _delta(self, item: OutputItem, text: str, scored: Sequence[ScoredToken]) -> list[Event]:
         event = item.delta(text, scored)
+        if event is None:
+            return []
         if self._obfuscate:
             size = len(text.encode("utf-8", "replace"))
             event["obfuscation"] = self.new_id("")[: -size % _PAD_TO]
-        return event
+        return [event]
 
     def _finish(self, done: SampleDone) -> list[Event]:
-        is_cut = done.end == "length"
+        is_cut = done.end in ("length", "limit")
         if self._item is not None:
             self._closing, self._item = self._item, None
-        events = self._close("incomplete" if is_cut else "completed")
+        events = [*self._close("incomplete" if is_cut else "completed"), *self._give_up()]
+        reason = "max_output_tokens" if done.end == "length" else None  # for "limit" the API has no word
         self.response |= {
             "status": "incomplete" if is_cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "incomplete_details": {"reason": reason} if is_cut else None,
             "completed_at": None if is_cut else int(self._clock()),
             "usage": {
-                "input_tokens": self._num_prompt_tokens,
+                "input_tokens": done.num_prompt_tokens,
                 "input_tokens_details": {"cached_tokens": done.num_cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": done.num_tokens,
                 "output_tokens_details": {"reasoning_tokens": done.num_reasoning_tokens},
-                "total_tokens": self._num_prompt_tokens + done.num_tokens,
+                "total_tokens": done.num_prompt_tokens + done.num_tokens,
             },
         }
         return events
@@ -220,134 +312,3 @@ class ResponseStream:
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
     content = item.get("content")
     return {**item} if content is None else {**item, "content": [{**part} for part in content]}
-
-
-def _bare(logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As they stand in events: without bytes."""
-    return [
-        {
-            "token": token["token"],
-            "logprob": token["logprob"],
-            "top_logprobs": [{"token": top["token"], "logprob": top["logprob"]} for top in token["top_logprobs"]],
-        }
-        for token in logprobs
-    ]
-
-
-# --- items while they are made ----------------------------------------------------------------------------------
-
-
-class _Item:
-    """One output item. `wire` is what it is on the wire, `index` its place in the output."""
-
-    wire: dict[str, Any]
-
-    def __init__(self, stream: ResponseStream, kind: str) -> None:
-        self.stream = stream
-        self.index, self.id = stream.new_item(kind)
-        self.place = {"item_id": self.id, "output_index": self.index}
-        self.text: list[str] = []
-
-    def opening(self) -> list[Event]:
-        return []
-
-    def delta(self, text: str, scored: Sequence[ScoredToken]) -> Event:
-        raise NotImplementedError
-
-    def finish(self, status: str) -> list[Event]:
-        """Fill in `wire`; returns the events before `response.output_item.done`."""
-        raise NotImplementedError
-
-
-class _Message(_Item):
-    def __init__(self, stream: ResponseStream, channel: str | None) -> None:
-        super().__init__(stream, "msg")
-        self.place |= {"content_index": 0}
-        self.logprobs: list[dict[str, Any]] = []
-        self.wire = {
-            "type": "message",
-            "id": self.id,
-            "role": "assistant",
-            "status": "in_progress",
-            "phase": "commentary" if channel == "commentary" else "final_answer",
-            "content": [],
-        }
-
-    def opening(self) -> list[Event]:
-        return [self.stream.event("response.content_part.added", **self.place, part=self._part())]
-
-    def delta(self, text: str, scored: Sequence[ScoredToken]) -> Event:
-        self.text.append(text)
-        logprobs = self.stream.logprobs(scored) if scored else []
-        self.logprobs += logprobs
-        return self.stream.event("response.output_text.delta", **self.place, delta=text, logprobs=_bare(logprobs))
-
-    def finish(self, status: str) -> list[Event]:
-        part = self._part()
-        self.wire |= {"status": status, "content": [part]}
-        text, logprobs = part["text"], _bare(self.logprobs)
-        return [
-            self.stream.event("response.output_text.done", **self.place, text=text, logprobs=logprobs),
-            self.stream.event("response.content_part.done", **self.place, part={**part}),
-        ]
-
-    def _part(self) -> dict[str, Any]:
-        text = "".join(self.text)
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self.logprobs)}
-
-
-class _Reasoning(_Item):
-    def __init__(self, stream: ResponseStream, channel: str | None) -> None:
-        super().__init__(stream, "rs")
-        self.place |= {"content_index": 0}
-        self.wire = {"type": "reasoning", "id": self.id, "summary": [], "content": [], "status": "in_progress"}
-
-    def opening(self) -> list[Event]:
-        part = {"type": "reasoning_text", "text": ""}
-        return [self.stream.event("response.content_part.added", **self.place, part=part)]
-
-    def delta(self, text: str, scored: Sequence[ScoredToken]) -> Event:
-        self.text.append(text)
-        return self.stream.event("response.reasoning_text.delta", **self.place, delta=text)
-
-    def finish(self, status: str) -> list[Event]:
-        text = "".join(self.text)
-        part = {"type": "reasoning_text", "text": text}
-        self.wire |= {"status": status, "content": [part], **self.stream.sealed(text)}
-        return [
-            self.stream.event("response.reasoning_text.done", **self.place, text=text),
-            self.stream.event("response.content_part.done", **self.place, part={**part}),
-        ]
-
-
-class _Call(_Item):
-    def __init__(self, stream: ResponseStream, called: ToolName) -> None:
-        self._is_json = called.kind == "function"
-        super().__init__(stream, "fc" if self._is_json else "ctc")
-        self._name = called.name
-        self._field = "arguments" if self._is_json else "input"
-        self._kind = "response.function_call_arguments" if self._is_json else "response.custom_tool_call_input"
-        self._is_whole = False
-        self.wire = {
-            "type": "function_call" if self._is_json else "custom_tool_call",
-            "id": self.id,
-            "call_id": stream.new_id("call"),
-            "name": called.name,
-            **({} if called.namespace is None else {"namespace": called.namespace}),
-            self._field: "",
-            "status": "in_progress",
-        }
-
-    def delta(self, text: str, scored: Sequence[ScoredToken]) -> Event:
-        self.text.append(text)
-        return self.stream.event(f"{self._kind}.delta", **self.place, delta=text)
-
-    def complete(self, arguments: str, *, is_whole: bool) -> None:
-        self.text = [arguments]
-        self._is_whole = is_whole
-
-    def finish(self, status: str) -> list[Event]:
-        said = "".join(self.text)
-        self.wire |= {self._field: said, "status": status if self._is_whole else "incomplete"}
-        name = {"name": self._name} if self._is_json else {}
-        return [self.stream.event(f"{self._kind}.done", **self.place, **name, **{self._field: said})]

@@ -1,7 +1,8 @@
 """The tools of a request: what the model is told of them, whom it may call, what their calls are called on the wire.
 
-Tools that OpenAI runs itself would be run by the server here. None is switched on: those in `HOSTED` are left out of
-the prompt, with a warning, since clients send them always; a choice of one is refused.
+Tools that OpenAI runs itself are run by the server here, where its operator has switched them on: hosted.py knows
+which. Those that are not are left out of the prompt, with a warning, since clients send them always; a choice of one is
+refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from freehold.formats.conversation import Tool
 from freehold.formats.forms import FreeText, Lark, Regex, TextFormat
 from freehold.formats.harmony.grammar import AllowedTools, NamedTool, ToolChoice
 from freehold.serve.errors import ApiError
+from freehold.serve.hosted import HostedTools
+from freehold.serve.responses.hosted import HOSTED, ChosenTools
 from freehold.serve.responses.items import flat_name
 from freehold.serve.responses.wire import (
     AllowedChoice,
@@ -24,24 +27,6 @@ from freehold.serve.responses.wire import (
 )
 from freehold.serve.wire import read
 
-HOSTED = (
-    "web_search",
-    "web_search_2025_08_26",
-    "web_search_preview",
-    "web_search_preview_2025_03_11",
-    "code_interpreter",
-    "file_search",
-    "image_generation",
-    "computer",
-    "computer_use",
-    "computer_use_preview",
-    "mcp",
-    "local_shell",
-    "shell",
-    "apply_patch",
-    "tool_search",
-    "programmatic_tool_calling",
-)
 MOST_TOOLS = 512
 
 
@@ -56,16 +41,18 @@ class ToolName(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Toolset:
-    """`offered` go into the prompt, `on_wire` into the Response object; `by_name` has them by what the model says."""
+    """`offered` go into the prompt, `on_wire` into the Response object; `by_name` has them by what the model says.
+    `hosted` are those that the server runs."""
 
     offered: tuple[Tool, ...]
     on_wire: tuple[dict[str, Any], ...]
     by_name: Mapping[str, ToolName]
-    left_out: tuple[str, ...]
+    hosted: ChosenTools
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(f"{name} is not switched on here and was left out" for name in self.left_out)
+        left_out = tuple_of(self.hosted.left_out)
+        return (*(f"{name} is not switched on here and was left out" for name in left_out), *self.hosted.warnings)
 
     def choice(self, given: str | Mapping[str, Any] | None, param: str = "tool_choice") -> ToolChoice:
         """Whom the model may call. Raises ApiError for tools that are not offered."""
@@ -77,13 +64,15 @@ class Toolset:
                 return self._allowed(allowed, param)
             case "function" | "custom":
                 return NamedTool(self._named(given, param))
+            case kind if kind in HOSTED and (chosen := self.hosted.choice(given, param)) is not None:
+                return chosen
         raise self._not_here(given.get("type"), f"{param}.type")
 
     def _mode(self, mode: str, param: str) -> ToolChoice:
         match mode:
             case "none" | "auto":
                 return "none" if mode == "none" else "auto"
-            case "required" if self.offered:
+            case "required" if self.offered or self.hosted:
                 return "required"
             case "required":
                 raise ApiError(400, f"'{param}' is 'required', but no tools are offered.", param=param)
@@ -92,11 +81,15 @@ class Toolset:
         )
 
     def _allowed(self, allowed: AllowedChoice, param: str) -> ToolChoice:
-        named = []
+        named: list[str] = []
         for at, tool in enumerate(allowed.tools):
-            if tool.get("type") in HOSTED and allowed.mode == "auto":
-                continue  # it is left out as it is from the tools
-            named.append(self._named(tool, f"{param}.tools[{at}]"))
+            where = f"{param}.tools[{at}]"
+            if tool.get("type") in HOSTED:
+                hosted = self.hosted.recipients(tool, where)
+                named += hosted
+                if hosted or allowed.mode == "auto":
+                    continue  # it is left out as it is from the tools
+            named.append(self._named(tool, where))
         if not named:
             return "none"
         return AllowedTools(recipients=tuple_of(named), required=allowed.mode == "required")
@@ -128,27 +121,30 @@ def tuple_of(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def read_tools(given: Sequence[dict[str, Any]] | None) -> Toolset:
-    """Raises ApiError, with the field, for tools that are not understood or cannot be told apart."""
+def read_tools(given: Sequence[dict[str, Any]] | None, hosted: HostedTools | None = None) -> Toolset:
+    """`hosted` are the tools that this server runs.
+
+    Raises ApiError, with the field, for tools that are not understood or cannot be told apart.
+    """
     if given and len(given) > MOST_TOOLS:
         raise ApiError(400, f"There are {len(given)} tools; send at most {MOST_TOOLS}.", param="tools")
-    reader = _Reader()
+    reader = _Reader(hosted)
     for at, raw in enumerate(given or ()):
         reader.read(raw, f"tools[{at}]")
     return Toolset(
         offered=tuple(reader.offered),
         on_wire=tuple(reader.on_wire),
         by_name=reader.by_name,
-        left_out=tuple_of(reader.left_out),
+        hosted=reader.hosted,
     )
 
 
 class _Reader:
-    def __init__(self) -> None:
+    def __init__(self, hosted: HostedTools | None) -> None:
         self.offered: list[Tool] = []
         self.on_wire: list[dict[str, Any]] = []
         self.by_name: dict[str, ToolName] = {}
-        self.left_out: list[str] = []
+        self.hosted = ChosenTools(available=hosted)
 
     def read(self, raw: dict[str, Any], param: str) -> None:
         match raw.get("type"):
@@ -161,15 +157,21 @@ class _Reader:
                 ]
                 described = {"name": space.name, "description": space.description or "", "tools": inside}
                 self.on_wire.append({"type": "namespace", **described})
-            case _ if not self._is_left_out(raw):
+            case kind if kind in HOSTED:
+                if (shown := self.hosted.read(raw, param)) is not None:
+                    self.on_wire.append(shown)
+            case _:
                 self.on_wire.append(self._tool(raw, param, None))
 
     def _is_left_out(self, raw: dict[str, Any]) -> bool:
-        """Whether it is a hosted tool; they are remembered for the warning."""
+        """Whether it is a hosted tool inside a namespace, where nobody offers any; remembered for the warning."""
         kind = raw.get("type")
         if kind not in HOSTED:
             return False
-        self.left_out.append(kind)
+        if self.hosted.available is None:
+            self.hosted.left_out.append(kind)
+        else:
+            self.hosted.warnings.append(f"{kind} stands inside a namespace, and was left out")
         return True
 
     def _tool(self, raw: dict[str, Any], param: str, namespace: str | None) -> dict[str, Any]:

@@ -202,9 +202,10 @@ class ResponseCreate(InputTokens):
     context_management: Annotated[Any, Refused("conversations are not compacted", unless=(None, []))] = None
     include: list[Include] | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tool_calls: Annotated[
-        Annotated[int, Field(ge=1)] | None, Hint("it counts calls of hosted tools, and none is switched on")
-    ] = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Of tools that the server runs, all together; after these the model answers with what there is",
+    )
     metadata: Metadata = None
     prompt: Annotated[Any, Refused("prompts are not kept here; send their text")] = None
     prompt_cache_key: Annotated[str | None, Hint("prompts that begin the same way are found without it")] = None
@@ -286,6 +287,109 @@ class NamespaceTool(Wire):
     name: Name
     description: str | None = None
     tools: list[dict[str, Any]]
+
+
+_PLACES = Hint("the sources here know no places")
+
+
+class UserLocation(Wire):
+    """Where the user is."""
+
+    type: Annotated[Literal["approximate"] | None, _PLACES] = None
+    city: Annotated[str | None, _PLACES] = None
+    country: Annotated[str | None, _PLACES] = None
+    region: Annotated[str | None, _PLACES] = None
+    timezone: Annotated[str | None, _PLACES] = None
+
+
+class SearchFilters(Wire):
+    """Which sites are searched."""
+
+    allowed_domains: Annotated[
+        Any, Refused("the sources are searched as a whole; name the sites in instructions", unless=(None, []))
+    ] = None
+
+
+class WebSearchTool(Wire):
+    """The server's browser, over the sources that its operator named: folders, ZIM files, the web."""
+
+    type: Literal["web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11"]
+    external_web_access: bool | None = Field(default=None, description="false leaves the web out of the sources")
+    filters: SearchFilters | None = None
+    search_content_types: Annotated[Any, Refused("gpt-oss reads text only", unless=(None, ["text"]))] = None
+    search_context_size: Annotated[
+        Literal["low", "medium", "high"] | None, Hint("the model says how many results and lines it wants to see")
+    ] = None
+    user_location: UserLocation | None = None
+    allowed_callers: Annotated[Any, _DIRECT] = None
+
+
+class NewContainer(Wire):
+    """The conversation's own container, or a new one where it has none, or that one is in use."""
+
+    type: Literal["auto"]
+    file_ids: Annotated[Any, Refused("there are no uploaded files here", unless=(None, []))] = None
+    memory_limit: Annotated[Any, Refused("the operator of this server says how much memory there is")] = None
+    network_policy: Annotated[Any, Refused("there is no network", unless=(None, {"type": "disabled"}))] = None
+
+
+class CodeInterpreterTool(Wire):
+    """Python in a sandbox of the server's, with a kernel that lives on between responses. A container is closed when it
+    has not been used for a while."""
+
+    type: Literal["code_interpreter"]
+    container: Annotated[
+        Any,
+        AfterValidator(lambda value: _text_or(value, dict, "an object")),
+        Field(description="An id from an earlier call; or a [NewContainer](#responses-newcontainer)"),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+    ]
+    allowed_callers: Annotated[Any, _DIRECT] = None
+
+
+_OPERATORS = "the operator of this server says how its MCP servers are reached"
+
+
+class McpFilter(Wire):
+    """Some of a server's tools."""
+
+    tool_names: list[str] | None = None
+    read_only: bool | None = Field(default=None, description="Those of which the server says so")
+
+
+class McpTool(Wire):
+    """Tools of an MCP server, or of a file of functions, that the operator of this server has set up."""
+
+    type: Literal["mcp"]
+    server_label: str = Field(description="The name that the operator gave it")
+    allowed_tools: list[str] | McpFilter | None = None
+    require_approval: Annotated[
+        Any, Refused("calls are made without asking; say 'never' if that is all right", unless=("never",))
+    ]
+    server_url: str | None = Field(
+        default=None, description="Refused unless it is the operator's own: nobody makes this server connect elsewhere"
+    )
+    server_description: Annotated[str | None, Hint("the model reads what the tools say of themselves")] = None
+    allowed_callers: Annotated[Any, _DIRECT] = None
+    authorization: Annotated[Any, Refused(_OPERATORS)] = None
+    connector_id: Annotated[Any, Refused(_OPERATORS)] = None
+    defer_loading: Annotated[Any, _AT_ONCE] = None
+    headers: Annotated[Any, Refused(_OPERATORS, unless=(None, {}))] = None
+    tunnel_id: Annotated[Any, Refused(_OPERATORS)] = None
+
+
+class McpChoice(Wire):
+    """A tool of an MCP server's, or any of them."""
+
+    type: Literal["mcp"]
+    server_label: str
+    name: str | None = None
+
+
+class HostedChoice(Wire):
+    """A tool that the server runs."""
+
+    type: str
 
 
 class NamedChoice(Wire):
@@ -402,6 +506,84 @@ class ReasoningItem(_Item):
     summary: list[SummaryText] | None = None
     content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
+
+
+class SearchAction(Wire):
+    """What was searched for."""
+
+    type: Literal["search"]
+    query: str | None = None
+    queries: list[str] | None = None
+    sources: Annotated[list[Any] | None, _FROM_CLIENTS] = None
+
+
+class OpenAction(Wire):
+    """Which page was opened."""
+
+    type: Literal["open_page"]
+    url: str | None = None
+
+
+class FindAction(Wire):
+    """What was looked for in a page."""
+
+    type: Literal["find_in_page"]
+    pattern: str
+    url: str
+
+
+class _HostedItem(Wire):
+    id: Id | None = None
+    status: (
+        Literal["in_progress", "searching", "interpreting", "calling", "completed", "incomplete", "failed"] | None
+    ) = Field(default=None, description="What did not come to its end is not shown to the model")
+
+
+class WebSearchCallItem(_HostedItem):
+    """A call of the browser. What it said is known here as long as its container is."""
+
+    type: Literal["web_search_call"]
+    action: Annotated[SearchAction | OpenAction | FindAction, Field(discriminator="type")]
+    results: Annotated[list[Any] | None, _FROM_CLIENTS] = None
+
+
+class LogsOutput(Wire):
+    """What a program said."""
+
+    type: Literal["logs"]
+    logs: str
+
+
+class CodeInterpreterCallItem(_HostedItem):
+    """A call of Python. What it said is in `outputs`, or known here as long as its container is."""
+
+    type: Literal["code_interpreter_call"]
+    code: str | None = None
+    container_id: str
+    outputs: list[LogsOutput] | None = None
+
+
+class McpCallItem(_HostedItem):
+    """A call of an MCP server's tool, with what came of it."""
+
+    type: Literal["mcp_call"]
+    server_label: Name
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+    output: str | None = None
+    error: Annotated[
+        Any, AfterValidator(lambda value: value if value is None else _text_or(value, dict, "an object"))
+    ] = None
+    approval_request_id: Annotated[Any, Refused("calls are made without asking")] = None
+
+
+class McpListToolsItem(_Item):
+    """What an MCP server offers. The model is told of what it offers now."""
+
+    type: Literal["mcp_list_tools"]
+    server_label: str
+    tools: Annotated[list[Any], _FROM_CLIENTS]
+    error: Annotated[Any, _FROM_CLIENTS] = None
 
 
 class ReferenceItem(Wire):

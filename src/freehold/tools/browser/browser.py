@@ -120,6 +120,22 @@ class BrowserSession:
                 )
         return found
 
+    def address(self, name: str, arguments: str) -> str:
+        """Of the page that a call opens or searches in, as far as that can be told before it is made; else ""."""
+        try:
+            given = _arguments(name.removeprefix("browser."), arguments)
+            id_ = given.get("id")
+            if isinstance(id_, str) and not _NUMBER.fullmatch(id_):
+                return id_.strip().removeprefix(_VIEW_SOURCE)
+            number, page = _number(given, "id", -1), self._page(given)
+            return (page.url if number < 0 else page.targets[number].url).removeprefix(_VIEW_SOURCE)
+        except (ToolError, IndexError):
+            return ""
+
+    def links(self) -> Sequence[str]:
+        """Where the links of the page lead that was shown last."""
+        return [target.url for target in self._pages[-1].targets] if self._pages else []
+
     async def aclose(self) -> None:
         self._pages.clear()
 
@@ -155,7 +171,9 @@ class BrowserSession:
             target = Target(current.url) if number < 0 else current.targets[number]
             if number < 0 and (current.is_matches or not current.url):
                 raise ToolError("A list of results has no source to view. Open one of its links.")
-            page = None if as_source else self._held(target.url)
+            # What a local source has may have changed since; but a match's lines are those of the page that it is on.
+            is_read_anew = as_source or (self._is_local(target.url) and not target.is_display)
+            page = None if is_read_anew else self._held(target.url)
         if page is None:
             as_source = as_source or target.url.startswith(_VIEW_SOURCE)
             asked = self._asked(given) if given.get("source") else self._sources.values()
@@ -191,6 +209,9 @@ class BrowserSession:
         if page.is_dropped:
             raise ToolError(f"The page at cursor `{cursor}` is no longer held. Open it again: `{page.shown}`.")
         return page
+
+    def _is_local(self, address: str) -> bool:
+        return any(source.local and source.has(address) for source in self._sources.values())
 
     def _held(self, url: str) -> Page | None:
         return next((page for page in reversed(self._pages) if page.url == url and url and not page.is_dropped), None)

@@ -18,6 +18,8 @@ OPENING, CLOSING, DAGGER = "【", "】", "†"
 _MAX_TITLE = 200
 _MAX_ADDRESS = 1024  # characters, as in the interface that the model was trained on
 _MAX_LINK_TEXT = 300
+_MAX_NAME = 80
+_ODD = re.compile(r"[^\w.-]+")
 _BREAKS = re.compile("\r\n?")
 _MARKS = {OPENING: "〖", CLOSING: "〗"}
 _SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85\u2028\u2029"  # what else str.splitlines or a terminal takes for a new line
@@ -66,6 +68,11 @@ def shown_address(url: str) -> str:
 def shown_name(name: str) -> str:
     """A file's name as it is shown; as long as nothing in it is odd, it can be opened by that."""
     return one_line(name, _MAX_ADDRESS)
+
+
+def source_name(text: str) -> str:
+    """What the model may call a source, made of the name of a file or folder."""
+    return _ODD.sub("-", text).strip("-.")[:_MAX_NAME] or "files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

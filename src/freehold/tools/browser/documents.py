@@ -18,10 +18,10 @@ from freehold import paths
 from freehold.errors import DiskError, UsageError
 from freehold.log import Progress, no_progress
 from freehold.tools.base import ToolError
-from freehold.tools.browser.content import Content, Hit, one_line, shown_name, without_links
+from freehold.tools.browser.apart import UnreadableError
+from freehold.tools.browser.content import Content, Hit, one_line, shown_name, source_name, without_links
 from freehold.tools.browser.folder import Folder, NotTextError
-from freehold.tools.browser.index import Changes, Index, Passage, StoppedError
-from freehold.tools.browser.pdf import UnreadableError
+from freehold.tools.browser.index import SETTLED, Changes, Index, Passage, StoppedError
 from freehold.tools.browser.threads import Stopped, Threads
 
 _SHARE = 10  # a look through the folder may take one part in so many of the time
@@ -43,7 +43,7 @@ class Documents:
         directory = directory.resolve()
         key = hashlib.sha256(str(directory).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         index_dir = index_dir or paths.cache_dir() / "browser" / key
-        self.name = name or re.sub(r"[^\w.-]+", "-", directory.name).strip("-.") or "files"
+        self.name = name or source_name(directory.name)
         self._folder = Folder(directory, leave_out=index_dir)
         self._index = Index(self._folder, index_dir)
         self._threads = Threads("documents")
@@ -53,10 +53,9 @@ class Documents:
 
     def refresh(self, *, progress: Progress = no_progress) -> Changes:
         """Bring the index up to date, now; waits for another process that does. Raises DiskError."""
-        begun = time.monotonic()
         changes = self._index.refresh(progress=progress)
         assert changes is not None  # it waited for its turn
-        self._looked, self._took = time.monotonic(), time.monotonic() - begun
+        self._looked, self._took = time.monotonic(), changes.look_seconds
         return changes
 
     def has(self, address: str) -> bool:
@@ -71,16 +70,17 @@ class Documents:
 
     def close(self) -> None:
         self._threads.close()
+        self._index.close()
 
     def _search(self, query: str, topn: int, stopped: Stopped) -> Sequence[Hit]:
         if not _WORD.search(query):
             raise ToolError("The query has no words. Search for words that the documents may contain.")
         try:
-            begun = time.monotonic()
-            if begun - self._looked >= _SHARE * self._took:
+            if time.monotonic() - self._looked >= _SHARE * self._took:
                 wait = _WAIT if self._index.is_complete() else None
-                self._index.refresh(stopped=stopped, wait=wait)
-                self._looked, self._took = time.monotonic(), time.monotonic() - begun
+                changes = self._index.refresh(stopped=stopped, wait=wait, in_a_hurry=True)
+                # Who waited in vain waits no more for a while: the other one looks.
+                self._looked, self._took = time.monotonic(), _WAIT if changes is None else changes.look_seconds
             passages = self._index.search(query, 5 * topn)
         except StoppedError:
             raise ToolError("The search was stopped before the documents were indexed.") from None
@@ -136,12 +136,14 @@ class Documents:
     def _content(self, name: str, stopped: Stopped) -> Content:
         with self._folder.open(name) as file:
             now = os.fstat(file.fileno())
-            key = (name, now.st_mtime_ns, now.st_size)
+            key = (name, now.st_ctime_ns, now.st_size)
             with self._lock:
                 if (content := self._kept.get(key)) is not None:
                     self._kept.move_to_end(key)
                     return content
             content = self._folder.read(name, file, stopped)
+            if time.time_ns() - os.fstat(file.fileno()).st_ctime_ns < SETTLED:
+                return content  # it may change once more within the same tick of the clock
         with self._lock:
             self._kept[key] = content
             while len(self._kept) > 1 and sum(len(kept.text) for kept in self._kept.values()) > _KEPT_CHARACTERS:

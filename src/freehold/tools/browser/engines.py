@@ -77,6 +77,21 @@ class YouCom:
         return hits[:topn]
 
 
+def engine_of(text: str) -> SearchEngine:
+    """What a user names: `exa` or `you`, whose keys are in the environment, or the address of a SearXNG server.
+
+    Keys cannot be typed: other users of a machine see what a command is started with. Raises UsageError.
+    """
+    match text.strip().lower():
+        case "exa":
+            return Exa()
+        case "you" | "you.com":
+            return YouCom()
+        case named if "://" in named:
+            return Searxng(text.strip())
+    raise UsageError(f"the web is searched by exa, you, or the URL of a SearXNG server, got {text!r}")
+
+
 def client_over(transport: "httpx.AsyncBaseTransport | None", seconds: float) -> "httpx.AsyncClient":
     """A client for one exchange, which tells nobody what was asked: httpx writes URLs, and so queries, to the log."""
     import httpx

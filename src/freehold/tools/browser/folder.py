@@ -8,18 +8,20 @@ no link and no `..` leads out of it. What is not text, HTML or PDF is left alone
 import os
 import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-from freehold.tools.browser import markup, pdf
-from freehold.tools.browser.content import Content, plain, shown_name
-from freehold.tools.browser.pdf import UnreadableError
+from freehold.tools.browser import apart, markup, pdf
+from freehold.tools.browser.apart import UnreadableError
+from freehold.tools.browser.content import Content, one_line, plain, shown_name
 
 MAX_FILE_BYTES = 16 << 20
 MAX_PDF_BYTES = 256 << 20
 _MAX_DEPTH = 64
 _SNIFFED = 8192
+_PDF = b"%PDF-"
 _LEFT_OUT = frozenset(("node_modules", "__pycache__"))
 _HTML = frozenset((".html", ".htm", ".xhtml"))
 _MARKDOWN = frozenset((".md", ".markdown", ".mdx", ".mkd"))
@@ -106,8 +108,8 @@ class Folder:
             return None
         if parts.scheme == "file" and parts.netloc in ("", "localhost"):
             path = unquote(parts.path)
-        elif parts.scheme or parts.netloc:
-            return None
+        elif parts.netloc or (parts.scheme and (beside or "://" in address)):
+            return None  # but a file may be called `Re: plans.txt`
         else:
             path = unquote(parts.path) if beside else address
         if "\0" in path or not path:
@@ -141,6 +143,10 @@ class Folder:
             os.close(handle)
             raise
 
+    def max_bytes(self, name: str, file: BinaryIO) -> int:
+        """How large an open file may be to be read."""
+        return MAX_PDF_BYTES if _is_pdf(os.path.splitext(name)[1].lower(), file) else MAX_FILE_BYTES  # noqa: PTH122
+
     def read(self, name: str, file: BinaryIO, stopped: Callable[[], bool], *, as_source: bool = False) -> Content:
         """The document in an open file. Raises UnreadableError, and NotTextError."""
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
@@ -148,7 +154,7 @@ class Folder:
             raise NotTextError
         url, title, own_lines = self.url(name), name.rpartition("/")[2], False
         pages: tuple[int, ...] = ()
-        if suffix == ".pdf":
+        if _is_pdf(suffix, file):
             pages_of = pdf.read(file, MAX_PDF_BYTES, stopped)
             text, starts = "", []
             lines = 0
@@ -163,7 +169,7 @@ class Folder:
             is_html = suffix in _HTML
             written = markup.decode(data, is_html=is_html)
             if is_html and not as_source:
-                found = markup.of_html(written, url, self.resolver(name))
+                found = apart.of_html(written, url, self.resolver(name), stopped=stopped)
             elif suffix in _MARKDOWN and not as_source:
                 found, own_lines = markup.of_markdown(written, url, self.resolver(name)), True
             else:
@@ -171,7 +177,7 @@ class Folder:
         return Content(
             url=url,
             shown=shown_name(name),
-            title=plain(found.title or title),
+            title=one_line(found.title) or one_line(title),
             text=found.text,
             links=found.links,
             own_lines=own_lines,
@@ -180,15 +186,21 @@ class Folder:
 
     def resolver(self, name: str) -> markup.Resolve:
         """Links of one of our files: to others of them, and to the web."""
-        web = markup.web_resolve("")
+        return partial(_resolve, self, name)
 
-        def resolve(href: str) -> tuple[str, str | None] | None:
-            if href.startswith(("http://", "https://")):
-                return web(href)
-            target = None if href.startswith("//") else self.name_of(href, beside=name)
-            return None if target is None else (self.url(target), "")
 
-        return resolve
+def _resolve(folder: Folder, name: str, href: str) -> tuple[str, str | None] | None:
+    if href.startswith(("http://", "https://")):
+        return markup.web_resolve("")(href)
+    target = None if href.startswith("//") else folder.name_of(href, beside=name)
+    return None if target is None else (folder.url(target), "")
+
+
+def _is_pdf(suffix: str, file: BinaryIO) -> bool:
+    """By its name or, since downloads have any name, by how it begins."""
+    head = file.read(len(_PDF))
+    file.seek(0)
+    return suffix == ".pdf" or head == _PDF
 
 
 def _bytes(file: BinaryIO) -> bytes:

@@ -16,39 +16,44 @@ import os
 import re
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from freehold.errors import DiskError
 from freehold.log import Progress, logger, no_progress
+from freehold.tools.browser.apart import UnreadableError
 from freehold.tools.browser.content import Content, without_links
-from freehold.tools.browser.folder import MAX_PDF_BYTES, Folder, Found, NotTextError
-from freehold.tools.browser.pdf import UnreadableError
+from freehold.tools.browser.folder import Folder, Found, NotTextError
 
 _VERSION = "1"
 _PASSAGE = 4000  # characters
 _HEAP_BYTES = 96 << 20
 _WRITER_THREADS = 2
 _COMMIT_CHARACTERS = 256 << 20  # so that a stopped first run goes on where it was
-_SETTLED = 2_000_000_000  # nanoseconds: younger files may change again without another time stamp
+SETTLED = 2_000_000_000  # nanoseconds: younger files may change again without another time stamp
 _MAX_NAMED = 20
 _CJK = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-_SYNTAX = re.compile(r"[^\w\s\"'.-]+")
+_SYNTAX = re.compile(r"[^\w\s\".-]+")
 _FIELDS = ("title", "words", "body")
 _BOOSTS = {"title": 2.0, "words": 1.5}
 
 
 class Changes(NamedTuple):
-    """What bringing an index up to date has done. `skipped` are the files that could not be read, with the reasons."""
+    """What bringing an index up to date has done. `skipped` are the files that could not be read, with the reasons.
+
+    `look_seconds` is what looking through the folder took, without what was then read.
+    """
 
     added: int
     changed: int
     removed: int
     unchanged: int
     skipped: dict[str, str]
+    look_seconds: float
 
 
 class Passage(NamedTuple):
@@ -82,6 +87,8 @@ class Index:
     def __init__(self, folder: Folder, index_dir: Path) -> None:
         self._folder, self._dir = folder, index_dir
         self._passages: Any = None
+        self._warned: set[str] = set()  # files that the log has named
+        self._merging: threading.Thread | None = None
 
     # --- searching ---
 
@@ -91,6 +98,8 @@ class Index:
         if index is None:
             return []
         cleaned = _spread(_SYNTAX.sub(" ", query[:1000])).strip(" .-")
+        if cleaned.count('"') % 2:  # half a phrase would swallow what follows
+            cleaned = cleaned.replace('"', " ")
         parsed, _ = index.parse_query_lenient(cleaned, list(_FIELDS), field_boosts=_BOOSTS)
         searcher = index.searcher()
         passages = []
@@ -131,15 +140,27 @@ class Index:
         progress: Progress = no_progress,
         stopped: Callable[[], bool] = lambda: False,
         wait: float | None = None,
+        in_a_hurry: bool = False,
     ) -> Changes | None:
         """See what changed, and index that. None where another does it and `wait` seconds were not enough.
 
-        Raises StoppedError, and DiskError where the index cannot be written.
+        Every now and then the index merges its pieces, which for a large one takes seconds; for who is `in_a_hurry`
+        that is done after the return, with the lock held. Raises StoppedError, and DiskError where nothing can be
+        written.
         """
         try:
             self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._locked(stopped, wait, progress) as is_ours:
-                return self._refresh(progress, stopped) if is_ours else None
+            with ExitStack() as held:
+                if not held.enter_context(self._locked(stopped, wait, progress)):
+                    return None
+                changes, merge = self._refresh(progress, stopped)
+                if not in_a_hurry:
+                    merge()
+                elif merge.is_needed:
+                    merging = threading.Thread(target=_merge, args=(merge, held.pop_all()), name="freehold-merge")
+                    merging.start()
+                    self._merging = merging
+                return changes
         except UnreadableError as error:
             raise DiskError(f"{self._folder.path} cannot be read: {error}") from None
         except OSError as error:
@@ -170,7 +191,12 @@ class Index:
                 progress("waiting for another process to index", 1, 1)
             yield True
 
-    def _refresh(self, progress: Progress, stopped: Callable[[], bool]) -> Changes:
+    def close(self) -> None:
+        """Wait for what was left to be done."""
+        if self._merging is not None:
+            self._merging.join()
+
+    def _refresh(self, progress: Progress, stopped: Callable[[], bool]) -> tuple[Changes, "_Merge"]:
         try:
             passages, database, is_new = self._open()
         except (ValueError, sqlite3.Error):
@@ -178,12 +204,13 @@ class Index:
             self._remove()
             passages, database, is_new = self._open()
         with closing(database):
-            run = _Run(self._folder, passages, database, progress, stopped, is_new)
+            run = _Run(self._folder, passages, database, progress, stopped, is_new, self._warned)
             try:
                 try:
-                    return run.run()
-                finally:
-                    run.close()
+                    return run.run(), run.merge
+                except BaseException:
+                    run.merge()
+                    raise
             except (ValueError, sqlite3.Error) as error:
                 self._remove()
                 raise DiskError(
@@ -251,6 +278,7 @@ class _Run:
         progress: Progress,
         stopped: Callable[[], bool],
         is_new: bool,
+        warned: set[str],
     ) -> None:
         self._folder, self._passages, self._database = folder, passages, database
         self._progress, self._stopped = progress, stopped
@@ -259,7 +287,7 @@ class _Run:
         self._pending: list[tuple[Any, ...]] = []
         self._gone: list[tuple[str]] = []
         self._uncommitted = 0
-        self._warned = 0
+        self._warned, self._more_warned = warned, 0
 
     def run(self) -> Changes:
         known = {
@@ -276,14 +304,14 @@ class _Run:
             skipped[name] = reason
             self._warn(name, reason)
 
-        now = time.time_ns()
+        begun, now = time.monotonic(), time.time_ns()
         present, todo, total = set(), [], 0
         for found in self._folder.files(problem):
             if self._stopped():
                 raise StoppedError
             present.add(found.name)
             state = known.get(found.name)
-            if state and state.found == found and found.changed < state.seen - _SETTLED:
+            if state and state.found == found and found.changed < state.seen - SETTLED:
                 if state.problem:
                     skipped[found.name] = state.problem
                 continue
@@ -293,8 +321,8 @@ class _Run:
         missing = known.keys() - present
         gone = [name for name in missing if not any(name == part or name.startswith(part + "/") for part in unlisted)]
 
-        added = changed = 0
-        done = 0
+        look_seconds = time.monotonic() - begun
+        added = changed = done = 0
         try:
             for name in gone:
                 self._delete(name)
@@ -316,20 +344,19 @@ class _Run:
         if _meta(self._database, "complete") != "1":
             with self._database:
                 self._database.execute("INSERT OR REPLACE INTO meta VALUES ('complete', '1')")
-        if self._warned > _MAX_NAMED:
-            logger.warning("%d more files cannot be read", self._warned - _MAX_NAMED)
-        return Changes(added, changed, len(gone), len(present) - added - changed, skipped)
+        if self._more_warned:
+            logger.warning("%d more files cannot be read", self._more_warned)
+        return Changes(added, changed, len(gone), len(present) - added - changed, skipped, look_seconds)
 
-    def close(self) -> None:
-        """Lets merges of passages come to their end, so that the index stays in few pieces."""
-        if self._writer is not None:
-            self._writer.wait_merging_threads()
+    @property
+    def merge(self) -> "_Merge":
+        return _Merge(self._writer)
 
     def _take(self, found: Found, state: _State | None, now: int, skipped: dict[str, str]) -> str:
         digest, reason, outcome = b"", "", ""
         try:
             with self._folder.open(found.name) as file:
-                if found.size <= MAX_PDF_BYTES:  # what is larger is not read anyway
+                if found.size <= self._folder.max_bytes(found.name, file):  # what is larger is not read anyway
                     digest = _digest(file)
                     file.seek(0)
                 if digest and state and state.digest == digest and not state.problem:
@@ -399,9 +426,35 @@ class _Run:
         self._pending, self._gone, self._uncommitted = [], [], 0
 
     def _warn(self, name: str, reason: str) -> None:
-        self._warned += 1
-        if self._warned <= _MAX_NAMED:
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        if len(self._warned) > _MAX_NAMED:
+            self._more_warned += 1
+        else:
             logger.warning("%s is left out: %s", self._folder.path / name, reason)
+
+
+class _Merge(NamedTuple):
+    """Lets merges of passages come to their end, so that the index stays in few pieces."""
+
+    writer: Any
+
+    @property
+    def is_needed(self) -> bool:
+        return self.writer is not None
+
+    def __call__(self) -> None:
+        if self.writer is not None:
+            self.writer.wait_merging_threads()
+
+
+def _merge(merge: _Merge, held: ExitStack) -> None:
+    with held:
+        try:
+            merge()
+        except ValueError as error:  # nothing is lost: the pieces are there as they were
+            logger.warning("an index could not be merged (%s): see that its disk has space", error)
 
 
 def _schema() -> Any:

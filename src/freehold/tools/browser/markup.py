@@ -9,6 +9,7 @@ import codecs
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
 
@@ -82,16 +83,16 @@ def decode(data: bytes, charset: str | None = None, *, is_html: bool = False) ->
 
 def web_resolve(base_url: str) -> Resolve:
     """Links of a page of the web."""
+    return partial(_web_resolve, base_url)
 
-    def resolve(href: str) -> tuple[str, str | None] | None:
-        try:
-            url = urljoin(base_url, href)
-        except ValueError:
-            return None
-        url = "".join(c for c in url if c.isprintable()).strip()
-        return (url, None) if url.startswith(("http://", "https://")) and len(url) <= 2048 else None
 
-    return resolve
+def _web_resolve(base_url: str, href: str) -> tuple[str, str | None] | None:
+    try:
+        url = urljoin(base_url, href)
+    except ValueError:
+        return None
+    url = "".join(c for c in url if c.isprintable()).strip()
+    return (url, None) if url.startswith(("http://", "https://")) and len(url) <= 2048 else None
 
 
 def of_html(html: str, base_url: str, resolve: Resolve, *, article_only: bool = False) -> Text:

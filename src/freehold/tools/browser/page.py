@@ -216,18 +216,28 @@ class Page:
             first += 1
         if first > last:
             return None
-        part = self._part_at(first)
+        index = self._part_index(first)
+        part = self._parts[index]
         if not part.url:
             return None
-        numbers = [self._numbers[line] for line in range(first, last + 1) if self._part_at(line).url == part.url]
-        numbers = [number for number in numbers if number]
+        numbers: set[int] = set()
+        for number, each in enumerate(self._parts[index:], index):
+            if each.start > last:
+                break
+            end = self._parts[number + 1].start if number + 1 < len(self._parts) else last + 1
+            if each.url == part.url:
+                numbers.update(self._numbers[max(each.start, first) : min(end, last + 1)])
+        numbers.discard(0)
         url = part.url
         if part.page_lines:
-            url += f"#page={max(1, bisect_right(part.page_lines, numbers[0] - 1))}"
+            url += f"#page={max(1, bisect_right(part.page_lines, self._numbers[first] - 1))}"
         return Passage(url, part.title, min(numbers), max(numbers))
 
     def _part_at(self, line: int) -> _Part:
-        return self._parts[bisect_right(self._parts, line, key=lambda part: part.start) - 1]
+        return self._parts[self._part_index(line)]
+
+    def _part_index(self, line: int) -> int:
+        return bisect_right(self._parts, line, key=lambda part: part.start) - 1
 
 
 def _wrapped(line: str) -> list[str]:

@@ -7,24 +7,19 @@ other. It is not a sandbox against a file that takes pdfium over: such code coul
 
 import json
 import os
-import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from freehold.tools.browser import apart
+from freehold.tools.browser.apart import UnreadableError
 
 MAX_SECONDS = 60.0
 _MAX_CHARACTERS = 16 << 20
 _MAX_PAGES = 20_000
-_MAX_MEMORY = 2 << 30
-_CHILD = "import sys; sys.path.insert(0, sys.argv[1]); from freehold.tools.browser import pdf; pdf.tell()"
-
-
-class UnreadableError(Exception):
-    """A file that cannot be read; the message is the reason, as the end of a sentence that names the file."""
 
 
 class Pdf(NamedTuple):
@@ -40,15 +35,15 @@ def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
         raise UnreadableError(f"it is larger than {max_bytes >> 20} MiB")
     file.seek(0)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _CHILD, str(Path(__file__).parents[3])],
+        apart.command("pdf"),
         stdin=file,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+        env=apart.environment(),
     )
     with process:
         try:
-            until = time.monotonic() + MAX_SECONDS
+            until = time.monotonic() + apart.PATIENCE * MAX_SECONDS
             while True:
                 try:
                     output, _ = process.communicate(timeout=0.1)
@@ -57,9 +52,11 @@ def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
                     if stopped():
                         raise UnreadableError("reading it was stopped") from None
                     if time.monotonic() > until:
-                        raise UnreadableError(f"it takes more than {MAX_SECONDS:.0f} seconds to read") from None
+                        raise apart.too_slow(MAX_SECONDS) from None
         finally:
             process.kill()
+    if process.returncode == -signal.SIGXCPU:
+        raise apart.too_slow(MAX_SECONDS)
     try:
         told = json.loads(output) if process.returncode == 0 else None
     except ValueError:
@@ -73,30 +70,32 @@ def read(file: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Pdf:
 
 def tell() -> None:
     """The child of `read`: the PDF on standard input as JSON on standard output."""
-    from freehold import airgap
-    from freehold.errors import FreeholdError
-
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, _MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(MAX_SECONDS) + 5, int(MAX_SECONDS) + 5))
-    with suppress(FreeholdError):  # where the kernel cannot, it does without
-        airgap.close_network()
+    apart.confine()
+    apart.limit_cpu(MAX_SECONDS)
 
     import pypdfium2
 
     try:
         document = pypdfium2.PdfDocument(sys.stdin.buffer)
-        pages, size = [], 0
+        pages: list[str] = []
+        size = read_pages = 0
         for number in range(min(len(document), _MAX_PAGES)):
-            page = document[number]
-            text = page.get_textpage()
-            pages.append(text.get_text_bounded())
-            text.close()
-            page.close()
+            try:
+                page = document[number]
+                text = page.get_textpage()
+                pages.append(text.get_text_bounded())
+                text.close()
+                page.close()
+            except pypdfium2.PdfiumError:  # this page; the others keep their numbers
+                pages.append("")
+                continue
+            read_pages = len(pages)
             size += len(pages[-1])
             if size > _MAX_CHARACTERS:
                 break
-        told = {"title": document.get_metadata_value("Title"), "pages": pages}
+        if not read_pages:
+            raise pypdfium2.PdfiumError("no page")
+        told = {"title": document.get_metadata_value("Title"), "pages": pages[:read_pages]}
     except pypdfium2.PdfiumError as error:
         locked = "assword" in str(error)
         told = {"reason": "it has a password" if locked else "it is damaged, or no PDF"}

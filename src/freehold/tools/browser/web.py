@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from freehold.tools.base import ToolError
-from freehold.tools.browser import addresses, markup
+from freehold.tools.browser import addresses, apart, markup
 from freehold.tools.browser.content import Content, Hit, one_line, plain, shown_address
 from freehold.tools.browser.engines import MakeTransport, SearchEngine, client_over
-from freehold.tools.browser.threads import Threads
+from freehold.tools.browser.threads import Stopped, Threads
 
 if TYPE_CHECKING:
     import ssl
@@ -80,7 +80,7 @@ class Web:
         try:
             async with asyncio.timeout(self._seconds):
                 answer = await self._get(address)
-                return await self._threads.run(lambda stopped: _content(answer, as_source))
+                return await self._threads.run(lambda stopped: _content(answer, as_source, stopped))
         except TimeoutError:
             raise ToolError(f"`{shown}` takes longer than {self._seconds:g} seconds. Open another page.") from None
 
@@ -198,12 +198,17 @@ class _Inflate:
             raise ToolError(f"`{self._shown}` is damaged: it cannot be decompressed. Open another page.") from None
 
 
-def _content(answer: _Answer, as_source: bool) -> Content:
+def _content(answer: _Answer, as_source: bool, stopped: Stopped) -> Content:
     is_html = answer.media_type in _HTML_TYPES
     written = markup.decode(answer.data, answer.charset, is_html=is_html)
     if is_html and not as_source:
         resolve = markup.web_resolve(answer.url)
-        found = markup.of_html(written, answer.url, resolve, article_only=len(answer.data) <= _MAX_ARTICLE)
+        article_only = len(answer.data) <= _MAX_ARTICLE
+        try:
+            found = apart.of_html(written, answer.url, resolve, article_only=article_only, stopped=stopped)
+        except apart.UnreadableError as error:
+            shown = one_line(answer.url, 200)
+            raise ToolError(f"`{shown}` cannot be read: {error}. Open another page.") from None
     elif answer.media_type == "text/markdown" and not as_source:
         found = markup.of_markdown(written, answer.url, markup.web_resolve(answer.url))
     else:

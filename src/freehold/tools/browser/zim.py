@@ -7,13 +7,14 @@ Reads articles only; nothing of a file is run, and its links lead to its own art
 import posixpath
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from freehold.errors import BackendError, UsageError
 from freehold.tools.base import ToolError
-from freehold.tools.browser import markup
-from freehold.tools.browser.content import Content, Hit, one_line, shown_address
+from freehold.tools.browser import apart, markup
+from freehold.tools.browser.content import Content, Hit, one_line, shown_address, source_name
 from freehold.tools.browser.documents import best_line
 from freehold.tools.browser.threads import Stopped, Threads
 
@@ -34,7 +35,7 @@ class Zim:
             self._archive = Archive(path)
         except (RuntimeError, ValueError, OSError):
             raise UsageError(f"{path} cannot be opened as a ZIM file; name a .zim file that is complete") from None
-        self.name = name or path.stem
+        self.name = name or source_name(path.stem)
         self._base = f"zim://{quote(self.name, safe='')}/"
         self._lock = threading.Lock()
         self._threads = Threads("zim", 2)
@@ -46,7 +47,8 @@ class Zim:
         return await self._threads.run(lambda stopped: self._search(query, topn, stopped))
 
     async def fetch(self, address: str, *, as_source: bool = False) -> Content:
-        return await self._threads.run(lambda stopped: self._fetch(unquote(address[len(self._base) :]), as_source))
+        entry = unquote(address[len(self._base) :].partition("#")[0])
+        return await self._threads.run(lambda stopped: self._fetch(entry, as_source, stopped))
 
     def close(self) -> None:
         self._threads.close()
@@ -66,20 +68,20 @@ class Zim:
             if stopped():
                 break
             try:
-                content = self._fetch(entry, False)
+                content = self._fetch(entry, False, stopped)
             except ToolError:
                 continue
             summary, line = best_line(content.text, query)
             hits.append(Hit(url=content.url, title=content.title, place="", summary=summary, line=line))
         return hits
 
-    def _fetch(self, entry: str, as_source: bool) -> Content:
+    def _fetch(self, entry: str, as_source: bool, stopped: Stopped) -> Content:
         shown = one_line(entry)
         with self._lock:
             try:
-                found = self._archive.get_entry_by_path(entry.partition("#")[0])
+                found = self._archive.get_entry_by_path(entry)
                 item = found.get_item()  # where it redirects, the last of them
-                media_type, size, title = item.mimetype, item.size, item.title
+                path, media_type, size, title = item.path, item.mimetype, item.size, item.title
                 if size > _MAX_BYTES:
                     raise ToolError(f"`{shown}` is too large to be shown. Open another article.")
                 data = bytes(item.content)
@@ -89,9 +91,12 @@ class Zim:
         if not media_type.startswith("text/"):
             raise ToolError(f"`{shown}` is no text but {one_line(media_type, 80)}. Open another article.")
         written = markup.decode(data, is_html=media_type == "text/html")
-        url = self._base + quote(item.path)
+        url = self._base + quote(path)
         if media_type == "text/html" and not as_source:
-            text = markup.of_html(written, url, self._resolver(item.path))
+            try:
+                text = apart.of_html(written, url, partial(_resolve, self._base, path), stopped=stopped)
+            except apart.UnreadableError as error:
+                raise ToolError(f"`{shown}` cannot be read: {error}. Open another article.") from None
         else:
             text = markup.of_text(written)
         return Content(
@@ -103,17 +108,15 @@ class Zim:
             own_lines=media_type != "text/html",
         )
 
-    def _resolver(self, entry: str) -> markup.Resolve:
-        def resolve(href: str) -> tuple[str, str | None] | None:
-            if href.startswith(("http://", "https://")):
-                return markup.web_resolve("")(href)
-            try:
-                parts = urlsplit(href)
-            except ValueError:
-                return None
-            if parts.scheme or parts.netloc or not parts.path:
-                return None
-            path = posixpath.normpath(posixpath.join(posixpath.dirname(entry), unquote(parts.path))).lstrip("/.")
-            return self._base + quote(path), ""
 
-        return resolve
+def _resolve(base: str, entry: str, href: str) -> tuple[str, str | None] | None:
+    if href.startswith(("http://", "https://")):
+        return markup.web_resolve("")(href)
+    try:
+        parts = urlsplit(href)
+    except ValueError:
+        return None
+    if parts.scheme or parts.netloc or not parts.path:
+        return None
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(entry), unquote(parts.path))).lstrip("/.")
+    return base + quote(path), ""

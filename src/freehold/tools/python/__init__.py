@@ -24,7 +24,7 @@ What it does not stop:
   model; whoever opens a file from /mnt/data opens a file that somebody else's code has made.
 """
 
-from freehold.tools.python.limits import Limits
+from freehold.tools.python.limits import Limits, read_limits
 from freehold.tools.python.tool import PythonSession, PythonTool
 
-__all__ = ["Limits", "PythonSession", "PythonTool"]
+__all__ = ["Limits", "PythonSession", "PythonTool", "read_limits"]

@@ -1,8 +1,13 @@
 """How much a session of the python tool may take."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from freehold.errors import UsageError
+
+_VALUE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?(|KiB|MiB|GiB)")
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,22 @@ class Limits:
                     f"the python tool's {field.name} cannot be {value}: give "
                     + (f"{lowest} or more" if lowest else "a number above 0")
                 )
+
+
+def read_limits(texts: Sequence[str]) -> dict[str, float | int]:
+    """Limits by name, from texts such as `seconds=300` and `memory_bytes=4GiB`. Raises UsageError."""
+    kinds = {field.name: field.type for field in fields(Limits)}
+    given: dict[str, float | int] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise UsageError(f"the python tool has no limit {name!r:.40}; it has {', '.join(kinds)}")
+        number = _VALUE.fullmatch(value)
+        if number is None:
+            raise UsageError(f"{text!r:.80}: give a number, for bytes also with KiB, MiB or GiB behind it")
+        amount_given = float(number[1]) * _UNITS[number[2]]
+        given[name] = amount_given if kinds[name] is float else int(amount_given)
+    return given
 
 
 def amount(size: int) -> str:
