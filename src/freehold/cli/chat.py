@@ -79,7 +79,8 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="A file or folder for Python's /mnt/data; what it makes comes back beside it. May be given again.",
+            help="A file, or the files right in a folder, for Python's /mnt/data; what it makes comes back beside it. "
+            "May be given again.",
         ),
     ] = None,
     patch: Annotated[
@@ -211,7 +212,7 @@ def _talk(
         recorded = [] if record is None else read_recording(record)
         if recorded and system is not None:
             raise UsageError(f"the conversation in {record} has its instructions already; leave --system out")
-        with terminal.progress_bars() as progress:
+        with terminal.progress_bars() as progress, terminal.only_answers_on_stdout():
             served = load(progress)
             opened.callback(lambda: runner.run(served.runner.drain(0)))
             tokenizer = served.prompting.the_tokenizer()
@@ -252,7 +253,8 @@ def _scripted(script: Path, *, harmony: bool | None, grammar: bool) -> "Served":
 def _answered(talk: "Talk", run: "Run", question: str) -> bool:
     """Show the answer; False if Ctrl-C stopped it."""
     try:
-        run(talk.answer(question))
+        with terminal.only_answers_on_stdout():
+            run(talk.answer(question))
     except KeyboardInterrupt:
         return False
     return True
