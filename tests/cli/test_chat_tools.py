@@ -122,6 +122,15 @@ def test_what_is_recorded_is_shown_again_and_gone_on_from(place: Path) -> None:
         assert "no recording" in str(result.exception)
 
 
+def test_after_so_many_calls_there_is_an_answer(place: Path) -> None:
+    script = _script(place, _function("weather", city="Oslo"), {"answer": "Enough."})
+    options = ["--tools", "my_tools.py", "--approve", "never", "--max-tool-calls", "1", "--script", str(script)]
+    assert CliRunner().invoke(app, ["chat", *options, "?"]).stdout == "Enough.\n"
+    _script(place, _function("weather", city="Oslo"), _function("weather", city="Rome"))
+    result = CliRunner().invoke(app, ["chat", *options, "?"])
+    assert "does not allow it" in str(result.exception)  # the model could not have said this
+
+
 def _has_sandbox() -> bool:
     try:
         PythonTool()
@@ -299,6 +308,8 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
         (["--tools", "nothing.py"], r"nothing\.py"),
         (["--patch", "my_tools.py"], r"my_tools\.py"),
         (["--search", "google"], "searched by exa, you, or the URL of a SearXNG server, got 'google'"),
+        (["--max-steps", "0"], "max_steps must be 1 or more, got 0"),
+        (["--tool-seconds", "0"], "tool_seconds must be more than 0, got 0"),
         (["--python-limit", "minutes=3"], "no limit 'minutes'; it has seconds, memory_bytes"),
         (["--python-limit", "memory_bytes=plenty"], "'memory_bytes=plenty': give a number"),
         (["--python-limit", "memory_bytes=1MiB"], "memory_bytes cannot be 1048576: give 134217728 or more"),

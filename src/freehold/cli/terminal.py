@@ -11,7 +11,8 @@ from typing import TextIO
 from freehold.errors import UsageError
 from freehold.log import Progress
 
-_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_TURNS_TEXT = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # what a line says can be shown in another order
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160), *_TURNS_TEXT) if chr(code) not in "\n\t"}
 
 _answers: TextIO | None = None
 """Where `write` writes while stdout is kept for it alone."""
