@@ -1,5 +1,6 @@
 """Tools in the terminal: what is shown, what is asked, what is stopped. A script stands in for the model."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -12,9 +13,12 @@ from typer.testing import CliRunner
 from freehold.cli import approval
 from freehold.cli.footnotes import Footnotes
 from freehold.cli.main import app
+from freehold.cli.screen import Screen
 from freehold.errors import FreeholdError, UnsupportedError, UsageError
 from freehold.session.record import read_recording
+from freehold.session.turn import ToolStart
 from freehold.tools.base import Citation
+from freehold.tools.functions import FunctionToolset
 from freehold.tools.python import PythonTool
 from tests.cli.terminal import FREEHOLD, Terminal
 
@@ -30,6 +34,15 @@ def weather(city: str) -> str:
 
 
 @freehold.tool
+def loud() -> str:
+    """Prints, and has others print."""
+    import os
+    print("a function prints")
+    os.system("echo a program prints")
+    return "done"
+
+
+@freehold.tool
 async def wait() -> str:
     """Never ends."""
     import asyncio
@@ -37,6 +50,7 @@ async def wait() -> str:
     await asyncio.Event().wait()
     return ""
 '''
+PRINTED = "print('a file prints')\n"
 PATCH = "*** Begin Patch\n*** Update File: notes.txt\n@@\n-old\n+new\n*** End Patch\n"
 
 
@@ -108,6 +122,15 @@ def test_what_is_recorded_is_shown_again_and_gone_on_from(place: Path) -> None:
         assert "no recording" in str(result.exception)
 
 
+def test_after_so_many_calls_there_is_an_answer(place: Path) -> None:
+    script = _script(place, _function("weather", city="Oslo"), {"answer": "Enough."})
+    options = ["--tools", "my_tools.py", "--approve", "never", "--max-tool-calls", "1", "--script", str(script)]
+    assert CliRunner().invoke(app, ["chat", *options, "?"]).stdout == "Enough.\n"
+    _script(place, _function("weather", city="Oslo"), _function("weather", city="Rome"))
+    result = CliRunner().invoke(app, ["chat", *options, "?"])
+    assert "does not allow it" in str(result.exception)  # the model could not have said this
+
+
 def _has_sandbox() -> bool:
     try:
         PythonTool()
@@ -125,6 +148,7 @@ def test_the_answer_and_its_footnotes_are_on_stdout_and_all_else_on_stderr(place
     (place / "docs" / "guide.md").write_text("# Hours\n\nIt opens at nine.\nNever on Mondays.\n")
     (place / "data.csv").write_text("a,b\n1,2\n")
     code = (
+        "open('/mnt/data/.profile', 'w').write('rm'); "
         "text = open('/mnt/data/data.csv').read()\n"
         "open('/mnt/data/data.csv', 'a').write('3,4\\n'); open('/mnt/data/new.txt', 'w').write('x')\n"
         "print(text)"
@@ -146,7 +170,7 @@ def test_the_answer_and_its_footnotes_are_on_stdout_and_all_else_on_stderr(place
     )
     assert re.search(
         r'^I look\.\nbrowser\.open: \{"id": "guide\.md"\}\n  \[0\] .*  L4: It opens at nine\.\n'
-        r".*python: text = open.*\n  a,b\n  1,2\n.*file: .*/data-2\.csv\nfile: .*/new\.txt\n"
+        r".*python: open.*\n  a,b\n  1,2\n.*file: .*/profile\nfile: .*/data-2\.csv\nfile: .*/new\.txt\n"
         r".*weather: .*\n  line 0 of Rome \S+\n.*  line 7 of Rome \S+\n  … 12 more lines; /output shows them\n",
         done.stderr,
         re.DOTALL,
@@ -154,6 +178,48 @@ def test_the_answer_and_its_footnotes_are_on_stdout_and_all_else_on_stderr(place
     assert (place / "data.csv").read_text() == "a,b\n1,2\n"
     assert (place / "data-2.csv").read_text() == "a,b\n1,2\n3,4\n"
     assert (place / "new.txt").read_text() == "x"
+    assert not (place / ".profile").exists()  # which a shell would obey, in the folder that is its home
+
+
+def test_only_answers_reach_stdout_whatever_functions_print(place: Path) -> None:
+    (place / "loud.py").write_text(PRINTED + TOOLS)
+    said = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+    done = _chat(
+        "--script",
+        _script(place, _function("loud"), {"completion": said}),
+        "--tools",
+        "loud.py",
+        "--approve=never",
+        "?",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "I look.\nYes.\n"
+    assert done.stderr == "a file prints\nloud: {}\na function prints\na program prints\n  done\n\n"
+
+    serving = [*FREEHOLD, "mcp", "--tools", "loud.py"]  # where stdout is the wire
+    served = subprocess.run(serving, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+    assert (served.returncode, served.stdout, served.stderr) == (0, "", "a file prints\n")
+
+
+def test_a_function_is_asked_about_also_where_it_is_called_apply_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply_patch(path: str) -> str:
+        """Mine."""
+        return path
+
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "n\n"
+
+    monkeypatch.setattr(approval, "_has_terminal", lambda: True)
+    monkeypatch.setattr(approval, "_answer", answer)
+    asking = approval.Approval("tools", Screen())
+    asking.check([FunctionToolset([apply_patch])])
+    start = ToolStart(number=0, recipient="functions.apply_patch", arguments='{"path": "\x1b[2J"}')
+    assert not asyncio.run(asking.call(start))
+    # stderr is no terminal here, and so the terminal is told what it is about.
+    assert asked == ['apply_patch: {"path": "\ufffd[2J"}\nRun apply_patch? [y]es, [n]o, [a]lways: ']
 
 
 def test_calls_are_asked_about_shown_and_stopped(place: Path) -> None:
@@ -171,8 +237,8 @@ def test_calls_are_asked_about_shown_and_stopped(place: Path) -> None:
     terminal = Terminal("chat", "--script", script, "--tools", "my_tools.py", "--patch", ".")
     terminal.wait_for(r"/quit.*> $")
 
-    terminal.type("one\n")
-    assert "Oslo" in terminal.wait_for(r"Run weather\? .*: $")
+    terminal.type("one\ny\n")  # what was typed before a question answers none
+    assert "Oslo" in terminal.wait_for(r"\r\S*Run weather\? .*: $")
     terminal.type("n\n")
     assert "declined" in terminal.wait_for(r"So be it\.\s+> $")
     terminal.type("/output\n")
@@ -242,6 +308,8 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
         (["--tools", "nothing.py"], r"nothing\.py"),
         (["--patch", "my_tools.py"], r"my_tools\.py"),
         (["--search", "google"], "searched by exa, you, or the URL of a SearXNG server, got 'google'"),
+        (["--max-steps", "0"], "max_steps must be 1 or more, got 0"),
+        (["--tool-seconds", "0"], "tool_seconds must be more than 0, got 0"),
         (["--python-limit", "minutes=3"], "no limit 'minutes'; it has seconds, memory_bytes"),
         (["--python-limit", "memory_bytes=plenty"], "'memory_bytes=plenty': give a number"),
         (["--python-limit", "memory_bytes=1MiB"], "memory_bytes cannot be 1048576: give 134217728 or more"),

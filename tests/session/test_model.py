@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import signal
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -529,3 +531,31 @@ def test_functions_are_called_by_chat_also_in_a_notebook(default: Model) -> None
     assert set(painted) <= {"red", "blue"}
     assert asyncio.run(notebook()) == said
     assert len(painted) == 2 * times
+    with pytest.raises(UsageError, match=r"a tool is a function, .* got 'browser'"):
+        default.chat([{"role": "user", "content": "Look."}], tools=["browser"])  # type: ignore[list-item]
+
+
+def test_an_interrupt_in_a_notebook_ends_a_function_that_runs(default: Model) -> None:
+    ends: list[type[BaseException]] = []
+    main = threading.main_thread().ident
+
+    async def wait() -> str:
+        """Waits."""
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+        return ""
+
+    async def notebook() -> str:
+        choices = TurnChoices(tool_choice="required", max_reasoning_tokens=0)
+        return default.chat([{"role": "user", "content": "Wait."}], tools=[wait], choices=choices, max_tokens=60)
+
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(notebook())
+    loop.close()
+    assert ends == [asyncio.CancelledError]

@@ -445,7 +445,7 @@ def test_our_tools_serve_other_clients(tmp_path: Path) -> None:
     asyncio.run(run())
     assert (tmp_path / "status").read_text() == "130\n"
     said = (tmp_path / "stderr").read_text()
-    for line in ("freehold: indexing: 100 %", "this is not the wire", "nor is this"):
+    for line in ("freehold: indexing notes: 100 %", "this is not the wire", "nor is this"):
         assert f"{line}\n" in said
 
 

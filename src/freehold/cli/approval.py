@@ -5,12 +5,14 @@
              nor before browser, which reads what it was given
     always   the user is asked before every call
 
-A patch is shown as a diff when it is asked about. Questions go to the terminal even where stdin is a pipe; where there
-is no terminal, tools that would need an answer are refused beforehand.
+A patch is shown as a diff when it is asked about. Questions go to the terminal even where stdin is a pipe, and what
+they are about too where stderr is none. What was typed before a question does not answer it. Where there is no
+terminal, tools that would need an answer are refused beforehand.
 """
 
 import signal
 import sys
+import termios
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +23,7 @@ from freehold.cli.screen import Screen, short
 from freehold.errors import UsageError
 from freehold.session.turn import ToolStart
 from freehold.tools import apply_patch
-from freehold.tools.apply_patch import ProposedPatch
+from freehold.tools.apply_patch import ApplyPatchTool, ProposedPatch
 from freehold.tools.base import FunctionTools, Tool
 
 Mode = Literal["never", "tools", "always"]
@@ -42,9 +44,11 @@ class Approval:
         self._mode = mode
         self._screen = screen
         self._allowed: set[str] = set()
+        self._asks_itself = False  # the tool that patches, with its diff; a function of the user's may have its name
 
     def check(self, tools: Sequence[Tool | FunctionTools]) -> None:
-        """Raise UsageError where somebody would have to be asked and nobody can be."""
+        """What there is to ask about. Raises UsageError where somebody would have to be asked and nobody can be."""
+        self._asks_itself = any(isinstance(tool, ApplyPatchTool) for tool in tools)
         if self._mode == "never" or _has_terminal():
             return
         for tool in tools:
@@ -60,30 +64,36 @@ class Approval:
     async def call(self, start: ToolStart) -> bool:
         """Whether a call may be carried out; see turn.Approve."""
         name = start.recipient
-        if self._mode == "never" or name in self._allowed or name == _PATCH:  # a patch is asked about with its diff
+        if self._mode == "never" or name in self._allowed or (name == _PATCH and self._asks_itself):
             return True
         if self._mode == "tools" and name.partition(".")[0] in _CONTAINED:
             return True
-        return self._ask(name, f"Run {short(name)}?")
+        return self._ask(name, f"{short(name)}: {start.arguments}", f"Run {short(name)}?")
 
     async def patch(self, proposed: ProposedPatch) -> bool:
         """Whether files may be changed; see apply_patch.Approve."""
         if self._mode == "never" or _PATCH in self._allowed:
             return True
         self._screen.note(_coloured(terminal.harmless_aside(proposed.diff)))
-        return self._ask(_PATCH, f"Change these files in {proposed.directory}?")
+        return self._ask(_PATCH, proposed.diff, f"Change these files in {proposed.directory}?")
 
-    def _ask(self, name: str, question: str) -> bool:
+    def _ask(self, name: str, about: str, question: str) -> bool:
+        """`about` was shown on stderr already."""
+        self._screen.make_room()
+        text = terminal.harmless(f"{question} [y]es, [n]o, [a]lways: ", for_terminal=True)
+        if not sys.stderr.isatty():
+            text = f"{terminal.harmless(about, for_terminal=True)}\n{text}"
         while True:
-            answer = _answer(terminal.harmless_aside(f"{question} [y]es, [n]o, [a]lways: ")).strip().lower()
-            match answer:
-                case "y" | "yes":
-                    return True
+            match _answer(text).strip().lower():
                 case "n" | "no" | "":
                     return False
+                case "y" | "yes":
+                    break
                 case "a" | "always":
                     self._allowed.add(name)
-                    return True
+                    break
+        self._screen.wait()
+        return True
 
 
 def _has_terminal() -> bool:
@@ -96,10 +106,12 @@ def _answer(question: str) -> str:
     """A line from the terminal; "" at its end. Ctrl-C stops the turn, as elsewhere."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a task that is cancelled would go on waiting
     try:
-        with _TERMINAL.open("r", errors="replace") as source:
-            sys.stderr.write(question)
-            sys.stderr.flush()
-            return source.readline()
+        with _TERMINAL.open("rb", buffering=0) as source, _TERMINAL.open("w", errors="replace") as person:
+            with suppress(termios.error):  # no terminal any more
+                termios.tcflush(source, termios.TCIFLUSH)
+            person.write(question)
+            person.flush()
+            return source.readline().decode(errors="replace")
     finally:
         signal.signal(signal.SIGINT, before)
 

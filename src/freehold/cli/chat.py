@@ -1,9 +1,9 @@
 """`freehold chat`: one answer, or a conversation in the terminal."""
 
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +79,8 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="A file or folder for Python's /mnt/data; what it makes comes back beside it. May be given again.",
+            help="A file, or the files right in a folder, for Python's /mnt/data; what it makes comes back beside it. "
+            "May be given again.",
         ),
     ] = None,
     patch: Annotated[
@@ -94,6 +95,13 @@ def command(
             help="Ask before calls: never, of tools that reach beyond a sandbox, always.",
         ),
     ] = "tools",
+    max_steps: Annotated[
+        int | None, typer.Option(help="Ask the model so often in one turn, calls in between. Default: 64.")
+    ] = None,
+    max_tool_calls: Annotated[int | None, typer.Option(help="Carry out so many calls in one turn.")] = None,
+    tool_seconds: Annotated[
+        float | None, typer.Option(help="Seconds that all calls of a turn may take. Default: 900.")
+    ] = None,
     record: Annotated[
         Path | None,
         typer.Option(
@@ -165,30 +173,39 @@ def command(
             progress=progress,
         )
 
-    how = {"max_tokens": max_tokens, "effort": reasoning_effort}
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
-    with _talk(load, choices, how, sampling, system=system, approve=approve, files=files or (), record=record) as (
-        talk,
-        run,
-    ):
+    wishes = _Wishes(
+        tools=choices,
+        ask={"max_tokens": max_tokens, "effort": reasoning_effort},
+        sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
+        limits={"max_steps": max_steps, "max_tool_calls": max_tool_calls, "tool_seconds": tool_seconds},
+        system=system,
+        approve=approve,
+        files=tuple(files or ()),
+        record=record,
+    )
+    with _talk(load, wishes) as (talk, run):
         if prompt is None:
             _converse(talk, run)
         elif not _answered(talk, run, prompt):
             sys.exit(130)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wishes:
+    """What the options say of a conversation; the dicts are checked where they are used, None is the default."""
+
+    tools: "ToolChoices"
+    ask: dict[str, Any]
+    sampling: Any
+    limits: dict[str, Any]
+    system: str | None
+    approve: str
+    files: tuple[Path, ...]
+    record: Path | None
+
+
 @contextmanager
-def _talk(
-    load: "Callable[[Progress], Served]",
-    choices: "ToolChoices",
-    how: dict[str, Any],
-    sampling: Any,
-    *,
-    system: str | None,
-    approve: str,
-    files: Sequence[Path],
-    record: Path | None,
-) -> "Iterator[tuple[Talk, Run]]":
+def _talk(load: "Callable[[Progress], Served]", wishes: _Wishes) -> "Iterator[tuple[Talk, Run]]":
     """A conversation with the model and the tools, and what runs it. What is wrong with options shows before the model
     is loaded, where it can be known then."""
     import asyncio
@@ -200,18 +217,21 @@ def _talk(
     from freehold.formats.conversation import Conversation
     from freehold.session.generation import Ask
     from freehold.session.record import Recorder, read_recording
+    from freehold.session.turn import TurnLimits
     from freehold.tools.kit import local_tools, mcp_tools
 
+    choices, record = wishes.tools, wishes.record
     screen = Screen(cites=bool(choices.browse or choices.search))
-    approval = Approval(approve, screen)
-    exchange = Exchange(files) if files else None
-    ask = Ask(conversation=Conversation(messages=()), sampling=sampling, **how)
+    approval = Approval(wishes.approve, screen)
+    exchange = Exchange(wishes.files) if wishes.files else None
+    ask = Ask(conversation=Conversation(messages=()), sampling=wishes.sampling, **wishes.ask)
+    limits = TurnLimits(**{name: value for name, value in wishes.limits.items() if value is not None})
     with asyncio.Runner() as runner, ExitStack() as opened:
         recorder = None if record is None else opened.enter_context(Recorder(record))
         recorded = [] if record is None else read_recording(record)
-        if recorded and system is not None:
+        if recorded and wishes.system is not None:
             raise UsageError(f"the conversation in {record} has its instructions already; leave --system out")
-        with terminal.progress_bars() as progress:
+        with terminal.progress_bars() as progress, terminal.only_answers_on_stdout():
             served = load(progress)
             opened.callback(lambda: runner.run(served.runner.drain(0)))
             tokenizer = served.prompting.the_tokenizer()
@@ -225,8 +245,9 @@ def _talk(
             served,
             ask,
             screen,
-            system=system,
+            system=wishes.system,
             tools=tools,
+            limits=limits,
             approval=approval,
             exchange=exchange,
             recorder=recorder,
@@ -252,7 +273,8 @@ def _scripted(script: Path, *, harmony: bool | None, grammar: bool) -> "Served":
 def _answered(talk: "Talk", run: "Run", question: str) -> bool:
     """Show the answer; False if Ctrl-C stopped it."""
     try:
-        run(talk.answer(question))
+        with terminal.only_answers_on_stdout():
+            run(talk.answer(question))
     except KeyboardInterrupt:
         return False
     return True

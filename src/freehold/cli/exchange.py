@@ -1,6 +1,7 @@
 """Files in and out of the python tool: what the user gives goes into /mnt/data, what calls make comes back.
 
 A file of the user's is never written over: what has the name of one that was there before comes back under another.
+None comes back under a name with a dot in front: shells and other programs obey such files, and nobody sees them.
 """
 
 import shutil
@@ -34,7 +35,7 @@ class Exchange:
 
     def keep(self, file: ToolFile) -> Path:
         """Where a file that a call made lies now. Raises DiskError."""
-        place = self._ours.get(file.name) or self._free_place(Path(file.name).name)
+        place = self._ours.get(file.name) or self._free_place(file.path.name)
         with disk.new_file(place, replace=file.name in self._ours) as copy, file.path.open("rb") as source:
             shutil.copyfileobj(source, copy, 1 << 20)
         self._ours[file.name] = place

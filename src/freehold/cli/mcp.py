@@ -31,7 +31,7 @@ def command(
     import asyncio
     from contextlib import ExitStack, nullcontext
 
-    from freehold.cli.terminal import progress_bars
+    from freehold.cli.terminal import only_answers_on_stdout, progress_bars
     from freehold.errors import UsageError
     from freehold.formats.tokenizer import Tokenizer
     from freehold.tools.kit import ToolChoices, local_tools
@@ -51,7 +51,8 @@ def command(
     with ExitStack() as opened:
         with progress_bars() if sys.stderr.isatty() else nullcontext(_lines()) as progress:
             kit = local_tools(choices, tokenizer=tokenizer, progress=progress, patch_form="json")
-            offered = opened.enter_context(kit)
+            with only_answers_on_stdout():  # files of functions are run, and may print
+                offered = opened.enter_context(kit)
         asyncio.run(serve_mcp(offered))
 
 

@@ -19,6 +19,7 @@ def command(
     """
     from freehold.cli.screen import Screen
     from freehold.session.record import read_recording
+    from freehold.session.turn import ToolDone
 
     screen = Screen(cites=True)
     for turn in read_recording(recording):
@@ -27,6 +28,8 @@ def command(
             terminal.say(terminal.harmless_aside(prefix + message.text))
         for event in turn.events:
             screen.show(event)
+            for file in event.files if isinstance(event, ToolDone) else ():
+                screen.note(f"file: {terminal.harmless_aside(file.name)}")
         screen.close(finished=turn.is_complete)
         if not turn.is_complete:
             terminal.say("(stopped here)")

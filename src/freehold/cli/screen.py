@@ -34,7 +34,8 @@ class Screen:
         self._footnotes = Footnotes() if cites else None
         self._dim, self._plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
         self._is_aside = False  # on stderr, dimmed, maybe in the middle of a line
-        self._is_in_text = False  # on stdout, in the middle of a message
+        self._is_in_text = False  # on stdout, in the middle of a line
+        self._is_between = False  # there, at the end of a message
         self._waits = False  # a line says that a tool is running
 
     def show(self, event: TurnEvent) -> None:
@@ -43,7 +44,8 @@ class Screen:
             case Said(event=said):
                 self._say(said)
             case ToolStart():
-                self._wait()
+                self._aside("\n")  # what a function prints stands on lines of its own
+                self.wait()
             case ToolDone():
                 self._show_result(event)
             case Cited(citations=citations):
@@ -68,13 +70,13 @@ class Screen:
     def _write(self, text: str) -> None:
         if text:
             self._leave_aside()
-            self._is_in_text = True
-            terminal.write(text)
+            terminal.write(f"\n{text}" if self._is_between else text)
+            self._is_in_text, self._is_between = True, False
 
     def _aside(self, text: str) -> None:
         if self._is_in_text:
             terminal.write("\n")
-            self._is_in_text = False
+            self._is_in_text = self._is_between = False
         if not self._is_aside:
             sys.stderr.write(self._dim)
             self._is_aside = True
@@ -86,23 +88,31 @@ class Screen:
             self._is_aside = False
 
     def _end_message(self) -> None:
-        if self._footnotes is None:
-            return
-        self._write(self._footnotes.flush())
-        if notes := self._footnotes.notes():
-            terminal.write("\n\n" + "\n".join(notes))
+        if self._footnotes is not None:
+            self._write(self._footnotes.flush())
+            if notes := self._footnotes.notes():
+                terminal.write("\n\n" + "\n".join(notes))
+        self._is_between = self._is_in_text
 
     # --- calls ------------------------------------------------------------------------------------------------
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Say that a tool is running."""
         if sys.stderr.isatty():
-            self._aside("\n" + _INDENT + "…")
+            self._aside(_INDENT + "…")
             self._waits = True
 
     def _end_wait(self) -> None:
         if self._waits:
-            sys.stderr.write("\r\x1b[K\x1b[A")
+            sys.stderr.write("\r\x1b[K")
             self._waits = False
+
+    def make_room(self) -> None:
+        """For a question, on a line of its own."""
+        self._end_wait()
+        if self._is_aside:
+            sys.stderr.write(self._plain)
+            self._is_aside = False
 
     def _show_result(self, done: ToolDone) -> None:
         self._end_wait()
@@ -112,7 +122,7 @@ class Screen:
         shown = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines[:_FOLDED_LINES]]
         if len(lines) > _FOLDED_LINES:
             shown.append(f"… {len(lines) - _FOLDED_LINES} more lines; /output shows them")
-        self._aside("".join(f"\n{_INDENT}{line}" for line in shown) + "\n")
+        self._aside("".join(f"{_INDENT}{line}\n" for line in shown))
 
     def note(self, text: str) -> None:
         """A line of our own, which may hold what others said only if that is harmless."""
@@ -127,7 +137,7 @@ class Screen:
             self._write(self._footnotes.flush())
             self._footnotes.notes()
         self._leave_aside()
-        self._is_in_text = False
+        self._is_in_text = self._is_between = False
         if finished:
             terminal.write("\n")
         else:

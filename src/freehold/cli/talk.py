@@ -14,7 +14,7 @@ from freehold.session.generation import Ask, Generation, prepare_generation
 from freehold.session.record import RecordedTurn, Recorder
 from freehold.session.served import Served
 from freehold.session.toolbox import Toolbox
-from freehold.session.turn import ToolDone, Turn, TurnEvent, prepare
+from freehold.session.turn import ToolDone, Turn, TurnEvent, TurnLimits, prepare
 from freehold.tools.base import FunctionTools, Tool
 from freehold.tools.python import PythonSession
 
@@ -30,6 +30,7 @@ class Talk:
         *,
         system: str | None = None,
         tools: Sequence[Tool | FunctionTools] = (),
+        limits: TurnLimits | None = None,
         approval: Approval | None = None,
         exchange: Exchange | None = None,
         recorder: Recorder | None = None,
@@ -39,6 +40,7 @@ class Talk:
         self._served = served
         self._ask = ask
         self._tools = tools
+        self._limits = limits
         self._toolbox: Toolbox | None = None
         self._approval = approval
         self._exchange = exchange
@@ -99,7 +101,7 @@ class Talk:
         if not self._tools:
             return await prepare_generation(self._served, ask)
         approve = None if self._approval is None else self._approval.call
-        return await prepare(self._served, ask, await self._open_toolbox(), approve=approve)
+        return await prepare(self._served, ask, await self._open_toolbox(), limits=self._limits, approve=approve)
 
     async def _open_toolbox(self) -> Toolbox:
         if self._toolbox is None:

@@ -5,12 +5,17 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
 
 from freehold.errors import UsageError
 from freehold.log import Progress
 
-_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_TURNS_TEXT = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # what a line says can be shown in another order
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160), *_TURNS_TEXT) if chr(code) not in "\n\t"}
+
+_answers: TextIO | None = None
+"""Where `write` writes while stdout is kept for it alone."""
 
 
 def say(text: str = "") -> None:
@@ -20,8 +25,40 @@ def say(text: str = "") -> None:
 
 def write(text: str) -> None:
     """A piece of the answer, on stdout, at once. A terminal is spared control sequences that a model makes up."""
-    sys.stdout.write(harmless(text))
-    sys.stdout.flush()
+    answers = _answers or sys.stdout
+    answers.write(harmless(text))
+    answers.flush()
+
+
+@contextmanager
+def only_answers_on_stdout() -> Iterator[None]:
+    """Until the end of the block only `write` reaches stdout. What others print, such as functions of the user's and
+    the programs that they run, goes to stderr."""
+    global _answers
+    before, stdout = _answers, sys.stdout
+    stdout.flush()
+    try:
+        number, aside = stdout.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError):  # not files: what stands in for them in this process alone
+        _answers = stdout
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _answers = before
+        return
+    kept = os.dup(number)
+    try:
+        with open(kept, "w", encoding=stdout.encoding, errors=stdout.errors, closefd=False) as _answers:
+            os.dup2(aside, number)
+            try:
+                yield
+            finally:
+                stdout.flush()
+                os.dup2(kept, number)
+    finally:
+        _answers = before
+        os.close(kept)
 
 
 def write_aside(text: str) -> None:
@@ -30,9 +67,10 @@ def write_aside(text: str) -> None:
     sys.stderr.flush()
 
 
-def harmless(text: str) -> str:
-    """Without control sequences, where stdout is a terminal."""
-    return text.translate(_HARMLESS) if sys.stdout.isatty() else text
+def harmless(text: str, *, for_terminal: bool | None = None) -> str:
+    """Without control sequences, for a terminal; as which stdout counts where it is one."""
+    for_terminal = (_answers or sys.stdout).isatty() if for_terminal is None else for_terminal
+    return text.translate(_HARMLESS) if for_terminal else text
 
 
 def harmless_aside(text: str) -> str:

@@ -5,13 +5,15 @@ waits for it. Called from within a running event loop, as in a notebook, the ans
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from freehold.engine.loop import LocalEngine
 from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request, Step
+from freehold.errors import UsageError
 from freehold.session.generation import Ask, SampleDone
 from freehold.session.served import Served
 from freehold.session.toolbox import Toolbox
@@ -23,6 +25,11 @@ from freehold.tools.functions import FunctionToolset
 def answer(served: Served, ask: Ask, tools: Sequence[Any], limits: TurnLimits | None = None) -> SampleDone:
     """What becomes of a turn that may use these tools: functions, and tools as they are. Raises as turn.prepare does,
     and RequestError where the model fails."""
+    for tool in tools:
+        if not (_is_function(tool) or hasattr(tool, "namespace") or isinstance(tool, FunctionTools)):
+            raise UsageError(
+                f"a tool is a function, a tool of freehold.tools or a dict as in OpenAI's API, got {tool!r:.80}"
+            )
     functions = [tool for tool in tools if _is_function(tool)]
     whole: list[Tool | FunctionTools] = [tool for tool in tools if not _is_function(tool)]
     if functions:
@@ -31,8 +38,29 @@ def answer(served: Served, ask: Ask, tools: Sequence[Any], limits: TurnLimits | 
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(_answer(served, ask, whole, limits))
+    return _on_another_thread(_answer(served, ask, whole, limits))
+
+
+def _on_another_thread(turn: Coroutine[Any, Any, SampleDone]) -> SampleDone:
+    """An interrupt of this thread ends it there."""
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+
+    async def run() -> SampleDone:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.set_result((asyncio.get_running_loop(), task))
+        return await turn
+
     with ThreadPoolExecutor(1, thread_name_prefix="freehold-turn") as elsewhere:
-        return elsewhere.submit(asyncio.run, _answer(served, ask, whole, limits)).result()
+        done = elsewhere.submit(asyncio.run, run())
+        try:
+            return done.result()
+        except BaseException:
+            if not done.done():
+                loop, task = begun.result()
+                with suppress(RuntimeError):  # it has ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _is_function(tool: Any) -> bool:
