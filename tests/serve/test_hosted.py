@@ -633,14 +633,14 @@ async def test_idle_containers_are_closed_and_the_oldest_make_room() -> None:
     await until(lambda: echo.open_sessions == 0 and len(containers) == 0)
 
 
-async def test_the_operators_limits_on_containers_are_kept_to() -> None:
+@pytest.mark.parametrize(("limits", "left"), [({"most": 1}, 1), ({"idle_seconds": 0.001}, 0)])
+async def test_the_operators_limits_on_containers_are_kept_to(limits: dict[str, Any], left: int) -> None:
     echo = Echo()
-    for limits in ({"most": 1}, {"idle_seconds": 0.001}):
-        turns = [said(run("1")), said(answer("1"))] * 2
-        async with Responding(*turns, tools=HostedTools(python=echo, containers=Containers(**limits))) as there:
-            for _ in range(2):
-                await there.make(input="x", tools=[PYTHON], store=False)
-            await until(lambda: echo.open_sessions == (1 if "most" in limits else 0))
+    turns = [said(run("1")), said(answer("1"))] * 2
+    async with Responding(*turns, tools=HostedTools(python=echo, containers=Containers(**limits))) as there:
+        for _ in range(2):
+            await there.make(input="x", tools=[PYTHON], store=False)
+        await until(lambda: echo.open_sessions == left)
 
 
 # --- the command --------------------------------------------------------------------------------------------
