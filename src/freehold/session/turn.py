@@ -110,7 +110,7 @@ async def prepare(
 ) -> "Turn":
     """A turn that may use these tools. `ask` has the conversation without them; its functions are the caller's own.
 
-    Raises what freehold.session.generation.prepare does; UsageError for more than one sample, for two tools of one
+    Raises what prepare_generation does; UsageError for more than one sample, for two tools of one
     name, and where a call is required that the limits do not allow; UnsupportedError for a model that does not speak
     Harmony.
     """
@@ -198,7 +198,7 @@ class Turn:
     # --- steps ------------------------------------------------------------------------------------------------
 
     async def prepare(self) -> None:
-        """Make the next step ready. Raises as freehold.session.generation.prepare."""
+        """Make the next step ready. Raises as prepare_generation does."""
         prompt = await asyncio.to_thread(self._next_prompt)
         self._generation = await prepare_generation(self._served, self._next_ask(), prompt=prompt)
         self._answers.clear()
