@@ -310,6 +310,7 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
         (["--search", "google"], "searched by exa, you, or the URL of a SearXNG server, got 'google'"),
         (["--max-steps", "0"], "max_steps must be 1 or more, got 0"),
         (["--tool-seconds", "0"], "tool_seconds must be more than 0, got 0"),
+        (["--tools", "my_tools.py", "--tools", "my_tools.py", "--approve", "never"], "two tools are called functions"),
         (["--python-limit", "minutes=3"], "no limit 'minutes'; it has seconds, memory_bytes"),
         (["--python-limit", "memory_bytes=plenty"], "'memory_bytes=plenty': give a number"),
         (["--python-limit", "memory_bytes=1MiB"], "memory_bytes cannot be 1048576: give 134217728 or more"),

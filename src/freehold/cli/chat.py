@@ -254,6 +254,8 @@ def _talk(load: "Callable[[Progress], Served]", wishes: _Wishes) -> "Iterator[tu
             recorded=recorded,
         )
         opened.callback(lambda: runner.run(talk.aclose()))
+        if tools:
+            runner.run(talk.open())
         yield talk, runner.run
 
 
