@@ -82,9 +82,17 @@ class ChatFormat(Protocol):
     def render(self, conversation: Conversation) -> Rendered:
         """The prompt for the assistant's next reply, and where its messages end: a later prompt may begin like that."""
 
-    def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
-        """The assistant's next turn. Without a `grammar` it may say anything. Raises UsageError and UnsupportedError
-        for choices that cannot be kept to."""
+    def turn(
+        self,
+        conversation: Conversation,
+        *,
+        grammar: bool = True,
+        prompt: Rendered | None = None,
+        **choices: Unpack[TurnChoices],
+    ) -> Turn:
+        """The assistant's next turn. Without a `grammar` it may say anything. A `prompt` stands in place of the
+        conversation's own, which then is not rendered. Raises UsageError and UnsupportedError for choices that cannot
+        be kept to."""
 
 
 def choose(
@@ -144,14 +152,21 @@ class HarmonyFormat:
         """Chat messages of role "system" become developer instructions, assistant messages final ones."""
         return render(self._whole(conversation), self._tokenizer)
 
-    def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
+    def turn(
+        self,
+        conversation: Conversation,
+        *,
+        grammar: bool = True,
+        prompt: Rendered | None = None,
+        **choices: Unpack[TurnChoices],
+    ) -> Turn:
         whole = self._whole(conversation)
         offer = Offer.of(whole)
         made = TurnGrammar(self._tokenizer, TurnOptions(offer=offer, **choices)) if grammar else None
         if made is None:
             _refuse_without_grammar(_wishes(choices))
         return Turn(
-            prompt=render(whole, self._tokenizer),
+            prompt=prompt or render(whole, self._tokenizer),
             stop_ids=self._stop_ids if made is None else made.stop_ids,
             grammar=made,
             new_reader=lambda: HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
@@ -233,7 +248,14 @@ class TemplateFormat:
         prompt = self._template.render(Conversation(messages=kept), self._tokenizer)
         return Rendered(prompt, _after(prompt, self._stop_ids))
 
-    def turn(self, conversation: Conversation, *, grammar: bool = True, **choices: Unpack[TurnChoices]) -> Turn:
+    def turn(
+        self,
+        conversation: Conversation,
+        *,
+        grammar: bool = True,
+        prompt: Rendered | None = None,
+        **choices: Unpack[TurnChoices],
+    ) -> Turn:
         """The structure is the template's own, and there is none to enforce: an answer's form is all to ask for."""
         wishes = _wishes(choices)
         if beyond := [wish for wish in wishes if wish != "response_format"]:
@@ -242,7 +264,7 @@ class TemplateFormat:
             _refuse_without_grammar(wishes)
         form = choices.get("response_format")
         return Turn(
-            prompt=self.render(conversation),
+            prompt=prompt or self.render(conversation),
             stop_ids=self._stop_ids,
             grammar=None if form is None else TextGrammar(self._tokenizer, form, self._stop_ids),
             new_reader=lambda: _PlainReader(self._tokenizer, self._stop_ids),

@@ -91,6 +91,15 @@ def enforceable(schema: Any, what: str = "the schema") -> Clean:
     return _Reader(schema, what).whole(schema, ())
 
 
+def is_enforceable(schema: Any) -> bool:
+    """Whether a grammar can hold a tool's parameters to this; what it cannot is checked after the call is written."""
+    try:
+        object_schema(schema, "the parameters")
+    except SchemaError:
+        return False
+    return True
+
+
 def object_schema(schema: Any, what: str) -> Clean:
     """Like `enforceable`, and whatever matches it is an object: the arguments of a call are."""
     clean = enforceable(schema, what)

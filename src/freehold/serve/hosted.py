@@ -7,7 +7,7 @@ adds nothing: no folder, no address, no server.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.serve.containers import Calls, Containers, Stoppable
 from freehold.tools.base import FunctionTools, Tool
-from freehold.tools.kit import ToolChoices, python_tool
+from freehold.tools.kit import ToolChoices, python_tool, sources_of
 from freehold.tools.mcp_config import HttpServer, McpServer
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ class HostedServer:
     def functions(self) -> "tuple[HostedFunction, ...]":
         """All of them, now."""
         return tuple(
-            HostedFunction(name=tool.name, tool=_renamed(tool, self._prefix), schema=tool.parameters or _NO_PARAMETERS)
+            HostedFunction(
+                name=tool.name,
+                tool=replace(tool, name=self._prefix + tool.name),
+                schema=tool.parameters or _NO_PARAMETERS,
+            )
             for tool in self._tools.functions
         )
 
@@ -172,15 +176,8 @@ def prepare(
         _check_offline(choices, servers)
     _check_labels([server.name for server in servers] + [_label(path) for path in choices.functions])
     files = tuple(_functions(path) for path in choices.functions)
-    python: Tool | None = None
-    if choices.python:
-        python = python_tool(choices)
-    sources: tuple[Source, ...] = ()
-    if choices.browse or choices.search is not None:
-        from freehold.tools.browser.sources import open_sources
-
-        sources = open_sources(choices.browse, web=choices.search, progress=progress)
-    return PreparedTools(sources=sources, python=python, mcp=servers, files=files)
+    python = python_tool(choices) if choices.python else None
+    return PreparedTools(sources=sources_of(choices, progress), python=python, mcp=servers, files=files)
 
 
 def _check_offline(choices: ToolChoices, servers: Sequence[McpServer]) -> None:
@@ -218,9 +215,3 @@ def _functions(path: Path) -> HostedServer:
 
 def _label(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", path.stem)
-
-
-def _renamed(tool: Function, prefix: str) -> Function:
-    return Function(
-        name=prefix + tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-    )

@@ -24,6 +24,7 @@ from freehold.session.toolbox import Toolbox
 from freehold.session.turn import Turn, TurnLimits, prepare
 
 _T = TypeVar("_T")
+_Asked = TypeVar("_Asked", Ask, TextAsk)
 _Event = TypeVar("_Event", covariant=True)
 DEFAULT_NAME = "default"
 
@@ -82,8 +83,7 @@ class Server:
 
     async def turn(self, caller: Caller, ask: Ask) -> Generation:
         """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""
-        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
-        return await prepare_generation(self.served, ask)
+        return await prepare_generation(self.served, self._of(caller, ask))
 
     @property
     def hosted(self) -> HostedTools | None:
@@ -92,8 +92,7 @@ class Server:
 
     async def turn_with_tools(self, caller: Caller, ask: Ask, toolbox: Toolbox, limits: TurnLimits) -> Turn:
         """The same with tools that the server runs."""
-        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
-        return await prepare(self.served, ask, toolbox, limits=limits)
+        return await prepare(self.served, self._of(caller, ask), toolbox, limits=limits)
 
     def recall(self, caller: Caller, name: str) -> Mapping[str, Any] | None:
         """What a hosted tool's call with this item's id said to this caller, where that is still known."""
@@ -107,8 +106,10 @@ class Server:
 
     async def text(self, caller: Caller, ask: TextAsk) -> Generation:
         """The same for a text without a conversation around it."""
-        ask = replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
-        return await prepare_text(self.served, ask)
+        return await prepare_text(self.served, self._of(caller, ask))
+
+    def _of(self, caller: Caller, ask: _Asked) -> _Asked:
+        return replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)
 
     def check_room(self, samples: int, *, param: str) -> None:
         """Raise a 400 for more samples than could ever be let in together."""

@@ -115,15 +115,14 @@ def prepare_now(
     prompting.check_length(ask.conversation)
     chat_format = prompting.chat_format(ask.effort, harmony=harmony, builtins=ask.builtins)
     grammar = grammar and not ask.ignore_eos  # a grammar ends where its turn does
-    turn = chat_format.turn(ask.conversation, grammar=grammar, **ask.choices)
-    prompt = prompt or turn.prompt
+    turn = chat_format.turn(ask.conversation, grammar=grammar, prompt=prompt, **ask.choices)
     request = prompting.request(
-        prompt.ids,
+        turn.prompt.ids,
         max_tokens=ask.max_tokens,
         min_tokens=ask.min_tokens,
         stop_ids=frozenset() if ask.ignore_eos else turn.stop_ids,
         n=ask.n,
-        boundaries=prompt.boundaries,
+        boundaries=turn.prompt.boundaries,
         constraint=turn.grammar,
         cache_salt=ask.cache_salt,
         volatile=ask.volatile,

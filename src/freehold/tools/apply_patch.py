@@ -18,7 +18,7 @@ from typing import Literal
 
 from freehold.formats.conversation import Tool
 from freehold.formats.forms import FreeText, Lark
-from freehold.tools.base import Citation, ToolError, ToolFile, ToolResult, ToolSession
+from freehold.tools.base import KeepsNothing, ToolError, ToolFile, ToolResult, ToolSession
 from freehold.tools.patch_files import PatchDirectory
 from freehold.tools.patch_format import LARK, parse
 from freehold.tools.patch_plan import Change, unified_diff
@@ -85,7 +85,7 @@ class ApplyPatchTool:
         return _Session(self._directory, self._approve, self._dry_run)
 
 
-class _Session:
+class _Session(KeepsNothing):
     def __init__(self, directory: PatchDirectory, approve: Approve | None, dry_run: bool) -> None:
         self._directory = directory
         self._approve = approve
@@ -118,12 +118,6 @@ class _Session:
     def _propose(self, text: str) -> ProposedPatch:
         changes = self._directory.plan(parse(text))
         return ProposedPatch(directory=self._directory.root, changes=changes, diff=unified_diff(changes))
-
-    def citations(self, answer: str) -> Sequence[Citation]:
-        return ()
-
-    async def aclose(self) -> None:
-        pass
 
 
 async def _finished(work: Callable[[], object]) -> None:

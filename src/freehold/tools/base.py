@@ -55,6 +55,12 @@ class Citation:
     last_line: int
 
 
+def shortened(text: str, characters: int) -> str:
+    """A result of at most so many, and how many more there were."""
+    left = len(text) - characters
+    return text if left <= 0 else f"{text[:characters]}\n[{left:,} more characters are not shown]"
+
+
 class ToolSession(Protocol):
     """One conversation's use of a tool. For one event loop; calls come one after another."""
 
@@ -68,6 +74,16 @@ class ToolSession(Protocol):
 
     async def aclose(self) -> None:
         """Give back all that it holds: processes, files, connections."""
+
+
+class KeepsNothing:
+    """The rest of a session that shows nothing to cite and holds nothing to give back."""
+
+    def citations(self, answer: str) -> Sequence[Citation]:
+        return ()
+
+    async def aclose(self) -> None:
+        pass
 
 
 class Tool(Protocol):

@@ -35,10 +35,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints, overload
 
-from freehold.errors import FreeholdError, SchemaError, UsageError
+from freehold.errors import FreeholdError, UsageError
 from freehold.formats.conversation import Tool
-from freehold.formats.schema import object_schema
-from freehold.tools.base import Citation, ToolError, ToolResult, ToolSession
+from freehold.formats.schema import is_enforceable
+from freehold.tools.base import KeepsNothing, ToolError, ToolResult, ToolSession, shortened
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -100,7 +100,7 @@ class FunctionTool:
             name=name,
             description=description,
             parameters=schema if schema.get("properties") else None,
-            strict=_is_enforceable(schema),
+            strict=is_enforceable(schema),
         )
 
     async def __call__(self, arguments: str) -> str:
@@ -165,7 +165,7 @@ class FunctionToolset:
         return _Session(self._tools)
 
 
-class _Session:
+class _Session(KeepsNothing):
     def __init__(self, tools: dict[str, FunctionTool]) -> None:
         self._tools = tools
 
@@ -174,12 +174,6 @@ class _Session:
         if made is None:
             raise ToolError(f"there is no tool {name}; there are {', '.join(self._tools) or 'none'}")
         return ToolResult(text=await made(arguments))
-
-    def citations(self, answer: str) -> Sequence[Citation]:
-        return ()
-
-    async def aclose(self) -> None:
-        pass
 
 
 def load_tools(path: Path) -> FunctionToolset:
@@ -254,9 +248,7 @@ def _is_for_us(error: BaseException, *, is_thread: bool) -> bool:
 def _shown(text: str) -> str:
     """A result as the model is shown it: of a size that a prompt can hold, and without halves of characters, which come
     from names of files that are not UTF-8."""
-    if len(text) > _SHOWN_CHARACTERS:
-        text = f"{text[:_SHOWN_CHARACTERS]}\n[{len(text) - _SHOWN_CHARACTERS:,} more characters are not shown]"
-    return text.encode("utf-8", "replace").decode()
+    return shortened(text, _SHOWN_CHARACTERS).encode("utf-8", "replace").decode()
 
 
 async def _on_thread(function: Callable[..., Any], values: dict[str, Any]) -> Callable[[], Any]:
@@ -375,15 +367,6 @@ def _untitled(node: Any) -> Any:
         for key, value in node.items()
         if not (key == "title" and isinstance(value, str))
     }
-
-
-def _is_enforceable(schema: dict[str, Any]) -> bool:
-    """Whether a grammar can hold the model to it; what it cannot is checked after the call is written."""
-    try:
-        object_schema(schema, "the parameters")
-    except SchemaError:
-        return False
-    return True
 
 
 # --- the docstring ------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 from freehold.formats.tokenizer import Tokenizer
 from freehold.log import Progress, no_progress
 from freehold.tools.base import FunctionTools, Tool
-from freehold.tools.mcp_config import HttpServer, McpServer, parse_server, read_config
+from freehold.tools.mcp_config import McpServer, parse_server, read_config
 
 if TYPE_CHECKING:
     from freehold.tools.apply_patch import Approve
+    from freehold.tools.browser.content import Source
     from freehold.tools.python import PythonTool
 
 
@@ -44,11 +45,6 @@ class ToolChoices:
         return self == ToolChoices()
 
     @property
-    def needs_network(self) -> bool:
-        """Whether a tool of ours connects to anybody. What MCP servers do that are started here is their own affair."""
-        return self.search is not None or any(isinstance(server, HttpServer) for server in self.servers)
-
-    @property
     def servers(self) -> tuple[McpServer, ...]:
         """The MCP servers. Raises UsageError and UnsupportedError for what is none, or a file that cannot be read."""
         given = [parse_server(text) for text in self.mcp]
@@ -60,6 +56,15 @@ def python_tool(choices: ToolChoices) -> "PythonTool":
     from freehold.tools.python import PythonTool, read_limits
 
     return PythonTool(**read_limits(choices.python_limits))  # type: ignore[arg-type] # they are of the fields' types
+
+
+def sources_of(choices: ToolChoices, progress: Progress) -> "tuple[Source, ...]":
+    """What there is to browse, folders indexed; the caller closes them. Raises as browser.sources.open_sources."""
+    if not choices.browse and choices.search is None:
+        return ()
+    from freehold.tools.browser.sources import open_sources
+
+    return open_sources(choices.browse, web=choices.search, progress=progress)
 
 
 @contextmanager
@@ -92,11 +97,9 @@ def local_tools(
             tools.append(patches)
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
-            from freehold.tools.browser.sources import open_sources
 
             assert tokenizer is not None
-            sources = open_sources(choices.browse, web=choices.search, progress=progress)
-            browser = Browser(sources=sources, tokenizer=tokenizer)
+            browser = Browser(sources=sources_of(choices, progress), tokenizer=tokenizer)
             opened.callback(browser.close)
             tools.append(browser)
         yield tuple(tools)

@@ -24,16 +24,16 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from freehold import __version__
-from freehold.errors import BackendError, SchemaError, UsageError
+from freehold.errors import BackendError, UsageError
 from freehold.formats.conversation import Tool
 from freehold.formats.harmony.typescript import typescript
-from freehold.formats.schema import object_schema
+from freehold.formats.schema import is_enforceable
 from freehold.log import logger
-from freehold.tools.base import Citation, ToolError, ToolResult, ToolSession
+from freehold.tools.base import KeepsNothing, ToolError, ToolResult, ToolSession, shortened
 from freehold.tools.mcp_config import HttpServer, McpServer, StdioServer, function_name
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class McpTools:
                 name, number = tool.name, 2
                 while name in offered:
                     name, number = f"{tool.name}_{number}", number + 1
-                offered[name] = _Offered(server, theirs, tool if name == tool.name else _renamed(tool, name))
+                offered[name] = _Offered(server, theirs, replace(tool, name=name))
         return offered
 
 
@@ -158,22 +158,14 @@ class _Offered:
     tool: Tool
 
 
-def _renamed(tool: Tool, name: str) -> Tool:
-    return Tool(name=name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
+class _Session(KeepsNothing):
+    """Connections are everybody's."""
 
-
-class _Session:
     def __init__(self, tools: McpTools) -> None:
         self._tools = tools
 
     async def call(self, name: str, arguments: str) -> ToolResult:
         return await self._tools.call(name, arguments)
-
-    def citations(self, answer: str) -> Sequence[Citation]:
-        return ()
-
-    async def aclose(self) -> None:
-        pass  # connections are everybody's
 
 
 def _require_mcp() -> None:
@@ -317,10 +309,7 @@ class _Link:
             raise _Died from None
         except Exception as error:  # noqa: BLE001 — whatever a foreign server brings about, the model is told
             raise ToolError(f"{name} failed: {_reason(error)}") from None
-        text = _text(result)
-        if len(text) > self._limits.result_characters:
-            left = len(text) - self._limits.result_characters
-            text = f"{text[: self._limits.result_characters]}\n[{left:,} more characters are not shown]"
+        text = shortened(_text(result), self._limits.result_characters)
         if result.is_error:
             raise ToolError(text or f"{name} failed, and does not say why")
         return ToolResult(text=text)
@@ -536,17 +525,9 @@ def _described(server: str, tools: "Sequence[mcp_types.Tool]") -> "Iterator[tupl
                 name=name,
                 description=theirs.description or theirs.title or "",
                 parameters=None if takes_nothing else schema,
-                strict=_is_enforceable(schema),
+                strict=is_enforceable(schema),
             ),
         )
-
-
-def _is_enforceable(schema: Mapping[str, Any]) -> bool:
-    try:
-        object_schema(schema, "the parameters")
-    except SchemaError:
-        return False
-    return True
 
 
 def _text(result: "mcp_types.CallToolResult") -> str:

@@ -24,7 +24,6 @@ from freehold.tools.base import FunctionTools, Tool, ToolError, ToolFile, ToolRe
 
 if TYPE_CHECKING:
     import mcp_types
-    from typing_extensions import TypeIs
 
 _MAX_IMAGE_BYTES = 4 * 2**20
 _SECONDS_TO_CLOSE = 10
@@ -82,7 +81,7 @@ async def serve_mcp(tools: Sequence[Tool | FunctionTools], *, name: str = "freeh
         return await _called(_entries(sources).get(parameters.name), parameters)
 
     about = "\n\n".join(
-        tool.namespace.description for tool in tools if not _are_functions(tool) and tool.namespace.tools
+        tool.namespace.description for tool in tools if not isinstance(tool, FunctionTools) and tool.namespace.tools
     )
     server = Server(
         name, version=__version__, instructions=about or None, on_list_tools=list_tools, on_call_tool=call_tool
@@ -113,10 +112,6 @@ def _leave(sources: Sequence[_Source], number: int) -> None:
     _leaving.add(asyncio.get_running_loop().create_task(leave()))
 
 
-def _are_functions(tool: Tool | FunctionTools) -> "TypeIs[FunctionTools]":
-    return not hasattr(tool, "namespace")
-
-
 def _entries(sources: Sequence[_Source]) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     for source in sources:
@@ -129,7 +124,7 @@ def _entries(sources: Sequence[_Source]) -> dict[str, _Entry]:
 
 def _entries_of(source: _Source) -> list[tuple[str, _Entry]]:
     tool = source.tool
-    if _are_functions(tool):
+    if isinstance(tool, FunctionTools):
         return [
             (f.name, _Entry(source, f"functions.{f.name}", f, None if f.text_format is None else "input"))
             for f in tool.functions

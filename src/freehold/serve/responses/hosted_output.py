@@ -5,6 +5,7 @@ later prompts need of it and the wire does not show; see items.py.
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,9 @@ class HostedCall(OutputItem):
         """It is being carried out."""
         return []
 
+    @abstractmethod
     def done(self, done: ToolDone) -> list[Event]:
         """It was. Fills in `wire`."""
-        raise NotImplementedError
 
     def said(self, done: ToolDone) -> dict[str, Any] | None:
         """What stands under PRIVATE in the item as it is stored; None where the wire shows all that there is."""

@@ -405,12 +405,8 @@ def _to_message(item: Item) -> Message:
 
 def _to_call(item: Item, name: str) -> Message:
     is_json = item["type"] == "function_call"
-    return Message(
-        role="assistant",
-        parts=(Text(text=item["arguments"] if is_json else item["input"]),),
-        channel="commentary",
-        recipient=name,
-        content_type="<|constrain|>json" if is_json else None,
+    return _call_message(
+        name, item["arguments"] if is_json else item["input"], FUNCTION_CHANNEL, _JSON if is_json else None
     )
 
 
@@ -418,38 +414,25 @@ def _to_builtin_call(item: Item) -> list[Message]:
     said = item.get(PRIVATE)
     if said is None or item["status"] not in _OVER:
         return []
-    call = Message(
-        role="assistant",
-        parts=(Text(text=said["text"]),),
-        channel=BUILTIN_CHANNEL,
-        recipient=said["recipient"],
-        content_type=said["content_type"],
-    )
-    result = Message(
-        role="tool",
-        parts=(Text(text=said["result"]),),
-        channel=BUILTIN_CHANNEL,
-        recipient="assistant",
-        name=said["recipient"],
-    )
-    return [call, result]
+    name = said["recipient"]
+    call = _call_message(name, said["text"], BUILTIN_CHANNEL, said["content_type"])
+    return [call, _to_result(name, said["result"], BUILTIN_CHANNEL)]
 
 
 def _to_mcp_call(item: Item) -> list[Message]:
     if item["status"] not in _OVER:
         return []
     name = f"functions.{function_name(item['server_label'], item['name'])}"
-    call = Message(
-        role="assistant",
-        parts=(Text(text=item["arguments"]),),
-        channel=FUNCTION_CHANNEL,
-        recipient=name,
-        content_type=_JSON,
-    )
     text = item["output"] or ""
     if item["error"] is not None:
         text = _error_text(item["error"])
-    return [call, _to_result(name, text)]
+    return [_call_message(name, item["arguments"], FUNCTION_CHANNEL, _JSON), _to_result(name, text)]
+
+
+def _call_message(name: str, text: str, channel: Channel, content_type: str | None) -> Message:
+    return Message(
+        role="assistant", parts=(Text(text=text),), channel=channel, recipient=name, content_type=content_type
+    )
 
 
 def mcp_error(text: str) -> dict[str, Any]:
@@ -468,8 +451,8 @@ def _error_text(error: Any) -> str:
     return message if isinstance(message, str) else "Error"
 
 
-def _to_result(name: str, text: str) -> Message:
-    return Message(role="tool", parts=(Text(text=text),), channel="commentary", recipient="assistant", name=name)
+def _to_result(name: str, text: str, channel: Channel = FUNCTION_CHANNEL) -> Message:
+    return Message(role="tool", parts=(Text(text=text),), channel=channel, recipient="assistant", name=name)
 
 
 def _joined(parts: Sequence[Item]) -> str:

@@ -4,6 +4,7 @@ Each fills in what it is on the wire, and tells the events of its own between `r
 which are the stream's. Those of hosted tools are in hosted_output.py.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 
-class OutputItem:
+class OutputItem(ABC):
     """One output item. `wire` is what it is on the wire, `index` its place in the output."""
 
     wire: dict[str, Any]
@@ -39,12 +40,13 @@ class OutputItem:
     def opening(self) -> list[Event]:
         return []
 
+    @abstractmethod
     def delta(self, text: str, scored: Sequence[ScoredToken]) -> Event | None:
-        raise NotImplementedError
+        """More of it; None where clients are not told."""
 
+    @abstractmethod
     def finish(self, status: str) -> list[Event]:
         """Fill in `wire`; returns the events before `response.output_item.done`."""
-        raise NotImplementedError
 
 
 class Message(OutputItem):

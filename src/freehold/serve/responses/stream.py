@@ -137,20 +137,25 @@ class ResponseStream:
 
     def feed(self, event: TurnEvent) -> list[Event]:
         """What an event of the turn comes to."""
+        if not self._lists:
+            return self._told(event)
         first = [told for item in self._lists for told in self._list(item)]
         self._lists.clear()
+        return [*first, *self._told(event)]
+
+    def _told(self, event: TurnEvent) -> list[Event]:
         match event:
+            case Said():  # one a token
+                return self._said(event)
             case SampleDone():
-                return [*first, *self._finish(event)]
+                return self._finish(event)
             case ToolStart():
-                return [*first, *self._close("completed"), *self._start(event)]
+                return [*self._close("completed"), *self._start(event)]
             case ToolDone():
-                return [*first, *self._called(event)]
+                return self._called(event)
             case Cited(citations=citations):
                 answer = self._item
-                return [*first, *(answer.cite(each) for each in citations if isinstance(answer, Message))]
-            case Said():
-                return [*first, *self._said(event)]
+                return [answer.cite(each) for each in citations] if isinstance(answer, Message) else []
 
     def _said(self, said: Said) -> list[Event]:
         match said.event:
