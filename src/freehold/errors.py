@@ -22,7 +22,6 @@ Each message is one sentence or two: what was wrong, naming the value, and what 
 prints the message and exits with 1 (2 for UsageError); it never shows a traceback for these.
 """
 
-
 from collections.abc import Sequence
 
 

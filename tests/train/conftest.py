@@ -1,11 +1,11 @@
 """gpt-oss's vocabulary and its format, of a fixed day."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import json
 import pytest
-from collections.abc import Callable
 
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.conversation import SystemContent

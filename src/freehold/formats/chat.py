@@ -261,7 +261,6 @@ class TemplateFormat:
             new_reader=lambda: _PlainReader(self._tokenizer, self._stop_ids),
         )
 
-
     def reply(
         self, conversation: Conversation, said: Sequence[Message], *, parallel_tool_calls: bool = False
     ) -> Rendered:

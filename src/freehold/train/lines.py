@@ -64,8 +64,8 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[Line]:
 
 
 def _texts(path: Path, file: BinaryIO) -> Iterator[Line]:
-    """A book in pieces. They end where a line does and the next one begins with a letter or digit: no token of the
-    whole would reach over such a place, as vocabularies split words."""
+    """A book in pieces. They end in a single line end after which a letter or digit comes: byte-level vocabularies split
+    text there, so that the pieces have the tokens of the whole. Where no such place comes, any line's end has to do."""
     pieces: list[str] = []
     size = first = number = 0
     while data := file.readline():
@@ -75,7 +75,7 @@ def _texts(path: Path, file: BinaryIO) -> Iterator[Line]:
         except UnicodeDecodeError as error:
             yield Line(path, number, file.tell(), None, _no_utf_8(error))
             continue
-        if size >= _PIECE and text[0].isalnum():
+        if size >= _PIECE and (size >= 8 * _PIECE or (text[0].isalnum() and not pieces[-1][-2:-1].isspace())):
             yield Line(path, first, file.tell(), {"text": "".join(pieces)})
             pieces, size = [], 0
         if not pieces:
@@ -95,17 +95,17 @@ def _object(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(_no_utf_8(error)) from None
     except json.JSONDecodeError as error:
-        raise UsageError(f"is no JSON: {error.msg} at character {error.pos + 1}") from None
+        raise UsageError(f"is no JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
     except RecursionError:
         raise UsageError("is nested too deeply; make it flatter") from None
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"is no JSON: {error}") from None  # a number of thousands of digits
+        raise UsageError("holds a number of thousands of digits") from None
     if isinstance(value, list):
         raise UsageError("is a list; write each example as an object on a line of its own")
     if not isinstance(value, dict):
-        raise UsageError(f"is no object but {json.dumps(value):.40}; an example is {{\"messages\": [...]}}")
+        raise UsageError(f'is no object but {json.dumps(value):.40}; an example is {{"messages": [...]}}')
     return value
 
 

@@ -55,9 +55,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, upto: Role | Non
     return Rendered(ids, boundaries)
 
 
-def render_reply(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, parallel_calls: bool = False
-) -> Rendered:
+def render_reply(messages: Sequence[Message], tokenizer: Tokenizer, *, parallel_calls: bool = False) -> Rendered:
     """What the model writes after its `<|start|>assistant` where these messages are its whole turn, reasoning included.
 
     The turn ends as the grammar has it: an answer in `<|return|>`, a call in `<|call|>`, and in `<|return|>` behind that
