@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ WriteLines = Callable[..., Path]
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-DEEP = reduce(lambda schema, _: {"type": "array", "items": schema}, range(300), {})
+DEEP: dict[str, Any] = {}
+for _ in range(300):
+    DEEP = {"type": "array", "items": DEEP}
 CUSTOM = {"type": "custom", "custom": {"name": "say"}}
 
 
@@ -173,7 +174,7 @@ BAD_CHATS: list[tuple[Any, str]] = [
             ANSWER,
             tools=[{"type": "function", "function": {"name": "add", "parameters": DEEP}}],
         ),
-        "tool 'add': the schema is nested more than 64 deep at #/items/items/items/items/items/items/it…tems/items/items/items/items/items/items; make it flatter",
+        "tool 'add': the schema is nested more than 64 deep at #/items/items/items/items/items/items/it…tems/items/items/items/items/items/items; make it flatter",  # noqa: E501
     ),
     (chat(QUESTION, calls(call("sum")), tools=TOOLS), "message 1: calls 'sum', which is not among the tools"),
     (chat(QUESTION, calls(call())), "message 1: calls 'add', which is not among the tools"),

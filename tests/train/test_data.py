@@ -78,8 +78,7 @@ def test_a_book_has_the_tokens_of_the_whole_though_it_is_read_in_pieces(
     assert len(data.training) > 5
     end = gpt_oss.control_id("<|endoftext|>")
     ids = [[*example.tokens[:1], *example.targets] for example in data.training]
-    assert all(piece.pop() == end for piece in ids)
-    assert [token for piece in ids for token in piece] == gpt_oss.encode(book)
+    assert [token for piece in ids for token in piece] == [*gpt_oss.encode(book), end]
 
 
 def test_a_book_that_is_no_text_is_refused_by_its_line(
@@ -99,7 +98,7 @@ def test_memory_holds_the_tokens_and_not_the_lines(
     harmony: HarmonyFormat, gpt_oss: Tokenizer, write_lines: WriteLines
 ) -> None:
     text = "It was the best of times. " * 100
-    path = write_lines(*({"text": f"{i} {text}"} for i in range(1000)))
+    path = write_lines(*({"text": f"{i} {text}"} for i in range(300)))
     read_examples([write_lines({"text": text}, name="warm.jsonl")], harmony, gpt_oss, DataOptions())
     tracemalloc.start()
     try:
@@ -108,7 +107,7 @@ def test_memory_holds_the_tokens_and_not_the_lines(
     finally:
         tracemalloc.stop()
     num_bytes = 8 * data.training.num_tokens
-    assert num_bytes > 4_000_000
+    assert num_bytes > 1_000_000
     assert peak < 1.6 * num_bytes  # arrays grow by an eighth, and both are copied then at most
 
 
@@ -117,7 +116,7 @@ def test_options_that_cannot_be_and_sides_without_examples_are_refused(
 ) -> None:
     for options in ({"max_length": 1}, {"validation_share": 1.0}, {"validation_share": -0.1}):
         with pytest.raises(UsageError, match=next(iter(options))):
-            DataOptions(**options)  # type: ignore[arg-type]
+            DataOptions(**options)
     with pytest.raises(UsageError, match="fell to validation"):
         read_examples([write_lines({"text": "Hello."})], harmony, gpt_oss, DataOptions(validation_share=0.999999))
     with pytest.raises(UsageError, match="leaves room for an answer in 10 tokens"):

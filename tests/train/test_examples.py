@@ -143,9 +143,11 @@ def test_text_that_reads_like_a_control_token_is_taught_as_text(gpt_oss: Tokeniz
 
 def random_chat(random: Random) -> dict[str, Any]:
     """Turns with and without reasoning, weights, calls and answers."""
-    words = lambda: (
-        random.choice(["Four.", "", "a  b\n", "日本", "<|end|>", "1234567", "Adding."]) + str(random.random())
-    )
+    texts = ["Four.", "", "a  b\n", "日本", "<|end|>", "1234567", "Adding."]
+
+    def words() -> str:
+        return random.choice(texts) + str(random.random())
+
     messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if random.random() < 0.3 else []
     has_tools, number = random.random() < 0.6, 0
 
@@ -305,7 +307,7 @@ def test_a_template_that_has_no_place_for_reasoning_is_not_taught_any(chatml: Ch
 
 
 def test_both_outputs_of_a_pair_are_taught_after_one_prompt(gpt_oss: Tokenizer, harmony: HarmonyFormat) -> None:
-    raw = {
+    raw: dict[str, Any] = {
         "input": {"messages": [user("2 + 2?"), assistant("5"), user("Sure?")], "tools": TOOLS},
         "preferred_output": [assistant("4", thinking="Again.")],
         "non_preferred_output": [assistant(None, tool_calls=[call("a")])],

@@ -290,7 +290,7 @@ class TemplateFormat:
         text = self._tokenizer.decode_bytes(whole[alike:plain])
         if not text.startswith(rest):
             raise UnsupportedError(
-                "this model's chat template writes an assistant's message otherwise than its generation prompt begins it"
+                "this model's chat template begins an assistant's message otherwise than its generation prompt does"
             )
         return [*self._tokenizer.encode(text[len(rest) :].decode(errors="replace")), *whole[plain:]]
 

@@ -2,14 +2,15 @@
 
 A line goes to training or to validation by a hash of what it says and a seed: the same line always to the same side,
 whatever else is in the files, so that a line that stands there twice is never on both. Memory holds one line at a time,
-and the token ids of all (examples.py). Lines that cannot be used are not left out: the whole is refused, with the number
-and reason of each. Called by the training loop and `freehold tune`.
+and the token ids of all (examples.py). Lines that cannot be used are not left out: the whole is refused, with the
+number and reason of each. Called by the training loop and `freehold tune`.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def read_examples(
         said = read_example(raw)
         side = data.validation if _is_for_validation(raw, options) else data.training
         if isinstance(said, PlainText):
-            for piece in text_examples(said, tokenizer, options.max_length):
+            for piece in text_examples(said, tokenizer, options.max_length, ends=not line.goes_on):
                 side.append(piece)
             return
         if chat_format is None:
@@ -200,7 +201,7 @@ def _cut(
     """The examples that belong together; None where not all of them keep something that is of use."""
     cuts = [cut(example, options.max_length) for example in examples]
     kept = [result.example for result in cuts if result.example is not None]
-    is_dropped = len(kept) < len(cuts) or any(one == other for one, other in zip(kept, kept[1:], strict=False))
+    is_dropped = len(kept) < len(cuts) or any(one == other for one, other in pairwise(kept))
     lost = [result.num_tokens_lost for result in cuts]
     if any(lost):
         targets_lost = sum(result.num_targets_lost for result in cuts)

@@ -74,10 +74,10 @@ def preference_pair(preference: Preference, chat_format: ChatFormat) -> Pair:
     return pair
 
 
-def text_examples(text: PlainText, tokenizer: Tokenizer, max_length: int) -> Iterator[Example]:
-    """All of the text, in pieces of `max_length`, and where it ends. Every token but the first is taught once."""
+def text_examples(text: PlainText, tokenizer: Tokenizer, max_length: int, *, ends: bool = True) -> Iterator[Example]:
+    """All of the text, in pieces of `max_length`, and where it `ends`. Every token but the first is taught once."""
     ids = tokenizer.encode(text.text)
-    if END_OF_TEXT in tokenizer.control_tokens:
+    if ends and END_OF_TEXT in tokenizer.control_tokens:
         ids.append(tokenizer.control_tokens[END_OF_TEXT])
     if len(ids) < 2:
         raise UsageError("text is a single token; there is nothing to learn")

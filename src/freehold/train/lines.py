@@ -21,18 +21,22 @@ _UTF_8, _UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 class Line(NamedTuple):
-    """Line `number`, from 1 on, of a file, up to byte `end`: what it says, and None where a `problem` is told instead."""
+    """Line `number`, from 1 on, of a file, up to byte `end`: what it says, and None where a `problem` is told instead.
+    A piece of plain text `goes_on` where another piece follows."""
 
     path: Path
     number: int
     end: int
     value: dict[str, Any] | None
     problem: str = ""
+    goes_on: bool = False
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a .jsonl file that are not blank, or the text of a .txt as objects `{"text": ...}`. Raises UsageError
-    for a file that cannot be read at all, or has another ending."""
+    """The lines of a .jsonl file that are not blank, or the text of a .txt as objects `{"text": ...}`.
+
+    Raises UsageError for a file that cannot be read at all, or has another ending.
+    """
     ending = path.suffix.lower()
     if ending not in (".jsonl", ".txt"):
         raise UsageError(f"{path}: training data are .jsonl or .txt files; convert it, or give it that ending")
@@ -64,8 +68,8 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[Line]:
 
 
 def _texts(path: Path, file: BinaryIO) -> Iterator[Line]:
-    """A book in pieces. They end in a single line end after which a letter or digit comes: byte-level vocabularies split
-    text there, so that the pieces have the tokens of the whole. Where no such place comes, any line's end has to do."""
+    """A book in pieces. They end in a single line end after which a letter or digit comes: byte-level vocabularies
+    split text there, so that the pieces have the tokens of the whole. Where none comes, any line's end has to do."""
     pieces: list[str] = []
     size = first = number = 0
     while data := file.readline():
@@ -76,7 +80,7 @@ def _texts(path: Path, file: BinaryIO) -> Iterator[Line]:
             yield Line(path, number, file.tell(), None, _no_utf_8(error))
             continue
         if size >= _PIECE and (size >= 8 * _PIECE or (text[0].isalnum() and not pieces[-1][-2:-1].isspace())):
-            yield Line(path, first, file.tell(), {"text": "".join(pieces)})
+            yield Line(path, first, file.tell(), {"text": "".join(pieces)}, goes_on=True)
             pieces, size = [], 0
         if not pieces:
             first = number

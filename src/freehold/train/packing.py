@@ -28,7 +28,7 @@ def pack(lengths: Sequence[int], row_length: int, *, seed: int) -> list[list[int
         raise UsageError(f"rows need a length of at least 1, got {row_length}")
     if (longest := max(lengths, default=0)) > row_length:
         raise UsageError(
-            f"an example of {longest} tokens does not fit rows of {row_length}; cut it, or make them longer"
+            f"an example of {longest} tokens does not fit rows of {row_length}; cut it, or allow longer ones"
         )
     random = Random(seed)
     order = list(range(len(lengths)))

@@ -58,7 +58,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, upto: Role | Non
 def render_reply(messages: Sequence[Message], tokenizer: Tokenizer, *, parallel_calls: bool = False) -> Rendered:
     """What the model writes after its `<|start|>assistant` where these messages are its whole turn, reasoning included.
 
-    The turn ends as the grammar has it: an answer in `<|return|>`, a call in `<|call|>`, and in `<|return|>` behind that
+    The turn ends as the grammar has it: an answer in `<|return|>`, a call in `<|call|>`, and in `<|return|>` behind it
     where there may be parallel ones. Raises UsageError for a turn that ends in neither.
     """
     vocabulary = HarmonyVocabulary.of(tokenizer)
