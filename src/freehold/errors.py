@@ -2,7 +2,8 @@
 
     FreeholdError
     ├── UsageError             a value given by the caller cannot be used; also a ValueError
-    │   └── ContextError       a prompt is longer than the context
+    │   ├── ContextError       a prompt is longer than the context
+    │   └── TrainingDataError  lines of a training file cannot be used
     ├── ModelNotFoundError     a model's name or path leads to nothing
     ├── NotFoundError          an id leads to nothing
     ├── CheckpointError        a model file is truncated, corrupt or foreign
@@ -21,13 +22,19 @@ Each message is one sentence or two: what was wrong, naming the value, and what 
 prints the message and exits with 1 (2 for UsageError); it never shows a traceback for these.
 """
 
+from collections.abc import Sequence
+
 
 class FreeholdError(Exception):
     """Base of all errors that a user or client can cause."""
 
     def __str__(self) -> str:
         # Messages quote names from foreign files: control characters are shown, not obeyed by the terminal.
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return _printable(super().__str__())
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UsageError(FreeholdError, ValueError):
@@ -41,6 +48,21 @@ class ContextError(UsageError):
         super().__init__(message)
         self.num_tokens = num_tokens
         self.context = context
+
+
+class TrainingDataError(UsageError):
+    """Lines of a training file cannot be used. `problems` say which and why, each on a line of its own in the message;
+    `num_problems` counts also those that were too many to tell."""
+
+    def __init__(self, message: str, *, problems: Sequence[str], num_problems: int) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+        self.num_problems = num_problems
+
+    def __str__(self) -> str:
+        untold = self.num_problems - len(self.problems)
+        more = [f"... and {untold} more"] if untold else []
+        return "\n".join([super().__str__(), *(f"  {_printable(problem)}" for problem in self.problems), *more])
 
 
 class ModelNotFoundError(FreeholdError):

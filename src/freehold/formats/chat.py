@@ -23,7 +23,7 @@ from freehold.formats.forms import AnswerFormat
 from freehold.formats.harmony.grammar import ToolChoice, TurnGrammar, TurnOptions
 from freehold.formats.harmony.offer import Offer
 from freehold.formats.harmony.parser import HarmonyParser
-from freehold.formats.harmony.render import Rendered, render
+from freehold.formats.harmony.render import Rendered, render, render_reply
 from freehold.formats.harmony.vocabulary import MESSAGE, START, HarmonyVocabulary, speaks_harmony
 from freehold.formats.templates import ChatTemplate
 from freehold.formats.text_grammar import TextGrammar
@@ -93,6 +93,13 @@ class ChatFormat(Protocol):
         """The assistant's next turn. Without a `grammar` it may say anything. A `prompt` stands in place of the
         conversation's own, which then is not rendered. Raises UsageError and UnsupportedError for choices that cannot
         be kept to."""
+
+    def reply(
+        self, conversation: Conversation, said: Sequence[Message], *, parallel_tool_calls: bool = False
+    ) -> Rendered:
+        """What the model writes after the conversation's prompt where it says these messages and ends its turn: what
+        training teaches. The boundaries are where each message ends. Raises UsageError or UnsupportedError for what it
+        cannot write."""
 
 
 def choose(
@@ -171,6 +178,12 @@ class HarmonyFormat:
             grammar=made,
             new_reader=lambda: HarmonyParser(self._tokenizer, offer=offer, plain_headers=made is None),
         )
+
+    def reply(
+        self, conversation: Conversation, said: Sequence[Message], *, parallel_tool_calls: bool = False
+    ) -> Rendered:
+        """The same after every conversation."""
+        return render_reply([*map(_on_a_channel, said)], self._tokenizer, parallel_calls=parallel_tool_calls)
 
     def _whole(self, conversation: Conversation) -> Conversation:
         messages = _as_harmony(conversation.messages)
@@ -269,6 +282,39 @@ class TemplateFormat:
             grammar=None if form is None else TextGrammar(self._tokenizer, form, self._stop_ids),
             new_reader=lambda: _PlainReader(self._tokenizer, self._stop_ids),
         )
+
+    def reply(
+        self, conversation: Conversation, said: Sequence[Message], *, parallel_tool_calls: bool = False
+    ) -> Rendered:
+        """What the template adds, up to the token that ends a reply. All of it is one message to a template."""
+        if any(message.channel == "analysis" for message in said):
+            raise UnsupportedError("this model's chat template has no place for reasoning; leave it out")
+        kept = tuple(message for message in conversation.messages if not _is_harmony_only(message))
+        prompt = self._template.render(Conversation(messages=kept), self._tokenizer)
+        whole = self._template.render(
+            Conversation(messages=(*kept, *said)), self._tokenizer, add_generation_prompt=False
+        )
+        written = self._beyond(prompt, whole)
+        end = next((length for length, token in enumerate(written, start=1) if token in self._stop_ids), None)
+        if end is None:
+            raise UnsupportedError("this model's chat template ends a reply in none of its stop tokens")
+        return Rendered(written[:end], [end] * len(said))
+
+    def _beyond(self, prompt: list[int], whole: list[int]) -> list[int]:
+        """What comes after the prompt, in the tokens that a model writes: a merge may reach over the prompt's end where
+        both are rendered at once, and none does where one is written after the other."""
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        alike = next(i for i, token in enumerate([*prompt, -1]) if i == len(whole) or token != whole[i])
+        names = self._tokenizer.control_name
+        plain = next((i for i in range(alike, len(whole)) if names(whole[i]) is not None), len(whole))
+        rest = self._tokenizer.decode_bytes(prompt[alike:], control="show")
+        text = self._tokenizer.decode_bytes(whole[alike:plain])
+        if not text.startswith(rest):
+            raise UnsupportedError(
+                "this model's chat template begins an assistant's message otherwise than its generation prompt does"
+            )
+        return [*self._tokenizer.encode(text[len(rest) :].decode(errors="replace")), *whole[plain:]]
 
 
 def _after(prompt: Sequence[int], ends: Set[int]) -> list[int]:

@@ -227,8 +227,8 @@ class Conversation:
         are offered after the leading system messages. Of several calls of one id the latest is the one that a result
         answers. What client libraries add to the messages that they send back is taken where it says nothing new.
         """
-        result = chain.from_iterable(_each(messages, "message", _OpenAIReader().messages))
-        return cls(messages=tuple(result)).offering(tuple(_each(tools or (), "tool", _openai_tool)))
+        result = chain.from_iterable(openai_messages(messages))
+        return cls(messages=tuple(result)).offering(openai_tools(tools or ()))
 
     @classmethod
     def from_harmony(cls, conversation: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> "Conversation":
@@ -253,6 +253,17 @@ class Conversation:
 
 
 # --- OpenAI's chat dicts ------------------------------------------------------------------------------------
+
+
+def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[list[Message]]:
+    """What each of the chat API's messages becomes; `Conversation.from_openai` says how."""
+    return _each(messages, "message", _OpenAIReader().messages)
+
+
+def openai_tools(tools: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
+    """The chat API's tools."""
+    return tuple(_each(tools, "tool", _openai_tool))
+
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _OF_LIBRARIES = ("parsed", "provider_specific_fields", "reasoning_details")

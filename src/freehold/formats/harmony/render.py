@@ -48,15 +48,44 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, upto: Role | Non
     ids: list[int] = []
     boundaries: list[int] = []
     for message in _without_past_analysis(conversation.messages):
-        ids += [vocabulary.start, *_header(message, tokenizer, vocabulary), vocabulary.message]
-        for part in message.parts:
-            ids += tokenizer.encode(_part_text(part, has_functions))
-        calls_tool = message.role == "assistant" and message.recipient is not None
-        ids.append(vocabulary.call if calls_tool else vocabulary.end)
+        ids += _message(message, has_functions, tokenizer, vocabulary)
         boundaries.append(len(ids))
     if upto is not None:
         ids += [vocabulary.start, *tokenizer.encode(upto)]
     return Rendered(ids, boundaries)
+
+
+def render_reply(messages: Sequence[Message], tokenizer: Tokenizer, *, parallel_calls: bool = False) -> Rendered:
+    """What the model writes after its `<|start|>assistant` where these messages are its whole turn, reasoning included.
+
+    The turn ends as the grammar has it: an answer in `<|return|>`, a call in `<|call|>`, and in `<|return|>` behind it
+    where there may be parallel ones. Raises UsageError for a turn that ends in neither.
+    """
+    vocabulary = HarmonyVocabulary.of(tokenizer)
+    opening = [vocabulary.start, *tokenizer.encode("assistant")]
+    ids: list[int] = []
+    boundaries: list[int] = []
+    for message in messages:
+        ids += _message(message, False, tokenizer, vocabulary)
+        boundaries.append(len(ids))
+    last = messages[-1] if messages else None
+    if last is None or not (_is_answer(last) or last.recipient is not None):
+        raise UsageError("the assistant's turn ends in neither an answer nor a call")
+    assert ids[: len(opening)] == opening, "only the speaker's own messages are its turn"
+    if _is_answer(last):
+        ids[-1] = vocabulary.return_
+    elif parallel_calls:
+        ids.append(vocabulary.return_)
+        boundaries[-1] += 1
+    return Rendered(ids[len(opening) :], [boundary - len(opening) for boundary in boundaries])
+
+
+def _message(message: Message, has_functions: bool, tokenizer: Tokenizer, vocabulary: HarmonyVocabulary) -> list[int]:
+    ids = [vocabulary.start, *_header(message, tokenizer, vocabulary), vocabulary.message]
+    for part in message.parts:
+        ids += tokenizer.encode(_part_text(part, has_functions))
+    calls_tool = message.role == "assistant" and message.recipient is not None
+    return [*ids, vocabulary.call if calls_tool else vocabulary.end]
 
 
 def _without_past_analysis(messages: Sequence[Message]) -> Iterator[Message]:

@@ -1,0 +1,295 @@
+"""What a line of training data says: OpenAI's shapes for chats and preference pairs, read strictly.
+
+    {"messages": [...], "tools": [...], "parallel_tool_calls": false}
+    {"input": {"messages": [...], "tools": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
+    {"text": "..."}
+
+Messages are read by `Conversation.from_openai`'s rules; beyond these, whatever a model could not have said is refused
+(UsageError, UnsupportedError): calls of functions that were not offered, arguments that are no JSON, calls without
+results, a turn without an answer. Knows no tokens. Called by `data.py`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from freehold.errors import UnsupportedError, UsageError
+from freehold.formats.conversation import Conversation, Message, openai_messages, openai_tools
+from freehold.formats.harmony.offer import FUNCTIONS, Offer
+
+_CHAT = ("messages", "tools", "parallel_tool_calls")
+_PAIR = ("input", "preferred_output", "non_preferred_output")
+_OLD = {"functions": "tools", "function_call": "tool_calls", "prompt": "messages", "completion": "messages"}
+
+
+class Turn(NamedTuple):
+    """What the assistant says in one go after `before`; `taught` tells of each message whether training is on it."""
+
+    before: Conversation
+    said: tuple[Message, ...]
+    taught: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation to be learnt. `parallel_calls`: a turn may have several calls."""
+
+    turns: tuple[Turn, ...]
+    parallel_calls: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """Two turns after one conversation."""
+
+    chosen: Turn
+    rejected: Turn
+    parallel_calls: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    text: str
+
+
+def read_example(raw: Mapping[str, Any]) -> Chat | PlainText:
+    """A line for supervised training."""
+    if any(key in raw for key in _PAIR):
+        raise UsageError("is a preference pair; those are for DPO")
+    if "text" in raw:
+        _check_keys(raw, ("text",), "a line of plain text")
+        if not isinstance(raw["text"], str):
+            raise UsageError(f"text must be a string, got {_kind(raw['text'])}")
+        if not raw["text"].strip():
+            raise UsageError("text is empty")
+        return PlainText(raw["text"])
+    _check_keys(raw, _CHAT, "a chat")
+    said = _Said(raw)
+    turns = tuple(said.turns())
+    if not turns:
+        raise UsageError("messages have none of the assistant's; there is nothing to learn")
+    if said.roles[-1] != "assistant":
+        raise UsageError(f"the last message is of role {said.roles[-1]!r}; end with the assistant's")
+    if not any(taught for turn in turns for taught in turn.taught):
+        raise UsageError("every message of the assistant has weight 0; there is nothing to learn")
+    return Chat(turns=turns, parallel_calls=said.parallel_calls)
+
+
+def read_preference(raw: Mapping[str, Any]) -> Preference:
+    """A line for DPO."""
+    if "messages" in raw or "text" in raw:
+        raise UsageError("is no preference pair; give input, preferred_output and non_preferred_output")
+    _check_keys(raw, _PAIR, "a preference pair")
+    if not isinstance(raw.get("input"), dict):
+        raise UsageError(f"input must be an object with messages, got {_kind(raw.get('input'))}")
+    _check_keys(raw["input"], _CHAT, "an input")
+    outputs = {}
+    for name in _PAIR[1:]:
+        output = raw.get(name)
+        if not isinstance(output, list) or not output:
+            raise UsageError(f"{name} must be a list of the assistant's messages, got {_kind(output)}")
+        for index, message in enumerate(output):
+            if not isinstance(message, dict) or message.get("role") != "assistant":
+                raise UsageError(f"{name}: message {index} is not the assistant's; outputs are one turn of it")
+        outputs[name] = output
+    said = _input(raw["input"])
+    if said.roles[-1] == "assistant":
+        raise UsageError("input ends with the assistant's message; end with what is to be answered")
+    if outputs["preferred_output"] == outputs["non_preferred_output"]:
+        raise UsageError("preferred_output and non_preferred_output are the same")
+    before = raw["input"].get("messages", [])
+    wholes = []
+    for name, output in outputs.items():
+        whole = _within(name, {**raw["input"], "messages": [*before, *output]}, len(before))
+        turns = [turn for turn in whole.turns() if len(turn.before.messages) >= len(said.conversation.messages)]
+        if len(turns) != 1:
+            raise UsageError(f"{name} is {len(turns)} turns of the assistant; give one")
+        wholes.append((turns[0], whole.parallel_calls))
+    (chosen, one), (rejected, other) = wholes
+    return Preference(chosen=chosen, rejected=rejected, parallel_calls=one or other)
+
+
+def _input(raw: Mapping[str, Any]) -> "_Said":
+    try:
+        said = _Said(raw)
+    except (UsageError, UnsupportedError) as error:
+        raise type(error)(f"input: {error}") from None
+    if any(message.get("weight") is not None for message in raw["messages"]):
+        raise UsageError("input: weight is for chats; in a preference pair the outputs are what is learnt")
+    return said
+
+
+def _within(name: str, raw: Mapping[str, Any], num_before: int) -> "_Said":
+    """An output as the end of its conversation; problems are told by the message's place in the output."""
+    if any(message.get("weight") is not None for message in raw["messages"][num_before:]):
+        raise UsageError(f"{name}: weight is for chats; in a preference pair the outputs are what is learnt")
+    try:
+        openai_messages(raw["messages"][num_before:])  # whose own mistakes it tells by their place in the output
+        return _Said(raw, first=num_before)
+    except (UsageError, UnsupportedError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+# --- chats --------------------------------------------------------------------------------------------------
+
+
+class _Said:
+    """The messages of a chat, checked. Places are told as `message 3`, from 0 on, counted from `first`."""
+
+    def __init__(self, raw: Mapping[str, Any], *, first: int = 0) -> None:
+        self._first = first
+        messages = _list(raw, "messages")
+        if not messages:
+            raise UsageError("messages is empty; give a question and an answer")
+        tools = _list(raw, "tools") if raw.get("tools") is not None else []
+        parallel = raw.get("parallel_tool_calls")
+        if not isinstance(parallel, bool | None):
+            raise UsageError(f"parallel_tool_calls is true or false, got {parallel!r:.40}")
+        self._weights = [self._weight(index, message) for index, message in enumerate(messages)]
+        self._groups = openai_messages(
+            [
+                {key: value for key, value in message.items() if key != "weight"}
+                if isinstance(message, dict)
+                else message
+                for message in messages
+            ]
+        )
+        self._offered = openai_tools(tools)
+        self.roles = [str(message["role"]) for message in messages]
+        self.conversation = Conversation(messages=tuple(said for group in self._groups for said in group))
+        most = max(sum(said.recipient is not None for said in group) for group in self._assistants())
+        if parallel is False and most > 1:
+            raise UsageError(f"a message has {most} tool calls, but parallel_tool_calls is false")
+        # What OpenAI's files leave out is allowed. A turn that may go on after a call ends otherwise, so that it is
+        # taught where it is needed only.
+        self.parallel_calls = parallel if parallel is not None else most > 1
+        self._check(messages)
+
+    def _assistants(self) -> list[list[Message]]:
+        groups = [group for group, role in zip(self._groups, self.roles, strict=True) if role == "assistant"]
+        return groups or [[]]
+
+    def _weight(self, index: int, message: Any) -> bool:
+        weight = message.get("weight") if isinstance(message, dict) else None
+        if weight is None:
+            return True
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise UsageError(f"{self._place(index)}: weight is 0 or 1, got {json.dumps(weight):.40}")
+        if message.get("role") != "assistant":
+            raise UsageError(f"{self._place(index)}: weight is for the assistant's messages only")
+        return bool(weight)
+
+    def _place(self, index: int) -> str:
+        return f"message {index - self._first if index >= self._first else index}"
+
+    def _check(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        offer = Offer.of(self.conversation.offering(self._offered))
+        open_calls: list[str] = []
+        for index, (raw, group) in enumerate(zip(messages, self._groups, strict=True)):
+            place = self._place(index)
+            if raw["role"] == "tool":
+                if raw["tool_call_id"] not in open_calls:
+                    raise UsageError(f"{place}: call {raw['tool_call_id']!r:.80} has its result already")
+                open_calls.remove(raw["tool_call_id"])
+                continue
+            if open_calls:
+                raise UsageError(f"{place}: call {open_calls[0]!r:.80} before it has no result")
+            if raw["role"] == "assistant":
+                self._check_reply(place, group, offer, self._weights[index])
+                open_calls = self._call_ids(place, raw)
+
+    def _call_ids(self, place: str, raw: Mapping[str, Any]) -> list[str]:
+        ids: list[str] = []
+        for call in raw.get("tool_calls") or ():
+            id_ = call.get("id")
+            if not id_:
+                raise UsageError(f"{place}: a tool call has no id; its result names it")
+            if id_ in ids:
+                raise UsageError(f"{place}: two calls have the id {id_!r:.80}")
+            ids.append(id_)
+        return ids
+
+    def _check_reply(self, place: str, group: Sequence[Message], offer: Offer, is_taught: bool) -> None:
+        if is_taught and not any(said.text for said in group):
+            raise UsageError(f"{place}: the assistant says nothing; give content or tool_calls, or weight 0")
+        for said in group:
+            if said.recipient is None:
+                continue
+            name = said.recipient.removeprefix(f"{FUNCTIONS}.")
+            callee = offer.callees.get(said.recipient)
+            if callee is None:
+                raise UsageError(f"{place}: calls {name!r:.80}, which is not among the tools")
+            if callee.takes_json != (said.content_type is not None):
+                raise UsageError(f"{place}: calls {name!r:.80} as a tool of another type than it is")
+            if callee.takes_json:
+                _check_arguments(f"{place}: the arguments of {name!r:.80}", said.text)
+
+    def turns(self) -> Iterator[Turn]:
+        """The assistant's turns: each goes on until an answer, or a call and those that follow it at once."""
+        before: list[Message] = []
+        said: list[Message] = []
+        taught: list[bool] = []
+        for index, (role, group) in enumerate(zip(self.roles, self._groups, strict=True)):
+            if role != "assistant":
+                if said:
+                    raise self._unfinished(index - 1)
+                before += group
+                continue
+            said += group
+            taught += [self._weights[index]] * len(group)
+            if group[-1].channel == "analysis":  # the answer is a message of its own
+                continue
+            yield Turn(Conversation(messages=tuple(before)).offering(self._offered), tuple(said), tuple(taught))
+            before += said
+            said, taught = [], []
+        if said:
+            raise self._unfinished(len(self.roles) - 1)
+
+    def _unfinished(self, index: int) -> UsageError:
+        return UsageError(f"{self._place(index)}: the assistant reasons and then neither answers nor calls a tool")
+
+
+def _check_arguments(what: str, text: str) -> None:
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{what} are no JSON: {text!r:.60}") from None
+    if not isinstance(arguments, dict):
+        raise UsageError(f"{what} are no JSON object: {text!r:.60}")
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _check_keys(raw: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    for key, value in raw.items():
+        if key in known or (value is None and key not in _OLD):
+            continue
+        if key in _OLD:
+            raise UnsupportedError(f"field {key!r} is not supported; use {_OLD[key]}")
+        raise UnsupportedError(f"field {key!r:.80} is not supported; {what} has {', '.join(known)}")
+
+
+def _list(raw: Mapping[str, Any], key: str) -> list[Any]:
+    value = raw.get(key)
+    if not isinstance(value, list):
+        raise UsageError(f"{key} must be a list of objects, got {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "nothing"
+        case [] | {}:
+            return "an empty one"
+        case bool():
+            return "true or false"
+        case str():
+            return "a string"
+        case int() | float():
+            return "a number"
+        case list():
+            return "a list"
+    return "an object"
