@@ -187,8 +187,9 @@ def delta(x_SI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: 
 class TokenAdapters:
     """The adapters of one batch, and which of them each token is computed with.
 
-    `rows_T[t]` is an index into `adapters`, or -1 for the model as it is. `dropout` is for training alone. Every method
-    returns a new sum and leaves its arguments as they are; tokens without an adapter keep their numbers to the last bit.
+    `rows_T[t]` is an index into `adapters`, or -1 for the model as it is. `dropout` is for training alone. Every
+    method returns a new sum and leaves its arguments as they are; tokens without an adapter keep their numbers to the
+    last bit.
     """
 
     def __init__(self, adapters: Sequence[Adapter], rows_T: Tensor, *, dropout: float = 0.0) -> None:

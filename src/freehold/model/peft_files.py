@@ -102,10 +102,11 @@ def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
     config, targets = adapter.config, adapter.spec.targets
     if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in targets):
         raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
-    # PEFT has one rank and one alpha, and exceptions by name: the commonest are the rule.
-    [(rank, _)] = Counter(target.rank for target in targets.values()).most_common(1)
-    [(alpha, _)] = Counter(target.alpha for target in targets.values()).most_common(1)
-    keys = {name: _key(*_layer_and_kind(name)) for name in factor_shapes(config, adapter.spec)}
+    # PEFT has one rank and one alpha, and exceptions by name. It honours exceptions for parameters too, and warns that
+    # it did not: so the rule is what is commonest among parameters, where there are any.
+    ruling = [target for name, target in targets.items() if name.endswith(tuple(_PARAMETERS))] or [*targets.values()]
+    [(rank, _)] = Counter(target.rank for target in ruling).most_common(1)
+    [(alpha, _)] = Counter(target.alpha for target in ruling).most_common(1)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -119,9 +120,19 @@ def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
         "init_lora_weights": True,
         "target_modules": _named_shortly(config, targets, _MODULES),
         "target_parameters": _named_shortly(config, targets, _PARAMETERS) or None,
-        "rank_pattern": {keys[name]: targets[name].rank for name in keys if targets[name].rank != rank},
-        "alpha_pattern": {keys[name]: _number(targets[name].alpha) for name in keys if targets[name].alpha != alpha},
+        "rank_pattern": _exceptions({name: target.rank for name, target in targets.items()}, rank),
+        "alpha_pattern": _exceptions({name: _number(target.alpha) for name, target in targets.items()}, _number(alpha)),
     }
+
+
+def _exceptions(values: Mapping[str, int | float], rule: int | float) -> dict[str, int | float]:
+    """What differs from the rule: under a path alone where all layers agree, or else under its name in each layer."""
+    patterns: dict[str, int | float] = {}
+    for kind, path in _PATHS.items():
+        of_kind = {_layer_and_kind(name)[0]: value for name, value in values.items() if name.endswith(f".{kind}")}
+        agreed = len(set(of_kind.values())) == 1
+        patterns |= {path if agreed else _key(layer, kind): n for layer, n in of_kind.items() if n != rule}
+    return patterns
 
 
 def _number(alpha: float) -> int | float:
@@ -154,11 +165,10 @@ def _peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _PeftConfig:
     """What of an adapter_config.json decides how its tensors act. Patterns are tried in order, as PEFT tries them."""
 
-    path: Path
     rank: int
     alpha: float
     rslora: bool
@@ -254,8 +264,8 @@ def _kind(path: Path, peft: _PeftConfig, layer: int, module: str, stored: Mappin
         if len(wrappers) == len(wanted):
             return wanted[wrappers.index(module)]
         raise CheckpointError(
-            f"{path}: layer {layer} has factors for {len(wrappers)} of the experts' parameters and target_parameters of "
-            f"{CONFIG_FILE} names {' and '.join(wanted) or 'none'}; the two files do not belong together"
+            f"{path}: layer {layer} has factors for {len(wrappers)} of the experts' parameters, and {CONFIG_FILE} "
+            f"targets {' and '.join(wanted) or 'none'} of them; the two files do not belong together"
         )
     raise UnsupportedError(
         f"{path}: {module} of layer {layer} is nothing Freehold adapts; it knows {', '.join(_PATHS.values())}"
@@ -301,8 +311,6 @@ def _read_config(path: Path) -> _PeftConfig:
     for name, value in raw.items():
         if name in _WITHOUT_EFFECT | _HONOURED or not value or (name == "bias" and value == "none"):
             continue
-        if name == "runtime_config" or (name == "megatron_config" and value is None):
-            continue
         what = _REFUSED.get(name, "an option of PEFT that Freehold does not know")
         raise UnsupportedError(f"{path}: {name} is {value!r} ({what}); Freehold reads plain LoRA: train without it")
     init = raw.get("init_lora_weights")
@@ -317,27 +325,31 @@ def _read_config(path: Path) -> _PeftConfig:
     parameters = raw.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
         raise CheckpointError(f"{path}: target_parameters is {parameters!r}, not a list of names; save it again")
+    ranks, alphas = _patterns(path, raw, "rank_pattern"), _patterns(path, raw, "alpha_pattern")
     return _PeftConfig(
-        path,
-        _positive(path, "r", rank, int),
-        _positive(path, "lora_alpha", alpha, float),
-        rslora,
-        {key: _positive(path, f"rank_pattern of {key}", n, int) for key, n in _patterns(path, raw, "rank_pattern")},
-        {key: _positive(path, f"alpha_pattern of {key}", n, float) for key, n in _patterns(path, raw, "alpha_pattern")},
-        tuple(parameters),
+        rank=_whole(path, "r", rank),
+        alpha=_positive(path, "lora_alpha", alpha),
+        rslora=rslora,
+        ranks={key: _whole(path, f"rank_pattern of {key}", value) for key, value in ranks.items()},
+        alphas={key: _positive(path, f"alpha_pattern of {key}", value) for key, value in alphas.items()},
+        parameters=tuple(parameters),
     )
 
 
-def _positive[N: (int, float)](path: Path, name: str, value: Any, kind: type[N]) -> N:
-    allowed = (int,) if kind is int else (int, float)
-    if type(value) not in allowed or not 0 < value < 2**31:
-        raise CheckpointError(
-            f"{path}: {name} is {value!r}, not a positive {'whole ' if kind is int else ''}number; save it again"
-        )
-    return kind(value)
+def _positive(path: Path, name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < 2**31:
+        raise CheckpointError(f"{path}: {name} is {value!r}, not a positive number; save the adapter again")
+    return float(value)
 
 
-def _patterns(path: Path, raw: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
+def _whole(path: Path, name: str, value: Any) -> int:
+    number = _positive(path, name, value)
+    if not number.is_integer():
+        raise CheckpointError(f"{path}: {name} is {value!r}, not a whole number; save the adapter again")
+    return int(number)
+
+
+def _patterns(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     patterns = raw.get(name) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: {name} is {patterns!r}, not an object; save it again")
@@ -348,7 +360,7 @@ def _patterns(path: Path, raw: Mapping[str, Any], name: str) -> list[tuple[str, 
             raise UnsupportedError(
                 f"{path}: {name} has {pattern!r} ({error}); name the module itself, such as {_key(0, 'q')}"
             ) from None
-    return list(patterns.items())
+    return patterns
 
 
 def _check_pattern(pattern: str) -> None:
