@@ -122,6 +122,16 @@ def test_what_is_recorded_is_shown_again_and_gone_on_from(place: Path) -> None:
         assert "no recording" in str(result.exception)
 
 
+def test_a_dry_run_says_what_would_be_changed(place: Path) -> None:
+    (place / "notes.txt").write_text("old\n")
+    script = _script(place, _patch(PATCH), {"answer": "So it would be."})
+    options = ["--patch", ".", "--dry-run", "--approve", "never", "--script", str(script)]
+    result = CliRunner().invoke(app, ["chat", *options, "?"])
+    assert result.stdout == "So it would be.\n"
+    assert "nothing was written" in result.stderr and "M notes.txt" in result.stderr
+    assert (place / "notes.txt").read_text() == "old\n"
+
+
 def test_after_so_many_calls_there_is_an_answer(place: Path) -> None:
     script = _script(place, _function("weather", city="Oslo"), {"answer": "Enough."})
     options = ["--tools", "my_tools.py", "--approve", "never", "--max-tool-calls", "1", "--script", str(script)]
@@ -308,8 +318,10 @@ def test_ctrl_c_stops_a_tool_that_runs_and_not_the_conversation(place: Path) -> 
         (["--tools", "nothing.py"], r"nothing\.py"),
         (["--patch", "my_tools.py"], r"my_tools\.py"),
         (["--search", "google"], "searched by exa, you, or the URL of a SearXNG server, got 'google'"),
+        (["--dry-run"], "--dry-run is for patches; give --patch DIR too"),
         (["--max-steps", "0"], "max_steps must be 1 or more, got 0"),
         (["--tool-seconds", "0"], "tool_seconds must be more than 0, got 0"),
+        (["--tools", "my_tools.py", "--tools", "my_tools.py", "--approve", "never"], "two tools are called functions"),
         (["--python-limit", "minutes=3"], "no limit 'minutes'; it has seconds, memory_bytes"),
         (["--python-limit", "memory_bytes=plenty"], "'memory_bytes=plenty': give a number"),
         (["--python-limit", "memory_bytes=1MiB"], "memory_bytes cannot be 1048576: give 134217728 or more"),

@@ -86,6 +86,9 @@ def command(
     patch: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder whose files the model may change, by patches.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --patch: change nothing, say what would be changed.")
+    ] = False,
     mcp: McpServers = None,
     mcp_config: McpConfig = None,
     approve: Annotated[
@@ -141,6 +144,8 @@ def command(
         prompt = piped if prompt is None else "\n\n".join(filter(None, (piped, prompt)))
     if prompt is not None and not prompt.strip():
         raise UsageError("the question is empty; give it as an argument or through a pipe")
+    if dry_run and patch is None:
+        raise UsageError("--dry-run is for patches; give --patch DIR too")
     from freehold.tools.kit import ToolChoices
 
     choices = ToolChoices(
@@ -150,6 +155,7 @@ def command(
         python_limits=tuple(python_limit or ()),
         functions=tuple(tools or ()),
         patch=patch,
+        dry_run=dry_run,
         mcp=tuple(mcp or ()),
         mcp_config=tuple(mcp_config or ()),
     )
@@ -254,6 +260,8 @@ def _talk(load: "Callable[[Progress], Served]", wishes: _Wishes) -> "Iterator[tu
             recorded=recorded,
         )
         opened.callback(lambda: runner.run(talk.aclose()))
+        if tools:
+            runner.run(talk.open())
         yield talk, runner.run
 
 

@@ -101,9 +101,10 @@ class Talk:
         if not self._tools:
             return await prepare_generation(self._served, ask)
         approve = None if self._approval is None else self._approval.call
-        return await prepare(self._served, ask, await self._open_toolbox(), limits=self._limits, approve=approve)
+        return await prepare(self._served, ask, await self.open(), limits=self._limits, approve=approve)
 
-    async def _open_toolbox(self) -> Toolbox:
+    async def open(self) -> Toolbox:
+        """The conversation's tools; what is wrong with them shows when they are opened first. Raises UsageError."""
         if self._toolbox is None:
             toolbox = await Toolbox.open(self._tools)
             try:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
 from freehold.engine.request import Request, Step
+from freehold.errors import CheckpointError
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.guidance import prepare
+from freehold.log import NOTICE, logger
 from freehold.session.prompting import Prompting
 
 if TYPE_CHECKING:
@@ -68,5 +70,14 @@ def serve_model(model: "Model", *, name: str, harmony: bool | None = None, gramm
     """A loaded model with an engine on a thread of its own, which runs until it is drained."""
     from freehold.engine.loop import AsyncEngine
 
+    if harmony and not _was_made_for_harmony(model.prompting):
+        logger.log(NOTICE, "%s was not made for Harmony: do not expect it to use tools well, or to reason", name)
     runner = AsyncEngine(model.new_engine())
     return Served(name=name, prompting=model.prompting, runner=runner, harmony=harmony, grammar=grammar)
+
+
+def _was_made_for_harmony(prompting: Prompting) -> bool:
+    try:
+        return isinstance(prompting.chat_format(), HarmonyFormat)
+    except CheckpointError:  # nothing says how else it would chat
+        return True

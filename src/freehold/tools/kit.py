@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class ToolChoices:
     """`browse` are folders and ZIM files, `search` who searches the web: exa, you, or the URL of a SearXNG.
     `python_limits` are texts such as `seconds=300`, `functions` Python files, `patch` is the folder whose files may be
-    changed. `mcp` are commands and URLs, `mcp_config` are files of them."""
+    changed, or with `dry_run` are only said to be. `mcp` are commands and URLs, `mcp_config` are files of them."""
 
     browse: tuple[Path, ...] = ()
     search: str | None = None
@@ -35,6 +35,7 @@ class ToolChoices:
     python_limits: tuple[str, ...] = ()
     functions: tuple[Path, ...] = ()
     patch: Path | None = None
+    dry_run: bool = False
     mcp: tuple[str, ...] = ()
     mcp_config: tuple[Path, ...] = ()
 
@@ -87,7 +88,8 @@ def local_tools(
         if choices.patch is not None:
             from freehold.tools.apply_patch import ApplyPatchTool
 
-            tools.append(ApplyPatchTool(choices.patch, approve=approve_patch, form=patch_form))
+            patches = ApplyPatchTool(choices.patch, approve=approve_patch, dry_run=choices.dry_run, form=patch_form)
+            tools.append(patches)
         if choices.browse or choices.search is not None:
             from freehold.tools.browser.browser import Browser
             from freehold.tools.browser.sources import open_sources
