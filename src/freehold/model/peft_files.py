@@ -140,11 +140,12 @@ def _number(alpha: float) -> int | float:
 
 
 def _named_shortly(config: ModelConfig, targets: Mapping[str, Target], paths: Mapping[str, str]) -> list[str]:
-    """A path alone where every layer has it, or else its name in each layer."""
+    """Short where every layer has it, or else its name in each layer. Modules go by their last name, as everywhere."""
     names: list[str] = []
     for kind, path in paths.items():
         layers = [layer for layer in range(config.num_layers) if f"layers.{layer}.{kind}" in targets]
-        names += [path] if len(layers) == config.num_layers else [_key(layer, kind) for layer in layers]
+        short = path.removeprefix("self_attn.")
+        names += [short] if len(layers) == config.num_layers else [_key(layer, kind) for layer in layers]
     return names
 
 
