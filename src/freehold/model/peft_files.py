@@ -1,0 +1,386 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, as for transformers' GptOssForCausalLM.
+
+What is written here loads in `peft`, and what peft wrote loads here, with the same effect. q, k, v and o are linear
+modules to PEFT; the router and the experts are bare parameters (`target_parameters`), wrapped one inside the other
+where a module has several, so that an inner one's tensors are called `…experts.base_layer.lora_A.weight`. PEFT lays
+the factors of E experts out as two matrices: A (E·R, I), an expert's rows together, and B (O, R·E), a rank's columns
+together. Everything that changes what an adapter computes is honoured or refused by name: DoRA, biases, whole trained
+modules, embeddings, inits that also changed the base model, and options that this file does not know.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from freehold.config import ModelConfig
+from freehold.disk import new_folder, write_text
+from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError, UsageError
+from freehold.model.lora import EXPERT_KINDS, KINDS, Adapter, AdapterSpec, Factors, Target, factor_shapes
+from freehold.weights.files import TensorToWrite, header_bytes, read_header, read_json, write_data
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+
+_MODULES = {kind: f"self_attn.{kind}_proj" for kind in "qkvo"}
+_PARAMETERS = {
+    "router": "mlp.router.weight",
+    "gate_up": "mlp.experts.gate_up_proj",
+    "down": "mlp.experts.down_proj",
+}
+_PATHS = _MODULES | _PARAMETERS
+
+# Each may stand in a config without changing what the tensors beside it compute.
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",  # looked at for itself below
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",  # of training
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",  # of use_qalora
+    "revision",
+    "target_modules",  # the names of the tensors say what was targeted
+    "task_type",
+}
+_HONOURED = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "target_parameters", "use_rslora"}
+_REFUSED = {
+    "bias": "trained biases",
+    "fan_in_fan_out": "weights stored the other way round",
+    "layer_replication": "layers that are used twice",
+    "lora_bias": "biases of its own",
+    "modules_to_save": "modules trained as a whole",
+    "trainable_token_indices": "trained rows of the embedding",
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+}
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d{1,5})\.([a-z_.]+)\.lora_([AB])\.weight")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None = None) -> None:
+    """Write an adapter as a new folder, in the type that it has. `base_model` is the name that PEFT may look for.
+
+    Raises UsageError if the folder exists, UnsupportedError for what PEFT cannot hold, DiskError.
+    """
+    raw = _config_json(adapter, base_model)
+    specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
+    with new_folder(folder, needed_bytes=sum(spec.num_bytes for spec in specs)) as partial:
+        write_text(partial / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+        with (partial / TENSOR_FILE).open("wb") as file:
+            file.write(header_bytes(specs, {"format": "pt"}))
+            for _ in write_data(file, specs):
+                pass
+
+
+def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
+    return TensorToWrite(name, tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
+
+
+def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
+    config, targets = adapter.config, adapter.spec.targets
+    if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in targets):
+        raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
+    # PEFT has one rank and one alpha, and exceptions by name. It honours exceptions for parameters too, and warns that
+    # it did not: so the rule is what is commonest among parameters, where there are any.
+    ruling = [target for name, target in targets.items() if name.endswith(tuple(_PARAMETERS))] or [*targets.values()]
+    [(rank, _)] = Counter(target.rank for target in ruling).most_common(1)
+    [(alpha, _)] = Counter(target.alpha for target in ruling).most_common(1)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "use_rslora": adapter.spec.rslora,
+        "lora_dropout": 0.0,  # PEFT refuses any other for parameters, and only training asks
+        "bias": "none",
+        "init_lora_weights": True,
+        "target_modules": _named_shortly(config, targets, _MODULES),
+        "target_parameters": _named_shortly(config, targets, _PARAMETERS) or None,
+        "rank_pattern": _exceptions({name: target.rank for name, target in targets.items()}, rank),
+        "alpha_pattern": _exceptions({name: _number(target.alpha) for name, target in targets.items()}, _number(alpha)),
+    }
+
+
+def _exceptions(values: Mapping[str, int | float], rule: int | float) -> dict[str, int | float]:
+    """What differs from the rule: under a path alone where all layers agree, or else under its name in each layer."""
+    patterns: dict[str, int | float] = {}
+    for kind, path in _PATHS.items():
+        of_kind = {_layer_and_kind(name)[0]: value for name, value in values.items() if name.endswith(f".{kind}")}
+        agreed = len(set(of_kind.values())) == 1
+        patterns |= {path if agreed else _key(layer, kind): n for layer, n in of_kind.items() if n != rule}
+    return patterns
+
+
+def _number(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _named_shortly(config: ModelConfig, targets: Mapping[str, Target], paths: Mapping[str, str]) -> list[str]:
+    """Short where every layer has it, or else its name in each layer. Modules go by their last name, as everywhere."""
+    names: list[str] = []
+    for kind, path in paths.items():
+        layers = [layer for layer in range(config.num_layers) if f"layers.{layer}.{kind}" in targets]
+        short = path.removeprefix("self_attn.")
+        names += [short] if len(layers) == config.num_layers else [_key(layer, kind) for layer in layers]
+    return names
+
+
+def _peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for name in factor_shapes(adapter.config, adapter.spec):
+        layer, kind = _layer_and_kind(name)
+        a, b = (factor.detach() for factor in adapter.factors[name])
+        if kind in EXPERT_KINDS:
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1, 2)
+        module = _MODULES.get(kind) or _PARAMETERS[kind].rpartition(".")[0]
+        # PEFT wraps a module's parameters in the order in which the module has them: what comes later is outside.
+        inner = ".base_layer" if kind == "gate_up" and f"layers.{layer}.down" in adapter.factors else ""
+        stem = f"base_model.model.model.layers.{layer}.{module}{inner}"
+        yield f"{stem}.lora_A.weight", a
+        yield f"{stem}.lora_B.weight", b
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PeftConfig:
+    """What of an adapter_config.json decides how its tensors act. Patterns are tried in order, as PEFT tries them."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    parameters: tuple[str, ...]
+
+    def target(self, layer: int, kind: str) -> Target:
+        key = _key(layer, kind)
+        rank = next((rank for pattern, rank in self.ranks.items() if _fits(pattern, key)), self.rank)
+        alpha = next((alpha for pattern, alpha in self.alphas.items() if _fits(pattern, key)), self.alpha)
+        return Target(rank=rank, alpha=alpha)
+
+    def targets_parameter(self, layer: int, kind: str) -> bool:
+        key = _key(layer, kind)
+        return any(key == name or key.endswith(f".{name}") for name in self.parameters)
+
+
+def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Adapter:
+    """An adapter that PEFT or `write_peft` wrote, checked against the model that it is for; not trainable as it comes.
+
+    Raises ModelNotFoundError if there is none, CheckpointError if it is damaged or for another model, UnsupportedError
+    for what adapters can do in PEFT and not here.
+    """
+    path = folder / TENSOR_FILE
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelNotFoundError(f"{folder} holds no {CONFIG_FILE}; name the folder of an adapter")
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UnsupportedError(
+                f"{folder / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSOR_FILE}"
+            )
+        raise ModelNotFoundError(f"{folder} holds no {TENSOR_FILE}; download or copy the adapter again")
+    peft = _read_config(folder / CONFIG_FILE)
+    stored = _read_tensors(path)
+    targets: dict[str, Target] = {}
+    factors: dict[str, Factors] = {}
+    for (layer, module), pair in stored.items():
+        if layer >= config.num_layers:
+            raise CheckpointError(
+                f"{path}: layer {layer} is adapted and the model has {config.num_layers}; the adapter is for another"
+            )
+        kind = _kind(path, peft, layer, module, stored)
+        name = f"layers.{layer}.{kind}"
+        targets[name] = peft.target(layer, kind)
+        if kind in EXPERT_KINDS and config.num_experts == 1:
+            raise UnsupportedError(f"{path}: {name} adapts the experts of a model that has one; PEFT does not do that")
+        spec = AdapterSpec(targets={name: targets[name]}, rslora=peft.rslora)
+        (a_shape, b_shape) = factor_shapes(config, spec)[name]
+        factors[name] = _canonical(path, name, pair, a_shape, b_shape, dtype)
+    _check_complete(path, peft, config, targets)
+    return Adapter(config=config, spec=AdapterSpec(targets=targets, rslora=peft.rslora), factors=factors)
+
+
+def _canonical(
+    path: Path,
+    name: str,
+    pair: Mapping[str, Tensor],
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Factors:
+    experts = a_shape[:-2]  # none for a linear layer
+    rows = math.prod(experts) * a_shape[-2]
+    for letter, expected in (("A", (rows, a_shape[-1])), ("B", (b_shape[-2], rows))):
+        if letter not in pair:
+            raise CheckpointError(f"{path}: lora_{letter} of {name} is missing; download or copy the adapter again")
+        tensor = pair[letter]
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(
+                f"{path}: lora_{letter} of {name} has shape {tuple(tensor.shape)}; rank {a_shape[-2]} and this model "
+                f"ask for {expected}: the adapter is for another model, or its two files do not belong together"
+            )
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: lora_{letter} of {name} holds values that are not finite; train it again")
+    a, b = pair["A"].to(dtype), pair["B"].to(dtype)
+    if experts:
+        a = a.reshape(a_shape)
+        b = b.reshape(b_shape[-2], b_shape[-1], *experts).permute(2, 0, 1).contiguous()
+    return Factors(a, b)
+
+
+def _kind(path: Path, peft: _PeftConfig, layer: int, module: str, stored: Mapping[tuple[int, str], object]) -> str:
+    """What a module's tensors adapt. An experts module has two parameters; its tensors do not say which they are of."""
+    for kind, name in _MODULES.items():
+        if module == name:
+            return kind
+    if module == "mlp.router" and peft.targets_parameter(layer, "router"):
+        return "router"
+    wrappers = [name for name in ("mlp.experts.base_layer", "mlp.experts") if (layer, name) in stored]
+    wanted = [kind for kind in EXPERT_KINDS if peft.targets_parameter(layer, kind)]
+    if module in wrappers:
+        if len(wrappers) == len(wanted):
+            return wanted[wrappers.index(module)]
+        raise CheckpointError(
+            f"{path}: layer {layer} has factors for {len(wrappers)} of the experts' parameters, and {CONFIG_FILE} "
+            f"targets {' and '.join(wanted) or 'none'} of them; the two files do not belong together"
+        )
+    raise UnsupportedError(
+        f"{path}: {module} of layer {layer} is nothing Freehold adapts; it knows {', '.join(_PATHS.values())}"
+    )
+
+
+def _check_complete(path: Path, peft: _PeftConfig, config: ModelConfig, targets: Mapping[str, Target]) -> None:
+    for layer in range(config.num_layers):
+        for kind in _PARAMETERS:
+            if peft.targets_parameter(layer, kind) and f"layers.{layer}.{kind}" not in targets:
+                raise CheckpointError(
+                    f"{path}: {CONFIG_FILE} targets {_key(layer, kind)} and there are no factors for it; "
+                    "download or copy the adapter again"
+                )
+
+
+def _read_tensors(path: Path) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """By layer and module: the two factors, as they lie in the file."""
+    names = list(read_header(path))
+    if not names:
+        raise CheckpointError(f"{path} holds no tensors; download or copy the adapter again")
+    stored: dict[tuple[int, str], dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                match = _TENSOR_NAME.fullmatch(name)
+                if match is None:
+                    raise UnsupportedError(
+                        f"{path}: tensor {name} is no LoRA factor of gpt-oss's layers, which are called "
+                        "base_model.model.model.layers.N.….lora_A.weight and lora_B; Freehold adapts nothing else"
+                    )
+                layer, module, letter = match.groups()
+                stored.setdefault((int(layer), module), {})[letter] = file.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download or copy the adapter again") from None
+    return stored
+
+
+def _read_config(path: Path) -> _PeftConfig:
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise UnsupportedError(f"{path}: peft_type is {raw.get('peft_type')!r}; Freehold reads LORA")
+    for name, value in raw.items():
+        if name in _WITHOUT_EFFECT | _HONOURED or not value or (name == "bias" and value == "none"):
+            continue
+        what = _REFUSED.get(name, "an option of PEFT that Freehold does not know")
+        raise UnsupportedError(f"{path}: {name} is {value!r} ({what}); Freehold reads plain LoRA: train without it")
+    init = raw.get("init_lora_weights")
+    if init not in _HARMLESS_INITS:
+        raise UnsupportedError(
+            f"{path}: init_lora_weights {init!r} also changed the base model's weights; save the adapter with "
+            "path_initial_model_for_weight_conversion, which makes a plain one of it"
+        )
+    rank, alpha, rslora = raw.get("r", 8), raw.get("lora_alpha", 8), raw.get("use_rslora") or False
+    if not isinstance(rslora, bool):
+        raise CheckpointError(f"{path}: use_rslora is {rslora!r}, not true or false; train or save the adapter again")
+    parameters = raw.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        raise CheckpointError(f"{path}: target_parameters is {parameters!r}, not a list of names; save it again")
+    ranks, alphas = _patterns(path, raw, "rank_pattern"), _patterns(path, raw, "alpha_pattern")
+    return _PeftConfig(
+        rank=_whole(path, "r", rank),
+        alpha=_positive(path, "lora_alpha", alpha),
+        rslora=rslora,
+        ranks={key: _whole(path, f"rank_pattern of {key}", value) for key, value in ranks.items()},
+        alphas={key: _positive(path, f"alpha_pattern of {key}", value) for key, value in alphas.items()},
+        parameters=tuple(parameters),
+    )
+
+
+def _positive(path: Path, name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < 2**31:
+        raise CheckpointError(f"{path}: {name} is {value!r}, not a positive number; save the adapter again")
+    return float(value)
+
+
+def _whole(path: Path, name: str, value: Any) -> int:
+    number = _positive(path, name, value)
+    if not number.is_integer():
+        raise CheckpointError(f"{path}: {name} is {value!r}, not a whole number; save the adapter again")
+    return int(number)
+
+
+def _patterns(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    patterns = raw.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: {name} is {patterns!r}, not an object; save it again")
+    for pattern in patterns:
+        try:
+            _check_pattern(pattern)
+        except (re.error, UsageError) as error:
+            raise UnsupportedError(
+                f"{path}: {name} has {pattern!r} ({error}); name the module itself, such as {_key(0, 'q')}"
+            ) from None
+    return patterns
+
+
+def _check_pattern(pattern: str) -> None:
+    """PEFT takes these for regular expressions. From a foreign file, none that could run for long is tried."""
+    if len(pattern) > 500 or re.search(r"[)}*+?][*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise UsageError("a regular expression with repeated groups or many repetitions may never end")
+    re.compile(pattern)
+
+
+def _fits(pattern: str, key: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", key) is not None
+
+
+def _key(layer: int, kind: str) -> str:
+    """A target's name in transformers' model, which PEFT's patterns and lists are held against."""
+    return f"model.layers.{layer}.{_PATHS[kind]}"
+
+
+def _layer_and_kind(name: str) -> tuple[int, str]:
+    _, layer, kind = name.split(".")
+    assert kind in KINDS
+    return int(layer), kind
