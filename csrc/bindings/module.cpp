@@ -91,6 +91,12 @@ NB_MODULE(_native, module) {
             },
             Released())
         .def(
+            "linear_backward",
+            [](Engine& self, const Matrix& w, uintptr_t gradient, size_t T, size_t stride, uintptr_t out) {
+                self.linear_backward(w, {at<float>(gradient), T, stride, at<float>(out)});
+            },
+            Released())
+        .def(
             "rope",
             [](Engine& self, uintptr_t x, size_t stride, uintptr_t cos, uintptr_t sin, uintptr_t out, size_t T,
                size_t N,

@@ -7,7 +7,8 @@
 // for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
 // in [-127, 127]), place (a block of such values as activations of a tile), to_f16, from_f16, kRows and kManyRows (the
 // rows that a product takes at once, where it has few and where it has many), kSums (vectors that fit in registers as
-// its sums).
+// its sums), kLeftRows and kLeftGroups (weights and vectors of tokens that a product from the left takes at once),
+// nibbles<N> and bytes<N> (of 16 words the one numbered N, the lowest first: twice an E2M1 code's value, an int8's).
 //
 // Nothing here may call an inline function or template from outside: the linker keeps one copy of those for the whole
 // program, and it could be the one compiled for an instruction set that the processor lacks.
@@ -93,6 +94,95 @@ void dot_bf16(const uint8_t* weights, size_t C, size_t panels, const Tile& x, fl
 }
 void dot_f32(const uint8_t* weights, size_t C, size_t panels, const Tile& x, float* acc) {
     dot_plain<LoadF32>(weights, C, panels, x, acc);
+}
+
+// --- products from the left, for gradients ---------------------------------------------------------------------------
+
+// Chunk j of a block of MXFP4: nibble 2i of a row's word is column i, nibble 2i + 1 column 4 + i.
+inline void widen_chunk(const uint8_t* words, F16 scale, float* out, size_t stride) {
+    store(out, mul(nibbles<0>(words), scale));
+    store(out + stride, mul(nibbles<2>(words), scale));
+    store(out + 2 * stride, mul(nibbles<4>(words), scale));
+    store(out + 3 * stride, mul(nibbles<6>(words), scale));
+    store(out + 4 * stride, mul(nibbles<1>(words), scale));
+    store(out + 5 * stride, mul(nibbles<3>(words), scale));
+    store(out + 6 * stride, mul(nibbles<5>(words), scale));
+    store(out + 7 * stride, mul(nibbles<7>(words), scale));
+}
+
+void widen(Form form, const uint8_t* data, const uint8_t* scales, size_t columns, float* out, size_t stride) {
+    float sizes[kPanel];
+    switch (form) {
+        case Form::mxfp4:
+            for (size_t c = 0; c < columns; c += kBlock, scales += kPanel) {
+                for (size_t r = 0; r < kPanel; ++r) sizes[r] = half_scale(scales[r]);
+                for (size_t j = 0; j < 4; ++j, data += 64, out += 8 * stride)
+                    widen_chunk(data, load(sizes), out, stride);
+            }
+            return;
+        case Form::q8:
+            for (size_t c = 0; c < columns; c += kBlock, scales += 2 * kPanel) {
+                uint16_t halves[kPanel];
+                std::memcpy(halves, scales, sizeof halves);
+                for (size_t r = 0; r < kPanel; ++r) sizes[r] = from_f16(halves[r]);
+                const F16 scale = load(sizes);
+                for (size_t g = 0; g < 8; ++g, data += 64, out += 4 * stride) {
+                    store(out, mul(bytes<0>(data), scale));
+                    store(out + stride, mul(bytes<1>(data), scale));
+                    store(out + 2 * stride, mul(bytes<2>(data), scale));
+                    store(out + 3 * stride, mul(bytes<3>(data), scale));
+                }
+            }
+            return;
+        case Form::bf16:
+            for (size_t c = 0; c < columns; ++c) store(out + c * stride, LoadBf16::at(data + c * kPanel * 2));
+            return;
+        case Form::f32:
+            for (size_t c = 0; c < columns; ++c) store(out + c * stride, LoadF32::at(data + c * kPanel * 4));
+    }
+}
+
+// R columns of the weights and G groups of tokens.
+template <size_t R, size_t G>
+inline void left_micro(const float* weights, size_t stride, const float* b, size_t b_group, size_t K, float* c,
+                       size_t c_group, bool accumulate) {
+    F16 sums[R][G];
+    for (size_t r = 0; r < R; ++r)
+        for (size_t g = 0; g < G; ++g) sums[r][g] = accumulate ? load(c + g * c_group + r * kPanel) : zero();
+    for (size_t k = 0; k < K; ++k) {
+        F16 tokens[G];
+        for (size_t g = 0; g < G; ++g) tokens[g] = load(b + g * b_group + k * kPanel);
+        for (size_t r = 0; r < R; ++r) {
+            const F16 weight = set1(weights[r * stride + k]);
+            for (size_t g = 0; g < G; ++g) sums[r][g] = fma(weight, tokens[g], sums[r][g]);
+        }
+    }
+    for (size_t r = 0; r < R; ++r)
+        for (size_t g = 0; g < G; ++g) store(c + g * c_group + r * kPanel, sums[r][g]);
+}
+
+template <size_t R, size_t G>
+inline void left_columns(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group, size_t K,
+                         float* c, size_t c_group, bool accumulate) {
+    size_t n = 0;
+    for (; n + R <= columns; n += R)
+        left_micro<R, G>(weights + n * stride, stride, b, b_group, K, c + n * kPanel, c_group, accumulate);
+    if constexpr (R > 1)
+        if (n < columns)
+            left_columns<R - 1, G>(weights + n * stride, stride, columns - n, b, b_group, K, c + n * kPanel, c_group,
+                                   accumulate);
+}
+
+// Each sum runs over k in order, however columns and tokens are taken.
+void multiply_left(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group, size_t groups,
+                   size_t K, float* c, size_t c_group, bool accumulate) {
+    size_t g = 0;
+    for (; g + kLeftGroups <= groups; g += kLeftGroups)
+        left_columns<kLeftRows, kLeftGroups>(weights, stride, columns, b + g * b_group, b_group, K, c + g * c_group,
+                                             c_group, accumulate);
+    for (; g < groups; ++g)
+        left_columns<kLeftRows, 1>(weights, stride, columns, b + g * b_group, b_group, K, c + g * c_group, c_group,
+                                   accumulate);
 }
 
 // --- activations ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ namespace freehold {
 namespace {
 
 constexpr size_t kRows = 4, kManyRows = 6, kSums = 4;
+constexpr size_t kLeftRows = 6, kLeftGroups = 1;
 
 struct F16 {
     __m256 a, b;
@@ -44,6 +45,26 @@ inline __m256 widened_i8x8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline F16 load_i8(const int8_t* p) { return {widened_i8x8(p), widened_i8x8(p + 8)}; }
+inline __m256i eight_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <int N>
+inline __m256 nibbles_x8(const uint8_t* words) {
+    const __m256 twice = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);  // only the lowest 3 bits choose, the fourth is a sign
+    const __m256i codes = _mm256_srli_epi32(eight_words(words), 4 * N);
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
+    return _mm256_xor_ps(_mm256_permutevar8x32_ps(twice, codes), _mm256_castsi256_ps(sign));
+}
+template <int N>
+inline F16 nibbles(const uint8_t* words) {
+    return {nibbles_x8<N>(words), nibbles_x8<N>(words + 32)};
+}
+template <int N>
+inline __m256 bytes_x8(const uint8_t* words) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(eight_words(words), 24 - 8 * N), 24));
+}
+template <int N>
+inline F16 bytes(const uint8_t* words) {
+    return {bytes_x8<N>(words), bytes_x8<N>(words + 32)};
+}
 inline F16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F16 fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }

@@ -13,6 +13,7 @@ namespace freehold {
 namespace {
 
 constexpr size_t kRows = 8, kManyRows = 8, kSums = 12;
+constexpr size_t kLeftRows = 8, kLeftGroups = 2;
 
 using F16 = __m512;
 
@@ -29,6 +30,16 @@ inline F16 bf16_high(F16 pairs) {
 }
 inline F16 load_i8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+template <int N>
+inline F16 nibbles(const uint8_t* words) {
+    const __m512 twice =
+        _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12);  // only the lowest 4 bits choose
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(words), 4 * N), twice);
+}
+template <int N>
+inline F16 bytes(const uint8_t* words) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(_mm512_loadu_si512(words), 24 - 8 * N), 24));
 }
 inline F16 set1(float x) { return _mm512_set1_ps(x); }
 inline F16 zero() { return _mm512_setzero_ps(); }

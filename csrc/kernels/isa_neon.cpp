@@ -15,6 +15,7 @@ namespace freehold {
 namespace {
 
 constexpr size_t kRows = 4, kManyRows = 4, kSums = 6;
+constexpr size_t kLeftRows = 4, kLeftGroups = 1;
 
 struct F16 {
     float32x4_t a, b, c, d;
@@ -44,6 +45,27 @@ inline F16 load_i8(const int8_t* p) {
     const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+}
+inline int32x4_t four_words(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+template <int N>
+inline float32x4_t bytes_x4(int32x4_t words) {
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(words, vdupq_n_s32(24 - 8 * N)), 24));
+}
+template <int N>
+inline F16 bytes(const uint8_t* words) {
+    return {bytes_x4<N>(four_words(words)), bytes_x4<N>(four_words(words + 16)), bytes_x4<N>(four_words(words + 32)),
+            bytes_x4<N>(four_words(words + 48))};
+}
+template <int N>
+inline float32x4_t nibbles_x4(const uint8_t* words) {
+    static const int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const uint8x16_t all = vld1q_u8(words);
+    const uint8x16_t codes = N % 2 ? vshrq_n_u8(all, 4) : vandq_u8(all, vdupq_n_u8(15));
+    return bytes_x4<N / 2>(vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kTwice), codes)));
+}
+template <int N>
+inline F16 nibbles(const uint8_t* words) {
+    return {nibbles_x4<N>(words), nibbles_x4<N>(words + 16), nibbles_x4<N>(words + 32), nibbles_x4<N>(words + 48)};
 }
 inline F16 set1(float x) {
     const float32x4_t four = vdupq_n_f32(x);

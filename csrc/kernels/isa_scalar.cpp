@@ -10,6 +10,7 @@ namespace freehold {
 namespace {
 
 constexpr size_t kRows = 4, kManyRows = 2, kSums = 4;
+constexpr size_t kLeftRows = 2, kLeftGroups = 1;
 
 struct F16 {
     float lane[16];
@@ -39,6 +40,15 @@ inline F16 bf16_high(F16 pairs) {
 }
 inline F16 load_i8(const int8_t* p) {
     return each([&](int i) { return static_cast<float>(p[i]); });
+}
+template <int N>
+inline F16 nibbles(const uint8_t* words) {
+    constexpr float kTwice[] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
+    return each([&](int i) { return kTwice[words[4 * i + N / 2] >> (N % 2 * 4) & 15]; });
+}
+template <int N>
+inline F16 bytes(const uint8_t* words) {
+    return each([&](int i) { return static_cast<float>(static_cast<int8_t>(words[4 * i + N])); });
 }
 inline F16 set1(float x) {
     return each([&](int) { return x; });

@@ -60,6 +60,14 @@ struct Kernels {
     void (*dot_bf16)(const uint8_t* weights, size_t C, size_t panels, const Tile& x, float* acc);
     void (*dot_f32)(const uint8_t* weights, size_t C, size_t panels, const Tile& x, float* acc);
 
+    // Some columns of a panel's 16 rows as floats: column c to out + c * stride. data and scales are those of the first
+    // column, which begins a block; a quantised panel fills whole blocks of columns.
+    void (*widen)(Form form, const uint8_t* data, const uint8_t* scales, size_t columns, float* out, size_t stride);
+    // c (groups, columns, 16) = or += weights (columns, K) * b (groups, K, 16), for groups of 16 tokens that lie
+    // `b_group` and `c_group` floats apart: rows of a matrix times gradients, with the tokens side by side.
+    void (*multiply_left)(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group,
+                          size_t groups, size_t K, float* c, size_t c_group, bool accumulate);
+
     // Quantise x (n floats, padded with zeros to whole blocks) as token t of a tile.
     void (*quantise)(const float* x, size_t n, const Tile& tile, size_t t);
     // The same for one block b; x has 32 floats.

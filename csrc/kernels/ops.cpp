@@ -148,6 +148,83 @@ void Engine::linear(const Matrix& w, const LinearArgs& args) {
     });
 }
 
+namespace {
+
+constexpr size_t kStrip = 64;         // columns that a thread takes at once: whole blocks
+constexpr size_t kDepthPanels = 8;    // whose rows are widened at once; with the strip's columns, 32 KiB
+constexpr size_t kTurnTokens = 512;   // these two bound the workspace: so many gradients,
+constexpr size_t kTurnPanels = 512;   // of so many panels' rows, are turned at once
+
+}  // namespace
+
+void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    if (args.T == 0) return;
+    if (w.panels == 0) std::fill(args.out, args.out + args.T * w.C, 0.0f);
+    constexpr size_t depth = kDepthPanels * kPanel;
+    const size_t most_groups = ceil_div(std::min(args.T, kTurnTokens), kPanel);
+    const size_t most_panels = std::min(w.panels, kTurnPanels);
+    const size_t sums_floats = most_groups * kStrip * kPanel;
+    workspace_.reset(Workspace::size_of<float>(most_groups * most_panels * kPanel * kPanel) +
+                     Workspace::size_of<float>(threads() * sums_floats) +
+                     Workspace::size_of<float>(threads() * kStrip * depth));
+    float* turned = workspace_.take<float>(most_groups * most_panels * kPanel * kPanel);  // (groups, rows, 16 tokens)
+    float* all_sums = workspace_.take<float>(threads() * sums_floats);
+    float* all_weights = workspace_.take<float>(threads() * kStrip * depth);
+
+    // Of strip and panel: where the first column's weights and scales lie.
+    const size_t padded_columns = std::max<size_t>(1, w.quantised() ? w.blocks() * kBlock : w.C);
+    const size_t column_bytes = w.panel_bytes() / padded_columns;
+    const size_t block_scales = w.quantised() ? w.panel_scale_bytes() / std::max<size_t>(1, w.blocks()) : 0;
+
+    for (size_t first_token = 0; first_token < args.T; first_token += kTurnTokens) {
+        const size_t tokens = std::min(kTurnTokens, args.T - first_token), groups = ceil_div(tokens, kPanel);
+        for (size_t first_panel = 0; first_panel < w.panels; first_panel += kTurnPanels) {
+            const size_t panels = std::min(kTurnPanels, w.panels - first_panel), group_floats = panels * kPanel * kPanel;
+            pool_.split(panels, 8, [&](size_t first, size_t last, unsigned) {
+                for (size_t g = 0; g < groups; ++g)
+                    for (size_t t = 0; t < kPanel; ++t) {
+                        const size_t token = g * kPanel + t;
+                        const float* row = args.gradient + (first_token + token) * args.stride;
+                        float* to = turned + g * group_floats + t;
+                        for (size_t at = first * kPanel; at < last * kPanel; ++at) {
+                            const size_t r = first_panel * kPanel + at;
+                            to[at * kPanel] = token < tokens && r < w.R ? row[r] : 0.0f;
+                        }
+                    }
+            });
+            pool_.split(ceil_div(w.C, kStrip), 1, [&](size_t begin, size_t end, unsigned thread) {
+                float* sums = all_sums + thread * sums_floats;  // (groups, kStrip, 16 tokens)
+                float* weights = all_weights + thread * kStrip * depth;
+                for (size_t strip = begin; strip < end; ++strip) {
+                    const size_t column = strip * kStrip, columns = std::min(kStrip, w.C - column);
+                    float* out = args.out + first_token * w.C + column;
+                    if (first_panel)
+                        for (size_t t = 0; t < groups * kPanel; ++t)
+                            for (size_t c = 0; c < columns; ++c)
+                                sums[(t / kPanel * kStrip + c) * kPanel + t % kPanel] =
+                                    t < tokens ? out[t * w.C + c] : 0.0f;
+                    for (size_t panel = 0; panel < panels; panel += kDepthPanels) {
+                        const size_t count = std::min(kDepthPanels, panels - panel);
+                        for (size_t p = 0; p < count; ++p) {
+                            const size_t at = first_panel + panel + p;
+                            k.widen(w.form, w.panel_data(at) + column * column_bytes,
+                                    w.panel_scales(at) + column / kBlock * block_scales, columns, weights + p * kPanel,
+                                    depth);
+                        }
+                        k.multiply_left(weights, depth, columns, turned + panel * kPanel * kPanel, group_floats, groups,
+                                        count * kPanel, sums, kStrip * kPanel, first_panel + panel > 0);
+                    }
+                    for (size_t t = 0; t < tokens; ++t)
+                        for (size_t c = 0; c < columns; ++c)
+                            out[t * w.C + c] = sums[(t / kPanel * kStrip + c) * kPanel + t % kPanel];
+                }
+            });
+        }
+    }
+}
+
 void Engine::rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
                   size_t H) {
     std::lock_guard<std::mutex> lock(busy_);

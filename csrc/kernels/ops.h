@@ -50,6 +50,12 @@ struct LinearArgs {
     float* out;             // (T, R)
 };
 
+struct LinearBackwardArgs {
+    const float* gradient;  // (T, R), of the result
+    size_t T, stride;
+    float* out;  // (T, C), of the input
+};
+
 struct MoeArgs {
     const float* x;  // (T, D)
     size_t T, A;
@@ -105,6 +111,8 @@ class Engine {
 
     void rms_norm(const float* x, const float* weight, float* out, size_t T, size_t D, float eps);
     void linear(const Matrix& w, const LinearArgs& args);
+    // gradient * w, in float32 throughout. A few rows of w at a time are widened, by each thread for itself.
+    void linear_backward(const Matrix& w, const LinearBackwardArgs& args);
     void rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
               size_t H);
     // Write the batch's tokens, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart. This

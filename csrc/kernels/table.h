@@ -4,6 +4,8 @@
     .dot_q8 = dot_q8,
     .dot_bf16 = dot_bf16,
     .dot_f32 = dot_f32,
+    .widen = widen,
+    .multiply_left = multiply_left,
     .quantise = quantise,
     .quantise_block = quantise_block,
     .rms_norm = rms_norm,

@@ -126,6 +126,45 @@ void check_linear(Form form) {
     report(std::string("linear ") + name_of(form));
 }
 
+void check_linear_backward(Form form) {
+    Random random(21);
+    struct Shape {
+        size_t R, C;
+    };
+    std::vector<Shape> shapes = {{1, 1}, {16, 32}, {17, 33}, {31, 64}, {100, 95}, {48, 160}, {70, 7}, {150, 288}};
+    if (quick) shapes = {{1, 1}, {17, 33}, {70, 96}};
+    for (const Shape& shape : shapes) {
+        const size_t R = shape.R, C = shape.C;
+        const Weights w(random, form, 1, R, C);
+        for (size_t T : token_counts()) {
+            const size_t stride = R + T % 3;
+            const Buffer<float> gradient = normals(random, T ? (T - 1) * stride + R : 0);
+            const std::string what =
+                text("linear_backward %s T=%zu R=%zu C=%zu stride=%zu", name_of(form), T, R, C, stride);
+            on_each_set(what, [&](const Kernels&) {
+                const Buffer<float> out = on_any_threads(T * C, [&](Engine& engine, float* to) {
+                    engine.linear_backward(w.matrix(), {gradient.data(), T, stride, to});
+                });
+                for (size_t t = 0; t < T; ++t)
+                    for (size_t c = 0; c < C; ++c) {
+                        double value = 0, terms = 0;
+                        for (size_t r = 0; r < R; ++r) {
+                            const double term = gradient[t * stride + r] * w.row(0, r)[c];
+                            value += term, terms += std::abs(term);
+                        }
+                        expect_near(out[t * C + c], value, 1e-6 * terms + kTiny, "out", t, c);
+                    }
+                for (size_t t : loners(T)) {
+                    Buffer<float> alone(C);
+                    engine_of(2).linear_backward(w.matrix(), {gradient.data() + t * stride, 1, stride, alone.data()});
+                    expect_same_bits(alone.data(), out.data() + t * C, C, "a token alone and among others");
+                }
+            });
+        }
+    }
+    report(std::string("linear_backward ") + name_of(form));
+}
+
 void check_route() {
     Random random(12);
     for (size_t T : token_counts())

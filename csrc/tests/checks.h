@@ -31,6 +31,7 @@ void check_speed_probes();
 void check_rms_norm();
 void check_rope();
 void check_linear(Form form);
+void check_linear_backward(Form form);
 void check_route();
 void check_moe(Form gate_up_form, Form down_form);
 void check_sample();

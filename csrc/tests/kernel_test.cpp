@@ -42,6 +42,7 @@ int main(int count, char** arguments) {
     check_rms_norm();
     check_rope();
     for (Form form : kForms) check_linear(form);
+    for (Form form : kForms) check_linear_backward(form);
     for (KvType type : kKvTypes) check_kv_write(type);
     for (KvType type : kKvTypes) check_attention(type);
     check_route();

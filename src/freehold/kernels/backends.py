@@ -20,7 +20,7 @@ from freehold.kernels import reference
 from freehold.log import info_once, warn_once
 
 CHOICES = ("auto", "native", "reference")
-OPS = ("rms_norm", "linear", "rope", "kv_write", "attention", "route", "moe", "sample")
+OPS = ("rms_norm", "linear", "linear_backward", "rope", "kv_write", "attention", "route", "moe", "sample")
 
 _NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"
 _REMEDY = "install g++ and python3-dev, then install Freehold again"
@@ -84,16 +84,20 @@ def for_op(op: str, x: Tensor, *others: Tensor | None, packed: bool = True) -> M
     """The module whose `op` handles a tensor like `x`; where one of the arguments needs a gradient, the reference.
 
     The native kernels multiply float32 activations by packed weights; plain weights (`packed` False) stay with the
-    reference. This runs before every op, hundreds of times a token: it is written to be quick.
+    reference. Where a gradient passes packed weights, `ops` asks freehold.kernels.autograd first. This runs before
+    every op, hundreds of times a token: it is written to be quick.
     """
     if not packed or x.dtype is not torch.float32 or not x.is_cpu:
         return reference
     module = native()
     if module is None or op not in _native_names() or _reference_only.get():
         return reference
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
-        return reference
-    return module
+    return reference if needs_gradient(x, *others) else module
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from these is to be differentiated."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @cache

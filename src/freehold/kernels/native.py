@@ -1,5 +1,6 @@
-"""The C++ kernels, for CPU tensors in float32 and packed weights. Inference only: what needs gradients stays on the
-reference ops. Arguments have been checked by freehold.kernels.ops; here they become addresses.
+"""The C++ kernels, for CPU tensors in float32 and packed weights. They keep no graph: gradients through packed weights
+are the business of freehold.kernels.autograd, all others of the reference ops. Arguments have been checked by
+freehold.kernels.ops; here they become addresses.
 """
 
 import os
@@ -85,6 +86,13 @@ def linear(
         out_TO.data_ptr(),
     )
     return out_TO
+
+
+def linear_backward(gradient_TO: Tensor, weight: PackedMatrix) -> Tensor:
+    gradient_TO, T = _rows(gradient_TO), gradient_TO.shape[0]
+    out_TD = torch.empty((T, weight.shape[1]), dtype=torch.float32)
+    _start().linear_backward(_matrix(weight), gradient_TO.data_ptr(), T, gradient_TO.stride(0), out_TD.data_ptr())
+    return out_TD
 
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

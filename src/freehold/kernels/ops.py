@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.kernels import backends
+from freehold.kernels import autograd, backends
 from freehold.kernels.kv import PAGE, KvPages, PagedSequences
 from freehold.sampling import check_filters
 from freehold.weights.mxfp4 import Mxfp4Tensor
@@ -79,6 +79,8 @@ def linear(
         _check_shape("linear", "residual", residual_TO, (T, num_rows))
         _check_alike("linear", x_TD, residual_TO)
     norm_D, eps = (None, 0.0) if norm is None else norm
+    if isinstance(weight_OD, PackedMatrix) and backends.needs_gradient(x_TD, bias_O, norm_D, residual_TO):
+        return autograd.linear(x_TD, weight_OD, bias_O, norm_D, eps, residual_TO)
     plain = weight_OD if isinstance(weight_OD, Tensor) else None
     module = backends.for_op("linear", x_TD, plain, bias_O, norm_D, residual_TO, packed=plain is None)
     out: Tensor = module.linear(x_TD, weight_OD, bias_O, norm_D, eps, residual_TO)
@@ -206,6 +208,10 @@ def moe(
     others = [weight for weight in (gate_up, down) if isinstance(weight, Tensor)]
     packed = isinstance(gate_up, PackedMatrix)
     norm_D, eps = (None, 0.0) if norm is None else norm
+    wanted = backends.needs_gradient(x_TD, routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD)
+    if wanted and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+        experts = autograd.Experts(gate_up, down, alpha, limit)
+        return autograd.moe(x_TD, *routing, experts, gate_up_bias, down_bias, norm_D, eps, residual_TD)
     module = backends.for_op(
         "moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, *others, packed=packed
     )

@@ -5,6 +5,8 @@ freehold.kernels.ops has checked them. Shape legend: T tokens, S keys, D hidden,
 H head dim, E experts, A active experts, F expert width, V vocabulary.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,9 +14,10 @@ from torch import Tensor
 from freehold.kernels.kv import KV_BLOCK, PAGE, KvPages, PagedSequences, Rows, num_pages
 from freehold.weights import mxfp4, packed
 from freehold.weights.mxfp4 import Mxfp4Tensor
-from freehold.weights.packed import PackedMatrix
+from freehold.weights.packed import PANEL, PackedMatrix
 
 _QUERIES_AT_ONCE = 256  # bounds the score matrix of a long prefill
+_PANELS_AT_ONCE = 8  # bounds the rows of packed weights that exist in float32
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -35,6 +38,20 @@ def linear(
         x_TD = rms_norm(x_TD, norm_D, eps)
     out_TO: Tensor = F.linear(x_TD, _plain(weight_OD), bias_O)
     return out_TO if residual_TO is None else residual_TO + out_TO
+
+
+def linear_backward(gradient_TO: Tensor, weight: PackedMatrix) -> Tensor:
+    out_TD = gradient_TO.new_zeros((gradient_TO.shape[0], weight.shape[1]))
+    for columns, rows in row_blocks(weight):
+        out_TD += gradient_TO[:, columns] @ rows
+    return out_TD
+
+
+def row_blocks(weight: PackedMatrix) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix in float32, a few rows at a time, each with its place: paired rows in the order in which they lie."""
+    for panel in range(0, len(weight.data), _PANELS_AT_ONCE):
+        rows = _plain(weight.panels(panel, _PANELS_AT_ONCE))
+        yield slice(panel * PANEL, panel * PANEL + len(rows)), rows
 
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

@@ -85,6 +85,20 @@ class PackedMatrix:
         scales = 0 if self.scales is None else self.scales.data_ptr()
         return Address(FORMS.index(self.form), self.data.data_ptr(), scales, self.shape[-2], self.shape[-1])
 
+    def panels(self, first: int, count: int) -> "PackedMatrix":
+        """A view of some panels of a matrix, as an unpaired one with the rows in the order in which they lie."""
+        assert len(self.shape) == 2
+        num_rows = len(self.data) * PANEL if self.paired else self.shape[0]
+        within = slice(first, first + count)
+        shape = torch.Size((min(num_rows, (first + count) * PANEL) - first * PANEL, self.shape[1]))
+        return PackedMatrix(self.form, shape, self.data[within], None if self.scales is None else self.scales[within])
+
+    def __getitem__(self, index: int) -> "PackedMatrix":
+        """A view of one matrix of a stack."""
+        assert len(self.shape) == 3
+        scales = None if self.scales is None else self.scales[index]
+        return PackedMatrix(self.form, torch.Size(self.shape[1:]), self.data[index], scales, self.paired)
+
     def rows(self, indices_T: Tensor) -> Tensor:
         """Some rows of a matrix in float32, (T, C): what an embedding look-up reads."""
         assert len(self.shape) == 2 and not self.paired and self.form != "mxfp4"
