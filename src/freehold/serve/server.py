@@ -16,6 +16,7 @@ from freehold.serve.responses.background import Background
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
 from freehold.serve.threads import Threads
+from freehold.serve.tuning.tuning import Tuning
 from freehold.session.completion import TextAsk, prepare_text
 from freehold.session.generation import Ask, Generation, SampleDone, prepare_generation
 from freehold.session.served import AsyncRunner, Served
@@ -57,7 +58,8 @@ class Runnable(Protocol[_Event]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """One server's parts. Without a `store` nothing is kept. `sealer` seals what clients keep for it; `created` is when
-    it began, in seconds since 1970; `tools` are those that it runs for its clients."""
+    it began, in seconds since 1970; `tools` are those that it runs for its clients; `tuning` is how they have models
+    fine-tuned, where that is switched on."""
 
     served: Served
     settings: ServeSettings
@@ -67,6 +69,7 @@ class Server:
     store_threads: Threads = field(default_factory=lambda: Threads("freehold-store", 4))
     background: Background = field(default_factory=Background)
     tools: HostedTools | None = None
+    tuning: Tuning | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -80,6 +83,17 @@ class Server:
             known = ", ".join(self.model_names)
             message = f"The model '{name:.200}' does not exist here; this server has {known}."
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_base_model(self, name: str) -> None:
+        """Raise for what is not the model itself."""
+        self.check_model(name)
+
+    def the_tuning(self) -> Tuning:
+        """Raises a 404 where it is not switched on."""
+        if self.tuning is None:
+            message = "Fine-tuning is not switched on here: the server is started without --tuning."
+            raise ApiError(404, message, code="tuning_is_off")
+        return self.tuning
 
     async def turn(self, caller: Caller, ask: Ask) -> Generation:
         """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""

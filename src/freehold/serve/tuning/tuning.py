@@ -1,0 +1,395 @@
+"""Fine-tuning on this server, as one thing: the folder, who trains, the queue and the models. Server has one, or none.
+
+One job trains at a time, the oldest first, so that serving keeps memory and cores; what had begun when the server
+stopped goes on first. A training that ends badly is its job's failure and nobody else's. When the server stops,
+training stops with it, and the next start goes on from the last checkpoint: a machine whose server was stopped is meant
+to be idle, and training loses no more than what it did since, because it resumes exactly.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from freehold import disk
+from freehold.errors import FreeholdError, NotFoundError, UsageError
+from freehold.log import logger
+from freehold.serve.threads import Threads
+from freehold.serve.tuning import report
+from freehold.serve.tuning.models import TunedModels
+from freehold.serve.tuning.outcome import Failure, why
+from freehold.serve.tuning.report import Checkpoint, Lines, Standing, event
+from freehold.serve.tuning.run import Run
+from freehold.serve.tuning.trainer import Trainer
+from freehold.serve.tuning.wire import RESULTS_PURPOSE
+from freehold.serve.tuning.workshop import Workshop
+from freehold.session.store.records import FileRecord, JobRecord, ModelRecord
+from freehold.session.store.store import Store
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 10.0
+_ADAPTER = "adapter_model.safetensors"
+_METRICS = "metrics.jsonl"
+_RESULTS = "step_metrics.csv"
+_UNREACHABLE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningLimits:
+    """Bytes of all of a key's files together; jobs of a key that wait or run."""
+
+    file_bytes: int = 8 << 30
+    unfinished_jobs: int = 16
+
+
+class Tuning:
+    """For one event loop. `run` is the queue, and whoever serves lets it run; without a `trainer` it does nothing."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        store: Store,
+        models: TunedModels,
+        *,
+        trainer: Trainer | None = None,
+        limits: TuningLimits | None = None,
+        threads: Threads | None = None,
+        poll_seconds: float = _POLL_SECONDS,
+    ) -> None:
+        self.workshop, self.trainer, self.models = workshop, trainer, models
+        self.limits = limits or TuningLimits()
+        self.threads = threads or Threads("freehold-tuning", 4)
+        self._store, self._poll_seconds = store, poll_seconds
+        self._changed = asyncio.Event()
+        self._current: _Current | None = None
+        self._stopping = False
+
+    @property
+    def place(self) -> str:
+        return self.workshop.place
+
+    async def create(self, record: JobRecord) -> None:
+        """Put a job into the queue. Raises NotFoundError, UsageError."""
+        events = [event(f"Created fine-tuning job: {record.id}", record.created_at)]
+        make = partial(self._store.create_job, record, events, most_unfinished=self.limits.unfinished_jobs)
+        await self.threads.run(make)
+        self._changed.set()
+
+    async def cancel(self, job_id: str, owner: str) -> JobRecord:
+        """End a job, wherever it is. Raises NotFoundError, and UsageError for one that has ended already."""
+        record = await self.threads.run(self._store.job, job_id, owner, self.place)
+        current = self._current
+        if current is not None and current.is_of(record):
+            current.cancelled = True
+            if current.run is not None:
+                await current.run.kill()
+            await current.over.wait()
+            return await self.threads.run(self._store.job, job_id, owner, self.place)
+        return await self._update(record, _cancelled, [event("The job was cancelled", time.time())])
+
+    async def delete_model(self, record: ModelRecord) -> None:
+        """Its files, and itself. Its checkpoints are models of their own."""
+        remove = partial(_remove_model, self.models.folder(record))
+        await self.threads.run(
+            partial(self._store.delete_model, record.name, record.owner, self.place, remove=lambda _: remove())
+        )
+        self.models.delete(record.name)
+
+    async def open(self) -> None:
+        """Before anybody is served: the models that are there."""
+        self.models.take(await self.threads.run(self._store.models, self.place))
+        self.workshop.tell_strays(await self.threads.run(self._store.file_ids, self.place))
+
+    async def run(self) -> None:
+        """Do what is in the queue, until cancelled. `aclose` afterwards."""
+        if self.trainer is None:
+            return
+        while not self._stopping:
+            self._changed.clear()
+            try:
+                record = await self.threads.run(self._store.next_job, self.place)
+                if record is not None:
+                    await self._do(record, self.trainer)
+                    continue
+            except FreeholdError as error:  # of the store: the job stays where it was
+                logger.warning("the queue of fine-tuning jobs cannot go on: %s", error)
+                await self._pause(_UNREACHABLE_SECONDS)
+                continue
+            await self._changed.wait()
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+
+    async def stop(self) -> None:
+        """End the training that runs; it goes on where it was when the server does."""
+        self._stopping = True
+        self._changed.set()
+        if (current := self._current) is not None:
+            if current.run is not None:
+                await current.run.stop(_STOP_SECONDS)
+            await current.over.wait()
+
+    async def sweep(self, *, max_age_seconds: float | None) -> None:
+        """Remove files whose time is over, and jobs that ended long ago and whose model is not there."""
+        await self.threads.run(partial(self._store.expire_files, self.place, remove=self._remove_file))
+        if max_age_seconds is not None:
+            before = time.time() - max_age_seconds
+            forget = partial(self._store.forget_jobs, self.place, before=before, remove=self._remove_job)
+            await self.threads.run(forget)
+
+    def _remove_file(self, record: FileRecord) -> None:
+        disk.remove(self.workshop.file(record.id, record.filename))
+
+    def _remove_job(self, record: JobRecord) -> None:
+        for model in self._store.models(self.place, job_id=record.id):
+            self.models.delete(model.name)
+        disk.remove(self.workshop.job(record.id))
+
+    # --- one job ----------------------------------------------------------------------------------------------------
+
+    async def _do(self, record: JobRecord, trainer: Trainer) -> None:
+        current = self._current = _Current(record)
+        try:
+            await self._train(current, trainer)
+        except FreeholdError as error:
+            logger.warning("the fine-tuning job %s failed: %s", record.id, error)
+            if not self._stopping:
+                await self._fail(current.record, Failure("server_error", "the training could not be started"))
+        finally:
+            self._current = None
+            current.over.set()
+
+    async def _train(self, current: "_Current", trainer: Trainer) -> None:
+        record, folder = current.record, self.workshop.job(current.record.id)
+        resume = folder.is_dir()
+        command = await self.threads.run(self._command, record, trainer, folder, resume)
+        if current.cancelled:
+            await self._update(record, _cancelled, [event("The job was cancelled", time.time())])
+            return
+        if self._stopping:
+            return
+        if record.status == "queued":
+            record = await self._set(record, "validating_files", [event("Validating the files", time.time())])
+        else:
+            message = "The server was restarted: the job goes on from its last checkpoint"
+            record = await self._set(record, record.status, [event(message, time.time(), level="warn")])
+        current.record = record
+        current.run = await Run.begin(command, folder)
+        if current.cancelled:
+            await current.run.kill()
+        elif self._stopping:
+            await current.run.stop(_STOP_SECONDS)
+        exit_code = await self._follow(current, current.run, Lines(folder / _METRICS))
+        if current.cancelled:
+            await self._end(current.record, folder, _cancelled, [event("The job was cancelled", time.time())])
+        elif exit_code == 0 and (folder / "run" / _ADAPTER).is_file():
+            await self._succeed(current.record, folder)
+        elif not self._stopping:
+            standing = Standing(**current.record.job["_standing"])
+            failure = why(
+                exit_code,
+                current.run.last_lines(),
+                standing,
+                validation_file=record.validation_file,
+                hide=(str(self.workshop.root), str(Path.home()), trainer.model),
+            )
+            await self._fail(current.record, failure)
+
+    def _command(self, record: JobRecord, trainer: Trainer, folder: Path, resume: bool) -> list[str]:
+        """Raises NotFoundError where a file is gone, DiskError."""
+        paths = []
+        for name in record.reads:
+            path = self.workshop.file(name, self._store.file(name, record.owner, self.place).filename)
+            if not path.is_file():
+                raise NotFoundError(f"the content of {name} is not there any more")
+            paths.append(path)
+        if not resume:
+            with disk.new_folder(folder):
+                pass
+        return trainer.arguments(
+            record.job["method"],
+            training=paths[0],
+            validation=paths[1] if len(paths) > 1 else None,
+            output=folder / "run",
+            seed=record.job["seed"],
+            resume=(folder / "run" / "run.json").is_file(),
+        )
+
+    async def _follow(self, current: "_Current", run: Run, lines: Lines) -> int:
+        """Tell what it says until it has ended; returns its exit code."""
+        exit_code = None
+        while True:
+            read = await self.threads.run(lines.more)
+            if read:
+                await self._tell(current, read)
+            elif exit_code is not None:
+                return exit_code
+            else:
+                exit_code = await run.wait(self._poll_seconds)
+
+    async def _tell(self, current: "_Current", lines: Sequence[Mapping[str, Any]]) -> None:
+        record = current.record
+        before = Standing(**record.job["_standing"])
+        told = report.read(lines, before, now=time.time())
+        status, events = record.status, told.events
+        if status == "validating_files" and told.standing.started:
+            status = "running"
+            events = [event("The files are in order, and training has begun", time.time()), *events]
+        elif not events and told.standing == before:
+            return
+        models = [self._checkpoint(record, checkpoint) for checkpoint in told.checkpoints]
+        job = {
+            "_standing": asdict(told.standing),
+            "estimated_finish": None if told.finish is None else int(told.finish),
+        }
+        current.record = await self._set(record, status, events, models=models, **job)
+        self.models.take(models)
+
+    def _checkpoint(self, record: JobRecord, checkpoint: Checkpoint) -> ModelRecord:
+        folder = self.workshop.job(record.id) / "run" / "checkpoints" / f"step-{checkpoint.step:08d}"
+        return self._model(record, folder, step=checkpoint.step, metrics=dict(checkpoint.metrics))
+
+    def _model(self, record: JobRecord, folder: Path, step: int | None = None, **more: Any) -> ModelRecord:
+        name = record.job["_name"] if step is None else f"{record.job['_name']}-step-{step}"
+        return ModelRecord(
+            name=name,
+            place=self.place,
+            owner=record.owner,
+            job_id=record.id,
+            step=step,
+            created_at=time.time(),
+            model={"base": record.job["model"], "folder": str(folder.relative_to(self.workshop.root)), **more},
+        )
+
+    # --- how a job ends ---------------------------------------------------------------------------------------------
+
+    async def _succeed(self, record: JobRecord, folder: Path) -> None:
+        output = folder / "run"
+        model = self._model(record, output)
+        try:
+            await self.models.load(model.name, output)
+        except FreeholdError as error:
+            logger.warning("the result of the fine-tuning job %s cannot be loaded: %s", record.id, error)
+            await self._fail(
+                record, Failure("server_error", "the training ended well, and its result cannot be loaded")
+            )
+            return
+        results = await self.threads.run(self._write_results, record, output)
+        name = f"{record.job['model']}:{model.name}"
+        standing = Standing(**record.job["_standing"])
+
+        def done(old: JobRecord) -> JobRecord:
+            return _ended(old, "succeeded", fine_tuned_model=name, result_files=[results.id],
+                          trained_tokens=standing.tokens)  # fmt: skip
+
+        events = [
+            event(f"New fine-tuned model created: {name}", time.time()),
+            event("The job has successfully completed", time.time()),
+        ]
+        await self._end(record, folder, done, events, models=[model])
+        self.models.take([model])
+
+    def _write_results(self, record: JobRecord, output: Path) -> FileRecord:
+        """The losses by step, as a file of the owner's."""
+        lines = Lines(output / _METRICS)
+        said: list[dict[str, Any]] = []
+        while more := lines.more():
+            said += more
+        data = report.table(said).encode()
+        file = FileRecord(
+            id=f"file-{secrets.token_hex(12)}", owner=record.owner, place=self.place, created_at=time.time(),
+            expires_at=None, purpose=RESULTS_PURPOSE, filename=_RESULTS, num_bytes=len(data),
+        )  # fmt: skip
+        disk.write_bytes(self.workshop.file(file.id, file.filename), data)
+        self._store.add_file(file, most_bytes=1 << 62)
+        return file
+
+    async def _fail(self, record: JobRecord, failure: Failure) -> None:
+        error = {"code": failure.code, "message": failure.message, "param": failure.param}
+        message = f"The job failed: {failure.message}"
+
+        def failed(old: JobRecord) -> JobRecord:
+            return _ended(old, "failed", error=error)
+
+        events = [event(message, time.time(), level="error")]
+        await self._end(record, self.workshop.job(record.id), failed, events)
+
+    async def _end(
+        self,
+        record: JobRecord,
+        folder: Path,
+        change: Any,
+        events: Iterable[Mapping[str, Any]],
+        models: Iterable[ModelRecord] = (),
+    ) -> None:
+        """Write down how it ended, and remove what only a run that goes on would need."""
+        await self._update(record, change, events, models)
+        with suppress(FreeholdError):
+            await self.threads.run(self._tidy, record, folder)
+
+    def _tidy(self, record: JobRecord, folder: Path) -> None:
+        for path in folder.glob("run/checkpoints/step-*/training_state.*"):
+            disk.remove(path)
+        for model in self._store.models(self.place, job_id=record.id):
+            if not self.models.folder(model).is_dir():
+                self._store.delete_model(model.name, model.owner, self.place, remove=lambda _: None)
+                self.models.delete(model.name)
+
+    async def _set(
+        self,
+        record: JobRecord,
+        status: str,
+        events: Iterable[Mapping[str, Any]],
+        models: Iterable[ModelRecord] = (),
+        **job: Any,
+    ) -> JobRecord:
+        def change(old: JobRecord) -> JobRecord:
+            return replace(old, status=status, job={**old.job, **job})
+
+        return await self._update(record, change, events, models)
+
+    async def _update(
+        self,
+        record: JobRecord,
+        change: Any,
+        events: Iterable[Mapping[str, Any]],
+        models: Iterable[ModelRecord] = (),
+    ) -> JobRecord:
+        return await self.threads.run(
+            partial(self._store.update_job, record, change, events=list(events), models=list(models))
+        )
+
+
+class _Current:
+    """The job that is being done. `record` is as it was last written, `over` is set when it is done."""
+
+    def __init__(self, record: JobRecord) -> None:
+        self.record = record
+        self.run: Run | None = None
+        self.cancelled = False
+        self.over = asyncio.Event()
+
+    def is_of(self, record: JobRecord) -> bool:
+        return (self.record.id, self.record.owner) == (record.id, record.owner)
+
+
+def _ended(old: JobRecord, status: str, **job: Any) -> JobRecord:
+    return replace(old, status=status, finished_at=time.time(), job={**old.job, "estimated_finish": None, **job})
+
+
+def _cancelled(old: JobRecord) -> JobRecord:
+    if old.finished:
+        raise UsageError(f"the fine-tuning job {old.id} has ended already: it has {old.status}")
+    return _ended(old, "cancelled")
+
+
+def _remove_model(folder: Path) -> None:
+    """Its adapter. What else lies in the folder of a run belongs to its checkpoints, or tells how it went."""
+    for name in (_ADAPTER, "adapter_config.json"):
+        disk.remove(folder / name)
