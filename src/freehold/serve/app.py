@@ -43,9 +43,9 @@ def create_app(
 ) -> FastAPI:
     """All endpoints for this model.
 
-    Without a `store` no response is kept; a `sealer` opens what it sealed before. `tools` are run for clients; whoever
-    made them connects and closes them, and whoever made `tuning` lets it run. `lifespan` is entered when serving begins,
-    and left when it has ended.
+    Without a `store` no response is kept; a `sealer` opens what it sealed before. `tools` are run for clients; who made
+    them connects and closes them, and who made `tuning` lets it run. `lifespan` is entered when serving begins, and
+    left when it has ended.
     """
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)

@@ -2,9 +2,10 @@
 
 `Bodies` reads a whole body before the app runs, so that a slow sender holds nothing but its bytes, and hands it on in
 one piece. Uploads it hands on as they come, with the same bounds on time and a size of their own: whoever takes them
-writes them to disk. `parse_json` refuses whatever two readers could take for two things (duplicate keys, NaN, numbers out of
-range, lone surrogates) and whatever is made to cost more than its size (depth, giant numbers, millions of values).
-Neither ever quotes a body in what it says. `StrictRoute` is for routers: what their endpoints get was read so.
+writes them to disk. `parse_json` refuses whatever two readers could take for two things (duplicate keys, NaN, numbers
+out of range, lone surrogates) and whatever is made to cost more than its size (depth, giant numbers, millions of
+values). Neither ever quotes a body in what it says. `StrictRoute` is for routers: what their endpoints get was read
+so.
 """
 
 import asyncio
@@ -71,8 +72,9 @@ class Bodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        if scope["path"] == UPLOAD_PATH and scope["method"] == "POST":
-            return await self._upload(scope, receive, send)
+        if scope["path"] == UPLOAD_PATH and scope["method"] not in ("GET", "DELETE"):
+            # Of other methods nobody reads a body: the app knows none of them here.
+            return await (self._upload if scope["method"] == "POST" else self._app)(scope, receive, send)
         try:
             announced = self._announced(scope, self._max_bytes, _check_type)
             body = await self._read(announced, receive) if announced else b""

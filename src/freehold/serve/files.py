@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse
 
@@ -25,8 +27,8 @@ from freehold.serve.refusal import values
 from freehold.serve.responses.routes import check_query, stored
 from freehold.serve.server import Server
 from freehold.serve.tuning.tuning import Tuning
-from freehold.serve.tuning.wire import FileCreate
-from freehold.serve.wire import read
+from freehold.serve.tuning.wire import PURPOSE
+from freehold.serve.wire import Wire, read
 from freehold.session.store.records import FileRecord, Listed
 
 _PARAM = "file_id"
@@ -35,6 +37,7 @@ _WRITE_BYTES = 1 << 20
 """Written at a time, on a thread."""
 _NAME_CHARACTERS = 255
 _FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
+_OTHER_PURPOSES = ("assistants", "batch", "vision", "user_data", "evals")
 _FORM = {
     "required": True,
     "content": {
@@ -45,7 +48,7 @@ _FORM = {
                 "additionalProperties": False,
                 "properties": {
                     "file": {"type": "string", "format": "binary", "minLength": 1},
-                    "purpose": {"const": "fine-tune"},
+                    "purpose": {"const": PURPOSE},
                     "expires_after[anchor]": {"const": "created_at"},
                     "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
                 },
@@ -53,6 +56,27 @@ _FORM = {
         }
     },
 }
+
+
+def _purpose(value: Any) -> Any:
+    if value in _OTHER_PURPOSES:
+        raise PydanticCustomError("refused", "is not supported: nothing on this server reads such files")
+    return value
+
+
+class ExpiresAfter(Wire):
+    """Without it a file is kept until it is deleted."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
+class FileCreate(Wire):
+    """The form of `POST /v1/files`."""
+
+    file: Annotated[str, Field(description="A file in the form, with its name")]
+    purpose: Annotated[Literal["fine-tune"], BeforeValidator(_purpose)]
+    expires_after: ExpiresAfter | None = None
 
 
 def router(server: Server) -> APIRouter:

@@ -20,6 +20,7 @@ from freehold.serve.tuning.tuning import Tuning
 from freehold.session.completion import TextAsk, prepare_text
 from freehold.session.generation import Ask, Generation, SampleDone, prepare_generation
 from freehold.session.served import AsyncRunner, Served
+from freehold.session.store.records import ModelRecord
 from freehold.session.store.store import Store
 from freehold.session.toolbox import Toolbox
 from freehold.session.turn import Turn, TurnLimits, prepare
@@ -87,6 +88,11 @@ class Server:
     def check_base_model(self, name: str) -> None:
         """Raise for what is not the model itself."""
         self.check_model(name)
+
+    def tuned_model(self, caller: Caller, name: str) -> ModelRecord | None:
+        """What this caller had fine-tuned under this name, or one of its checkpoints."""
+        base, _, tuned = name.rpartition(":")
+        return self.tuning.models.find(tuned, caller.owner) if self.tuning and base in self.model_names else None
 
     def the_tuning(self) -> Tuning:
         """Raises a 404 where it is not switched on."""

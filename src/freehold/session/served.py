@@ -4,8 +4,9 @@
 (freehold.session.scripted).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
@@ -47,13 +48,15 @@ class AsyncRunner(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
-    template; with `grammar`, replies are always well-formed."""
+    template; with `grammar`, replies are always well-formed. `add_adapter` gives the running model an
+    adapter more, by a name and from a folder; None is for what can have none."""
 
     name: str
     prompting: Prompting
     runner: AsyncRunner
     harmony: bool | None = None
     grammar: bool = True
+    add_adapter: Callable[[str, Path], None] | None = None
 
     @property
     def speaks_harmony(self) -> bool:

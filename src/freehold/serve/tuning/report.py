@@ -47,6 +47,13 @@ class Lines:
         self._at += len(whole) + 1
         return [line for data in whole.split(b"\n") if (line := _line(data)) is not None]
 
+    def rest(self) -> list[dict[str, Any]]:
+        """All that is there."""
+        lines: list[dict[str, Any]] = []
+        while more := self.more():
+            lines += more
+        return lines
+
 
 def _line(data: bytes) -> dict[str, Any] | None:
     if len(data) > _MOST_LINE_BYTES:
@@ -165,7 +172,8 @@ def _step_event(line: Mapping[str, Any], step: int, standing: Standing, time: fl
     figures = {name: value for key, name in _FIGURES.items() if (value := _number(line.get(key))) is not None}
     data = {"step": step, "total_steps": standing.steps, **figures}
     total = "" if standing.steps is None else f"/{standing.steps}"
-    return event(f"Step {step}{total}: {', '.join(said)}", time, data=data) | {"type": "metrics"}
+    message = f"Step {step}{total}" + (f": {', '.join(said)}" if said else "")
+    return event(message, time, data=data) | {"type": "metrics"}
 
 
 def _metrics(standing: Standing) -> dict[str, float]:

@@ -32,7 +32,10 @@ class Trainer:
         seed: int,
         resume: bool,
     ) -> list[str]:
-        """The whole command. `method` is the job's, on the wire; what it leaves to us is left to `freehold tune`."""
+        """The whole command. `method` is the job's, on the wire; what it leaves to us is left to `freehold tune`. A run
+        that goes on is as it began, and knows how that was."""
+        if resume:
+            return [*self.command, "--resume", str(output)]
         kind = method["type"]
         asked = (method.get(kind) or {}).get("hyperparameters") or {}
         chosen = {name: value for name, value in asked.items() if value is not None and value != "auto"}
@@ -49,6 +52,4 @@ class Trainer:
             command += ["--batch-size", str(chosen["batch_size"])]
         if "learning_rate_multiplier" in chosen:
             command += ["--learning-rate", repr(self.learning_rate * chosen["learning_rate_multiplier"])]
-        if resume:
-            command.append("--resume")
         return [*command, *self.options]

@@ -7,9 +7,10 @@ to be idle, and training loses no more than what it did since, because it resume
 """
 
 import asyncio
+import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +35,7 @@ from freehold.session.store.store import Store
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 _ADAPTER = "adapter_model.safetensors"
-_METRICS = "metrics.jsonl"
+_METRICS, _RUN = "metrics.jsonl", "run.json"
 _RESULTS = "step_metrics.csv"
 _UNREACHABLE_SECONDS = 5.0
 
@@ -60,11 +61,12 @@ class Tuning:
         limits: TuningLimits | None = None,
         threads: Threads | None = None,
         poll_seconds: float = _POLL_SECONDS,
+        stop_seconds: float = _STOP_SECONDS,
     ) -> None:
         self.workshop, self.trainer, self.models = workshop, trainer, models
         self.limits = limits or TuningLimits()
         self.threads = threads or Threads("freehold-tuning", 4)
-        self._store, self._poll_seconds = store, poll_seconds
+        self._store, self._poll_seconds, self._stop_seconds = store, poll_seconds, stop_seconds
         self._changed = asyncio.Event()
         self._current: _Current | None = None
         self._stopping = False
@@ -132,7 +134,7 @@ class Tuning:
         self._changed.set()
         if (current := self._current) is not None:
             if current.run is not None:
-                await current.run.stop(_STOP_SECONDS)
+                await current.run.stop(self._stop_seconds)
             await current.over.wait()
 
     async def sweep(self, *, max_age_seconds: float | None) -> None:
@@ -166,9 +168,9 @@ class Tuning:
             current.over.set()
 
     async def _train(self, current: "_Current", trainer: Trainer) -> None:
-        record, folder = current.record, self.workshop.job(current.record.id)
-        resume = folder.is_dir()
-        command = await self.threads.run(self._command, record, trainer, folder, resume)
+        record = current.record
+        output = self._output(record)
+        command = await self.threads.run(self._command, record, trainer, output)
         if current.cancelled:
             await self._update(record, _cancelled, [event("The job was cancelled", time.time())])
             return
@@ -180,16 +182,21 @@ class Tuning:
             message = "The server was restarted: the job goes on from its last checkpoint"
             record = await self._set(record, record.status, [event(message, time.time(), level="warn")])
         current.record = record
-        current.run = await Run.begin(command, folder)
+        lines = Lines(output / _METRICS)
+        if await self.threads.run(_is_done, output):  # and only its server was not there to see it
+            await self._tell(current, await self.threads.run(lines.rest))
+            await self._succeed(current.record)
+            return
+        current.run = await Run.begin(command, output.parent)
         if current.cancelled:
             await current.run.kill()
         elif self._stopping:
-            await current.run.stop(_STOP_SECONDS)
-        exit_code = await self._follow(current, current.run, Lines(folder / _METRICS))
+            await current.run.stop(self._stop_seconds)
+        exit_code = await self._follow(current, current.run, lines)
         if current.cancelled:
-            await self._end(current.record, folder, _cancelled, [event("The job was cancelled", time.time())])
-        elif exit_code == 0 and (folder / "run" / _ADAPTER).is_file():
-            await self._succeed(current.record, folder)
+            await self._end(current.record, _cancelled, [event("The job was cancelled", time.time())])
+        elif exit_code == 0 and (output / _ADAPTER).is_file():
+            await self._succeed(current.record)
         elif not self._stopping:
             standing = Standing(**current.record.job["_standing"])
             failure = why(
@@ -201,7 +208,11 @@ class Tuning:
             )
             await self._fail(current.record, failure)
 
-    def _command(self, record: JobRecord, trainer: Trainer, folder: Path, resume: bool) -> list[str]:
+    def _output(self, record: JobRecord) -> Path:
+        """Where its run lies, which bears the result's name."""
+        return self.workshop.job(record.id) / str(record.job["_name"])
+
+    def _command(self, record: JobRecord, trainer: Trainer, output: Path) -> list[str]:
         """Raises NotFoundError where a file is gone, DiskError."""
         paths = []
         for name in record.reads:
@@ -209,16 +220,19 @@ class Tuning:
             if not path.is_file():
                 raise NotFoundError(f"the content of {name} is not there any more")
             paths.append(path)
-        if not resume:
-            with disk.new_folder(folder):
+        resume = (output / _RUN).is_file()
+        if not output.parent.is_dir():
+            with disk.new_folder(output.parent):
                 pass
+        elif not resume:
+            disk.remove(output)  # where it was killed before it had begun
         return trainer.arguments(
             record.job["method"],
             training=paths[0],
             validation=paths[1] if len(paths) > 1 else None,
-            output=folder / "run",
+            output=output,
             seed=record.job["seed"],
-            resume=(folder / "run" / "run.json").is_file(),
+            resume=resume,
         )
 
     async def _follow(self, current: "_Current", run: Run, lines: Lines) -> int:
@@ -244,15 +258,35 @@ class Tuning:
         elif not events and told.standing == before:
             return
         models = [self._checkpoint(record, checkpoint) for checkpoint in told.checkpoints]
-        job = {
+        job: dict[str, Any] = {
             "_standing": asdict(told.standing),
             "estimated_finish": None if told.finish is None else int(told.finish),
         }
+        if told.standing.started and not before.started:
+            job |= await self.threads.run(self._settled, record)
         current.record = await self._set(record, status, events, models=models, **job)
         self.models.take(models)
 
+    def _settled(self, record: JobRecord) -> dict[str, Any]:
+        """What was left to `freehold tune`, as it was decided."""
+        assert self.trainer is not None
+        try:
+            loop = json.loads((self._output(record) / _RUN).read_bytes())["request"]["loop"]
+            settled = {
+                "n_epochs": int(loop["epochs"]) if loop["epochs"] == int(loop["epochs"]) else "auto",
+                "batch_size": int(loop["batch_size"]),
+                "learning_rate_multiplier": float(f"{loop['learning_rate'] / self.trainer.learning_rate:.6g}"),
+            }
+        except (OSError, ValueError, KeyError, TypeError):  # it is only for show
+            return {}
+        kind = record.job["method"]["type"]
+        asked = record.job["method"][kind]["hyperparameters"]
+        shown = asked | {name: value for name, value in settled.items() if asked.get(name) == "auto"}
+        method = {"type": kind, kind: {"hyperparameters": shown}}
+        return {"method": method, "hyperparameters": shown if kind == "supervised" else {}}
+
     def _checkpoint(self, record: JobRecord, checkpoint: Checkpoint) -> ModelRecord:
-        folder = self.workshop.job(record.id) / "run" / "checkpoints" / f"step-{checkpoint.step:08d}"
+        folder = self._output(record) / "checkpoints" / f"step-{checkpoint.step:08d}"
         return self._model(record, folder, step=checkpoint.step, metrics=dict(checkpoint.metrics))
 
     def _model(self, record: JobRecord, folder: Path, step: int | None = None, **more: Any) -> ModelRecord:
@@ -269,8 +303,8 @@ class Tuning:
 
     # --- how a job ends ---------------------------------------------------------------------------------------------
 
-    async def _succeed(self, record: JobRecord, folder: Path) -> None:
-        output = folder / "run"
+    async def _succeed(self, record: JobRecord) -> None:
+        output = self._output(record)
         model = self._model(record, output)
         try:
             await self.models.load(model.name, output)
@@ -292,16 +326,12 @@ class Tuning:
             event(f"New fine-tuned model created: {name}", time.time()),
             event("The job has successfully completed", time.time()),
         ]
-        await self._end(record, folder, done, events, models=[model])
+        await self._end(record, done, events, models=[model])
         self.models.take([model])
 
     def _write_results(self, record: JobRecord, output: Path) -> FileRecord:
         """The losses by step, as a file of the owner's."""
-        lines = Lines(output / _METRICS)
-        said: list[dict[str, Any]] = []
-        while more := lines.more():
-            said += more
-        data = report.table(said).encode()
+        data = report.table(Lines(output / _METRICS).rest()).encode()
         file = FileRecord(
             id=f"file-{secrets.token_hex(12)}", owner=record.owner, place=self.place, created_at=time.time(),
             expires_at=None, purpose=RESULTS_PURPOSE, filename=_RESULTS, num_bytes=len(data),
@@ -318,23 +348,22 @@ class Tuning:
             return _ended(old, "failed", error=error)
 
         events = [event(message, time.time(), level="error")]
-        await self._end(record, self.workshop.job(record.id), failed, events)
+        await self._end(record, failed, events)
 
     async def _end(
         self,
         record: JobRecord,
-        folder: Path,
-        change: Any,
+        change: Callable[[JobRecord], JobRecord],
         events: Iterable[Mapping[str, Any]],
         models: Iterable[ModelRecord] = (),
     ) -> None:
         """Write down how it ended, and remove what only a run that goes on would need."""
         await self._update(record, change, events, models)
         with suppress(FreeholdError):
-            await self.threads.run(self._tidy, record, folder)
+            await self.threads.run(self._tidy, record)
 
-    def _tidy(self, record: JobRecord, folder: Path) -> None:
-        for path in folder.glob("run/checkpoints/step-*/training_state.*"):
+    def _tidy(self, record: JobRecord) -> None:
+        for path in self._output(record).glob("checkpoints/step-*/training_state.*"):
             disk.remove(path)
         for model in self._store.models(self.place, job_id=record.id):
             if not self.models.folder(model).is_dir():
@@ -357,7 +386,7 @@ class Tuning:
     async def _update(
         self,
         record: JobRecord,
-        change: Any,
+        change: Callable[[JobRecord], JobRecord],
         events: Iterable[Mapping[str, Any]],
         models: Iterable[ModelRecord] = (),
     ) -> JobRecord:
@@ -377,6 +406,12 @@ class _Current:
 
     def is_of(self, record: JobRecord) -> bool:
         return (self.record.id, self.record.owner) == (record.id, record.owner)
+
+
+def _is_done(output: Path) -> bool:
+    """Whether a run came to its end."""
+    lines = Lines(output / _METRICS).rest()
+    return bool(lines) and lines[-1].get("event") == "done" and (output / _ADAPTER).is_file()
 
 
 def _ended(old: JobRecord, status: str, **job: Any) -> JobRecord:

@@ -1,4 +1,4 @@
-"""Files and fine-tuning jobs on the wire: what `/v1/files` and `/v1/fine_tuning` read. Models only.
+"""Fine-tuning jobs on the wire: what `/v1/fine_tuning/jobs` reads. Models only.
 
 Fields are those of the `openai` package. What there is of them that training here cannot do is refused by name: nobody
 should wait for hours for something else than what was asked for.
@@ -14,33 +14,11 @@ from freehold.serve.responses.wire import Id, Metadata
 from freehold.serve.wire import Refused, Wire
 
 PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
-_OTHER_PURPOSES = ("assistants", "batch", "vision", "user_data", "evals")
 _SUFFIX_CHARACTERS = 40
 _SUFFIX = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_SUFFIX_CHARACTERS - 1}}}")
 """What a model's name can hold, with what makes it one of its own."""
 _LARGEST_SEED = 2**31 - 1
 _OLD_AND_NEW = "'hyperparameters' is the old place of 'method.supervised.hyperparameters': send one of them"
-
-
-def _purpose(value: Any) -> Any:
-    if value in _OTHER_PURPOSES:
-        raise PydanticCustomError("refused", "is not supported: nothing on this server reads such files")
-    return value
-
-
-class ExpiresAfter(Wire):
-    """Without it a file is kept until it is deleted."""
-
-    anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
-
-
-class FileCreate(Wire):
-    """The form of `POST /v1/files`."""
-
-    file: Annotated[str, Field(description="A file in the form, with its name")]
-    purpose: Annotated[Literal["fine-tune"], BeforeValidator(_purpose)]
-    expires_after: ExpiresAfter | None = None
 
 
 def _no_bool(value: Any) -> Any:
