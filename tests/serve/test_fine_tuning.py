@@ -128,7 +128,7 @@ def test_models_are_their_owners_to_see_and_to_delete(tmp_path: Path) -> None:
                 (jobs.cancel, job.id), (jobs.list_events, job.id), (jobs.checkpoints.list, job.id),
             ):  # fmt: skip
                 with pytest.raises(NotFoundError):
-                    await theirs(what)  # type: ignore[operator]
+                    await theirs(what)
             assert [other.id async for other in bob.fine_tuning.jobs.list()] == []
         with pytest.raises(APIStatusError) as caught:
             await server.sdk.models.delete("default")
