@@ -194,15 +194,7 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
     Raises ModelNotFoundError if there is none, CheckpointError if it is damaged or for another model, UnsupportedError
     for what adapters can do in PEFT and not here.
     """
-    path = folder / TENSOR_FILE
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelNotFoundError(f"{folder} holds no {CONFIG_FILE}; name the folder of an adapter")
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise UnsupportedError(
-                f"{folder / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSOR_FILE}"
-            )
-        raise ModelNotFoundError(f"{folder} holds no {TENSOR_FILE}; download or copy the adapter again")
+    path = _tensor_file(folder)
     peft = _read_config(folder / CONFIG_FILE)
     stored = _read_tensors(path)
     targets: dict[str, Target] = {}
@@ -222,6 +214,24 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
         factors[name] = _canonical(path, name, pair, a_shape, b_shape, dtype)
     _check_complete(path, peft, config, targets)
     return Adapter(config=config, spec=AdapterSpec(targets=targets, rslora=peft.rslora), factors=factors)
+
+
+def adapter_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """What an adapter's factors take in this type; raises what `read_peft` does where there is none."""
+    return sum(math.prod(info.shape) * dtype.itemsize for info in read_header(_tensor_file(folder)).values())
+
+
+def _tensor_file(folder: Path) -> Path:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelNotFoundError(f"{folder} holds no {CONFIG_FILE}; name the folder of an adapter")
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UnsupportedError(
+                f"{folder / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSOR_FILE}"
+            )
+        raise ModelNotFoundError(f"{folder} holds no {TENSOR_FILE}; download or copy the adapter again")
+    return path
 
 
 def _canonical(

@@ -33,6 +33,7 @@ class MemoryPlan:
     kv_cache: int
     scratch: int
     program: int
+    adapters: int = 0
 
     @property
     def context(self) -> int:
@@ -42,7 +43,7 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """What has to be free now."""
-        return self.dense + self.experts + self.kv_cache + self.scratch
+        return self.dense + self.experts + self.adapters + self.kv_cache + self.scratch
 
     @property
     def total(self) -> int:
@@ -50,15 +51,18 @@ class MemoryPlan:
         return self.needed + self.program
 
     def describe(self) -> str:
+        adapters = f"{gib(self.adapters)} adapters + " if self.adapters else ""
         return (
-            f"{gib(self.dense + self.experts)} weights + {gib(self.kv_cache)} KV cache for "
+            f"{gib(self.dense + self.experts)} weights + {adapters}{gib(self.kv_cache)} KV cache for "
             f"{self.options.tokens} tokens + {gib(self.scratch)} scratch = {gib(self.needed)}"
         )
 
 
-def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions) -> MemoryPlan:
+def plan_memory(
+    config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions, *, adapters: int = 0
+) -> MemoryPlan:
     """What an engine needs, and a plain cache of one such sequence too. Peak resident memory stays below; an untied
-    embedding counts with the rows that the cache's tokens can touch."""
+    embedding counts with the rows that the cache's tokens can touch. `adapters` are the bytes of all of them."""
     if policy.native:
         assert policy.dense is not None
         weights = packed_table_bytes(config, experts, policy.dense)
@@ -81,6 +85,7 @@ def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, opti
         kv_cache=kv_store_bytes(config, pages, policy.kv),
         scratch=scratch,
         program=program,
+        adapters=adapters,
     )
 
 
@@ -99,6 +104,7 @@ def fitting_plan(
     context: int | None,
     kv_tokens: int | None = None,
     max_num_seqs: int = MAX_NUM_SEQS,
+    adapters: int = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens, or for as much of the model's own context as fits where that is None.
 
@@ -110,7 +116,7 @@ def fitting_plan(
 
     def plan_of(tokens: int) -> MemoryPlan:
         options = EngineOptions(context=tokens, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
-        return plan_memory(config, experts, policy, options)
+        return plan_memory(config, experts, policy, options, adapters=adapters)
 
     plan = plan_of(context or longest)
     if plan.needed <= free:
@@ -146,6 +152,8 @@ def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
         remedies.append("bfloat16 (--dtype bfloat16)")
     if policy.native and policy.threads > machine.physical_cores():
         remedies.append(f"fewer threads (--threads {machine.physical_cores()})")
+    if plan.adapters > plan.needed // 20:
+        remedies.append("fewer adapters")
     remedies.append("a smaller model, or more memory: close other programs")
     return "use " + ", ".join(remedies[:-1]) + (", or " if len(remedies) > 1 else "") + remedies[-1]
 
