@@ -594,10 +594,13 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
     for (size_t i = 0; i < visits; ++i)
         if (static_cast<uint64_t>(args.experts[i]) >= E)
             throw std::out_of_range("[moe] an expert's number is not below the number of experts");
+    for (size_t t = 0; t < T && args.num_loras; ++t)
+        if (args.rows[t] >= static_cast<int64_t>(args.num_loras))
+            throw std::out_of_range("[moe] an adapter's number is not below the number of adapters");
     // Visits are sorted by expert, and an expert's by adapter, those without one first.
     const size_t kinds = args.num_loras + 1;
     auto group = [&](size_t i) {
-        const size_t kind = args.num_loras ? static_cast<size_t>(args.rows[i / A] + 1) : 0;
+        const size_t kind = args.num_loras ? static_cast<size_t>(std::max<int64_t>(args.rows[i / A], -1) + 1) : 0;
         return static_cast<size_t>(args.experts[i]) * kinds + kind;
     };
     std::vector<size_t> starts(E * kinds + 1, 0);

@@ -9,7 +9,6 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -18,24 +17,26 @@ from torch import Tensor
 from freehold.engine.request import check_adapter
 from freehold.engine.scheduler import Work
 from freehold.errors import UsageError
-from freehold.model.lora import Adapter, TokenAdapters
+from freehold.model.lora import Adapter, LayerAdapters, TokenAdapters
+from freehold.model.packed_lora import PackedAdapter, PackedTokenAdapters, pack_adapter
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class _Known(NamedTuple):
-    adapter: Adapter
+    adapter: Adapter | PackedAdapter
     digest: str
 
 
 class Adapters:
-    """Names in the order in which they came."""
+    """Names in the order in which they came. They are `packed` for a model whose weights are."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, packed: bool) -> None:
+        self._packed = packed
         self._known: dict[str, _Known] = {}  # never changed, only replaced: whoever reads it needs no lock
         self._adding = threading.Lock()
         self._made_from: list[tuple[str | None, int]] = []
-        self._made: TokenAdapters | None = None
+        self._made: LayerAdapters | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -57,35 +58,38 @@ class Adapters:
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Raises UsageError as `check_name` does."""
-        known = _Known(adapter, _digest(adapter))
+        known = _Known(pack_adapter(adapter) if self._packed else adapter, _digest(adapter))
         with self._adding:
             self.check_name(name)
             self._known = {**self._known, name: known}
-
-    def __getitem__(self, name: str) -> Adapter:
-        """Raises UsageError for a name that is not there."""
-        check_adapter(name, self)
-        return self._known[name].adapter
 
     def digest(self, name: str | None) -> str:
         """Of everything that an adapter computes with; empty for the model as it is."""
         return "" if name is None else self._known[name].digest
 
-    def of_step(self, works: Sequence[Work], device: torch.device) -> TokenAdapters | None:
-        """What a forward pass of these tokens, one sequence after the other, asks; None where nobody has an adapter."""
+    def of_step(self, works: Sequence[Work], device: torch.device) -> LayerAdapters | None:
+        """What the forward pass of a step asks."""
         wanted = [(work.sequence.request.adapter, work.count + len(work.guesses)) for work in works]
-        if all(name is None for name, _ in wanted):
-            return None
         if wanted != self._made_from:  # from one decode step to the next they are rarely others
-            used = list(dict.fromkeys(name for name, _ in wanted if name is not None))
-            rows = {name: row for row, name in enumerate(used)}
-            rows_T: list[int] = []
-            for name, count in wanted:
-                rows_T += repeat(-1 if name is None else rows[name], count)
-            adapters = [self._known[name].adapter for name in used]
-            self._made = TokenAdapters(adapters, torch.tensor(rows_T, device=device))
-            self._made_from = wanted
+            self._made, self._made_from = self.of_tokens(wanted, device), wanted
         return self._made
+
+    def of_tokens(self, wanted: Sequence[tuple[str | None, int]], device: torch.device) -> LayerAdapters | None:
+        """What a forward pass asks whose tokens, so many in a row, are computed with these; None where all are with none.
+
+        Raises UsageError for a name that is not there.
+        """
+        used = list(dict.fromkeys(name for name, _ in wanted if name is not None))
+        for name in used:
+            check_adapter(name, self)
+        if not used:
+            return None
+        rows: dict[str | None, int] = {None: -1} | {name: row for row, name in enumerate(used)}
+        rows_T = torch.tensor([rows[name] for name, count in wanted for _ in range(count)], device=device)
+        adapters = [self._known[name].adapter for name in used]
+        if self._packed:
+            return PackedTokenAdapters([adapter for adapter in adapters if isinstance(adapter, PackedAdapter)], rows_T)
+        return TokenAdapters([adapter for adapter in adapters if isinstance(adapter, Adapter)], rows_T)
 
 
 def _digest(adapter: Adapter) -> str:

@@ -75,7 +75,7 @@ class Engine:
         self._is_packed = isinstance(transformer.unembedding_VD, PackedMatrix)
         self._pace = Pace(options.stretch, options.chunk)
         self._store = KvStore(config, self._counts, type=transformer.kv_type, device=transformer.device)
-        self._adapters = Adapters() if adapters is None else adapters
+        self._adapters = Adapters(packed=self._is_packed) if adapters is None else adapters
         self._runner = Runner(transformer, self._store, self._adapters)
         self._masks = Masks(config.vocab_size)
         self._files = prefix_files

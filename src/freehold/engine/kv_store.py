@@ -10,7 +10,7 @@ from freehold.engine.pages import Holding, PageCopy
 from freehold.engine.scheduler import Work
 from freehold.kernels.kv import PAGE, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
 from freehold.model.batch import Batch, LayerKv
-from freehold.model.lora import TokenAdapters
+from freehold.model.lora import LayerAdapters
 from freehold.weights.files import TensorToWrite
 
 _MOST_SNAPSHOTS = 64  # whose windows find room beside those of running sequences
@@ -66,7 +66,7 @@ class KvStore:
             parts += [(f"{i}.{part}", tensor, pages) for part, tensor in enumerate(layer.tensors())]
         return parts
 
-    def batch(self, works: Sequence[Work], adapters: TokenAdapters | None = None) -> Batch:
+    def batch(self, works: Sequence[Work], adapters: LayerAdapters | None = None) -> Batch:
         """What the forward pass of these tokens, one sequence after the other, runs on."""
         holdings = [work.sequence.holding for work in works if work.sequence.holding is not None]
         assert len(holdings) == len(works)

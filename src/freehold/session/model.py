@@ -33,8 +33,9 @@ from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
-from freehold.model.lora import Adapter, TokenAdapters
-from freehold.model.peft_files import adapter_bytes, read_peft
+from freehold.model.lora import Adapter, adapter_bytes
+from freehold.model.packed_lora import packed_adapter_bytes
+from freehold.model.peft_files import read_peft, read_spec
 from freehold.model.transformer import Transformer
 from freehold.sampling import GenerationDefaults, SamplingOptions
 from freehold.session.generation import Ask, Generation, GenerationEvent, Said, prepare_now
@@ -83,7 +84,6 @@ def load(
     policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
     prefix_files = None if prefix_cache_dir is None else _prefix_files(Path(prefix_cache_dir), folder, policy)
     folders = {name: Path(path) for name, path in (adapters or {}).items()}
-    of_adapters = _dtype_of_adapters(policy)
     plan = fitting_plan(
         config,
         checkpoint.experts,
@@ -91,13 +91,13 @@ def load(
         context=context,
         kv_tokens=kv_tokens,
         max_num_seqs=max_num_seqs,
-        adapters=sum(adapter_bytes(folder, of_adapters) for folder in folders.values()),
+        adapters=sum(_adapter_bytes(folder, config, policy) for folder in folders.values()),
     )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
     table: Mapping[str, Weight]
     with _out_of_memory():
-        known = Adapters()
+        known = Adapters(packed=policy.native)
         for name, path in folders.items():  # before the weights, which take longer
             known.add(name, _read_adapter(path, config, policy))
         if policy.dense is None:
@@ -113,6 +113,11 @@ def load(
 
 def _dtype_of_adapters(policy: Policy) -> torch.dtype:
     return torch.float32 if policy.device.type == "cpu" else policy.dtype
+
+
+def _adapter_bytes(folder: Path, config: ModelConfig, policy: Policy) -> int:
+    spec = read_spec(folder, config)
+    return packed_adapter_bytes(config, spec) if policy.native else adapter_bytes(config, spec, _dtype_of_adapters(policy))
 
 
 def _read_adapter(folder: Path, config: ModelConfig, policy: Policy) -> Adapter:
@@ -155,7 +160,7 @@ class Model:
     ) -> None:
         self._transformer = transformer
         self._prefix_files = prefix_files
-        self._adapters = Adapters() if adapters is None else adapters
+        self._adapters = Adapters(packed=policy.native) if adapters is None else adapters
         self._making = threading.Lock()
         self._engine: LocalEngine | None = None
         self._folder = folder
@@ -209,7 +214,7 @@ class Model:
     def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """One more adapter, from a folder in PEFT's format, also while requests run. Raises what `load` does."""
         self._adapters.check_name(name)
-        needed, free = adapter_bytes(Path(folder), _dtype_of_adapters(self.policy)), free_memory(self.policy)
+        needed, free = _adapter_bytes(Path(folder), self.config, self.policy), free_memory(self.policy)
         if needed > free:
             raise OutOfMemoryError(f"{folder}: this adapter takes {gib(needed)}, and {gib(free)} are free")
         with _out_of_memory():
@@ -221,9 +226,8 @@ class Model:
         tokens_T = torch.tensor(self.prompting.checked(token_ids), device=self._transformer.device)
         with _out_of_memory():
             batch = self._transformer.new_cache(len(tokens_T)).extend(len(tokens_T))
-            if adapter is not None:
-                batch = replace(batch, adapters=TokenAdapters([self._adapters[adapter]], torch.zeros_like(tokens_T)))
-            return self._transformer.unembed(self._transformer.forward(tokens_T, batch))
+            adapters = self._adapters.of_tokens([(adapter, len(tokens_T))], tokens_T.device)
+            return self._transformer.unembed(self._transformer.forward(tokens_T, replace(batch, adapters=adapters)))
 
     @property
     def engine(self) -> LocalEngine:
