@@ -24,7 +24,7 @@ def normal(*shape: int, scale: float = 1.0) -> Tensor:
 
 def lora_of(rank: int, inputs: int, outputs: int, *, stack: tuple[int, ...] = (), paired: bool = False) -> PackedLora:
     a, b = normal(*stack, rank, inputs, scale=inputs**-0.5), normal(*stack, outputs, rank, scale=rank**-0.5)
-    return PackedLora(pack(a, "f32"), pack(b, "f32", paired=paired), 0.7)
+    return PackedLora(pack(a, "f32"), pack(b, "f32", paired=paired), 3.0)
 
 
 @pytest.mark.parametrize(("T", "ranks"), [(1, (1,)), (3, (16, 5)), (70, (17, 64, 3))])
@@ -39,7 +39,7 @@ def test_add_lora(T: int, ranks: Sequence[int]) -> None:
         with backends.reference_only():
             wanted = ops.add_lora(out_TO.clone(), x_TC, parts, norm=given)
         found = ops.add_lora(out_TO.clone(), x_TC, parts, norm=given)
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
         assert not torch.equal(found, out_TO)
         torch.testing.assert_close(found[rows_T == -1], out_TO[rows_T == -1], atol=0, rtol=0)
 
@@ -88,7 +88,7 @@ def test_experts_with_adapters(form: Form, D: int, F: int, T: int, A: int) -> No
     with backends.reference_only():
         wanted = mixture(x_TD, routing, rows_T)
     found = mixture(x_TD, routing, rows_T)
-    tolerance = 1e-2 if form in ("mxfp4", "q8") else 1e-5  # where activations meet the weights in int8
+    tolerance = 3e-2 if form in ("mxfp4", "q8") else 1e-5  # where activations meet the weights in int8
     assert (found - wanted).norm() < tolerance * wanted.norm()
     bare = mixture(x_TD, routing)
     untouched = (rows_T == -1) | (rows_T == 3)
