@@ -1,4 +1,4 @@
-"""What adapters add natively, held against plain torch: odd sizes, ranks that fill no panel, several adapters at once."""
+"""What adapters add natively, held against plain torch: odd sizes, ranks that fill no panel, several at once."""
 
 from collections.abc import Sequence
 
@@ -30,18 +30,18 @@ def lora_of(rank: int, inputs: int, outputs: int, *, stack: tuple[int, ...] = ()
 @pytest.mark.parametrize(("T", "ranks"), [(1, (1,)), (3, (16, 5)), (70, (17, 64, 3))])
 def test_add_lora(T: int, ranks: Sequence[int]) -> None:
     """Two targets side by side for the first adapter, one for each other."""
-    C, O = 45, 100
+    C, R = 45, 100
     rows_T = torch.arange(T) % (len(ranks) + 1) - 1 if T > 1 else torch.zeros(1, dtype=torch.int64)
-    loras = [lora_of(ranks[0], C, 37), lora_of(ranks[0], C, 20), *(lora_of(rank, C, O) for rank in ranks[1:])]
+    loras = [lora_of(ranks[0], C, 37), lora_of(ranks[0], C, 20), *(lora_of(rank, C, R) for rank in ranks[1:])]
     parts = LoraParts(loras, [0, 0, *range(1, len(ranks))], [3, 40, *(0 for _ in ranks[1:])], rows_T)
-    x_TC, out_TO, norm = normal(T, C), normal(T, O), Norm(normal(C), 1e-5)
+    x_TC, out_TR, norm = normal(T, C), normal(T, R), Norm(normal(C), 1e-5)
     for given in (None, norm):
         with backends.reference_only():
-            wanted = ops.add_lora(out_TO.clone(), x_TC, parts, norm=given)
-        found = ops.add_lora(out_TO.clone(), x_TC, parts, norm=given)
+            wanted = ops.add_lora(out_TR.clone(), x_TC, parts, norm=given)
+        found = ops.add_lora(out_TR.clone(), x_TC, parts, norm=given)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
-        assert not torch.equal(found, out_TO)
-        torch.testing.assert_close(found[rows_T == -1], out_TO[rows_T == -1], atol=0, rtol=0)
+        assert not torch.equal(found, out_TR)
+        torch.testing.assert_close(found[rows_T == -1], out_TR[rows_T == -1], atol=0, rtol=0)
 
 
 class Mixture:
@@ -56,16 +56,16 @@ class Mixture:
         self.gate_up_bias, self.down_bias = normal(E, 2 * F), normal(E, D)
         self.norm = Norm(normal(D), 1e-5)
 
-        def up(rank: int) -> PackedLora:
+        def of_gate_up(rank: int) -> PackedLora:
             return lora_of(rank, D, 2 * F, stack=(E,), paired=True)
 
-        def down(rank: int) -> PackedLora:
+        def of_down(rank: int) -> PackedLora:
             return lora_of(rank, F, D, stack=(E,))
 
         self.loras = [
-            PackedExpertLora(up(16), down(5)),
-            PackedExpertLora(up(20), None),
-            PackedExpertLora(None, down(33)),
+            PackedExpertLora(of_gate_up(16), of_down(5)),
+            PackedExpertLora(of_gate_up(20), None),
+            PackedExpertLora(None, of_down(33)),
             PackedExpertLora(None, None),
         ]
 

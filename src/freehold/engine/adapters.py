@@ -75,7 +75,7 @@ class Adapters:
         return self._made
 
     def of_tokens(self, wanted: Sequence[tuple[str | None, int]], device: torch.device) -> LayerAdapters | None:
-        """What a forward pass asks whose tokens, so many in a row, are computed with these; None where all are with none.
+        """What a forward pass asks whose tokens, so many in a row, are computed with these; None where nobody has one.
 
         Raises UsageError for a name that is not there.
         """
@@ -103,6 +103,6 @@ def _digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _bytes(factor: Tensor) -> memoryview:
+def _bytes(factor: Tensor) -> bytes:
     flat = factor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()

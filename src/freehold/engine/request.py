@@ -45,9 +45,10 @@ class Request:
     it has `min_tokens`, unless its constraint leaves nothing else. `boundaries` are lengths of prefixes of the prompt
     that a later prompt may begin with: the ends of its messages. `cache` lets this request use what others left, and
     leave what it computed; only requests of the same `cache_salt` share. What only `volatile` requests have said is
-    never kept on disk. `adapter` is the name of one of the engine's adapters; None is the model as it is. Of waiting requests that with the lowest `priority` goes first, then who came first. `deadline`
-    is in seconds from submission. `constraint` is called once for each of the `n` samples, which are one answer: where
-    one of them fails, all end with its error.
+    never kept on disk. `adapter` is the name of one of the engine's adapters; None is the model as it is. Of waiting
+    requests that with the lowest `priority` goes first, then who came first. `deadline` is in seconds from submission.
+    `constraint` is called once for each of the `n` samples, which are one answer: where one of them fails, all end with
+    its error.
 
     `prompt_logprobs` asks for the logprob of each token of the prompt, by the model's own logits, and for so many of
     the likeliest in its place. All of the prompt is computed for that, whatever is cached of it. Nothing need be

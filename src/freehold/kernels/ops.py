@@ -94,18 +94,21 @@ def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, *, norm: Norm | Non
     """`out_TO`, which it changes: a linear layer's result, with what adapters add to it for this x."""
     _check_rank("add_lora", "x", x_TD, 2)
     _check_rank("add_lora", "out", out_TO, 2)
-    (T, D), (_, O) = x_TD.shape, out_TO.shape
-    _check_shape("add_lora", "out", out_TO, (T, O))
+    (T, D), num_rows = x_TD.shape, out_TO.shape[1]
+    _check_shape("add_lora", "out", out_TO, (T, num_rows))
     _check_shape("add_lora", "rows", parts.rows_T, (T,))
     _check_alike("add_lora", x_TD, out_TO)
     if x_TD.dtype != torch.float32 or x_TD.device.type != "cpu":
-        raise UsageError(f"[add_lora] expected float32 on the CPU for packed factors, got {x_TD.dtype} on {x_TD.device}")
+        raise UsageError(
+            f"[add_lora] expected float32 on the CPU for packed factors, got {x_TD.dtype} on {x_TD.device}"
+        )
     if not out_TO.is_contiguous() or backends.needs_gradient(x_TD, out_TO):
         raise UsageError("[add_lora] expected a contiguous result to add to, which no gradient passes")
     for lora, column in zip(parts.loras, parts.columns, strict=True):
         _check_shape("add_lora", "A", lora.a, (lora.a.shape[0], D))
-        if column + lora.b.shape[0] > O or lora.b.paired:
-            raise UsageError(f"[add_lora] expected B of up to {O - column} rows, unpaired, got {tuple(lora.b.shape)}")
+        room = num_rows - column
+        if lora.b.shape[0] > room or lora.b.paired:
+            raise UsageError(f"[add_lora] expected B of up to {room} rows, unpaired, got {tuple(lora.b.shape)}")
     if norm is not None:
         _check_shape("add_lora", "norm", norm.weight_D, (D,))
         _check_alike("add_lora", x_TD, norm.weight_D)

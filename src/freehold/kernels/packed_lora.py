@@ -1,8 +1,8 @@
 """Adapters' factors as the CPU kernels read them, and which token has which: for inference, without gradients.
 
-A pair of factors adds scaling · (x · Aᵀ) · Bᵀ to the product of x and a matrix. Both are packed in float32: A is (R, I),
-B has the rows of the matrix, paired where that is; of experts there are E of each. `freehold.kernels.ops` takes these;
-freehold.model.packed_lora makes them.
+A pair of factors adds scaling · (x · Aᵀ) · Bᵀ to the product of x and a matrix. Both are packed in float32: A is
+(R, I), B has the rows of the matrix, paired where that is; of experts there are E of each. freehold.kernels.ops takes
+these, freehold.model.packed_lora makes them.
 """
 
 from collections.abc import Sequence

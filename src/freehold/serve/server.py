@@ -73,11 +73,13 @@ class Server:
     def __post_init__(self) -> None:
         taken = [name for name in self._base_names if self._adapter_of(name)]
         if taken:
-            raise UsageError(f"{taken[0]!r} is what the adapter {self._adapter_of(taken[0])!r} goes by; rename one of them")
+            raise UsageError(
+                f"{taken[0]!r} is what the adapter {self._adapter_of(taken[0])!r} goes by; rename one of them"
+            )
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All that the model answers to, the name that it is listed under first; then `name:adapter` for each adapter."""
+        """All that the model answers to, the name that it is listed under first; `name:adapter` for each adapter last."""
         bases, adapters = self._base_names, list(self.served.prompting.adapters)
         return (*bases, *(f"{base}:{adapter}" for adapter in adapters for base in bases))
 

@@ -117,7 +117,9 @@ def _dtype_of_adapters(policy: Policy) -> torch.dtype:
 
 def _adapter_bytes(folder: Path, config: ModelConfig, policy: Policy) -> int:
     spec = read_spec(folder, config)
-    return packed_adapter_bytes(config, spec) if policy.native else adapter_bytes(config, spec, _dtype_of_adapters(policy))
+    return (
+        packed_adapter_bytes(config, spec) if policy.native else adapter_bytes(config, spec, _dtype_of_adapters(policy))
+    )
 
 
 def _read_adapter(folder: Path, config: ModelConfig, policy: Policy) -> Adapter:
@@ -239,9 +241,7 @@ class Model:
 
     def new_engine(self) -> Engine:
         """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""
-        return Engine(
-            self._transformer, self.plan.options, adapters=self._adapters, prefix_files=self._prefix_files
-        )
+        return Engine(self._transformer, self.plan.options, adapters=self._adapters, prefix_files=self._prefix_files)
 
     def generate(
         self,
