@@ -207,12 +207,12 @@ class Engine:
             busy_seconds=self._busy_seconds,
         )
 
-    def adopt(self, tokens: Sequence[int], fill: Callable[[TensorSpec], Tensor]) -> bool:
+    def adopt(self, tokens: Sequence[int], fill: Callable[[TensorSpec], Tensor], *, adapter: str | None = None) -> bool:
         """Take keys and values from elsewhere as those of a prompt's beginning: what `fill` makes for each part.
 
         False where there is no room for them.
         """
-        key = PrefixDigest(shared_salt("")).of(tokens, len(tokens))
+        key = PrefixDigest(shared_salt("", self._adapters.digest(adapter))).of(tokens, len(tokens))
         return self._adopt(key, len(tokens), lambda parts: ((part.name, fill(part)) for part in parts))
 
     def tend(self) -> bool:

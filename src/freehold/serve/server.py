@@ -79,7 +79,7 @@ class Server:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All that the model answers to, the name that it is listed under first; `name:adapter` for each adapter last."""
+        """All that the model answers to, the name that it is listed under first; `name:adapter` of each adapter too."""
         bases, adapters = self._base_names, list(self.served.prompting.adapters)
         return (*bases, *(f"{base}:{adapter}" for adapter in adapters for base in bases))
 

@@ -20,6 +20,7 @@ from freehold.weights.pack_file import packed_table_bytes
 _LEAST_CONTEXT = 2048  # tokens: a default that fits no more than this is no default worth having
 _SCORES_AT_ONCE = 256  # query rows of one attention block in the reference ops
 _MAPPED_AT_ONCE = 1 << 16  # of a mapped file, around each place that is read
+_WIDE_RANK = 256  # of an adapter; few have more
 _SLACK = 64 << 20  # what torch reads of itself when it first runs, and what malloc does not give back
 
 
@@ -76,6 +77,8 @@ def plan_memory(
         dense = (config.num_parameters - config.num_expert_weights) * (width if width == 2 else width + 2)
         expert_bytes = round(config.num_expert_weights * (4.25 if experts is ExpertFormat.MXFP4 else 16) / 8)
         scratch = _reference_scratch(config, width, options)
+    if adapters:
+        scratch += _adapter_scratch(config, options)
     pages = page_counts(config, tokens=options.tokens, max_num_seqs=options.max_num_seqs, chunk=options.chunk)
     program = machine.process_status().get("VmRSS", 0)
     return MemoryPlan(
@@ -171,6 +174,12 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
     logits = 4 * config.vocab_size * (options.max_num_seqs + MOST_GUESSED + 2)
     return activations + converted + _attention_scratch(config, policy, options) + logits + _SLACK
+
+
+def _adapter_scratch(config: ModelConfig, options: EngineOptions) -> int:
+    """What adapters read of experts' inputs and hidden values, before that is quantised, and what it narrows to."""
+    visits = _step_tokens(options) * config.num_active_experts
+    return 4 * visits * (config.hidden_size + config.expert_width + _WIDE_RANK)
 
 
 def _step_tokens(options: EngineOptions) -> int:

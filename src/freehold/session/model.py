@@ -149,7 +149,7 @@ _SAMPLING = SamplingOptions.__annotations__
 
 class Model:
     """See `load`. `tokenizer` is None for a folder without one; only token ids work then. `prompting` makes requests
-    for `engine` out of text and conversations."""
+    for `engine` out of text and conversations; `adapter_set` has the adapters that its engines compute with."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Model:
     ) -> None:
         self._transformer = transformer
         self._prefix_files = prefix_files
-        self._adapters = Adapters(packed=policy.native) if adapters is None else adapters
+        self.adapter_set = Adapters(packed=policy.native) if adapters is None else adapters
         self._making = threading.Lock()
         self._engine: LocalEngine | None = None
         self._folder = folder
@@ -177,7 +177,7 @@ class Model:
             defaults=folder.defaults,
             chat_template=folder.chat_template,
             template_variables=folder.template_variables,
-            adapters=self._adapters,
+            adapters=self.adapter_set,
         )
 
     @property
@@ -211,16 +211,16 @@ class Model:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names that requests may give as their adapter."""
-        return tuple(self._adapters)
+        return tuple(self.adapter_set)
 
     def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """One more adapter, from a folder in PEFT's format, also while requests run. Raises what `load` does."""
-        self._adapters.check_name(name)
+        self.adapter_set.check_name(name)
         needed, free = _adapter_bytes(Path(folder), self.config, self.policy), free_memory(self.policy)
         if needed > free:
             raise OutOfMemoryError(f"{folder}: this adapter takes {gib(needed)}, and {gib(free)} are free")
         with _out_of_memory():
-            self._adapters.add(name, _read_adapter(Path(folder), self.config, self.policy))
+            self.adapter_set.add(name, _read_adapter(Path(folder), self.config, self.policy))
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Tensor:
@@ -228,7 +228,7 @@ class Model:
         tokens_T = torch.tensor(self.prompting.checked(token_ids), device=self._transformer.device)
         with _out_of_memory():
             batch = self._transformer.new_cache(len(tokens_T)).extend(len(tokens_T))
-            adapters = self._adapters.of_tokens([(adapter, len(tokens_T))], tokens_T.device)
+            adapters = self.adapter_set.of_tokens([(adapter, len(tokens_T))], tokens_T.device)
             return self._transformer.unembed(self._transformer.forward(tokens_T, replace(batch, adapters=adapters)))
 
     @property
@@ -241,7 +241,7 @@ class Model:
 
     def new_engine(self) -> Engine:
         """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""
-        return Engine(self._transformer, self.plan.options, adapters=self._adapters, prefix_files=self._prefix_files)
+        return Engine(self._transformer, self.plan.options, adapters=self.adapter_set, prefix_files=self._prefix_files)
 
     def generate(
         self,
