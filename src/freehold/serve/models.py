@@ -1,4 +1,4 @@
-"""`/v1/models`: the one model, under all its names, and what the caller has had fine-tuned of it."""
+"""`/v1/models`: the one model, under all its names, with each of its adapters, and with what the caller fine-tuned."""
 
 from fastapi import APIRouter
 from openai.types import Model
@@ -21,8 +21,8 @@ def router(server: Server) -> APIRouter:
 
     @routes.get("")
     async def list_models(request: Request) -> dict[str, object]:
-        """The names that the model answers to, and the caller's fine-tuned models. `max_model_len` is its context, as
-        vLLM has it."""
+        """The names that the model answers to, `name:adapter` for each of its adapters, and the caller's fine-tuned
+        models. `max_model_len` is its context, as vLLM has it."""
         data = [model(name) for name in server.model_names]
         if server.tuning is not None:
             tuned = server.tuning.models.of(caller_of(request).owner)
@@ -31,17 +31,18 @@ def router(server: Server) -> APIRouter:
 
     @routes.get("/{name:path}")
     async def retrieve_model(request: Request, name: str) -> dict[str, object]:
-        if (tuned := server.tuned_model(caller_of(request), name)) is not None:
-            return model(name, tuned.created_at)
-        server.check_model(name)
-        return model(name)
+        caller = caller_of(request)
+        server.check_model(name, caller)
+        tuned = server.tuned_model(caller, name)
+        return model(name) if tuned is None else model(name, tuned.created_at)
 
     @routes.delete("/{name:path}")
     async def delete_model(request: Request, name: str) -> dict[str, object]:
         """Delete a fine-tuned model, or a checkpoint, for good. Only whoever had it made can."""
-        tuned = server.tuned_model(caller_of(request), name)
+        caller = caller_of(request)
+        server.check_model(name, caller)
+        tuned = server.tuned_model(caller, name)
         if tuned is None or server.tuning is None:
-            server.check_model(name)
             message = f"The model '{name:.200}' is the operator's, and was not fine-tuned by you."
             raise ApiError(403, message, param="model")
         try:

@@ -35,10 +35,11 @@ def router(server: Server) -> APIRouter:
     @routes.post("")
     async def create_job(request: Request, body: JobCreate) -> dict[str, Any]:
         """A job, which waits until those before it have ended."""
-        tuning, owner = server.the_tuning(), caller_of(request).owner
+        tuning, caller = server.the_tuning(), caller_of(request)
+        owner = caller.owner
         if tuning.trainer is None:
             raise ApiError(400, "This server has no model that could be trained.", param="model")
-        server.check_base_model(body.model)
+        server.check_base_model(body.model, caller)
         for param, name in (("training_file", body.training_file), ("validation_file", body.validation_file)):
             if name is not None:
                 await _check_file(server, tuning, owner, name, param)
