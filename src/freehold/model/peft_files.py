@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from freehold.config import ModelConfig
-from freehold.disk import new_folder, write_text
+from freehold.disk import new_file, new_folder, write_text
 from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError, UsageError
 from freehold.model.lora import EXPERT_KINDS, KINDS, Adapter, AdapterSpec, Factors, Target, factor_shapes
 from freehold.weights.files import TensorToWrite, header_bytes, read_header, read_json, write_data
@@ -84,14 +84,19 @@ def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None = None)
 
     Raises UsageError if the folder exists, UnsupportedError for what PEFT cannot hold, DiskError.
     """
+    with new_folder(folder, needed_bytes=sum(factor.nbytes for factor in adapter.parameters)) as partial:
+        write_peft_files(partial, adapter, base_model=base_model)
+
+
+def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None = None) -> None:
+    """The same into a folder that is there, in place of what is. Raises UnsupportedError, DiskError."""
     raw = _config_json(adapter, base_model)
     specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
-    with new_folder(folder, needed_bytes=sum(spec.num_bytes for spec in specs)) as partial:
-        write_text(partial / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-        with (partial / TENSOR_FILE).open("wb") as file:
-            file.write(header_bytes(specs, {"format": "pt"}))
-            for _ in write_data(file, specs):
-                pass
+    with new_file(folder / TENSOR_FILE) as file:
+        file.write(header_bytes(specs, {"format": "pt"}))
+        for _ in write_data(file, specs):
+            pass
+    write_text(folder / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
 def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
