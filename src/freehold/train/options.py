@@ -96,7 +96,9 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         if not self.targets:
-            raise UsageError(f"there is nothing to train; name one or more --target, such as {','.join(DEFAULT_TARGETS)}")
+            raise UsageError(
+                f"there is nothing to train; name one or more --target, such as {','.join(DEFAULT_TARGETS)}"
+            )
         kinds = [target.kind for target in self.targets]
         if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
             raise UsageError(f"--target {twice!r} is given twice; name it once")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import CheckpointError, UsageError
-from freehold.model.lora import KINDS, Adapter, AdapterSpec, Target, new_adapter
+from freehold.model.lora import KINDS, AdapterSpec, Target, new_adapter
 from freehold.model.peft_files import read_peft, write_peft_files
 from freehold.model.transformer import Transformer
 from freehold.train.data import TrainingData
