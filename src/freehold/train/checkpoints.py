@@ -40,6 +40,7 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     unsaid: dict[str, Any] = field(default_factory=dict)
+    loss: float | None = None
     smoothed: float | None = None
     lowest_smoothed: float | None = None
     num_beyond: int = 0
