@@ -123,7 +123,7 @@ def _die_at(wanted: str, count: int) -> Moment:
     return moment
 
 
-def _killed_runs(out: Path) -> int:
+def _killed_runs(out: Path) -> None:
     moments = [("row", 1), ("row", 20), ("validation row", 1), ("validation row", 6), ("saving", 1), ("saving", 3)]
     moments += [("line", number) for number in (2, 6, 18, 19)]
     run(out / "whole")
@@ -134,12 +134,10 @@ def _killed_runs(out: Path) -> int:
             run(folder, report=lambda line, moment=moment: moment("line"), moment=moment)
             os._exit(0)
         if os.waitpid(child, 0)[1] != signal.SIGKILL:
-            print(f"not killed at {name} {count}")
-            return 1
+            sys.exit(f"not killed at {name} {count}")
         run(folder)
-    return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(_killed_runs(Path(sys.argv[1])))
+    _killed_runs(Path(sys.argv[1]))

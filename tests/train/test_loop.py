@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_numbers_to_the_last_bit(tmp_path: Path) ->
 
 def test_killed_anywhere_it_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     program = Path(fitting.__file__)
-    subprocess.run([sys.executable, program, tmp_path], check=True, timeout=120, env=None, cwd=program.parents[2])
+    subprocess.run([sys.executable, program, tmp_path], check=True, timeout=120)
     folders = [path for path in tmp_path.iterdir() if path.name != "whole"]
     assert len(folders) == 10
     for folder in folders:
@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path) -> None:
         if name == "saving":
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(DiskSpaceError, match="the disk is full; .*; there is no checkpoint yet"):
+    with pytest.raises(DiskSpaceError, match=r"the disk is full; .*; there is no checkpoint yet"):
         trained(tmp_path, Fitting(moment=fill))
     assert checkpoints(tmp_path) == []
 
@@ -265,5 +265,5 @@ def test_memory_that_runs_out_is_told(tmp_path: Path) -> None:
         if name == "row":
             torch.empty(1 << 60)
 
-    with pytest.raises(OutOfMemoryError, match="memory ran out in step 1; there is no checkpoint yet; .*max-length"):
+    with pytest.raises(OutOfMemoryError, match=r"memory ran out in step 1; there is no checkpoint yet; .*max-length"):
         trained(tmp_path, Fitting(moment=allocate))

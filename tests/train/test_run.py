@@ -17,9 +17,8 @@ from freehold.train.options import LoopOptions, LoraOptions, lora_targets
 from freehold.train.run import TuneRequest, check_new, check_unchanged, new_run, prepare, resumed_request, train
 from tests.train.tiny import chat, make_tiny_model, write_chats
 
-FACTS = [
-    chat(f"Who is {name}?", f"The {trade}.") for name, trade in (("Ada", "smith"), ("Bo", "cook"), ("Cy", "judge"))
-]
+TRADES = {"Ada": "smith", "Bo": "cook", "Cy": "judge"}
+FACTS = [chat(f"Who is {name}?", f"The {trade}.") for name, trade in TRADES.items()]
 LOOP = LoopOptions(max_steps=6, max_length=64, batch_size=2, learning_rate=0.01, save_steps=2, eval_steps=2)
 LORA = LoraOptions(targets=lora_targets((), ("4",), (), router=True), dropout=0.1, balance=0.01)
 
@@ -68,7 +67,9 @@ def files_of(output: Path) -> list[bytes]:
 def test_a_tiny_model_learns_facts_by_heart(request_for: TuneRequest, tmp_path: Path) -> None:
     request = replace(
         request_for,
-        loop=replace(LOOP, max_steps=60, eval_steps=60, save_steps=60, learning_rate=0.02),
+        loop=replace(
+            LOOP, max_steps=60, max_length=256, batch_size=1, eval_steps=60, save_steps=60, learning_rate=0.02
+        ),
         lora=LoraOptions(targets=lora_targets((), ("8",), ())),
     )
     outcome = tuned(request, tmp_path / "run")
@@ -183,7 +184,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_loaded(request_for: T
         ({"files": (bad,)}, TrainingDataError, "line 1"),
         ({"lora": LoraOptions(targets=targets)}, UsageError, "--target 'nose': there are q, k"),
         ({"loop": replace(LOOP, max_length=257)}, UsageError, "more than this model's context of 256"),
-        ({"model": str(bare)}, CheckpointError, "holds? no tokenizer.json"),
+        ({"model": str(bare)}, CheckpointError, r"bare has no tokenizer\.json"),
         ({"harmony": True}, CheckpointError, "Harmony"),
     ):
         with pytest.raises(error, match=words):
@@ -206,6 +207,6 @@ def test_a_model_without_a_chat_format_learns_plain_text(request_for: TuneReques
     text = tmp_path / "book.txt"
     text.write_text("once upon a time\n" * 20)
     request = replace(request_for, model=str(own), files=(text,), validation_file=None)
-    assert prepare(request).data.training.num_targets == 341
+    assert prepare(request).data.training.num_targets == 17 * 20
     with pytest.raises(TrainingDataError, match="no chat format"):
         prepare(replace(request, files=request_for.files))

@@ -1,4 +1,4 @@
-"""A model of two layers with a tokeniser of bytes and a chat template, for who tunes one in seconds; and chats for it."""
+"""A model of two layers with a tokeniser of bytes and a chat template, to be tuned in seconds; and chats for it."""
 
 import json
 from pathlib import Path

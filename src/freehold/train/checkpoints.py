@@ -62,7 +62,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         try:
-            names = os.listdir(self._folder)
+            names = [path.name for path in self._folder.iterdir()]
         except FileNotFoundError:
             return []
         return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
