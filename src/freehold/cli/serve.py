@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from freehold.session.served import Served
 
 _DEFAULTS = ServeSettings()
-_LEARNING_RATE = 2e-4
 
 
 def command(
@@ -237,12 +236,13 @@ def command(
     trainer = None
     if tuning is not None and script is None:
         from freehold.serve.tuning.trainer import Trainer
+        from freehold.train.options import LoopOptions
 
         of_both = {"--device": device, "--dtype": dtype, "--dense": dense, "--threads": threads}
         options = [text for option, value in of_both.items() if value is not None for text in (option, str(value))]
         if harmony is not None:
             options.append("--harmony" if harmony else "--no-harmony")
-        trainer = Trainer(model=model, learning_rate=_LEARNING_RATE, options=tuple(options))
+        trainer = Trainer(model=model, learning_rate=LoopOptions().learning_rate, options=tuple(options))
 
     start_logging(as_json=log_json)
     bars = terminal.progress_bars

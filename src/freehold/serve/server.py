@@ -84,8 +84,8 @@ class Server:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All that the model answers to, the name that it is listed under first; `name:adapter` of each adapter too. What
-        clients have had fine-tuned is not told: see `tuned_model`."""
+        """All that the model answers to, the name that it is listed under first; `name:adapter` of each adapter too.
+        What clients have had fine-tuned is theirs, and not among them."""
         bases = self._base_names
         adapters = [name for name in self.served.prompting.adapters if not self._is_tuned(name)]
         return (*bases, *(f"{base}:{adapter}" for adapter in adapters for base in bases))
@@ -125,8 +125,8 @@ class Server:
             raise ApiError(400, message, param="model")
 
     async def named(self, name: str, caller: Caller) -> Served:
-        """What answers to this name for this caller: the model, or the model with one of its adapters, which is read now
-        where nobody has asked for it yet. Raises what `check_model` does, and a 503 where it cannot be read."""
+        """What answers to this name for this caller: the model, or the model with one of its adapters, which is read
+        now where nobody has asked for it yet. Raises what `check_model` does, and a 503 where it cannot be read."""
         self.check_model(name, caller)
         tuned = self.tuned_model(caller, name)
         if tuned is None or self.tuning is None:
