@@ -17,6 +17,7 @@ from openai.types import Model, ModelDeleted
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
+from freehold.errors import StoreError
 from tests.serve.sdk import check
 from tests.serve.tuned import DONE, LINES, STARTED, WELL, Tuned, run, step
 
@@ -486,3 +487,24 @@ def test_lines_are_not_held_in_memory_and_foreign_ones_are_left_out(tmp_path: Pa
         assert [each async for each in server.sdk.fine_tuning.jobs.checkpoints.list(made.id)] == []
 
     with_server(tmp_path, use, *odd)
+
+
+def test_a_store_that_is_not_to_be_had_for_a_while_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(server: Tuned) -> None:
+        made = await server.sdk.fine_tuning.jobs.create(model="default", training_file=await server.upload())
+        update, failures = server.store.update_job, iter(range(4))
+
+        def busy(*args: Any, **kwargs: Any) -> Any:
+            if next(failures, None) is not None:
+                raise StoreError("freehold.db has been busy")
+            return update(*args, **kwargs)
+
+        monkeypatch.setattr(server.store, "update_job", busy)
+        job = await server.ended(made.id)
+        assert job["status"] == "succeeded" and next(failures, None) is None
+        assert len([event async for event in server.sdk.fine_tuning.jobs.list_events(made.id)]) == 9
+        assert len(_asked(server, made.id)) == 1
+
+    with_server(tmp_path, use)

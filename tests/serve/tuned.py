@@ -74,7 +74,7 @@ class Tuned:
         most = limits.pop("max_upload_bytes", 1 << 20)
         self.tuning = Tuning(
             self.workshop, self.store, models, trainer=trainer, limits=TuningLimits(**limits), threads=threads,
-            poll_seconds=0.02, stop_seconds=0.5,
+            poll_seconds=0.02, stop_seconds=0.5, retry_seconds=0.05,
         )  # fmt: skip
         served = replace(scripted({"match": "", "answer": "ok"}), add_adapter=self._add_adapter)
         self.app = create_app(served, store=self.store, tuning=self.tuning)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from freehold import disk
-from freehold.errors import FreeholdError, NotFoundError, UsageError
+from freehold.errors import DiskError, FreeholdError, NotFoundError, StoreError, UsageError
 from freehold.log import logger
 from freehold.serve.threads import Threads
 from freehold.serve.tuning import report
@@ -37,7 +37,7 @@ _STOP_SECONDS = 10.0
 _ADAPTER = "adapter_model.safetensors"
 _METRICS, _RUN = "metrics.jsonl", "run.json"
 _RESULTS = "step_metrics.csv"
-_UNREACHABLE_SECONDS = 5.0
+_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +62,13 @@ class Tuning:
         threads: Threads | None = None,
         poll_seconds: float = _POLL_SECONDS,
         stop_seconds: float = _STOP_SECONDS,
+        retry_seconds: float = _RETRY_SECONDS,
     ) -> None:
         self.workshop, self.trainer, self.models = workshop, trainer, models
         self.limits = limits or TuningLimits()
         self.threads = threads or Threads("freehold-tuning", 4)
-        self._store, self._poll_seconds, self._stop_seconds = store, poll_seconds, stop_seconds
+        self._store = store
+        self._poll_seconds, self._stop_seconds, self._retry_seconds = poll_seconds, stop_seconds, retry_seconds
         self._changed = asyncio.Event()
         self._current: _Current | None = None
         self._stopping = False
@@ -92,7 +94,10 @@ class Tuning:
                 await current.run.kill()
             await current.over.wait()
             return await self.threads.run(self._store.job, job_id, owner, self.place)
-        return await self._update(record, _cancelled, [event("The job was cancelled", time.time())])
+        change = partial(
+            self._store.update_job, record, _cancelled, events=[event("The job was cancelled", time.time())]
+        )
+        return await self.threads.run(change)
 
     async def delete_model(self, record: ModelRecord) -> None:
         """Its files, and itself. Its checkpoints are models of their own."""
@@ -120,7 +125,7 @@ class Tuning:
                     continue
             except FreeholdError as error:  # of the store: the job stays where it was
                 logger.warning("the queue of fine-tuning jobs cannot go on: %s", error)
-                await self._pause(_UNREACHABLE_SECONDS)
+                await self._pause(self._retry_seconds)
                 continue
             await self._changed.wait()
 
@@ -161,6 +166,8 @@ class Tuning:
             await self._train(current, trainer)
         except FreeholdError as error:
             logger.warning("the fine-tuning job %s failed: %s", record.id, error)
+            if current.run is not None:
+                await current.run.kill()
             if not self._stopping:
                 await self._fail(current.record, Failure("server_error", "the training could not be started"))
         finally:
@@ -264,8 +271,8 @@ class Tuning:
         }
         if told.standing.started and not before.started:
             job |= await self.threads.run(self._settled, record)
+        self.models.take(models)  # before anybody is told of them
         current.record = await self._set(record, status, events, models=models, **job)
-        self.models.take(models)
 
     def _settled(self, record: JobRecord) -> dict[str, Any]:
         """What was left to `freehold tune`, as it was decided."""
@@ -326,8 +333,8 @@ class Tuning:
             event(f"New fine-tuned model created: {name}", time.time()),
             event("The job has successfully completed", time.time()),
         ]
+        self.models.take([model])  # before anybody is told of it
         await self._end(record, done, events, models=[model])
-        self.models.take([model])
 
     def _write_results(self, record: JobRecord, output: Path) -> FileRecord:
         """The losses by step, as a file of the owner's."""
@@ -390,9 +397,16 @@ class Tuning:
         events: Iterable[Mapping[str, Any]],
         models: Iterable[ModelRecord] = (),
     ) -> JobRecord:
-        return await self.threads.run(
-            partial(self._store.update_job, record, change, events=list(events), models=list(models))
-        )
+        """Write it down, however long that takes: a store that is not to be had for a while ends no training."""
+        write = partial(self._store.update_job, record, change, events=list(events), models=list(models))
+        while True:
+            try:
+                return await self.threads.run(write)
+            except (StoreError, DiskError) as error:
+                if self._stopping:
+                    raise
+                logger.warning("the fine-tuning job %s cannot be written down: %s", record.id, error)
+                await asyncio.sleep(self._retry_seconds)
 
 
 class _Current:
