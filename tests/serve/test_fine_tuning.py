@@ -66,7 +66,7 @@ def test_a_job_runs_to_its_model_and_tells_all_of_it(tmp_path: Path) -> None:
         options = dict(zip(asked[1::2], asked[2::2], strict=True))
         output = server.workshop.job(made.id) / name
         assert options == {
-            "--model": "/models/m", "--output": str(output), "--seed": "7", "--epochs": "3",
+            "--model": "/models/m", "--output": str(output), "--seed": "7", "--epochs": "3", "--max-length": "2048",
             "--learning-rate": "0.0002", "--validation": str(server.workshop.root / "files" / f"{validation}.jsonl"),
         }  # fmt: skip
         assert server.adapters == {name: output}

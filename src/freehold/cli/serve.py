@@ -242,7 +242,10 @@ def command(
         options = [text for option, value in of_both.items() if value is not None for text in (option, str(value))]
         if harmony is not None:
             options.append("--harmony" if harmony else "--no-harmony")
-        trainer = Trainer(model=model, learning_rate=LoopOptions().learning_rate, options=tuple(options))
+        loop = LoopOptions()
+        trainer = Trainer(
+            model=model, learning_rate=loop.learning_rate, max_length=loop.max_length, options=tuple(options)
+        )
 
     start_logging(as_json=log_json)
     bars = terminal.progress_bars

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -125,6 +126,8 @@ def _tuning(
     workshop: Workshop, store: Store, served: Served, trainer: Trainer | None, settings: ServeSettings
 ) -> Tuning:
     threads = Threads("freehold-tuning", 4)
+    if trainer is not None:
+        trainer = replace(trainer, max_length=min(trainer.max_length, served.prompting.longest))
     return Tuning(
         workshop,
         store,

@@ -14,11 +14,12 @@ TUNE = (sys.executable, "-m", "freehold", "tune")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """`model` is what is tuned, as `--model` takes it. A job's learning rate is a multiple of `learning_rate`. All
-    trainings are given the `options`."""
+    """`model` is what is tuned, as `--model` takes it. A job's learning rate is a multiple of `learning_rate`, its rows
+    have `max_length` tokens. All trainings are given the `options`."""
 
     model: str
     learning_rate: float
+    max_length: int = 2048
     command: tuple[str, ...] = TUNE
     options: tuple[str, ...] = ()
 
@@ -40,6 +41,7 @@ class Trainer:
         asked = (method.get(kind) or {}).get("hyperparameters") or {}
         chosen = {name: value for name, value in asked.items() if value is not None and value != "auto"}
         command = [*self.command, str(training), "--model", self.model, "--output", str(output), "--seed", str(seed)]
+        command += ["--max-length", str(self.max_length)]
         if validation is not None:
             command += ["--validation", str(validation)]
         if kind == "dpo":
