@@ -35,14 +35,14 @@ async def _ask_all(model: Model, asks: Sequence[Ask], harmony: bool) -> list[Sam
             answer = await _answer(served, ask)
         done += 1
         if done % 20 == 0 or done == len(asks):
-            print(f"\r{done} of {len(asks)} answered", end="", file=sys.stderr, flush=True)
+            sys.stderr.write(f"\r{done} of {len(asks)} answered")
         return answer
 
     try:
         answers = await asyncio.gather(*map(one, asks))
     finally:
         await served.runner.drain()
-    print(file=sys.stderr)
+    sys.stderr.write("\n")
     return answers
 
 
@@ -55,5 +55,5 @@ async def _answer(served: Served, ask: Ask) -> SampleDone | None:
                 if isinstance(event, SampleDone):
                     found = event
     except FreeholdError as error:
-        print(f"\na question failed: {error}", file=sys.stderr)
+        sys.stderr.write(f"\na question failed: {error}\n")
     return found

@@ -4,7 +4,6 @@ Code runs in freehold's own sandbox, pages are shown by freehold's own browser o
 are rendered as they are in a chat, and no answer says what its tool did not.
 """
 
-import asyncio
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from freehold.tools.base import ToolError, ToolSession
 from freehold.tools.browser.browser import Browser
 from freehold.tools.browser.content import Content, Hit
 from freehold.tools.python import PythonTool
-from recipes.default.calls import PLAIN_QUESTIONS, Calls
+from recipes.default.calls import Calls
 from recipes.default.dialogue import Dialogue, compact
 from recipes.default.values import Values
 
@@ -41,7 +40,8 @@ class Sums:
         self._rng = values.rng
         self._kinds: Sequence[tuple[Callable[[], Sum], int]] = (
             (self._product, 14), (self._sum, 8), (self._difference, 6), (self._quotient, 6), (self._percent, 8),
-            (self._mean, 5), (self._power, 5), (self._root, 4), (self._between, 8), (self._later, 6), (self._weekday, 6),
+            (self._mean, 5), (self._power, 5), (self._root, 4), (self._between, 8), (self._later, 6),
+            (self._weekday, 6),
             (self._letters, 9), (self._length, 5), (self._reversed, 5), (self._primes, 3), (self._sorted, 4),
             (self._degrees, 3), (self._factorial, 2), (self._words, 3),
         )  # fmt: skip
@@ -56,7 +56,13 @@ class Sums:
 
     def _product(self) -> Sum:
         a, b = self._rng.randint(12, 9999), self._rng.randint(12, 999)
-        says = ("What is {a} * {b}?", "What is {a} times {b}?", "Multiply {a} by {b}.", "Compute {a} x {b}", "{a} times {b}?")
+        says = (
+            "What is {a} * {b}?",
+            "What is {a} times {b}?",
+            "Multiply {a} by {b}.",
+            "Compute {a} x {b}",
+            "{a} times {b}?",
+        )
         return Sum(self._of(*says, a=a, b=b), f"print({a} * {b})", f"{a} * {b} = {{}}.")
 
     def _sum(self) -> Sum:
@@ -73,12 +79,22 @@ class Sums:
 
     def _quotient(self) -> Sum:
         b, c = self._rng.randint(3, 99), self._rng.randint(12, 999)
-        says = ("What is {a} / {b}?", "Divide {a} by {b}.", "How often does {b} go into {a}?", "What is {a} divided by {b}?")
+        says = (
+            "What is {a} / {b}?",
+            "Divide {a} by {b}.",
+            "How often does {b} go into {a}?",
+            "What is {a} divided by {b}?",
+        )
         return Sum(self._of(*says, a=b * c, b=b), f"print({b * c} / {b})", f"{b * c} / {b} = {{}}.")
 
     def _percent(self) -> Sum:
         p, a = self._rng.randint(2, 95), self._rng.randint(20, 5000)
-        says = ("What is {p}% of {a}?", "How much is {p} percent of {a}?", "Calculate {p}% of {a}.", "{p} percent of {a}?")
+        says = (
+            "What is {p}% of {a}?",
+            "How much is {p} percent of {a}?",
+            "Calculate {p}% of {a}.",
+            "{p} percent of {a}?",
+        )
         return Sum(self._of(*says, p=p, a=a), f"print({a} * {p} / 100)", f"{p}% of {a} is {{}}.")
 
     def _mean(self) -> Sum:
@@ -126,10 +142,16 @@ class Sums:
         word = self._word()
         letter = self._rng.choice(word)
         says = (
-            'How many times does the letter "{c}" occur in "{w}"?', "How many {c}'s are in {w}?", 'Count the letter {c} in "{w}".',
+            'How many times does the letter "{c}" occur in "{w}"?',
+            "How many {c}'s are in {w}?",
+            'Count the letter {c} in "{w}".',
             'How often is "{c}" in the word {w}?',
-        )  # fmt: skip
-        return Sum(self._of(*says, c=letter, w=word), f'print("{word}".count("{letter}"))', f'The letter "{letter}" occurs {{}} times in "{word}".')
+        )
+        return Sum(
+            self._of(*says, c=letter, w=word),
+            f'print("{word}".count("{letter}"))',
+            f'The letter "{letter}" occurs {{}} times in "{word}".',
+        )
 
     def _length(self) -> Sum:
         word = self._word()
@@ -155,9 +177,15 @@ class Sums:
     def _degrees(self) -> Sum:
         a = self._rng.randint(-30, 110)
         if self._rng.random() < 0.5:
-            says, code = ("What is {a} degrees Celsius in Fahrenheit?", "Convert {a} C to F."), f"print({a} * 9 / 5 + 32)"
+            says, code = (
+                ("What is {a} degrees Celsius in Fahrenheit?", "Convert {a} C to F."),
+                f"print({a} * 9 / 5 + 32)",
+            )
             return Sum(self._of(*says, a=a), code, f"{a} degrees Celsius are {{}} degrees Fahrenheit.")
-        says, code = ("What is {a} degrees Fahrenheit in Celsius?", "Convert {a} F to C."), f"print(round(({a} - 32) * 5 / 9, 1))"
+        says, code = (
+            ("What is {a} degrees Fahrenheit in Celsius?", "Convert {a} F to C."),
+            f"print(round(({a} - 32) * 5 / 9, 1))",
+        )
         return Sum(self._of(*says, a=a), code, f"{a} degrees Fahrenheit are {{}} degrees Celsius.")
 
     def _factorial(self) -> Sum:
@@ -200,7 +228,7 @@ class Builtins:
         dialogue = self._calls.dialogue(functions, builtins=[self._python], **({"effort": "low"} if problems else {}))
         for number in range(1 if problems else rng.choice((1, 1, 1, 2))):
             if number and rng.random() < 0.3:
-                self._small_talk(dialogue)
+                self._calls.small_talk(dialogue)
                 continue
             problem = rng.choice(problems) if problems else self._sums.draw()
             dialogue.user(problem.question)
@@ -215,14 +243,8 @@ class Builtins:
     def idle(self) -> dict[str, Any]:
         """Built-in tools that are offered, and not needed."""
         dialogue = Dialogue(self._rng, builtins=[self._python])
-        self._small_talk(dialogue)
+        self._calls.small_talk(dialogue)
         return dialogue.line()
-
-    def _small_talk(self, dialogue: Dialogue) -> None:
-        question, reasoning, answer = self._rng.choice(PLAIN_QUESTIONS)
-        dialogue.user(question)
-        dialogue.think(f"{reasoning} No tool is needed.")
-        dialogue.answer(answer)
 
     # --- browser ----------------------------------------------------------------------------------------------
 
@@ -237,7 +259,7 @@ class Builtins:
             dialogue = self._calls.dialogue((), builtins=builtins)
             kind = rng.random()
             if kind < 0.08:
-                self._small_talk(dialogue)
+                self._calls.small_talk(dialogue)
             elif kind < 0.16:
                 await self._nothing(dialogue, session)
             else:
@@ -258,7 +280,9 @@ class Builtins:
         page = rng.choice(world.pages)
         fact = rng.choice(page.facts)
         if by_address:
-            dialogue.user(rng.choice(("Open {u} and tell me: {q}", "{q} It says so on {u}.")).format(u=page.url, q=fact.question))
+            dialogue.user(
+                rng.choice(("Open {u} and tell me: {q}", "{q} It says so on {u}.")).format(u=page.url, q=fact.question)
+            )
             shown = await self._use(dialogue, session, "open", {"id": page.url})
             dialogue.answer(_cited(fact, shown, 0))
             return
@@ -367,12 +391,22 @@ class Pages:
     def _page(self, kind: str, values: Values) -> MadePage:
         name = values.company() if kind == "company" else f"{values.last_name()} {kind.capitalize()}"
         slots = {
-            "n": name, "year": values.rng.randint(1790, 2023), "price": values.count(3, 90), "person": f"{values.first_name()} {values.last_name()}",
-            "city": values.city(), "big": values.count(120, 90000), "thing": values.thing(), "colour": values.colour(), "day": values.day(),
-            "topic": values.topic(), "code": values.code(),
-        }  # fmt: skip
+            "n": name,
+            "year": values.rng.randint(1790, 2023),
+            "price": values.count(3, 90),
+            "person": f"{values.first_name()} {values.last_name()}",
+            "city": values.city(),
+            "big": values.count(120, 90000),
+            "thing": values.thing(),
+            "colour": values.colour(),
+            "day": values.day(),
+            "topic": values.topic(),
+            "code": values.code(),
+        }
         chosen = values.rng.sample(_FACTS[kind], values.rng.choice((3, 4)))
-        facts = tuple(Fact(about, question.format(**slots), sentence.format(**slots)) for about, question, sentence in chosen)
+        facts = tuple(
+            Fact(about, question.format(**slots), sentence.format(**slots)) for about, question, sentence in chosen
+        )
         slug = name.lower().replace(" ", "-")
         host = "https://" + slug.split("-")[0] + ".example/" if self.name == "web" else f"{self.name}/"
         return MadePage(f"{host}{slug}.html", name, facts)
@@ -390,9 +424,13 @@ class Pages:
         hits = []
         for _, _, page in sorted(ranked)[:topn]:
             lines = page.text.split("\n")
-            best = max(range(len(lines)), key=lambda i: len(words & set(re.findall(r"\w+", lines[i].lower())) - _COMMON))
+            best = max(
+                range(len(lines)), key=lambda i: len(words & set(re.findall(r"\w+", lines[i].lower())) - _COMMON)
+            )
             place = page.url.split("/")[2] if self.name == "web" else self.name
-            hits.append(Hit(url=page.url, title=page.title, place=place, summary=_teaser(lines, best, words), line=best))
+            hits.append(
+                Hit(url=page.url, title=page.title, place=place, summary=_teaser(lines, best, words), line=best)
+            )
         return hits
 
     async def fetch(self, address: str, *, as_source: bool = False) -> Content:
@@ -405,7 +443,7 @@ class Pages:
         pass
 
 
-_COMMON = frozenset("the of in a is was for and museum company bridge festival project".split())
+_COMMON = frozenset({"the", "of", "in", "a", "is", "was", "for", "and", *_FACTS})
 
 
 def _teaser(lines: Sequence[str], best: int, words: set[str]) -> str:

@@ -6,10 +6,11 @@ before a call has no reasoning but at high effort: the prompt with the tools can
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.default.dialogue import Dialogue, compact
 from recipes.default.functions import Asked, Function, Offered, ask, draw, filled, made_up, offer, roughened, spoken
+from recipes.default.texts import lines_of
 from recipes.default.values import Values
 
 INSTRUCTIONS = (
@@ -17,35 +18,29 @@ INSTRUCTIONS = (
     "Use the tools where they help.", "You are the assistant of a small office.", "Keep answers to one sentence.",
     "You work for a travel agency.", "Only call tools that exist.", "Help the user with everyday tasks.",
 )  # fmt: skip
-PLAIN_QUESTIONS: Sequence[tuple[str, str, str]] = (  # question, reasoning, answer
-    ("Hello!", "A greeting.", "Hello! How can I help you?"),
-    ("Hi there", "A greeting.", "Hi! What can I do for you?"),
-    ("Good morning", "A greeting.", "Good morning! What can I do for you?"),
-    ("Thank you!", "The user says thanks.", "You're welcome!"),
-    ("Thanks, that was all.", "The user is done.", "You're welcome. Have a nice day!"),
-    ("Who are you?", "The user asks who I am.", "I am the small model that comes with Freehold. I can chat a little and call tools."),
-    ("What are you?", "The user asks what I am.", "I am a small language model, the stand-in that comes with Freehold."),
-    ("Are you ChatGPT?", "The user asks who I am.", "I am Freehold's small default model, not a large one. I can make mistakes."),
-    ("How are you?", "Small talk.", "I am fine, thank you. How can I help?"),
-    ("What is the opposite of hot?", "A simple question about words.", "The opposite of hot is cold."),
-    ("What is the opposite of early?", "A simple question about words.", "The opposite of early is late."),
-    ("How many legs does a spider have?", "A simple fact.", "A spider has eight legs."),
-    ("What colour is the sky on a clear day?", "A simple fact.", "The sky is blue on a clear day."),
-    ("How many days are in a week?", "A simple fact.", "A week has seven days."),
-    ("What is the plural of mouse?", "A question about words.", "The plural of mouse is mice."),
-    ("Is the sun a star?", "A simple fact.", "Yes, the sun is a star."),
-    ("Tell me a joke.", "The user wants a joke.", "Why did the bicycle fall over? Because it was two tired."),
-    ("What do bees make?", "A simple fact.", "Bees make honey."),
-    ("Which season comes after winter?", "A simple fact.", "Spring comes after winter."),
-    ("Say something nice.", "The user wants a kind word.", "You are doing well, and I am glad to help."),
-)  # fmt: skip
+
+
+class Talk(NamedTuple):
+    """What needs no tool: a question, what there is to think about it, and an answer."""
+
+    question: str
+    reasoning: str
+    answer: str
+
+
+def plain_talk() -> list[Talk]:
+    """That of talk.txt."""
+    return [Talk(*map(str.strip, line.split(" | "))) for line in lines_of("talk.txt")]
 
 
 class Calls:
     """Makes conversations with functions, from the ones that were read and ones that it makes up."""
 
-    def __init__(self, rng: random.Random, functions: Sequence[Function], *, made_up_share: float = 0.55) -> None:
+    def __init__(
+        self, rng: random.Random, functions: Sequence[Function], talk: Sequence[Talk], *, made_up_share: float = 0.48
+    ) -> None:
         self._rng = rng
+        self._talk = talk
         self._values = Values(rng)
         self._functions = functions
         self._made_up_share = made_up_share
@@ -82,7 +77,7 @@ class Calls:
         dialogue = self.dialogue(offered)
         for number in range(self._rng.choice((1, 2, 2, 2, 3, 3))):
             if number and self._rng.random() < 0.12:
-                self._small_talk(dialogue)
+                self.small_talk(dialogue)
                 continue
             one = self._rng.choice(offered)
             asked = self._call(dialogue, one)
@@ -92,7 +87,7 @@ class Calls:
     def unneeded(self) -> dict[str, Any]:
         """A question that needs none of the functions."""
         dialogue = self.dialogue(self.offered(3))
-        self._small_talk(dialogue)
+        self.small_talk(dialogue)
         return dialogue.line()
 
     def missed(self) -> dict[str, Any]:
@@ -105,7 +100,12 @@ class Calls:
         names = " and ".join(one.name for one in others)
         if rng.random() < 0.4:
             said = rng.choice(
-                ("Use {name} to help me.", "Call the tool {name}.", "Run {name} now.", "Please use {name} for this: {said}")
+                (
+                    "Use {name} to help me.",
+                    "Call the tool {name}.",
+                    "Run {name} now.",
+                    "Please use {name} for this: {said}",
+                )
             )
             dialogue.user(said.format(name=wanted.name, said=ask(wanted, self._values).said))
             dialogue.think(f"There is no tool {wanted.name}.")
@@ -129,7 +129,11 @@ class Calls:
         parameter = needed[0]
         dialogue = self.dialogue([one], effort="low")
         words = one.name.replace("_", " ")
-        dialogue.user(self._rng.choice(("Use {name}.", "I need {words}.", "{words} please", "Can you do {words}?")).format(name=one.name, words=words))
+        dialogue.user(
+            self._rng.choice(("Use {name}.", "I need {words}.", "{words} please", "Can you do {words}?")).format(
+                name=one.name, words=words
+            )
+        )
         asked_for = one.named[parameter.key].replace("_", " ")
         dialogue.answer(f"What is the {asked_for}?")
         value = draw(parameter.kind, self._values)
@@ -143,7 +147,9 @@ class Calls:
         asked = ask(one, self._values)
         dialogue.user(roughened(asked.said, self._rng))
         if dialogue.effort == "high":
-            dialogue.think(self._rng.choice(("This is for {name}.", "{name} does that.", "I call {name}.")).format(name=one.name))
+            dialogue.think(
+                self._rng.choice(("This is for {name}.", "{name} does that.", "I call {name}.")).format(name=one.name)
+            )
         dialogue.call(one.name, asked.arguments)
         return asked
 
@@ -155,23 +161,29 @@ class Calls:
             dialogue.result(compact({"error": error}))
             dialogue.answer(rng.choice((f"That did not work: {error}.", f"I'm sorry, the call failed: {error}.")))
             return
-        values = {**asked.values, **{parameter.key: draw(parameter.kind, self._values) for parameter in function.result}}
+        values = {
+            **asked.values,
+            **{parameter.key: draw(parameter.kind, self._values) for parameter in function.result},
+        }
         told = {parameter.names[0]: values[parameter.key] for parameter in function.result}
         dialogue.result(compact(told))
         answer = rng.choice(function.answers)
         if all("{" + key + "}" not in answer or key in values for key in values):
             dialogue.answer(filled(answer, values))
 
-    def _small_talk(self, dialogue: Dialogue) -> None:
-        question, reasoning, answer = self._rng.choice(PLAIN_QUESTIONS)
-        dialogue.user(question)
-        dialogue.think(f"{reasoning} No tool is needed.")
-        dialogue.answer(answer)
+    def small_talk(self, dialogue: Dialogue) -> None:
+        """A question and an answer, without any of the tools."""
+        said = self._rng.choice(self._talk)
+        dialogue.user(said.question)
+        dialogue.think(f"{said.reasoning} No tool is needed.")
+        dialogue.answer(said.answer)
 
 
-def call_lines(rng: random.Random, functions: Sequence[Function], count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def call_lines(
+    rng: random.Random, functions: Sequence[Function], talk: Sequence[Talk], count: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """So many conversations, each with the name of its kind."""
-    calls = Calls(rng, functions)
+    calls = Calls(rng, functions, talk)
     kinds = {
         "one call": (calls.single, 42), "calls and answers": (calls.several, 44), "no call needed": (calls.unneeded, 5),
         "no such tool": (calls.missed, 6), "asks back": (calls.unclear, 3),

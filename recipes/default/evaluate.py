@@ -2,14 +2,15 @@
 
     python -m recipes.default.evaluate [MODEL] [--adapter DIR] [--json results.json] [--chatml]
 
-- calls: 200 held-out turns with one to four functions offered, the grammar on, greedy: is it the right function, and are
-  its arguments exactly the expected JSON. Functions, descriptions, parameter lists, sentences and the words of values are
-  not in the training set (heldout.txt, `Values(held_out=True)`). Once with schemas that the grammar does not enforce, as
-  clients send them by default, and once with `strict` ones.
+- calls: 200 held-out turns with one to four functions offered, the grammar on, greedy: is it the right function, and
+  are its arguments exactly the expected JSON. Functions, descriptions, parameter lists, sentences and the words of
+  values are not in the training set (heldout.txt, `Values(held_out=True)`). The grammar enforces JSON, not the schemas,
+  as it does for clients that do not ask for more; `strict` is the same with schemas enforced.
 - needless: 40 questions that need none of the functions offered; is it an answer, and no call.
 - questions: 100 short ones, whose answer is looked for in the reply.
-- python: 60 held-out problems; does it call the tool, and is the number in the answer after the real result.
-- perplexity: on the Apache licence, and on held-out conversations' answers where the model speaks Harmony.
+- python: 60 problems with values of their own, in the sentences of the training set; is the tool called, and is its
+  true result in the answer.
+- perplexity: on the Apache licence, as the model card has it.
 
 `--chatml` asks the questions in ChatML, for the model before it was tuned.
 """
@@ -22,7 +23,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,7 +196,10 @@ def short_questions(model: Model, *, harmony: bool) -> dict[str, Any]:
     kinds = Counter(str(one["kind"]) for one in each)
     return {
         "right": sum(bool(one["right"]) for one in each),
-        "by_kind": {kind: f"{sum(bool(one['right']) for one in each if one['kind'] == kind)} of {of}" for kind, of in kinds.items()},
+        "by_kind": {
+            kind: f"{sum(bool(one['right']) for one in each if one['kind'] == kind)} of {of}"
+            for kind, of in kinds.items()
+        },
         "each": each,
     }
 
@@ -226,7 +230,15 @@ async def _python(model: Model, count: int) -> dict[str, Any]:
                 await toolbox.aclose()
             answer = said[-1].text if said and said[-1].channel == "final" else ""
             called = any(message.recipient == "python" for message in said)
-            each.append({"question": problem.question, "truth": truth, "called": called, "answer": answer, "right": truth in answer})
+            each.append(
+                {
+                    "question": problem.question,
+                    "truth": truth,
+                    "called": called,
+                    "answer": answer,
+                    "right": truth in answer,
+                }
+            )
             sys.stderr.write(f"\r{len(each)} of {count} computed")
     finally:
         await judge.aclose()
@@ -258,12 +270,14 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chatml", action="store_true")
-    parser.add_argument("--only", nargs="*", default=["calls", "strict", "needless", "questions", "python", "perplexity"])
+    parser.add_argument(
+        "--only", nargs="*", default=["perplexity", "questions", "calls", "needless", "python", "strict"]
+    )
     parser.add_argument("--turns", type=int, default=NUM_TURNS)
     parser.add_argument("--problems", type=int, default=60)
     options = parser.parse_args()
     model = load_model(options.model, adapter=options.adapter)
-    measures = {
+    measures: dict[str, Callable[[], Any]] = {
         "calls": lambda: calls(model, strict=False, limit=options.turns),
         "strict": lambda: calls(model, strict=True, limit=options.turns),
         "needless": lambda: needless(model),
@@ -276,9 +290,13 @@ def main() -> None:
         results[name] = measures[name]()
         sys.stdout.write(f"{name}: {json.dumps(_short(results[name]))}\n")
         sys.stdout.flush()
-    if options.json is not None:
-        with new_file(options.json) as file:
-            file.write((json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+        if options.json is not None:
+            _write(options.json, results)
+
+
+def _write(path: Path, results: Mapping[str, Any]) -> None:
+    with new_file(path) as file:
+        file.write((json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _short(result: Any) -> Any:

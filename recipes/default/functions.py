@@ -18,9 +18,11 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from recipes.default.texts import lines_of
 from recipes.default.values import Values
 
 _RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)")
@@ -57,7 +59,11 @@ class Parameter:
 def draw(kind: str, values: Values) -> Any:
     """A value of a type."""
     if found := _RANGE.fullmatch(kind):
-        return values.number(float(found[1]), float(found[2])) if "." in found[1] else values.count(int(found[1]), int(found[2]))
+        return (
+            values.number(float(found[1]), float(found[2]))
+            if "." in found[1]
+            else values.count(int(found[1]), int(found[2]))
+        )
     if kind.startswith("("):
         return values.rng.choice(kind[1:-1].split("|"))
     if kind.startswith("list "):
@@ -147,7 +153,11 @@ def _parameters(line: str) -> tuple[Parameter, ...]:
         names = tuple(name.strip("?") for name in match["names"].split("/"))
         found.append(
             Parameter(
-                key=names[0], names=names, kind=match["kind"], about=match["about"] or "", optional="?" in match["names"]
+                key=names[0],
+                names=names,
+                kind=match["kind"],
+                about=match["about"] or "",
+                optional="?" in match["names"],
             )
         )
     return tuple(found)
@@ -156,15 +166,13 @@ def _parameters(line: str) -> tuple[Parameter, ...]:
 # --- using ----------------------------------------------------------------------------------------------------
 
 
-def offer(function: Function, rng: random.Random, *, strict: bool = False) -> Offered:
+def offer(function: Function, rng: random.Random) -> Offered:
     """One variant of a function: its name, description, and the names of its parameters."""
     named: dict[str, str] = {}
     properties: dict[str, Any] = {}
     explains = rng.random()
     for parameter in function.parameters:
-        name = next(
-            name for name in rng.sample(parameter.names, len(parameter.names)) if name not in properties
-        )
+        name = next(name for name in rng.sample(parameter.names, len(parameter.names)) if name not in properties)
         named[parameter.key] = name
         properties[name] = parameter.schema()
         if parameter.about and explains < 0.5:
@@ -175,9 +183,11 @@ def offer(function: Function, rng: random.Random, *, strict: bool = False) -> Of
     if len(function.names) > 1 and rng.random() < 0.1:
         head, *rest = name.split("_")
         name = head + "".join(word.capitalize() for word in rest)
-    described = {"name": name, "description": rng.choice(function.descriptions), "parameters": parameters}
-    if strict:
-        described["strict"] = True
+    described: dict[str, Any] = {
+        "name": name,
+        "description": rng.choice(function.descriptions),
+        "parameters": parameters,
+    }
     return Offered(function=function, tool={"type": "function", "function": described}, named=named)
 
 
@@ -201,15 +211,17 @@ def ask(offered: Offered, values: Values, phrase: str | None = None) -> Asked:
 
     said = _OPTIONAL.sub(optional, phrase)
     given.update(_SLOT.findall(said))
+    first = _SLOT.match(said)
     said = " ".join(filled(said, drawn).split())
+    if first is not None and any(one.key == first[1] and one.kind.startswith("(") for one in function.parameters):
+        said = said[0].upper() + said[1:]  # a choice, which has its own way to be written
     arguments = {offered.named[key]: value for key, value in drawn.items() if key in given}
     return Asked(said=said, arguments=arguments, values={key: value for key, value in drawn.items() if key in given})
 
 
 def filled(template: str, values: Mapping[str, Any]) -> str:
-    """A text with its slots filled, and its sentences begun with large letters."""
-    whole = _SLOT.sub(lambda match: spoken(values[match[1]]), template)
-    return whole[0].upper() + whole[1:] if template.startswith("{") and whole[0].isalpha() and "@" not in whole.split()[0] else whole
+    """A text with its slots filled."""
+    return _SLOT.sub(lambda match: spoken(values[match[1]]), template)
 
 
 def spoken(value: Any) -> str:
@@ -219,7 +231,18 @@ def spoken(value: Any) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-_AROUND = ("Hi! {}", "{} Thanks!", "Hello, {}", "Please: {}", "{} Thank you.", "One more thing: {}", "Now this: {}", "Hey, {}", "Next: {}", "Quick question. {}")
+_AROUND = (
+    "Hi! {}",
+    "{} Thanks!",
+    "Hello, {}",
+    "Please: {}",
+    "{} Thank you.",
+    "One more thing: {}",
+    "Now this: {}",
+    "Hey, {}",
+    "Next: {}",
+    "Quick question. {}",
+)
 
 
 def roughened(said: str, rng: random.Random) -> str:
@@ -232,67 +255,66 @@ def roughened(said: str, rng: random.Random) -> str:
     return said.rstrip(".?") if chance > 0.92 and not said.endswith('"') else said
 
 
-_SMALL = frozenset(
-    "what how tell is give set start wake remind create on send email write text call please ring add put book i find get where track "
-    "play turn make show search order cancel convert log record open read rename change delete the we do it register plan check".split()
-)
+_SMALL = frozenset({
+    "what", "how", "tell", "is", "give", "set", "start", "wake", "remind", "create", "send", "email", "write", "text",
+    "call", "please", "ring", "add", "put", "book", "find", "get", "where", "track", "play", "turn", "make", "show",
+    "search", "order", "cancel", "convert", "log", "record", "open", "read", "rename", "change", "delete", "the", "we",
+    "do", "it", "register", "plan", "check",
+})  # fmt: skip
+"""Words that may stand first with a small letter: none is a name."""
 
 
 # --- put together ---------------------------------------------------------------------------------------------
 
-_VERBS: Sequence[tuple[str, str, str]] = (  # the name's, what users say, what descriptions say
-    ("create", "Create", "Creates"), ("add", "Add", "Adds"), ("update", "Update", "Updates"), ("find", "Find", "Finds"),
-    ("get", "Get", "Gets"), ("register", "Register", "Registers"), ("submit", "Submit", "Submits"),
-    ("schedule", "Schedule", "Schedules"), ("check", "Check", "Checks"), ("send", "Send", "Sends"),
-    ("request", "Request", "Requests"), ("log", "Log", "Logs"), ("start", "Start", "Starts"), ("plan", "Plan", "Plans"),
-    ("print", "Print", "Prints"), ("review", "Review", "Reviews"), ("publish", "Publish", "Publishes"),
-    ("order", "Order", "Orders"), ("export", "Export", "Exports"), ("approve", "Approve", "Approves"),
-    ("assign", "Assign", "Assigns"), ("search", "Search for", "Searches for"), ("delete", "Delete", "Deletes"),
-    ("save", "Save", "Saves"), ("record", "Record", "Records"), ("list", "List", "Lists"), ("report", "Report", "Reports"),
-    ("prepare", "Prepare", "Prepares"), ("move", "Move", "Moves"), ("share", "Share", "Shares"),
-)  # fmt: skip
-_NOUNS = tuple(
-    "report project survey contract shipment booking campaign payment student employee lesson course machine sensor device "
-    "warehouse article comment photo playlist podcast recipe garden tournament match team player vote claim policy license "
-    "visit inspection repair ticket coupon voucher gift subscription membership donation loan deposit budget expense quote "
-    "offer auction property apartment room building bridge route truck bus ship crew sample test experiment measurement "
-    "dataset backup server domain certificate key password form letter poster banner menu dish drink festival exhibition "
-    "rental complaint question quiz badge meeting session webinar interview job candidate".split()
-)
-_ATTRIBUTES: Sequence[tuple[str, str, tuple[str, ...]]] = (  # names, type, what users say beside the plain ways
-    ("city/location", "city", ("in {v}",)), ("origin", "city", ("from {v}",)), ("destination", "city", ("to {v}",)),
-    ("customer/client", "company", ("for {v}",)), ("owner/contact", "person", ("for {v}",)), ("author", "person", ("by {v}",)),
-    ("manager", "person", ()), ("first_name", "first_name", ()), ("last_name/surname", "last_name", ()),
-    ("name", "title", ("called {v}", 'named "{v}"')), ("title/subject", "title", ('titled "{v}"', "called {v}")),
-    ("message/text", "message", ('saying "{v}"', 'with the text "{v}"')), ("note/comment", "message", ('with the note "{v}"',)),
-    ("description", "message", ('described as "{v}"',)), ("topic/theme", "topic", ("about {v}", "on {v}")),
-    ("date/day", "day", ("on {v}", "for {v}")), ("start_date", "day", ("starting {v}", "from {v}")),
-    ("end_date/deadline", "day", ("until {v}", "by {v}")), ("time", "time", ("at {v}",)), ("weekday", "weekday", ("on {v}",)),
-    ("id/number", "code", ("{v}", "number {v}")), ("reference/code", "code", ("with the reference {v}",)),
-    ("account", "code", ("for account {v}",)), ("room_number", "1..400", ("in room {v}",)), ("email", "email", ("with email {v}",)),
-    ("phone", "phone", ()), ("website/url", "url", ("from {v}", "at {v}")), ("file/filename", "file_name", ("from the file {v}",)),
-    ("amount/price", "1.0..5000.0", ("of {v}", "over {v} euros", "for {v} dollars")), ("budget", "100..90000", ("with a budget of {v}",)),
-    ("weight_kg", "0.5..90.0", ("weighing {v} kg",)), ("distance_km", "1.0..900.0", ("over {v} km",)), ("temperature", "-20..40", ("at {v} degrees",)),
-    ("height_cm", "10..250", ("{v} cm high",)), ("percent/discount", "1..90", ("with {v} percent",)),
-    ("count/quantity", "2..60", ("{v} times",)), ("people/guests", "2..40", ("for {v} people",)), ("minutes/duration", "5..180", ("for {v} minutes",)),
-    ("hours", "1..24", ("for {v} hours",)), ("days", "1..30", ("for {v} days",)), ("age", "5..99", ("aged {v}",)), ("year", "1950..2028", ("from {v}",)),
-    ("score/points", "0..100", ("with {v} points",)), ("priority", "(low|medium|high)", ("with {v} priority",)),
-    ("status", "(open|closed|pending)", ("with status {v}",)), ("size", "(small|medium|large)", ("in size {v}",)),
-    ("format", "(pdf|csv|html)", ("as {v}", "in {v} format")), ("category", "(food|travel|health|sports|music)", ("in the category {v}",)),
-    ("level", "(beginner|intermediate|advanced)", ("at {v} level",)), ("period", "(daily|weekly|monthly|yearly)", ()),
-    ("season", "(spring|summer|autumn|winter)", ("in {v}",)), ("payment_method", "(cash|card|transfer)", ("paid by {v}",)),
-    ("urgent", "yes_no", ()), ("public", "yes_no", ()), ("notify", "yes_no", ()), ("insured", "yes_no", ()), ("color/colour", "colour", ("in {v}",)),
-    ("country", "country", ("in {v}", "from {v}")), ("language", "language", ("in {v}",)), ("product/item", "thing", ("with a {v}",)),
-    ("dish", "food", ("with {v}",)), ("address", "street", ("at {v}", "to {v}")), ("department", "(sales|support|finance|research)", ("in {v}",)),
-    ("tags/labels", "list colour", ()), ("members/participants", "list first_name", ("with {v}", "for {v}")), ("items", "list thing", ("with {v}",)),
-)  # fmt: skip
+
+class _Parts(NamedTuple):
+    """Verbs as names, users and descriptions have them; nouns; attributes' names, types and ways to be said."""
+
+    verbs: tuple[tuple[str, str, str], ...]
+    nouns: tuple[str, ...]
+    attributes: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+
+@cache
+def _parts() -> _Parts:
+    verbs, nouns, *attributes = lines_of("parts.txt")
+    return _Parts(
+        tuple(_verb(text) for text in verbs.removeprefix("verbs: ").split(";")),
+        tuple(map(str.strip, nouns.removeprefix("nouns: ").split(","))),
+        tuple(_attribute(text) for text in attributes),
+    )
+
+
+def _verb(text: str) -> tuple[str, str, str]:
+    name, says, does = map(str.strip, text.split("="))
+    return name, says, does
+
+
+def _attribute(text: str) -> tuple[str, str, tuple[str, ...]]:
+    names, _, rest = text.partition(": ")
+    kind, _, ways = rest.partition(" > ")
+    return names, kind, tuple(ways.split(" / ")) if ways else ()
+
+
 _PLAIN = ("with {w} {v}", "{w} {v}", "{w}: {v}", "the {w} is {v}", "{w} = {v}", "with the {w} {v}")
-_OPENINGS = ("", "", "", "Please ", "Can you ", "Could you ", "I need you to ", "I want to ", "I'd like to ", "Hi, please ", "Let's ")
+_OPENINGS = (
+    "",
+    "",
+    "",
+    "Please ",
+    "Can you ",
+    "Could you ",
+    "I need you to ",
+    "I want to ",
+    "I'd like to ",
+    "Hi, please ",
+    "Let's ",
+)
 
 
 _STATEMENTS = (
-    "New {words}", "{Words}", "There should be {article} {words}", "We need {article} {words}", "I need {article} {words}",
-    "It is about {article} {words}", "Next {words}", "{Article} {words}, please",
+    "New {words}", "{Words}", "There should be {article} {words}", "We need {article} {words}",
+    "I need {article} {words}", "It is about {article} {words}", "Next {words}", "{Article} {words}, please",
 )  # fmt: skip
 _FLAGS = (
     ("include_{noun}", "including the {noun}"), ("with_{noun}", "with {noun}"), ("skip_{noun}", "skip the {noun}"),
@@ -300,44 +322,22 @@ _FLAGS = (
     ("anonymous", "without a name"), ("in_advance", "in advance"), ("confirmed", "it is confirmed"),
     ("replace_{noun}", "and replace the {noun}"), ("has_{noun}", "it has a {noun}"), ("draft", "only as a draft"),
 )  # fmt: skip
-_TOLD = tuple(entry for entry in _ATTRIBUTES if entry[1] in (
-    "code", "day", "time", "1.0..5000.0", "100..90000", "2..60", "0..100", "5..180", "(open|closed|pending)",
-))  # fmt: skip
+_TOLD = ("code", "day", "time", "1.0..5000.0", "100..90000", "2..60", "0..100", "5..180", "(open|closed|pending)")
 
 
 def made_up(rng: random.Random) -> Function:
     """A function that hardly any other conversation has."""
-    verb, says, does = rng.choice(_VERBS)
-    noun = rng.choice(_NOUNS)
-    kind = rng.choice(_NOUNS) if rng.random() < 0.3 else ""
+    verb, says, does = rng.choice(_parts().verbs)
+    noun = rng.choice(_parts().nouns)
+    kind = rng.choice(_parts().nouns) if rng.random() < 0.3 else ""
     words = f"{kind} {noun}" if kind and kind != noun else noun
     article = "an" if words[0] in "aeiou" else "a"
     parameters, ways = _made_up_parameters(rng, noun)
 
-    plain, comma = rng.choice(_PLAIN), rng.choice((", ", ", ", " "))
-    if plain == "the {w} is {v}":
-        comma = ", "
-    if rng.random() < 0.3:
-        start, end = rng.choice(_STATEMENTS), rng.choice((".", ""))
-        start = start.format(words=words, Words=words.capitalize(), article=article, Article=article.capitalize())
-    else:
-        opening = rng.choice(_OPENINGS)
-        start = f"{opening}{says.lower() if opening else says} {rng.choice((article, 'the', article))} {words}"
-        end = "?" if opening.startswith(("Can", "Could")) else rng.choice((".", ".", "", " please."))
-    parts = []
-    for parameter in rng.sample(parameters, len(parameters)):
-        natural = ways[parameter.key] if rng.random() < 0.7 or parameter.kind == "flag" else ()
-        way = rng.choice(natural) if natural else plain
-        part = way.replace("{w}", parameter.key.replace("_", " ")).replace("{v}", "{" + parameter.key + "}")
-        before = " " if natural and not parts and not parameter.optional else comma
-        if parameter.kind == "flag":
-            part = f"[?{parameter.key} {comma}{part}]"
-        else:
-            part = f"[{before}{part}]" if parameter.optional else f"{before}{part}"
-        parts.append(part)
+    phrases = tuple(_made_up_phrase(rng, says, words, parameters, ways) for _ in range(3))
     name_words = [verb, *words.split()]
     name = "_".join(name_words if rng.random() < 0.85 else [*words.split(), verb])
-    result_names, result_kind, _ = rng.choice(_TOLD)
+    result_names, result_kind, _ = rng.choice([entry for entry in _parts().attributes if entry[1] in _TOLD])
     result_name = result_names.split("/")[0]
     result = Parameter(key=f"r_{result_name}", names=(result_name,), kind=result_kind)
     done = rng.choice(
@@ -351,7 +351,7 @@ def made_up(rng: random.Random) -> Function:
             f"{words.capitalize()}: {verb}.", f"Use this to {says.lower()} {article} {words}.",
         ),
         parameters=tuple(parameters),
-        phrases=(start + "".join(parts) + end,),
+        phrases=phrases,
         result=(result,),
         answers=(f"{done}; {pronoun} {result_name.replace('_', ' ')} is {{{result.key}}}.",),
     )  # fmt: skip
@@ -361,14 +361,18 @@ def _made_up_parameters(rng: random.Random, noun: str) -> tuple[list[Parameter],
     """Parameters, and the natural ways to say each."""
     parameters: list[Parameter] = []
     ways: dict[str, tuple[str, ...]] = {}
-    for number, (names, kind, says) in enumerate(rng.sample(_ATTRIBUTES, rng.choice((1, 2, 2, 3, 3, 4)))):
+    for number, (names, kind, says) in enumerate(rng.sample(_parts().attributes, rng.choice((1, 2, 2, 3, 3, 4)))):
         name = rng.choice(names.split("/"))
         if number and rng.random() < 0.12:
-            others = rng.sample(_NOUNS, 3)
-            name, kind, says = rng.choice(("type", "kind", "mode")), f"({'|'.join(others)})", ("of the kind {v}", "as {v}")
+            others = rng.sample(_parts().nouns, 3)
+            name, kind, says = (
+                rng.choice(("type", "kind", "mode")),
+                f"({'|'.join(others)})",
+                ("of the kind {v}", "as {v}"),
+            )
         if number and rng.random() < 0.15:
             flag, way = rng.choice(_FLAGS)
-            other = rng.choice(_NOUNS)
+            other = rng.choice(_parts().nouns)
             name, kind, says = flag.format(noun=other), "flag", (way.format(noun=other),)
         if name in ways:
             continue
@@ -377,3 +381,31 @@ def _made_up_parameters(rng: random.Random, noun: str) -> tuple[list[Parameter],
         optional = kind == "flag" or (number > 0 and rng.random() < 0.3)
         parameters.append(Parameter(key=name, names=(name,), kind=kind, about=about, optional=optional))
     return parameters, ways
+
+
+def _made_up_phrase(
+    rng: random.Random, says: str, words: str, parameters: Sequence[Parameter], ways: Mapping[str, Sequence[str]]
+) -> str:
+    article = "an" if words[0] in "aeiou" else "a"
+    plain, comma = rng.choice(_PLAIN), rng.choice((", ", ", ", " "))
+    if plain == "the {w} is {v}":
+        comma = ", "
+    if rng.random() < 0.3:
+        start, end = rng.choice(_STATEMENTS), rng.choice((".", ""))
+        start = start.format(words=words, Words=words.capitalize(), article=article, Article=article.capitalize())
+    else:
+        opening = rng.choice(_OPENINGS)
+        start = f"{opening}{says.lower() if opening else says} {rng.choice((article, 'the', article))} {words}"
+        end = "?" if opening.startswith(("Can", "Could")) else rng.choice((".", ".", "", " please."))
+    parts: list[str] = []
+    for parameter in rng.sample(parameters, len(parameters)):
+        natural = ways[parameter.key] if rng.random() < 0.7 or parameter.kind == "flag" else ()
+        way = rng.choice(natural) if natural else plain
+        part = way.replace("{w}", parameter.key.replace("_", " ")).replace("{v}", "{" + parameter.key + "}")
+        before = " " if natural and not parts and not parameter.optional else comma
+        if parameter.kind == "flag":
+            part = f"[?{parameter.key} {comma}{part}]"
+        else:
+            part = f"[{before}{part}]" if parameter.optional else f"{before}{part}"
+        parts.append(part)
+    return start + "".join(parts) + end

@@ -6,8 +6,8 @@ Writes `train.jsonl`, which `freehold tune` reads, and `counts.json`; prints how
 has. The lines are shuffled, so that any beginning of the file is a smaller training set of the same kind. The base's
 answers are kept in `answers.jsonl`: they are made once. The same seed makes the same files.
 
-`--sft` names the folder with self_instruct_seed_tasks.jsonl (Apache-2.0) and gsm8k_train.jsonl.gz (MIT); without it, and
-where they are missing, the set is made without them.
+`--sft` names the folder with self_instruct_seed_tasks.jsonl (Apache-2.0) and gsm8k_train.jsonl.gz (MIT); without it,
+and where they are missing, the set is made without them.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from freehold.train.chats import Chat, read_example
 from freehold.train.examples import chat_examples
 from recipes.default.asking import load_model
 from recipes.default.builtins import Builtins, Sum
-from recipes.default.calls import Calls, call_lines
+from recipes.default.calls import Calls, Talk, call_lines, plain_talk
 from recipes.default.evaluate import held_out_turns
 from recipes.default.functions import read_functions
 from recipes.default.general import Answered, Prompt, answered, base_says, general_lines, prompts
@@ -42,7 +42,7 @@ from recipes.default.questions import questions
 
 HERE = Path(__file__).parent
 SEED_TASKS, GSM8K = "self_instruct_seed_tasks.jsonl", "gsm8k_train.jsonl.gz"
-_SHARES = {"functions": 0.60, "python": 0.11, "browser": 0.12, "general": 0.17}
+_SHARES = {"functions": 0.64, "python": 0.11, "browser": 0.09, "general": 0.16}
 MAX_TOKENS = 1152
 """Of a sequence; longer ones are left out."""
 _TIME = re.compile(r"\d\d:\d\d")
@@ -56,8 +56,6 @@ class Line(NamedTuple):
     num_tokens: int
     num_targets: int
     num_examples: int
-
-
 
 
 class Measure:
@@ -78,17 +76,15 @@ class Measure:
 
 
 async def builtin_lines(
-    rng: random.Random, tokenizer: Tokenizer, problems: Sequence[Sum], part: str
-) -> "list[tuple[str, dict[str, Any]]]":
+    rng: random.Random, tokenizer: Tokenizer, talk: Sequence[Talk], problems: Sequence[Sum], part: str
+) -> list[tuple[str, dict[str, Any]]]:
     """A thousand conversations with python, or some hundred with the browser; more than are needed."""
     tool = PythonTool()
-    calls = Calls(rng, read_functions(HERE / "functions.txt"))
+    calls = Calls(rng, read_functions(HERE / "functions.txt"), talk)
     builtins = Builtins(rng, calls, tool.namespace, tokenizer)
-    lines: list[tuple[str, dict[str, Any]]] = []
     if part == "browser":
-        for _ in range(320):
-            lines.append(("browser", await builtins.browser()))
-        return lines
+        return [("browser", await builtins.browser()) for _ in range(320)]
+    lines: list[tuple[str, dict[str, Any]]] = []
     session = await tool.open()
     try:
         for _ in range(900):
@@ -150,10 +146,11 @@ def make(output: Path, *, tokens: int, seed: int, sft: Path | None) -> list[Line
     asked = prompts(rngs["prompts"], 1100, None if sft is None else sft / SEED_TASKS)
     answers = base_answers(output, asked)
     problems = [] if sft is None else word_problems(sft / GSM8K)
+    talk = [*plain_talk(), *plain_talk(), *(answer.talk for answer in answers if len(answer.answer) < 160)]
     sources: dict[str, Iterator[tuple[str, dict[str, Any]]]] = {
-        "functions": call_lines(rngs["functions"], read_functions(HERE / "functions.txt"), 50_000),
-        "python": iter(asyncio.run(builtin_lines(rngs["python"], tokenizer, problems, "python"))),
-        "browser": iter(asyncio.run(builtin_lines(rngs["browser"], tokenizer, problems, "browser"))),
+        "functions": call_lines(rngs["functions"], read_functions(HERE / "functions.txt"), talk, 50_000),
+        "python": iter(asyncio.run(builtin_lines(rngs["python"], tokenizer, talk, problems, "python"))),
+        "browser": iter(asyncio.run(builtin_lines(rngs["browser"], tokenizer, talk, problems, "browser"))),
         "general": general_lines(rngs["general"], answers, 50_000),
     }
     held_out = held_out_words()
@@ -209,8 +206,12 @@ def is_near(raw: Any, held_out: frozenset[str]) -> bool:
 def table(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     """Counts by part and kind, and of all."""
     kinds = Counter((line.part, line.kind) for line in lines)
-    groups = [(part, kind, [line for line in lines if (line.part, line.kind) == (part, kind)]) for part, kind in sorted(kinds)]
-    rows = [("part", "kind", "lines", "sequences", "tokens", "taught", "tokens a line", "longest")]
+    groups = [
+        (part, kind, [line for line in lines if (line.part, line.kind) == (part, kind)]) for part, kind in sorted(kinds)
+    ]
+    rows: list[tuple[str, ...]] = [
+        ("part", "kind", "lines", "sequences", "tokens", "taught", "tokens a line", "longest")
+    ]
     for part, kind, group in (*groups, ("all", "", list(lines))):
         total = sum(line.num_tokens for line in group)
         rows.append(
@@ -235,7 +236,9 @@ def main() -> None:
     rows = table(lines)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        sys.stdout.write("  ".join(f"{text:<{widths[i]}}" if i < 2 else f"{text:>{widths[i]}}" for i, text in enumerate(row)) + "\n")
+        sys.stdout.write(
+            "  ".join(f"{text:<{widths[i]}}" if i < 2 else f"{text:>{widths[i]}}" for i, text in enumerate(row)) + "\n"
+        )
     counts = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
     with new_file(options.output / "counts.json") as file:
         file.write((json.dumps({"seed": options.seed, "parts": counts}, indent=1) + "\n").encode())

@@ -6,9 +6,10 @@
     {"harmony": {"messages": [...]}}
 
 The last is what openai-harmony's `Conversation.to_dict` writes: for effort, date and built-in tools, which OpenAI's
-shape has no place for. Messages of the others are read by `Conversation.from_openai`'s rules; beyond these, whatever a model could not have said is refused
-(UsageError, UnsupportedError): calls of functions that were not offered, arguments that are no JSON, calls without
-results, a turn without an answer. Knows no tokens. Called by `data.py`.
+shape has no place for. The messages of the others are read by `Conversation.from_openai`'s rules; beyond these,
+whatever a model could not have said is refused (UsageError, UnsupportedError): calls of functions that were not
+offered, arguments that are no JSON, calls without results, a turn without an answer. Knows no tokens. Called by
+`data.py`.
 """
 
 import json
@@ -279,7 +280,9 @@ def _read_harmony(raw: Any) -> Chat:
             raise UsageError(f"message {index}: call of {called!r:.80} before it has no result")
         if message.role != "assistant":
             if start is not None:
-                raise UsageError(f"message {index - 1}: the assistant reasons and then neither answers nor calls a tool")
+                raise UsageError(
+                    f"message {index - 1}: the assistant reasons and then neither answers nor calls a tool"
+                )
             continue
         _check_said(index, message, offer)
         start = index if start is None else start
