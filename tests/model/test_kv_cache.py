@@ -10,7 +10,7 @@ from freehold.config import ModelConfig
 from freehold.engine.kv_store import kv_store_bytes, page_counts
 from freehold.kernels import backends, ops
 from freehold.kernels.kv import PAGE, KvType, num_pages
-from freehold.model.batch import Batch
+from freehold.model.batch import Batch, LayerKv
 from freehold.model.kv_cache import KVCache
 from tests.checkpoints import CPU, small_config
 from tests.paged import store
@@ -24,6 +24,7 @@ def draw(length: int, heads: int, seed: int) -> Tensor:
 
 def write(batch: Batch, k: Tensor, v: Tensor) -> None:
     for layer in batch.layers:
+        assert isinstance(layer, LayerKv)
         ops.kv_write(layer.pages, layer.sequences, k, v)
 
 
@@ -47,6 +48,7 @@ def check_attention(type: KvType, window: int | None, chunks: list[int], *, exac
         assert batch.positions_T.tolist() == list(range(at - chunk, at))
         q = draw(chunk, 4, at)
         for layer, seen in zip(batch.layers, (window, None), strict=True):
+            assert isinstance(layer, LayerKv)
             options = {"scale": HEAD_DIM**-0.5, "window": seen}
             ours = ops.attention(q, layer.pages, layer.sequences, sinks, **options)
             expected = ops.attention(q, whole.pages, whole.last(chunk, at), sinks, **options)
@@ -121,4 +123,4 @@ def test_it_never_takes_more_than_was_planned(type: KvType, window: int | None, 
 def test_types_are_what_was_asked_for() -> None:
     cache = KVCache(small_config(), type="bf16", device=CPU)
     assert cache.length == 0
-    assert {layer.pages.keys.dtype for layer in cache.extend(3).layers} == {torch.bfloat16}
+    assert {kv.pages.keys.dtype for kv in cache.extend(3).layers if isinstance(kv, LayerKv)} == {torch.bfloat16}

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.kernels import reference
+from freehold.kernels import ops
+from freehold.kernels.ops import Routing
 from freehold.model.lora import (
     KINDS,
     Adapter,
@@ -62,29 +63,13 @@ def qkv_of(weights: dict[str, Tensor], x_TD: Tensor) -> Tensor:
     return F.linear(x_TD, weight, bias)
 
 
-def moe_of(weights: dict[str, Tensor], x_TD: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
+def moe_of(weights: dict[str, Tensor], x_TD: Tensor, routing: Routing, adapters: TokenAdapters | None = None) -> Tensor:
     gate_up, down = (weights[f"layers.0.{name}"] for name in ("gate_up", "down"))
     biases = [weights[f"layers.0.{name}.bias"] for name in ("gate_up", "down")]
-    return reference.moe(
-        x_TD, *routing, gate_up, biases[0], down, biases[1], None, 0.0, None, alpha=1.702, limit=CONFIG.swiglu_limit
+    loras = () if adapters is None else adapters.experts("layers.0")
+    return ops.moe(
+        x_TD, routing, gate_up, biases[0], down, biases[1], alpha=1.702, limit=CONFIG.swiglu_limit, loras=loras
     )
-
-
-def adapted_moe(adapters: TokenAdapters, x_TD: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
-    """The reference's loop over experts, asking for deltas where `TokenAdapters.expert` says they belong."""
-    weights, (weights_TA, experts_TA) = table(), routing
-    out = torch.zeros_like(x_TD)
-    for expert in torch.unique(experts_TA).tolist():
-        token, slot = torch.where(experts_TA == expert)
-        hidden = F.linear(x_TD[token], weights["layers.0.gate_up"][expert], weights["layers.0.gate_up.bias"][expert])
-        hidden = adapters.expert("layers.0.gate_up", expert, x_TD[token], token, hidden)
-        gate = hidden[:, 0::2].clamp(max=CONFIG.swiglu_limit)
-        up = hidden[:, 1::2].clamp(min=-CONFIG.swiglu_limit, max=CONFIG.swiglu_limit)
-        hidden = gate * torch.sigmoid(1.702 * gate) * (up + 1)
-        mixed = F.linear(hidden, weights["layers.0.down"][expert], weights["layers.0.down.bias"][expert])
-        mixed = adapters.expert("layers.0.down", expert, hidden, token, mixed)
-        out = out.index_add(0, token, mixed * weights_TA[token, slot].unsqueeze(-1))
-    return out
 
 
 ADAPTERS = [random_adapter(1), random_adapter(2, AdapterSpec(targets=dict(list(SPEC.targets.items())[1:])))]
@@ -99,17 +84,17 @@ def test_each_token_gets_what_its_own_adapter_folded_into_the_weights_gives(rows
     adapters = TokenAdapters(ADAPTERS, torch.tensor(rows))
     x_TD, x_TO = inputs(CONFIG.hidden_size), inputs(CONFIG.num_heads * CONFIG.head_dim)
     weights = table()
-    routing = reference.route(F.linear(x_TD, weights["layers.0.router.weight"]), CONFIG.num_active_experts)
+    routing = ops.route(F.linear(x_TD, weights["layers.0.router.weight"]), CONFIG.num_active_experts)
     qkv = adapters.qkv("layers.0", x_TD, qkv_of(weights, x_TD))
     attention = adapters.linear("layers.0.o", x_TO, F.linear(x_TO, weights["layers.0.o.weight"]))
     router = adapters.linear("layers.0.router", x_TD, F.linear(x_TD, weights["layers.0.router.weight"]))
-    experts = adapted_moe(adapters, x_TD, routing)
+    experts = moe_of(weights, x_TD, routing, adapters)
     for token, row in enumerate(rows):
         own, one = folded(None if row == NONE else ADAPTERS[row]), slice(token, token + 1)
         torch.testing.assert_close(qkv[one], qkv_of(own, x_TD[one]))
         torch.testing.assert_close(attention[one], F.linear(x_TO[one], own["layers.0.o.weight"]))
         torch.testing.assert_close(router[one], F.linear(x_TD[one], own["layers.0.router.weight"]))
-        torch.testing.assert_close(experts[one], moe_of(own, x_TD[one], (routing[0][one], routing[1][one])))
+        torch.testing.assert_close(experts[one], moe_of(own, x_TD[one], Routing(routing[0][one], routing[1][one])))
 
 
 def test_a_new_adapter_changes_nothing_and_is_drawn_as_pefts_are() -> None:
@@ -126,19 +111,22 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_pefts_are() -> None:
     assert not torch.equal(adapter.parameters[0], other.parameters[0])
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_are_those_of_finite_differences(dropout: float) -> None:
     spec = AdapterSpec.of_kinds(CONFIG, {"gate_up": Target(rank=1, alpha=2), "down": Target(rank=2, alpha=2)})
     start = random_adapter(3, spec)
-    x_TD, rows_T = inputs(CONFIG.hidden_size, 3), torch.tensor([0, -1, 0])
-    routing = (torch.full((3, 1), 0.7, dtype=torch.float64), torch.tensor([[0], [1], [1]]))
+    x_TD, rows_T = inputs(CONFIG.hidden_size, 3).requires_grad_(), torch.tensor([0, -1, 0])
+    routing = Routing(torch.full((3, 1), 0.7, dtype=torch.float64), torch.tensor([[0], [1], [1]]))
 
-    def loss(*parameters: Tensor) -> Tensor:
+    def loss(x_TD: Tensor, *parameters: Tensor) -> Tensor:
         pairs = [Factors(a, b) for a, b in zip(parameters[0::2], parameters[1::2], strict=True)]
         factors = dict(zip(start.factors, pairs, strict=True))
         adapter = Adapter(config=CONFIG, spec=spec, factors=factors)
-        return adapted_moe(TokenAdapters([adapter], rows_T), x_TD, routing).square().sum()
+        adapters = TokenAdapters([adapter], rows_T, dropout=dropout)
+        torch.manual_seed(1)
+        return moe_of(table(), x_TD, routing, adapters).square().sum()
 
-    torch.autograd.gradcheck(loss, start.parameters, fast_mode=True)
+    torch.autograd.gradcheck(loss, (x_TD, *start.parameters), fast_mode=True)
 
 
 def test_dropout_keeps_the_mean_and_comes_from_torchs_own_generator() -> None:

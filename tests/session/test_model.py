@@ -29,6 +29,7 @@ from freehold.formats.events import CallDone, Diagnostic, TextDelta
 from freehold.formats.forms import Regex
 from freehold.kernels import backends
 from freehold.kernels.kv import new_pages
+from freehold.model.batch import LayerKv
 from freehold.session.model import Model
 from freehold.weights.packed import PackedMatrix
 from freehold.weights.synth import write_random_checkpoint
@@ -202,7 +203,7 @@ def test_dense_is_the_form_of_plain_experts_too(tmp_path: Path) -> None:
 def test_kv_dtype_is_the_cache_s_type(tiny_folder: Path, kv_dtype: str) -> None:
     model = freehold.load(tiny_folder, device="cpu", kv_dtype=kv_dtype)
     assert model.policy.kv == kv_dtype
-    pages = [layer.pages for layer in model._transformer.new_cache().extend(1).layers]
+    pages = [kv.pages for kv in model._transformer.new_cache().extend(1).layers if isinstance(kv, LayerKv)]
     expected = new_pages(kv_dtype, 1, 1, 32, CPU)
     assert {one.type for one in pages} == {kv_dtype}
     assert {one.keys.dtype for one in pages} == {expected.keys.dtype}

@@ -7,6 +7,7 @@ activations to int8, the gradient is that of the product without the rounding. W
 derivatives are refused. Called by freehold.kernels.ops alone, which has checked the arguments.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from freehold.kernels import backends, reference
+from freehold.kernels import backends, lora, reference
+from freehold.kernels.lora import ExpertLora, Gradients
+from freehold.weights import mxfp4
+from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PANEL, PackedMatrix
+
+_QUERIES_AT_ONCE = 256  # bounds the scores of a long sequence
+
+Matrix = Tensor | Mxfp4Tensor | PackedMatrix
 
 
 class Experts(NamedTuple):
     """The frozen part of a mixture."""
 
-    gate_up: PackedMatrix
-    down: PackedMatrix
+    gate_up: Matrix
+    down: Matrix
     alpha: float
     limit: float
 
@@ -49,10 +57,31 @@ def moe(
     norm_D: Tensor | None,
     eps: float,
     residual_TD: Tensor | None,
+    loras: Sequence[ExpertLora],
 ) -> Tensor:
+    """Expert by expert where adapters add to them. Gradients reach the adapters' factors."""
+    factors = [factor for lora in loras for pair in (lora.gate_up, lora.down) for factor in (pair or _NO_LORA)[:2]]
+    # Drawn from torch's own generator, which gradient checkpointing sets back for its second forward pass.
+    seed = int(torch.randint(1 << 62, ())) if any(lora.dropout for lora in loras) else 0
     out: Tensor = _Moe.apply(  # type: ignore[no-untyped-call]
-        x_TD, weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, experts_TA, experts, eps
+        x_TD, weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, experts_TA, experts, eps, loras, seed, *factors
     )
+    return out
+
+
+_NO_LORA = (None, None, 0.0)
+
+
+def self_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    counts: Sequence[int],
+    sinks_N: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    out: Tensor = _SelfAttention.apply(q_TNH, k_TKH, v_TKH, sinks_N, counts, scale, window)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -98,23 +127,34 @@ class _Moe(torch.autograd.Function):
         experts_TA: Tensor,
         experts: Experts,
         eps: float,
+        loras: Sequence[ExpertLora],
+        seed: int,
+        *factors: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_TD, weights_TA, gate_up_bias, down_bias, norm_D, experts_TA)
-        ctx.experts, ctx.eps = experts, eps
+        ctx.experts, ctx.eps, ctx.loras, ctx.seed = experts, eps, loras, seed
         gate_up, down, alpha, limit = experts
-        module = backends.for_op("moe", x_TD)
-        if module is not reference:
-            out: Tensor = module.moe(
-                x_TD, weights_TA, experts_TA, gate_up, gate_up_bias, down, down_bias, norm_D, eps, residual_TD,
-                alpha=alpha, limit=limit,
-            )  # fmt: skip
-            return out
+        if not loras and isinstance(gate_up, PackedMatrix):
+            module = backends.for_op("moe", x_TD)
+            if module is not reference:
+                out: Tensor = module.moe(
+                    x_TD, weights_TA, experts_TA, gate_up, gate_up_bias, down, down_bias, norm_D, eps, residual_TD,
+                    alpha=alpha, limit=limit,
+                )  # fmt: skip
+                return out
         normed_TD = x_TD if norm_D is None else reference.rms_norm(x_TD, norm_D, eps)
         out = torch.zeros_like(x_TD) if residual_TD is None else residual_TD.clone()
         for expert in torch.unique(experts_TA).tolist():
             token, slot = torch.where(experts_TA == expert)
-            hidden = _hidden(normed_TD[token], gate_up[expert], gate_up_bias[expert], alpha, limit).out
-            mixed = _linear(hidden, down[expert], down_bias[expert], None, 0.0, None)
+            weights, pieces = _expert(experts, expert), _pieces(loras, token, expert, seed)
+            x_SD = normed_TD[token]
+            gate, up = weights.gate_and_up(x_SD, gate_up_bias[expert])
+            for piece in pieces:
+                piece.add_to_gate_and_up(gate, up, x_SD)
+            hidden = _activated(gate, up, alpha, limit)
+            mixed = weights.mixed(hidden, down_bias[expert])
+            for piece in pieces:
+                piece.add_to_mixed(mixed, hidden)
             out.index_add_(0, token, mixed * weights_TA[token, slot].unsqueeze(-1))
         return out
 
@@ -123,25 +163,37 @@ class _Moe(torch.autograd.Function):
     def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weights_TA, gate_up_bias, down_bias, norm_D, experts_TA = ctx.saved_tensors
         needs_x, _, needs_gate_up_bias, needs_down_bias, needs_norm, needs_residual, *_ = ctx.needs_input_grad
-        gate_up, down, alpha, limit = ctx.experts
+        experts, loras = ctx.experts, ctx.loras
         normed_TD = x_TD if norm_D is None else reference.rms_norm(x_TD, norm_D, ctx.eps)
         of_normed = torch.zeros_like(x_TD)
         of_weights = torch.zeros_like(weights_TA)
         of_gate_up_bias = torch.zeros_like(gate_up_bias) if needs_gate_up_bias else None
         of_down_bias = torch.zeros_like(down_bias) if needs_down_bias else None
+        of_factors = [
+            (torch.zeros_like(pair.a), torch.zeros_like(pair.b)) if pair is not None else (None, None)
+            for lora in loras
+            for pair in (lora.gate_up, lora.down)
+        ]
         for expert in torch.unique(experts_TA).tolist():
             token, slot = torch.where(experts_TA == expert)
+            frozen, pieces = _expert(experts, expert), _pieces(loras, token, expert, ctx.seed)
             weights = weights_TA[token, slot].unsqueeze(-1)
-            of_mixed = gradient_TD[token]
-            hidden = _hidden(normed_TD[token], gate_up[expert], gate_up_bias[expert], alpha, limit)
-            of_hidden = _linear_backward(of_mixed, down[expert])
-            # mixed · gradient, without computing mixed: its product with the packed matrix is there already.
-            of_weights[token, slot] = (of_hidden * hidden.out).sum(-1) + of_mixed @ down_bias[expert]
-            of_gate, of_up = hidden.backward(of_hidden * weights, alpha, limit)
-            if needs_x or needs_norm:
-                of_normed.index_add_(
-                    0, token, _linear_backward(_in_panels(of_gate, of_up), _as_it_lies(gate_up[expert]))
-                )
+            of_mixed, x_SD = gradient_TD[token], normed_TD[token]
+            gate, up = frozen.gate_and_up(x_SD, gate_up_bias[expert])
+            for piece in pieces:
+                piece.add_to_gate_and_up(gate, up, x_SD)
+            hidden = _activated(gate, up, experts.alpha, experts.limit)
+            of_hidden = frozen.mixed_backward(of_mixed)
+            for i, piece in enumerate(pieces):
+                piece.add_gradients_of_mixed(of_hidden, of_mixed, hidden, weights, of_factors[2 * i + 1])
+            # mixed · gradient, without computing mixed: its product with the matrix is there already.
+            of_weights[token, slot] = (of_hidden * hidden).sum(-1) + of_mixed @ down_bias[expert]
+            of_gate, of_up = _activation_backward(of_hidden * weights, gate, up, experts.alpha, experts.limit)
+            if needs_x or needs_norm or loras:
+                of_x = frozen.gate_and_up_backward(of_gate, of_up)
+                for i, piece in enumerate(pieces):
+                    piece.add_gradients_of_gate_and_up(of_x, of_gate, of_up, x_SD, of_factors[2 * i])
+                of_normed.index_add_(0, token, of_x)
             if of_gate_up_bias is not None:
                 of_gate_up_bias[expert] = torch.stack((of_gate.sum(0), of_up.sum(0)), dim=-1).flatten()
             if of_down_bias is not None:
@@ -150,33 +202,250 @@ class _Moe(torch.autograd.Function):
         if norm_D is not None:
             of_x, of_norm = _rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps)
         of_residual = gradient_TD if needs_residual else None
-        return of_x, of_weights, of_gate_up_bias, of_down_bias, of_norm, of_residual, None, None, None
+        first = (of_x, of_weights, of_gate_up_bias, of_down_bias, of_norm, of_residual)
+        return *first, *(None,) * 5, *(factor for pair in of_factors for factor in pair)
 
 
-class _Hidden(NamedTuple):
-    """An expert's hidden values, (T, F) each, and what they were made of."""
+class _SelfAttention(torch.autograd.Function):
+    """Flash attention's way (https://arxiv.org/abs/2205.14135), in torch: scores are computed again in the backward
+    pass, from the logarithm of each softmax's sum."""
 
-    gate: Tensor  # before it is clamped, and so is up
-    up: Tensor
-    out: Tensor
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_N: Tensor,
+        counts: Sequence[int],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        out_TNH = torch.empty_like(q_TNH)
+        logsum_TN = _wide(q_TNH.new_empty(q_TNH.shape[:2]))
+        sinks = _by_head(_wide(sinks_N).expand(1, -1).unsqueeze(-1), k_TKH.shape[1])
+        for block in _blocks(counts, window):
+            q, k, v = block.cut(q_TNH, k_TKH, v_TKH)
+            scores = block.scores(q, k, scale)
+            logsum = torch.logaddexp(torch.logsumexp(scores, dim=-1, keepdim=True), sinks)
+            weights = torch.exp(scores - logsum).to(v.dtype)
+            out_TNH[block.queries] = _by_token(weights @ v)
+            logsum_TN[block.queries] = _by_token(logsum).squeeze(-1)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, sinks_N, out_TNH, logsum_TN)
+        ctx.counts, ctx.scale, ctx.window = counts, scale, window
+        return out_TNH
 
-    def backward(self, of_out: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
-        """Gradients of gate and up. What was clamped gets none; a value at the limit does, as in torch."""
-        gate, up = self.gate.clamp(max=limit), self.up.clamp(min=-limit, max=limit)
-        sigmoid = torch.sigmoid(alpha * gate)
-        of_gate = of_out * (up + 1) * sigmoid * (1 + alpha * gate * (1 - sigmoid))
-        of_up = of_out * gate * sigmoid
-        return of_gate * (self.gate <= limit), of_up * (self.up.abs() <= limit)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        q_TNH, k_TKH, v_TKH, sinks_N, out_TNH, logsum_TN = ctx.saved_tensors
+        num_kv_heads = k_TKH.shape[1]
+        of_q, of_k, of_v = torch.empty_like(q_TNH), torch.zeros_like(k_TKH), torch.zeros_like(v_TKH)
+        # What each query's softmax gives up in all for one of its weights to grow.
+        common_TN = (_wide(gradient_TNH) * out_TNH).sum(-1)
+        for block in _blocks(ctx.counts, ctx.window):
+            q, k, v = block.cut(q_TNH, k_TKH, v_TKH)
+            gradient = _by_head(gradient_TNH[block.queries], num_kv_heads)
+            logsum, common = (_by_head(x[block.queries].unsqueeze(-1), num_kv_heads) for x in (logsum_TN, common_TN))
+            weights = torch.exp(block.scores(q, k, ctx.scale) - logsum)
+            of_v[block.keys] += (weights.to(v.dtype).transpose(-1, -2) @ gradient).sum(1).transpose(0, 1)
+            of_scores = (weights * (_wide(gradient @ v.transpose(-1, -2)) - common) * ctx.scale).to(q.dtype)
+            of_q[block.queries] = _by_token(of_scores @ k)
+            of_k[block.keys] += (of_scores.transpose(-1, -2) @ q).sum(1).transpose(0, 1)
+        of_sinks = -(torch.exp(_wide(sinks_N) - logsum_TN) * common_TN).sum(0).to(sinks_N.dtype)
+        return of_q, of_k, of_v, of_sinks, None, None, None
 
 
-def _hidden(x_TD: Tensor, gate_up: PackedMatrix, bias: Tensor, alpha: float, limit: float) -> _Hidden:
-    in_panels = _linear(x_TD, _as_it_lies(gate_up), None, None, 0.0, None)
-    pairs = torch.unflatten(in_panels, 1, (-1, 2, PANEL))
-    num_units = gate_up.shape[0] // 2
-    gate, up = (pairs[:, :, i].flatten(1)[:, :num_units] + bias[i::2] for i in range(2))
+class _Block(NamedTuple):
+    """Queries of one sequence, and the keys that one or the other of them sees."""
+
+    queries: slice
+    keys: slice
+    hidden_QS: Tensor
+
+    def cut(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(K, N/K, Q, H), and keys and values (K, 1, S, H)."""
+        k, v = (x[self.keys].transpose(0, 1).unsqueeze(1) for x in (k_TKH, v_TKH))
+        return _by_head(q_TNH[self.queries], k_TKH.shape[1]), k, v
+
+    def scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        scores = _wide(q @ k.transpose(-1, -2)) * scale
+        return scores.masked_fill_(self.hidden_QS.to(q.device), -torch.inf)
+
+
+def _blocks(counts: Sequence[int], window: int | None) -> Iterator[_Block]:
+    start = 0
+    for count in counts:
+        for first in range(0, count, _QUERIES_AT_ONCE):
+            stop = min(first + _QUERIES_AT_ONCE, count)
+            first_key = 0 if window is None else max(0, first - window + 1)
+            query, key = torch.arange(first, stop).unsqueeze(-1), torch.arange(first_key, stop)
+            hidden = key > query
+            if window is not None:
+                hidden |= key <= query - window
+            yield _Block(slice(start + first, start + stop), slice(start + first_key, start + stop), hidden)
+        start += count
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which softmax is computed."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _by_head(x_QNH: Tensor, num_kv_heads: int) -> Tensor:
+    """(Q, N, H) to (K, N/K, Q, H)."""
+    return torch.unflatten(x_QNH, 1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """And back."""
+    return x.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+class _PackedExpert(NamedTuple):
+    """One expert's products where its matrices are packed, forward and backward."""
+
+    gate_up: PackedMatrix
+    down: PackedMatrix
+
+    def gate_and_up(self, x_SD: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        in_panels = _linear(x_SD, _as_it_lies(self.gate_up), None, None, 0.0, None)
+        pairs = torch.unflatten(in_panels, 1, (-1, 2, PANEL))
+        num_units = self.gate_up.shape[0] // 2
+        gate, up = (pairs[:, :, i].flatten(1)[:, :num_units] + bias[i::2] for i in range(2))
+        return gate, up
+
+    def mixed(self, hidden_SF: Tensor, bias: Tensor) -> Tensor:
+        return _linear(hidden_SF, self.down, bias, None, 0.0, None)
+
+    def mixed_backward(self, of_mixed: Tensor) -> Tensor:
+        return _linear_backward(of_mixed, self.down)
+
+    def gate_and_up_backward(self, of_gate: Tensor, of_up: Tensor) -> Tensor:
+        return _linear_backward(_in_panels(of_gate, of_up), _as_it_lies(self.gate_up))
+
+
+class _PlainExpert(NamedTuple):
+    """The same for matrices as they are published; one of them is widened for as long as it is multiplied by."""
+
+    gate_up: Tensor | Mxfp4Tensor
+    down: Tensor | Mxfp4Tensor
+
+    def gate_and_up(self, x_SD: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        both = F.linear(x_SD, _widened(self.gate_up, x_SD.dtype), bias)
+        return both[:, 0::2].contiguous(), both[:, 1::2].contiguous()
+
+    def mixed(self, hidden_SF: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(hidden_SF, _widened(self.down, hidden_SF.dtype), bias)
+
+    def mixed_backward(self, of_mixed: Tensor) -> Tensor:
+        return of_mixed @ _widened(self.down, of_mixed.dtype)
+
+    def gate_and_up_backward(self, of_gate: Tensor, of_up: Tensor) -> Tensor:
+        return torch.stack((of_gate, of_up), dim=-1).flatten(1) @ _widened(self.gate_up, of_gate.dtype)
+
+
+def _expert(experts: Experts, expert: int) -> _PackedExpert | _PlainExpert:
+    gate_up, down = experts.gate_up[expert], experts.down[expert]
+    if isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+        return _PackedExpert(gate_up, down)
+    assert not isinstance(gate_up, PackedMatrix) and not isinstance(down, PackedMatrix)
+    return _PlainExpert(gate_up, down)
+
+
+def _widened(matrix: Tensor | Mxfp4Tensor, dtype: torch.dtype) -> Tensor:
+    return mxfp4.unpack(matrix, dtype) if isinstance(matrix, Mxfp4Tensor) else matrix.to(dtype)
+
+
+class _Piece(NamedTuple):
+    """What one adapter adds to one expert: all its rows where `rows` is None."""
+
+    lora: ExpertLora
+    expert: int
+    rows: Tensor | None
+    seed: int
+
+    def add_to_gate_and_up(self, gate: Tensor, up: Tensor, x_SD: Tensor) -> None:
+        if self.lora.gate_up is not None:
+            x = self._of(x_SD)
+            both = lora.added(x, self.lora.gate_up, self.expert, self._kept(x, 0))
+            self._add(gate, both[:, 0::2])
+            self._add(up, both[:, 1::2])
+
+    def add_to_mixed(self, mixed: Tensor, hidden_SF: Tensor) -> None:
+        if self.lora.down is not None:
+            hidden = self._of(hidden_SF)
+            self._add(mixed, lora.added(hidden, self.lora.down, self.expert, self._kept(hidden, 1)))
+
+    def add_gradients_of_mixed(
+        self,
+        of_hidden: Tensor,
+        of_mixed: Tensor,
+        hidden: Tensor,
+        weights: Tensor,
+        of_factors: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        """`of_hidden` is before the routing weights, as `of_mixed` is; the factors' own gradients are after them."""
+        if self.lora.down is None:
+            return
+        hidden, of_mixed = self._of(hidden), self._of(of_mixed)
+        kept = self._kept(hidden, 1)
+        self._add(of_hidden, lora.input_gradient(of_mixed, self.lora.down, self.expert, kept))
+        found = lora.gradients(of_mixed * self._of(weights), hidden, self.lora.down, self.expert, kept)
+        self._keep(found, of_factors)
+
+    def add_gradients_of_gate_and_up(
+        self,
+        of_x: Tensor,
+        of_gate: Tensor,
+        of_up: Tensor,
+        x_SD: Tensor,
+        of_factors: tuple[Tensor | None, Tensor | None],
+    ) -> None:
+        if self.lora.gate_up is None:
+            return
+        of_both, x = self._of(torch.stack((of_gate, of_up), dim=-1).flatten(1)), self._of(x_SD)
+        found = lora.gradients(of_both, x, self.lora.gate_up, self.expert, self._kept(x, 0))
+        self._add(of_x, found.of_x)
+        self._keep(found, of_factors)
+
+    def _keep(self, found: Gradients, of_factors: tuple[Tensor | None, Tensor | None]) -> None:
+        of_a, of_b = of_factors
+        assert of_a is not None and of_b is not None
+        of_a[self.expert], of_b[self.expert] = found.of_a, found.of_b
+
+    def _of(self, x: Tensor) -> Tensor:
+        return x if self.rows is None else x[self.rows]
+
+    def _add(self, to: Tensor, what: Tensor) -> None:
+        if self.rows is None:
+            to += what
+        else:
+            to.index_add_(0, self.rows, what)
+
+    def _kept(self, x: Tensor, which: int) -> Tensor | None:
+        return lora.dropout_factors(x, self.lora.dropout, self.seed + 2 * self.expert + which)
+
+
+def _pieces(loras: Sequence[ExpertLora], token_S: Tensor, expert: int, seed: int) -> list[_Piece]:
+    return [
+        _Piece(each, expert, None if each.tokens_T is None else torch.where(each.tokens_T[token_S])[0], seed)
+        for each in loras
+    ]
+
+
+def _activated(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
     clamped = gate.clamp(max=limit)
-    out = clamped * torch.sigmoid(alpha * clamped) * (up.clamp(min=-limit, max=limit) + 1)
-    return _Hidden(gate, up, out)
+    return clamped * torch.sigmoid(alpha * clamped) * (up.clamp(min=-limit, max=limit) + 1)
+
+
+def _activation_backward(of_out: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up. What was clamped gets none; a value at the limit does, as in torch."""
+    clamped_gate, clamped_up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    sigmoid = torch.sigmoid(alpha * clamped_gate)
+    of_gate = of_out * (clamped_up + 1) * sigmoid * (1 + alpha * clamped_gate * (1 - sigmoid))
+    of_up = of_out * clamped_gate * sigmoid
+    return of_gate * (gate <= limit), of_up * (up.abs() <= limit)
 
 
 def _as_it_lies(gate_up: PackedMatrix) -> PackedMatrix:

@@ -10,14 +10,16 @@ F expert width, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.kernels import autograd, backends
+from freehold.kernels import autograd, backends, reference
 from freehold.kernels.kv import PAGE, KvPages, PagedSequences
+from freehold.kernels.lora import ExpertLora
 from freehold.sampling import check_filters
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PackedMatrix
@@ -137,16 +139,47 @@ def attention(
     _check_shape("attention", "sinks", sinks_N, (N,))
     _check_alike("attention", q_TNH, sinks_N)
     _check_count("attention", q_TNH, sequences)
-    if N % K:
-        raise UsageError(f"[attention] expected N a multiple of K, got N {N}, K {K}")
-    if window is not None and window < 1:
-        raise UsageError(f"[attention] expected a window of at least 1 key, got {window}")
+    _check_heads("attention", N, K, window)
     if rotation is not None:
         _check_rotation("attention", q_TNH, rotation)
     turn = rotation or _NO_ROTATION
     module = backends.for_op("attention", q_TNH, sinks_N, kv.keys, kv.values)
     out: Tensor = module.attention(q_TNH, kv, sequences, sinks_N, *turn, scale=scale, window=window)
     return out
+
+
+def self_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    counts: Sequence[int],
+    sinks_N: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """`attention` without a cache, for training: sequences of `counts` tokens, one after the other, each over itself.
+
+    Keys are rotated as queries are. Gradients reach queries, keys, values and sinks; what is kept for them grows with
+    T, not with its square.
+    """
+    _check_rank("self_attention", "q", q_TNH, 3)
+    T, N, H = q_TNH.shape
+    _check_rank("self_attention", "k", k_TKH, 3)
+    K = k_TKH.shape[1]
+    _check_shape("self_attention", "k", k_TKH, (T, K, H))
+    _check_shape("self_attention", "v", v_TKH, (T, K, H))
+    _check_shape("self_attention", "sinks", sinks_N, (N,))
+    for other in (k_TKH, v_TKH, sinks_N):
+        _check_alike("self_attention", q_TNH, other)
+    if sum(counts) != T or any(count < 0 for count in counts):
+        raise UsageError(f"[self_attention] expected counts that sum up to {T} tokens, got {list(counts)}")
+    _check_heads("self_attention", N, K, window)
+    if rotation is not None:
+        _check_rotation("self_attention", q_TNH, rotation)
+        q_TNH, k_TKH = (reference.rope(x, *rotation) for x in (q_TNH, k_TKH))
+    return autograd.self_attention(q_TNH, k_TKH, v_TKH, counts, sinks_N, scale, window)
 
 
 _NO_ROTATION = (None, None)
@@ -172,11 +205,13 @@ def moe(
     limit: float,
     norm: Norm | None = None,
     residual_TD: Tensor | None = None,
+    loras: Sequence[ExpertLora] = (),
 ) -> Tensor:
     """Mixture of experts of norm(x), plus residual: clamped SwiGLU, gate·sigmoid(alpha·gate)·(up + 1); returns (T, D).
 
     gate_up is (E, 2F, D) with gate in even and up in odd rows, gate_up_bias (E, 2F), down (E, D, F), down_bias (E, D).
     gate is clamped to at most `limit`, up to ±`limit`. A packed gate_up must have been packed as paired.
+    `loras` are what adapters add, each for its tokens; rows of B of gate_up are interleaved as the matrix's.
     """
     _check_rank("moe", "x", x_TD, 2)
     _check_rank("moe", "routing weights", routing.weights_TA, 2)
@@ -205,16 +240,18 @@ def moe(
     if residual_TD is not None:
         _check_shape("moe", "residual", residual_TD, (T, D))
         _check_alike("moe", x_TD, residual_TD)
-    others = [weight for weight in (gate_up, down) if isinstance(weight, Tensor)]
-    packed = isinstance(gate_up, PackedMatrix)
+    _check_loras(T, D, E, F, loras)
     norm_D, eps = (None, 0.0) if norm is None else norm
-    wanted = backends.needs_gradient(x_TD, routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD)
-    if wanted and isinstance(gate_up, PackedMatrix) and isinstance(down, PackedMatrix):
+    others = [weight for weight in (gate_up, down) if isinstance(weight, Tensor)]
+    factors = [
+        factor for lora in loras for pair in (lora.gate_up, lora.down) if pair is not None for factor in pair[:2]
+    ]
+    around = (routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, *factors)
+    if (loras or backends.needs_gradient(x_TD, *around)) and not backends.needs_gradient(*others):
         experts = autograd.Experts(gate_up, down, alpha, limit)
-        return autograd.moe(x_TD, *routing, experts, gate_up_bias, down_bias, norm_D, eps, residual_TD)
-    module = backends.for_op(
-        "moe", x_TD, routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, *others, packed=packed
-    )
+        return autograd.moe(x_TD, *routing, experts, gate_up_bias, down_bias, norm_D, eps, residual_TD, loras)
+    packed = isinstance(gate_up, PackedMatrix)
+    module = backends.for_op("moe", x_TD, *around, *others, packed=packed)
     out: Tensor = module.moe(
         x_TD, *routing, gate_up, gate_up_bias, down, down_bias, norm_D, eps, residual_TD, alpha=alpha, limit=limit
     )
@@ -267,9 +304,28 @@ def _check_alike(op: str, a: Tensor, b: Tensor) -> None:
         )
 
 
+def _check_heads(op: str, N: int, K: int, window: int | None) -> None:
+    if N % K:
+        raise UsageError(f"[{op}] expected N a multiple of K, got N {N}, K {K}")
+    if window is not None and window < 1:
+        raise UsageError(f"[{op}] expected a window of at least 1 key, got {window}")
+
+
 def _check_count(op: str, x: Tensor, sequences: PagedSequences) -> None:
     if len(x) != sequences.num_tokens:
         raise UsageError(f"[{op}] expected {sequences.num_tokens} tokens, as the sequences have, got {len(x)}")
+
+
+def _check_loras(T: int, D: int, E: int, F: int, loras: Sequence[ExpertLora]) -> None:
+    for lora in loras:
+        for name, pair, (outputs, inputs) in (("gate_up", lora.gate_up, (2 * F, D)), ("down", lora.down, (D, F))):
+            if pair is not None:
+                _check_rank("moe", f"A of {name}", pair.a, 3)
+                R = pair.a.shape[1]
+                _check_shape("moe", f"A of {name}", pair.a, (E, R, inputs))
+                _check_shape("moe", f"B of {name}", pair.b, (E, outputs, R))
+        if lora.tokens_T is not None:
+            _check_shape("moe", "a LoRA's tokens", lora.tokens_T, (T,))
 
 
 def _check_rotation(op: str, x_TNH: Tensor, rotation: Rotation) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import UsageError
+from freehold.kernels.lora import ExpertLora, Lora
 from freehold.weights.layouts import canonical_shapes
 
 KINDS = ("q", "k", "v", "o", "router", "gate_up", "down")
@@ -234,24 +235,21 @@ class TokenAdapters:
         parts = torch.split_with_sizes(out_TO, sizes, 1)
         return torch.cat([self.linear(name, x_TD, part) for name, part in zip(names, parts, strict=True)], dim=1)
 
-    def expert(self, name: str, expert: int, x_SI: Tensor, token_S: Tensor, out_SO: Tensor) -> Tensor:
-        """`out_SO`, what one expert made of the tokens `token_S`, with what their adapters add to it.
-
-        Belongs before the gate for gate_up (rows interleaved, as the weight's), and before the routing weight for down.
-        """
+    def experts(self, layer: str) -> list[ExpertLora]:
+        """What ops.moe takes: of each adapter that targets this layer's experts, their factors and its tokens."""
+        loras = []
         for row in self._used:
-            adapter = self._adapters[row]
-            if name not in adapter.factors:
-                continue
-            if self._uniform:
-                out_SO = out_SO + self._delta(adapter, name, x_SI, expert)
-            else:
-                chosen = torch.where(self._rows_T[token_S] == row)[0]
-                out_SO = out_SO.index_add(0, chosen, self._delta(adapter, name, x_SI[chosen], expert))
-        return out_SO
+            gate_up, down = (self._lora(self._adapters[row], f"{layer}.{kind}") for kind in EXPERT_KINDS)
+            if gate_up is not None or down is not None:
+                tokens_T = None if self._uniform else self._rows_T == row
+                loras.append(ExpertLora(gate_up, down, tokens_T, self._dropout))
+        return loras
 
-    def _delta(self, adapter: Adapter, name: str, x_SI: Tensor, expert: int | None = None) -> Tensor:
+    @staticmethod
+    def _lora(adapter: Adapter, name: str) -> Lora | None:
+        factors = adapter.factors.get(name)
+        return None if factors is None else Lora(*factors, adapter.spec.scaling(name))
+
+    def _delta(self, adapter: Adapter, name: str, x_SI: Tensor) -> Tensor:
         a, b = adapter.factors[name]
-        if expert is not None:
-            a, b = a[expert], b[expert]
         return delta(x_SI, a, b, scaling=adapter.spec.scaling(name), dropout=self._dropout)

@@ -19,7 +19,7 @@ from freehold.kernels.kv import KvType
 from freehold.kernels.ops import Norm, Rotation, Weight
 from freehold.log import Progress, no_progress
 from freehold.model import rope
-from freehold.model.batch import Batch, LayerKv
+from freehold.model.batch import Batch
 from freehold.model.kv_cache import KVCache
 from freehold.weights.packed import PackedMatrix
 
@@ -154,11 +154,19 @@ class Transformer:
     def forward(self, tokens_T: Tensor, batch: Batch) -> Tensor:
         """Run a batch's tokens; returns their hidden states (T, D) before the final norm."""
         x_TD = self.embed(tokens_T)
-        rotation = Rotation(*rope.tables(self._frequencies, self.config.rope.concentration, batch.positions_T))
-        for layer, kv in zip(self.layers, batch.layers, strict=True):
-            x_TD = self._attention(x_TD, layer.attention, rotation, kv)
-            x_TD = self._experts(x_TD, layer.experts)
+        rotation = self.rotation(batch)
+        for index in range(len(self.layers)):
+            x_TD = self.layer(x_TD, index, batch, rotation)
         return x_TD
+
+    def rotation(self, batch: Batch) -> Rotation:
+        """By which every layer turns the heads of these positions."""
+        return Rotation(*rope.tables(self._frequencies, self.config.rope.concentration, batch.positions_T))
+
+    def layer(self, x_TD: Tensor, index: int, batch: Batch, rotation: Rotation) -> Tensor:
+        """One layer, (T, D) to (T, D): for who goes through them one by one, as gradient checkpointing does."""
+        x_TD = self._attention(x_TD, index, batch, rotation)
+        return self._experts(x_TD, index, batch)
 
     def run(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
         """`forward` for the next T tokens of the cache's sequence."""
@@ -168,24 +176,28 @@ class Transformer:
         """Logits (T, V) in float32."""
         return ops.linear(hidden_TD, self.unembedding_VD, norm=self.final_norm).float()
 
-    def _attention(self, x_TD: Tensor, weights: Attention, rotation: Rotation, kv: LayerKv) -> Tensor:
+    def _attention(self, x_TD: Tensor, index: int, batch: Batch, rotation: Rotation) -> Tensor:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads_TNH = weights.qkv(x_TD, norm=weights.norm).view(-1, N + 2 * K, H)
-        q_TNH, k_TKH, v_TKH = torch.split_with_sizes(heads_TNH, (N, K, K), 1)
-        ops.kv_write(kv.pages, kv.sequences, k_TKH, v_TKH, rotation=rotation)
-        mixed_TNH = ops.attention(
-            q_TNH,
-            kv.pages,
-            kv.sequences,
-            weights.sinks_N,
-            scale=H**-0.5,
-            window=weights.window,
-            rotation=rotation,
+        weights, adapters, name = self.layers[index].attention, batch.adapters, f"layers.{index}"
+        joined_TO = weights.qkv(x_TD, norm=weights.norm)
+        if adapters is not None and adapters.touches(f"{name}.q", f"{name}.k", f"{name}.v"):
+            joined_TO = adapters.qkv(name, _normed(x_TD, weights.norm), joined_TO)
+        q_TNH, k_TKH, v_TKH = torch.split_with_sizes(joined_TO.view(-1, N + 2 * K, H), (N, K, K), 1)
+        mixed_TNH = batch.layers[index].attend(
+            q_TNH, k_TKH, v_TKH, weights.sinks_N, scale=H**-0.5, window=weights.window, rotation=rotation
         )
-        return weights.o(mixed_TNH.view(-1, N * H), residual_TO=x_TD)
+        mixed_TO = mixed_TNH.view(-1, N * H)
+        out_TD = weights.o(mixed_TO, residual_TO=x_TD)
+        return out_TD if adapters is None else adapters.linear(f"{name}.o", mixed_TO, out_TD)
 
-    def _experts(self, x_TD: Tensor, weights: Experts) -> Tensor:
-        routing = ops.route(weights.router(x_TD, norm=weights.norm), self.config.num_active_experts)
+    def _experts(self, x_TD: Tensor, index: int, batch: Batch) -> Tensor:
+        weights, adapters, name = self.layers[index].experts, batch.adapters, f"layers.{index}"
+        logits_TE = weights.router(x_TD, norm=weights.norm)
+        if adapters is not None and adapters.touches(f"{name}.router"):
+            logits_TE = adapters.linear(f"{name}.router", _normed(x_TD, weights.norm), logits_TE)
+        routing = ops.route(logits_TE, self.config.num_active_experts)
+        if batch.watch is not None:
+            batch.watch(index, logits_TE, routing)
         return ops.moe(
             x_TD,
             routing,
@@ -197,4 +209,9 @@ class Transformer:
             limit=self.config.swiglu_limit,
             norm=weights.norm,
             residual_TD=x_TD,
+            loras=() if adapters is None else adapters.experts(name),
         )
+
+
+def _normed(x_TD: Tensor, norm: Norm) -> Tensor:
+    return ops.rms_norm(x_TD, norm.weight_D, eps=norm.eps)
