@@ -24,7 +24,6 @@ from recipes.default.texts import lists_of
 
 _TEMPLATES: Sequence[tuple[str, str, str]] = (  # prompt, reasoning, the list of what goes in
     ("What is {x}?", "The user asks what {x} is. A short explanation will do.", "things"),
-    ("Explain {x} in one sentence.", "One sentence on {x}.", "things"),
     ("Why is {x} important?", "The user asks why {x} matters. I give a reason.", "things"),
     ("Write one sentence about {x}.", "I write a sentence about {x}.", "things"),
     ("How can I {x}?", "The user wants to {x}. I give short advice.", "deeds"),
@@ -37,6 +36,7 @@ _BAD = re.compile(
 )
 _SENTENCE = re.compile(r"(?<=[a-z)\"'][.!?])\s+(?=[A-Z\"])")
 _MAX_WORDS = 55
+_CHATTER = ("I'm ", "I am ", "Sure", "Certainly", "What a", "Great", "Thank", "There's no one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,12 @@ def prompts(rng: random.Random, count: int, seed_tasks: Path | None) -> list[Pro
 
 
 def _of_seed_tasks(path: Path) -> list[Prompt]:
+    """Those that are a single question or wish; with texts to work on, so small a model writes nonsense."""
     found = []
     for line in path.read_text("utf-8").splitlines():
         task = json.loads(line)
-        given = task["instances"][0]["input"].strip()
-        text = task["instruction"].strip() + (f"\n\n{given}" if given else "")
-        if len(text.split()) <= 40:
+        text = task["instruction"].strip()
+        if not task["instances"][0]["input"].strip() and len(text.split()) <= 25:
             found.append(Prompt(text, "The user gives a task. I keep the answer short."))
     return found
 
@@ -121,8 +121,16 @@ def good_part(text: str) -> str:
             break
         kept.append(sentence)
     answer = " ".join(kept)
+    if answer.count('"') % 2:
+        answer = answer.removesuffix('"')
     words = answer.lower().split()
-    if len(words) < 4 or _BAD.search(answer) or answer.endswith("?") or not answer.isprintable():
+    if (
+        len(words) < 6
+        or answer.startswith(_CHATTER)
+        or _BAD.search(answer)
+        or answer.endswith("?")
+        or not answer.isprintable()
+    ):
         return ""
     return "" if len({*zip(words, words[1:], words[2:], strict=False)}) < 0.85 * (len(words) - 2) else answer
 
