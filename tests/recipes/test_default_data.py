@@ -187,7 +187,7 @@ def test_word_problems_are_those_whose_last_step_is_the_answer(tmp_path: Path) -
             "Honey is made by bees. It is sweet and keeps for years.",
             "Honey is made by bees. It is sweet and keeps for years.",
         ),
-        ("Honey is made by bees. It is sweet and", "Honey is made by bees."),
+        ("Honey is made by many bees. It is sweet and", "Honey is made by many bees."),
         ("As an AI language model, I have no favourite.", ""),
         ("It is it is it is it is it is it is it is it is it is.", ""),
         ("Here are three tips:\n1. Sleep.", ""),
