@@ -8,7 +8,7 @@ OUT/whole is a run that nobody disturbed. In OUT/0, OUT/1, … each is killed on
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -101,11 +101,11 @@ OPTIONS = LoopOptions(epochs=4, batch_size=2, learning_rate=0.1, eval_steps=3, s
 """Twelve steps."""
 
 
-def run(folder: Path, *, report: Callable[[Mapping[str, Any]], None] = lambda line: None, **changes: Any) -> Fitting:
+def run(folder: Path, **changes: Any) -> Fitting:
     """To the end, from wherever the folder is."""
     fitting = Fitting(**changes)
     folder.mkdir(exist_ok=True)
-    loop = Loop(fitting, OPTIONS, folder, report=report)
+    loop = Loop(fitting, OPTIONS, folder, report=lambda line: fitting.moment("line"))
     loop.resume()
     loop.run(lambda outcome: fitting.save(folder))
     return fitting
@@ -131,7 +131,7 @@ def _killed_runs(out: Path) -> None:
         folder = out / str(number)
         if not (child := os.fork()):
             moment = _die_at(name, count)
-            run(folder, report=lambda line, moment=moment: moment("line"), moment=moment)
+            run(folder, moment=moment)
             os._exit(0)
         if os.waitpid(child, 0)[1] != signal.SIGKILL:
             sys.exit(f"not killed at {name} {count}")
