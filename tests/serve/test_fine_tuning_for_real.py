@@ -64,7 +64,7 @@ def ended(client: OpenAI, job_id: str) -> FineTuningJob:
 
 def last_step(client: OpenAI, job_id: str) -> int:
     metrics = [event for event in client.fine_tuning.jobs.list_events(job_id, limit=20).data if event.type == "metrics"]
-    return int(metrics[0].to_dict()["data"]["step"]) if metrics else 0  # type: ignore[index,call-overload]
+    return int(metrics[0].to_dict()["data"]["step"]) if metrics else 0  # type: ignore[index]
 
 
 def is_alive(pid: int) -> bool:
