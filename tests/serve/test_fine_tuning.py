@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def test_a_job_runs_to_its_model_and_tells_all_of_it(tmp_path: Path) -> None:
         ]
         told = events[3].to_dict()
         assert told["type"] == "metrics"
-        assert told["data"] == {"step": 2, "total_steps": 2, "train_loss": 1.0, "valid_loss": 1.5}
+        assert told["data"] == {
+            "step": 2, "total_steps": 2, "train_loss": 1.0, "valid_loss": 1.5, "tokens": 200,
+        }  # fmt: skip
 
         checkpoints = [checkpoint async for checkpoint in jobs.checkpoints.list(made.id, limit=1)]
         for checkpoint in checkpoints:
@@ -325,6 +328,22 @@ def test_what_training_cannot_do_is_refused_when_a_job_is_made(tmp_path: Path) -
         assert len((await server.sdk.fine_tuning.jobs.list()).data) == 1
 
     with_server(tmp_path, use)
+
+
+def test_methods_that_training_does_not_have_and_more_models_than_are_kept_are_refused(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        assert server.tuning.trainer is not None
+        server.tuning.trainer = replace(server.tuning.trainer, methods=("supervised",))
+        with pytest.raises(BadRequestError, match="is not supported: training here is supervised"):
+            await jobs.create(model="default", training_file=training, method={"type": "dpo"})
+        name = (await server.ended((await jobs.create(model="default", training_file=training)).id))["fine_tuned_model"]
+        with pytest.raises(BadRequestError, match="1 fine-tuned models of yours are kept"):
+            await jobs.create(model="default", training_file=training)
+        await server.sdk.models.delete(name)
+        await jobs.create(model="default", training_file=training)
+
+    with_server(tmp_path, use, models=1)
 
 
 def test_without_a_model_no_job_is_taken(tmp_path: Path) -> None:

@@ -244,7 +244,11 @@ def command(
             options.append("--harmony" if harmony else "--no-harmony")
         loop = LoopOptions()
         trainer = Trainer(
-            model=model, learning_rate=loop.learning_rate, max_length=loop.max_length, options=tuple(options)
+            model=model,
+            learning_rate=loop.learning_rate,
+            max_length=loop.max_length,
+            options=tuple(options),
+            methods=("supervised",),
         )
 
     start_logging(as_json=log_json)

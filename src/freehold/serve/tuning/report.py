@@ -13,15 +13,9 @@ from typing import Any
 
 _MOST_LINE_BYTES = 1 << 16
 _READ_BYTES = 1 << 20
-_FIGURES = {
-    "loss": "train_loss",
-    "validation_loss": "valid_loss",
-    "learning_rate": "learning_rate",
-    "gradient_norm": "gradient_norm",
-    "tokens_per_second": "tokens_per_second",
-    "epoch": "epoch",
-}
-"""As OpenAI's events name them, where they do."""
+_NAMES = {"loss": "train_loss", "validation_loss": "valid_loss", "steps": "total_steps"}
+"""As OpenAI's events have them; what they do not know keeps its name."""
+_MOST_FIGURES = 32
 
 
 class Lines:
@@ -169,8 +163,8 @@ def _step_event(line: Mapping[str, Any], step: int, standing: Standing, time: fl
     loss, validation_loss = _losses(line)
     said = [f"{kind} loss={value:.4f}" for kind, value in (("training", loss), ("validation", validation_loss))
             if value is not None]  # fmt: skip
-    figures = {name: value for key, name in _FIGURES.items() if (value := _number(line.get(key))) is not None}
-    data = {"step": step, "total_steps": standing.steps, **figures}
+    figures = {key: value for key, value in line.items() if key != "time" and _number(value) is not None}
+    data = {_NAMES.get(key, key): value for key, value in list(figures.items())[:_MOST_FIGURES]}
     total = "" if standing.steps is None else f"/{standing.steps}"
     message = f"Step {step}{total}" + (f": {', '.join(said)}" if said else "")
     return event(message, time, data=data) | {"type": "metrics"}

@@ -42,10 +42,11 @@ _RETRY_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningLimits:
-    """Bytes of all of a key's files together; jobs of a key that wait or run."""
+    """Bytes of all of a key's files together; jobs of a key that wait or run; models of a key, without checkpoints."""
 
     file_bytes: int = 8 << 30
     unfinished_jobs: int = 16
+    models: int = 100
 
 
 class Tuning:
@@ -70,6 +71,7 @@ class Tuning:
         self._store = store
         self._poll_seconds, self._stop_seconds, self._retry_seconds = poll_seconds, stop_seconds, retry_seconds
         self._changed = asyncio.Event()
+        self._choosing = asyncio.Lock()
         self._current: _Current | None = None
         self._stopping = False
 
@@ -86,18 +88,20 @@ class Tuning:
 
     async def cancel(self, job_id: str, owner: str) -> JobRecord:
         """End a job, wherever it is. Raises NotFoundError, and UsageError for one that has ended already."""
+        async with self._choosing:
+            record = await self.threads.run(self._store.job, job_id, owner, self.place)
+            current = self._current
+            if current is None or not current.is_of(record):
+                told = [event("The job was cancelled", time.time())]
+                return await self.threads.run(partial(self._store.update_job, record, _cancelled, events=told))
+        current.cancelled = True
+        if current.run is not None:
+            await current.run.kill()
+        await current.over.wait()
         record = await self.threads.run(self._store.job, job_id, owner, self.place)
-        current = self._current
-        if current is not None and current.is_of(record):
-            current.cancelled = True
-            if current.run is not None:
-                await current.run.kill()
-            await current.over.wait()
-            return await self.threads.run(self._store.job, job_id, owner, self.place)
-        change = partial(
-            self._store.update_job, record, _cancelled, events=[event("The job was cancelled", time.time())]
-        )
-        return await self.threads.run(change)
+        if record.status != "cancelled":  # it ended by itself meanwhile
+            _cancelled(record)
+        return record
 
     async def delete_model(self, record: ModelRecord) -> None:
         """Its files, and itself. Its checkpoints are models of their own."""
@@ -119,9 +123,11 @@ class Tuning:
         while not self._stopping:
             self._changed.clear()
             try:
-                record = await self.threads.run(self._store.next_job, self.place)
-                if record is not None:
-                    await self._do(record, self.trainer)
+                async with self._choosing:  # from here on it is not cancelled behind our back
+                    record = await self.threads.run(self._store.next_job, self.place)
+                    self._current = None if record is None else _Current(record)
+                if self._current is not None:
+                    await self._do(self._current, self.trainer)
                     continue
             except FreeholdError as error:  # of the store: the job stays where it was
                 logger.warning("the queue of fine-tuning jobs cannot go on: %s", error)
@@ -160,8 +166,8 @@ class Tuning:
 
     # --- one job ----------------------------------------------------------------------------------------------------
 
-    async def _do(self, record: JobRecord, trainer: Trainer) -> None:
-        current = self._current = _Current(record)
+    async def _do(self, current: "_Current", trainer: Trainer) -> None:
+        record = current.record
         try:
             await self._train(current, trainer)
         except FreeholdError as error:
