@@ -95,20 +95,27 @@ def load(
     )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
-    table: Mapping[str, Weight]
+    known = Adapters(packed=policy.native)
     with _out_of_memory():
-        known = Adapters(packed=policy.native)
         for name, path in folders.items():  # before the weights, which take longer
             known.add(name, _read_adapter(path, config, policy))
+    transformer = load_transformer(folder, policy, progress=progress)
+    return Model(transformer, folder, policy, plan, prefix_files, known)
+
+
+def load_transformer(folder: ModelFolder, policy: Policy, *, progress: Progress = no_progress) -> Transformer:
+    """The model alone, for who has planned its memory. Raises OutOfMemoryError where that runs out all the same."""
+    checkpoint = folder.checkpoint
+    table: Mapping[str, Weight]
+    with _out_of_memory():
         if policy.dense is None:
             table = checkpoint.table()
         else:
             use_threads(policy.threads)
             table = load_packed(checkpoint, policy.dense, progress=progress)
-        transformer = Transformer(
-            config, table, dtype=policy.dtype, device=policy.device, kv_type=policy.kv, progress=progress
+        return Transformer(
+            checkpoint.config, table, dtype=policy.dtype, device=policy.device, kv_type=policy.kv, progress=progress
         )
-    return Model(transformer, folder, policy, plan, prefix_files, known)
 
 
 def _dtype_of_adapters(policy: Policy) -> torch.dtype:
