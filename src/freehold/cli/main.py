@@ -21,6 +21,7 @@ from freehold.cli import (
     inspect,
     keys,
     mcp,
+    merge,
     pack,
     receipt,
     replay,
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and so answers twice as fast
     context_settings=HELP_OPTIONS,
 )
-for module in (chat, replay, serve, mcp, generate, inspect, bench, receipt, convert, synth, pack, doctor):
+for module in (chat, replay, serve, mcp, generate, inspect, bench, receipt, convert, merge, synth, pack, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)
