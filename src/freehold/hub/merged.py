@@ -109,8 +109,9 @@ class RandomlyRounded(MergedSource):
     def experts(self, name: str) -> Iterator[Mxfp4Tensor | Tensor]:
         for expert in range(self._table[name].shape[0]):
             base, matrix = self._table[name][expert], self.expert(name, expert)
-            on_grid = isinstance(base, Mxfp4Tensor) and isinstance(matrix, Tensor)
-            yield self._rounded(base, matrix, f"{name}.{expert}") if on_grid else matrix
+            if isinstance(base, Mxfp4Tensor) and isinstance(matrix, Tensor):
+                matrix = self._rounded(base, matrix, f"{name}.{expert}")
+            yield matrix
 
     def _rounded(self, base: Mxfp4Tensor, matrix: Tensor, what: str) -> Mxfp4Tensor:
         try:
