@@ -179,10 +179,10 @@ void Engine::linear(const Matrix& w, const LinearArgs& args) {
 
 namespace {
 
-constexpr size_t kStrip = 64;         // columns that a thread takes at once: whole blocks
-constexpr size_t kDepthPanels = 8;    // whose rows are widened at once; with the strip's columns, 32 KiB
-constexpr size_t kTurnTokens = 512;   // these two bound the workspace: so many gradients,
-constexpr size_t kTurnPanels = 512;   // of so many panels' rows, are turned at once
+constexpr size_t kStrip = 64;        // columns that a thread takes at once: whole blocks
+constexpr size_t kDepthPanels = 8;   // whose rows are widened at once; with the strip's columns, 32 KiB
+constexpr size_t kTurnTokens = 512;  // these two bound the workspace: so many gradients,
+constexpr size_t kTurnPanels = 512;  // of so many panels' rows, are turned at once
 
 }  // namespace
 
@@ -210,7 +210,8 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
     for (size_t first_token = 0; first_token < args.T; first_token += kTurnTokens) {
         const size_t tokens = std::min(kTurnTokens, args.T - first_token), groups = ceil_div(tokens, kPanel);
         for (size_t first_panel = 0; first_panel < w.panels; first_panel += kTurnPanels) {
-            const size_t panels = std::min(kTurnPanels, w.panels - first_panel), group_floats = panels * kPanel * kPanel;
+            const size_t panels = std::min(kTurnPanels, w.panels - first_panel),
+                         group_floats = panels * kPanel * kPanel;
             pool_.split(panels, 8, [&](size_t first, size_t last, unsigned) {
                 for (size_t g = 0; g < groups; ++g)
                     for (size_t t = 0; t < kPanel; ++t) {

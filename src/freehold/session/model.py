@@ -95,8 +95,8 @@ def load(
     )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
+    known = Adapters(packed=policy.native)
     with _out_of_memory():
-        known = Adapters(packed=policy.native)
         for name, path in folders.items():  # before the weights, which take longer
             known.add(name, _read_adapter(path, config, policy))
     transformer = load_transformer(folder, policy, progress=progress)
