@@ -15,6 +15,7 @@ from openai import BadRequestError, NotFoundError
 from openai.types import FileDeleted, FileObject
 
 from freehold.serve.tuning.workshop import Workshop
+from tests.serve.fortress import Fortress
 from tests.serve.sdk import check
 from tests.serve.tuned import LINES, Tuned, run
 
@@ -282,6 +283,21 @@ def test_a_folder_is_one_servers_at_a_time_and_is_known_again(tmp_path: Path) ->
         assert workshop.place == place
     with Workshop.open(tmp_path / "another") as another:
         assert another.place != place
+
+
+def test_no_web_page_and_nobody_without_a_key_uploads_anything(tmp_path: Path) -> None:
+    with Fortress(tmp_path, {"match": "", "answer": "ok"}) as fortress:
+        body = form(FILE, PURPOSE)
+        # A page can have a browser send forms without asking first.
+        evil = fortress.ask("/v1/files", body, headers={**BOUNDARY, "origin": "https://evil.example"})
+        stranger = fortress.ask("/v1/files", body, headers=BOUNDARY, key="fh-nobody")
+        assert (evil.status, stranger.status) == (403, 401)
+        assert [*(fortress.workshop.root / "files").iterdir()] == []
+        made = fortress.ask("/v1/files", body, headers=BOUNDARY)
+        assert made.status == 200
+        path = f"/v1/files/{made.json['id']}"
+        assert fortress.ask(path, method="GET", key=fortress.bob).status == 404
+        assert fortress.ask(f"{path}/content", method="GET").body == LINES
 
 
 def test_a_server_without_tuning_says_so(tmp_path: Path) -> None:

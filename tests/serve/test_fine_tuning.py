@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -459,10 +460,13 @@ def test_a_training_that_outlived_its_server_is_ended_before_another_begins(tmp_
     lock = tmp_path / "tuning" / "jobs" / job_id / "child.lock"
 
     async def go_on() -> None:
+        holds = (
+            "import fcntl, os, sys, time; lock = open(sys.argv[1], 'r+'); fcntl.flock(lock, fcntl.LOCK_EX);"
+            "print(os.getpid(), file=lock, flush=True); print(flush=True); time.sleep(600)"
+        )
         left = await asyncio.create_subprocess_exec(
-            "flock", str(lock), "sh", "-c", 'echo $PPID > "$0"; echo; exec sleep 600', str(lock),
-            stdout=asyncio.subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            sys.executable, "-c", holds, str(lock), stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
         assert left.stdout is not None
         await left.stdout.readline()
         async with Tuned(tmp_path, (STARTED, *DONE)) as server:
