@@ -96,7 +96,9 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         if not self.targets:
-            raise UsageError(f"there is nothing to train; name one or more --target, such as {','.join(DEFAULT_TARGETS)}")
+            raise UsageError(
+                f"there is nothing to train; name one or more --target, such as {','.join(DEFAULT_TARGETS)}"
+            )
         kinds = [target.kind for target in self.targets]
         if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
             raise UsageError(f"--target {twice!r} is given twice; name it once")
@@ -105,6 +107,19 @@ class LoraOptions:
             _check_number(f"alpha of {kind}", alpha, above=0)
         _check_number("dropout", self.dropout, below=1)
         _check_number("balance", self.balance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoOptions:
+    """How preferences are learnt: `beta` is how dear it is to leave the model as it was, `label_smoothing` the share of
+    pairs that are taken to be the wrong way round."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_number("beta", self.beta, above=0)
+        _check_number("label_smoothing", self.label_smoothing, below=0.5)
 
 
 def lora_targets(
