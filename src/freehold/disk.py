@@ -35,7 +35,7 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(destination, needed_bytes)
+        check_space(destination, needed_bytes)
         remove_abandoned(destination)
         partial.mkdir()
         with _locked(partial):
@@ -61,7 +61,7 @@ def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) 
         if not replace:
             _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(destination, needed_bytes)
+        check_space(destination, needed_bytes)
         remove_abandoned(destination)
         with partial.open("wb") as file, _locked(partial):
             yield file
@@ -81,7 +81,8 @@ def _refuse_existing(destination: Path) -> None:
         raise UsageError(f"{destination} exists already; give a new name or remove it first")
 
 
-def _check_space(destination: Path, needed_bytes: int) -> None:
+def check_space(destination: Path, needed_bytes: int) -> None:
+    """Raises DiskSpaceError if fewer bytes are free where `destination` is to be written."""
     free = shutil.disk_usage(destination.parent).free
     if needed_bytes > free:
         raise DiskSpaceError(

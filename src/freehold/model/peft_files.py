@@ -99,14 +99,19 @@ def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None =
     write_text(folder / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
 
 
+def check_storable(config: ModelConfig, spec: AdapterSpec) -> None:
+    """Raises UnsupportedError for an adapter that PEFT cannot hold: better before it is trained."""
+    if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in spec.targets):
+        raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
+
+
 def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
     return TensorToWrite(name, tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
 
 
 def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
     config, targets = adapter.config, adapter.spec.targets
-    if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in targets):
-        raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
+    check_storable(config, adapter.spec)
     # PEFT has one rank and one alpha, and exceptions by name. It honours exceptions for parameters too, and warns that
     # it did not: so the rule is what is commonest among parameters, where there are any.
     ruling = [target for name, target in targets.items() if name.endswith(tuple(_PARAMETERS))] or [*targets.values()]

@@ -18,7 +18,7 @@ license: # say under which licence you pass this on; it depends on the base mode
 
 def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, result_step: int) -> str:
     """`run` is what run.json says."""
-    data, lora, loop = run["data"], run["lora"], run["loop"]
+    data, lora, loop = run["data"], run["request"]["lora"], run["request"]["loop"]
     files = "\n".join(f"| `{file['name']}` | {file['bytes']:,} | `{file['sha256']}` |" for file in data["files"])
     targets = "\n".join(f"| {kind} | {rank} | {alpha:g} |" for kind, rank, alpha in lora["targets"])
     options = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in loop.items() if value is not None)
@@ -37,7 +37,7 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         "## Training\n\n| target | rank | alpha |\n|---|---|---|\n"
         + targets
         + f"\n\nrsLoRA: {'yes' if lora['rslora'] else 'no'}; dropout {lora['dropout']:g}; balance {lora['balance']:g}; "
-        + f"{run['how']['describe']}\n\n"
+        + f"{run['how']}\n\n"
         + options
         + "\n\n## Result\n\n"
         + _result(state, result_step)

@@ -40,23 +40,32 @@ def draw(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     lower.plot([line["step"] for line in steps], [line["gradient_norm"] for line in steps], color="tab:green")
     lower.set(ylabel="gradient norm", xlabel="step")
     rates = lower.twinx()
-    rates.plot([line["step"] for line in steps], [line["learning_rate"] for line in steps], color="gray", linestyle="--")
+    rates.plot(
+        [line["step"] for line in steps], [line["learning_rate"] for line in steps], color="gray", linestyle="--"
+    )
     rates.set(ylabel="learning rate")
     with new_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-def tensorboard(folder: Path, *, after_step: int) -> Report:
-    """Writes every number of metrics.jsonl for TensorBoard. Raises BackendError where it is not installed."""
+def check_tensorboard() -> None:
+    """Raises BackendError where it is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise BackendError(
             "--tensorboard needs the package tensorboard, which is not installed; run pip install 'freehold[tune]'"
         )
+
+
+def tensorboard(folder: Path) -> Report:
+    """Writes every number of metrics.jsonl for TensorBoard. What a killed run said beyond its checkpoint is purged."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=after_step + 1)
+    writer: Any = None
 
     def report(line: Mapping[str, Any]) -> None:
+        nonlocal writer
+        if writer is None:  # the first line says where the run begins
+            writer = SummaryWriter(str(folder), purge_step=line["step"] + 1)
         for name, value in line.items():
             if name not in _NO_SCALARS and isinstance(value, float):
                 writer.add_scalar(name, value, line["step"], walltime=line["time"])

@@ -205,7 +205,7 @@ class Loop(Generic[Row]):
                 shared = loss.total / num_targets
                 if loss.penalty is not None:
                     shared = shared + loss.penalty * (size.num_targets / num_targets)
-                shared.backward()  # type: ignore[no-untyped-call]
+                shared.backward()
             total += float(loss.total.detach())
             if not math.isfinite(total):
                 raise TrainingError(f"the loss of step {number} is {total}")

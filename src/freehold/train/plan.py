@@ -78,7 +78,13 @@ def plan_lora(
     factors = sum(per_target.values())
     # An expert op's gradients are put together before they are added to those of the rows before.
     of_layer = max(
-        (sum(of for name, of in per_target.items() if name.startswith(f"layers.{layer}.") and name.endswith(EXPERT_KINDS)))
+        (
+            sum(
+                of
+                for name, of in per_target.items()
+                if name.startswith(f"layers.{layer}.") and name.endswith(EXPERT_KINDS)
+            )
+        )
         for layer in range(config.num_layers)
     )
     width = policy.dtype.itemsize
@@ -143,7 +149,9 @@ def _expert_scratch(config: ModelConfig, row: RowShape, width: int) -> int:
 
 def _attention_scratch(config: ModelConfig, row: RowShape) -> int:
     queries = min(_QUERIES_AT_ONCE, row.example)
-    return _SCORES * 4 * config.num_heads * queries * row.example + 4 * row.tokens * config.num_heads * config.head_dim * 4
+    return (
+        _SCORES * 4 * config.num_heads * queries * row.example + 4 * row.tokens * config.num_heads * config.head_dim * 4
+    )
 
 
 def _remedy(plan: TrainingPlan, row: RowShape, policy: Policy) -> str:
