@@ -13,9 +13,9 @@ import typer
 from freehold.cli import terminal
 from freehold.cli.options import Dense, Device, Dtype, ModelOption, Threads
 from freehold.errors import UsageError
-from freehold.train.options import DEFAULT_RANK, DEFAULT_TARGETS, LoopOptions, LoraOptions, lora_targets
+from freehold.train.options import DEFAULT_RANK, DEFAULT_TARGETS, DpoOptions, LoopOptions, LoraOptions, lora_targets
 
-_LOOP = LoopOptions()
+_LOOP, _DPO = LoopOptions(), DpoOptions()
 _TENTH = "ten times in all"
 
 
@@ -47,6 +47,16 @@ def command(
         str | None,
         typer.Option(metavar="YYYY-MM-DD", help="The day that Harmony's system message names.", show_default="today"),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="lora|dpo", help="Learn what examples say, or from preference pairs which of two answers is better."
+        ),
+    ] = "lora",
+    beta: Annotated[float, typer.Option(help="DPO's: the higher, the nearer to the model as it was.")] = _DPO.beta,
+    label_smoothing: Annotated[
+        float, typer.Option(help="DPO's: the share of pairs that are taken to be the wrong way round.")
+    ] = _DPO.label_smoothing,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -113,6 +123,7 @@ def command(
     freehold tune chats.jsonl --dry-run
     freehold tune chats.jsonl --output my-adapter
     freehold tune chats.jsonl book.txt --validation-share 0.05 --patience 3 --output my-adapter
+    freehold tune pairs.jsonl --method dpo --beta 0.1 --output my-adapter
     freehold tune --resume my-adapter
     """
     if dry_run and resume is not None:
@@ -158,12 +169,14 @@ def command(
         request = run.TuneRequest(
             model=model,
             files=tuple(files or ()),
+            method=method,
             validation_file=validation,
             validation_share=validation_share,
             harmony=harmony,
             date=date,
             loop=loop,
             lora=lora,
+            dpo=DpoOptions(beta=beta, label_smoothing=label_smoothing),
             device=device,
             dtype=dtype,
             dense=dense,
@@ -210,7 +223,8 @@ def command(
 
 
 _AS_THEY_ARE = (
-    "model", "validation_share", "harmony", "date", "rslora", "dropout", "balance", "device", "dtype", "dense",
+    "model", "method", "beta", "label_smoothing",
+    "validation_share", "harmony", "date", "rslora", "dropout", "balance", "device", "dtype", "dense",
     "threads", *(field.name for field in dataclasses.fields(LoopOptions)),
 )  # fmt: skip
 _MADE_OF = {

@@ -19,6 +19,7 @@ license: # say under which licence you pass this on; it depends on the base mode
 def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, result_step: int) -> str:
     """`run` is what run.json says."""
     data, lora, loop = run["data"], run["request"]["lora"], run["request"]["loop"]
+    what = "pairs" if run["method"] == "dpo" else "examples"
     files = "\n".join(f"| `{file['name']}` | {file['bytes']:,} | `{file['sha256']}` |" for file in data["files"])
     targets = "\n".join(f"| {kind} | {rank} | {alpha:g} |" for kind, rank, alpha in lora["targets"])
     options = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in loop.items() if value is not None)
@@ -30,24 +31,32 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         "```\nfreehold chat --adapter <this folder>\n```\n\n"
         "## Data\n\n| file | bytes | SHA-256 |\n|---|---|---|\n"
         + files
-        + f"\n\n{data['examples']:,} examples, {data['tokens']:,} tokens, of which {data['targets']:,} are learnt"
-        + f"; {data['validation_examples']:,} examples ({data['validation_targets']:,} tokens) are for validation. "
+        + f"\n\n{data['examples']:,} {what}, {data['tokens']:,} tokens, of which {data['targets']:,} are learnt"
+        + f"; {data['validation_examples']:,} {what} ({data['validation_targets']:,} tokens) are for validation. "
         + f"{data['truncated']:,} were cut to {loop['max_length']:,} tokens.\n\n"
         "Say here where they come from, and what they may be used for.\n\n"
         "## Training\n\n| target | rank | alpha |\n|---|---|---|\n"
         + targets
         + f"\n\nrsLoRA: {'yes' if lora['rslora'] else 'no'}; dropout {lora['dropout']:g}; balance {lora['balance']:g}; "
+        + _method(run["request"])
         + f"{run['how']}\n\n"
         + options
         + "\n\n## Result\n\n"
-        + _result(state, result_step)
+        + _result(state, result_step, "pair" if run["method"] == "dpo" else "token")
     )
 
 
-def _result(state: TrainingState, result_step: int) -> str:
+def _method(request: Mapping[str, Any]) -> str:
+    if request["method"] != "dpo":
+        return ""
+    beta, smoothing = request["dpo"]["beta"], request["dpo"]["label_smoothing"]
+    return f"DPO on preference pairs with beta {beta:g} and label smoothing {smoothing:g}; "
+
+
+def _result(state: TrainingState, result_step: int, unit: str) -> str:
     lines = [f"{state.step:,} steps over {state.tokens:,} tokens in {state.seconds:,.0f} seconds of computing."]
     if state.smoothed is not None:
-        lines.append(f"The training loss ended at about {state.smoothed:.4f} a token.")
+        lines.append(f"The training loss ended at about {state.smoothed:.4f} a {unit}.")
     if state.best_validation_loss is not None and state.first_validation_loss is not None:
         lines.append(
             f"The validation loss was {state.first_validation_loss:.4f} before and is "

@@ -119,7 +119,7 @@ class DpoTuning(AdapterTuning):
 
 
 def dpo_loss(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Of the difference of two rewards: beta times the log-probability that an answer has gained since the reference."""
+    """Of the difference of two rewards, each beta times the log-probability that an answer has gained."""
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 

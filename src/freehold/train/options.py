@@ -13,6 +13,7 @@ from freehold.errors import UsageError
 
 DEFAULT_TARGETS = ("q", "k", "v", "o", "gate_up", "down")
 DEFAULT_RANK = 16
+METHODS = ("lora", "dpo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,19 @@ from freehold.hub.folder import ModelFolder, open_folder
 from freehold.log import Progress, logger, no_progress
 from freehold.model.lora import AdapterSpec, factor_shapes
 from freehold.model.peft_files import check_storable
+from freehold.model.transformer import Transformer
 from freehold.session.model import load_transformer
 from freehold.session.policy import Policy, decide
 from freehold.train import curves
 from freehold.train.adapting import adapter_spec
 from freehold.train.card import model_card
 from freehold.train.checkpoints import Checkpoints
-from freehold.train.data import DataOptions, TrainingData, read_examples
+from freehold.train.data import DataOptions, PreferenceData, TrainingData, read_examples, read_preferences
+from freehold.train.dpo import DpoTuning
+from freehold.train.examples import Examples, Pairs
 from freehold.train.loop import Loop, Outcome
 from freehold.train.metrics import Report, read_metrics
-from freehold.train.options import LoopOptions, LoraOptions, LoraTarget, differences
+from freehold.train.options import METHODS, DpoOptions, LoopOptions, LoraOptions, LoraTarget, differences
 from freehold.train.packing import pack
 from freehold.train.plan import RowShape, TrainingPlan, fitting_lora_plan
 from freehold.train.sft import LoraTuning
@@ -58,23 +61,30 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneRequest:
-    """What somebody wants tuned. `harmony` as in `freehold chat`; `date` is what Harmony's system message says, None is
-    today. A share of the lines is for validation, or a file is. The rest as in freehold.session.model.load."""
+    """What somebody wants tuned. `method` is one of METHODS; `dpo` is for that one alone. `harmony` as in
+    `freehold chat`; `date` is what Harmony's system message says, None is today. A share of the lines is for
+    validation, or a file is. The rest as in freehold.session.model.load."""
 
     model: str
     files: tuple[Path, ...]
+    method: str = "lora"
     validation_file: Path | None = None
     validation_share: float = 0.0
     harmony: bool | None = None
     date: str | None = None
     loop: LoopOptions
     lora: LoraOptions
+    dpo: DpoOptions = field(default_factory=DpoOptions)
     device: str | None = None
     dtype: str | None = None
     dense: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method is one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method != "dpo" and self.dpo != DpoOptions():
+            raise UsageError("--beta and --label-smoothing are for preference pairs; add --method dpo")
         if not self.files:
             raise UsageError("there is nothing to train on; name one or more .jsonl or .txt files")
         if self.validation_file is not None and self.validation_share:
@@ -103,6 +113,7 @@ class TuneRequest:
         lora = dict(raw["lora"])
         lora["targets"] = tuple(LoraTarget(*target) for target in lora["targets"])
         fields["lora"], fields["loop"] = LoraOptions(**lora), LoopOptions(**raw["loop"])
+        fields["dpo"] = DpoOptions(**raw["dpo"])
         return cls(**fields)
 
 
@@ -114,7 +125,7 @@ class Prepared:
     folder: ModelFolder
     policy: Policy
     tokenizer: Tokenizer
-    data: TrainingData
+    data: TrainingData | PreferenceData
     spec: AdapterSpec
     row: RowShape
     rows_per_epoch: int
@@ -158,11 +169,12 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     request = _resolved(request, policy)
     chat_format = _chat_format(folder, tokenizer, request)
     options = DataOptions(max_length=max_length, validation_share=request.validation_share, seed=request.loop.seed)
-    data = read_examples(request.files, chat_format, tokenizer, options, progress)
+    data = _read(request, request.files, chat_format, tokenizer, options, progress)
     if request.validation_file is not None:
         options = DataOptions(max_length=max_length, seed=request.loop.seed)
-        data.validation = read_examples([request.validation_file], chat_format, tokenizer, options, progress).training
-    rows = pack(data.training.lengths, max_length, seed=0)
+        measured = _read(request, [request.validation_file], chat_format, tokenizer, options, progress)
+        data = replace(data, validation=measured.training)  # type: ignore[arg-type]
+    rows = _rows(data.training, max_length)
     return Prepared(
         request=request,
         folder=folder,
@@ -174,6 +186,28 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         rows_per_epoch=len(rows),
         facts=_facts(request, folder, policy, data, spec),
     )
+
+
+def _read(
+    request: TuneRequest,
+    files: Sequence[Path],
+    chat_format: ChatFormat | None,
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    progress: Progress,
+) -> TrainingData | PreferenceData:
+    if request.method != "dpo":
+        return read_examples(files, chat_format, tokenizer, options, progress)
+    if chat_format is None:
+        raise UnsupportedError("preference pairs are chats, and this model has no chat format; choose another model")
+    return read_preferences(files, chat_format, options, progress)
+
+
+def _rows(training: Examples | Pairs, max_length: int) -> list[list[int]]:
+    """What comes into one row. A pair has one of its own."""
+    if isinstance(training, Pairs):
+        return [[index] for index in range(len(training))]
+    return pack(training.lengths, max_length, seed=0)
 
 
 def _resolved(request: TuneRequest, policy: Policy) -> TuneRequest:
@@ -202,19 +236,27 @@ def _chat_format(folder: ModelFolder, tokenizer: Tokenizer, request: TuneRequest
     )
 
 
-def _row_shape(data: TrainingData, rows: Sequence[Sequence[int]], max_length: int) -> RowShape:
-    lengths = data.training.lengths
-    of_validation = data.validation.lengths
+def _row_shape(data: TrainingData | PreferenceData, rows: Sequence[Sequence[int]], max_length: int) -> RowShape:
+    lengths, of_validation = data.training.lengths, data.validation.lengths
+    longest = max(sum(lengths[index] for index in indices) for indices in rows)
+    if isinstance(data, PreferenceData):
+        answers = (data.training.chosen, data.training.rejected, data.validation.chosen, data.validation.rejected)
+        return RowShape(
+            tokens=max(longest, *of_validation, 0),
+            example=max(length for examples in answers for length in examples.lengths),
+        )
     return RowShape(
-        tokens=max(
-            max(sum(lengths[index] for index in indices) for indices in rows), min(max_length, sum(of_validation))
-        ),
+        tokens=max(longest, min(max_length, sum(of_validation))),
         example=max([*lengths, *of_validation]),
     )
 
 
 def _facts(
-    request: TuneRequest, folder: ModelFolder, policy: Policy, data: TrainingData, spec: AdapterSpec
+    request: TuneRequest,
+    folder: ModelFolder,
+    policy: Policy,
+    data: TrainingData | PreferenceData,
+    spec: AdapterSpec,
 ) -> dict[str, Any]:
     """What run.json says."""
     checkpoint = folder.checkpoint
@@ -222,7 +264,7 @@ def _facts(
     validation = [] if request.validation_file is None else [request.validation_file]
     return {
         "format": _FORMAT,
-        "method": "lora",
+        "method": request.method,
         "freehold": __version__,
         "torch": torch.__version__,
         "model": {"name": request.model, "fingerprint": source_fingerprint(checkpoint)},
@@ -288,7 +330,7 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
     if facts.get("format") != _FORMAT:
         raise UnsupportedError(f"{output / RUN_FILE} is of another version of Freehold; resume with that one")
     raw = facts["request"]
-    before = {**raw, **raw["loop"], **raw["lora"]}
+    before = {**raw, **raw["loop"], **raw["lora"], **raw["dpo"]}
     if changed := differences({name: before[name] for name in given}, given):
         raise UsageError(
             f"a run goes on as it began, and {'; '.join(changed)}: leave that out, or begin anew with another --output"
@@ -344,15 +386,7 @@ def train(
         per_checkpoint = 3 * plan.factors
         check_space(output / RUN_FILE, (request.loop.save_total_limit + 2) * per_checkpoint)
         transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
-        objective = LoraTuning(
-            transformer,
-            request.lora,
-            prepared.data,
-            max_length=request.loop.max_length,
-            seed=request.loop.seed,
-            checkpointing=plan.checkpointing,
-            base_model=request.model,
-        )
+        objective = _objective(prepared, transformer, checkpointing=plan.checkpointing)
 
         def report(line: Mapping[str, Any]) -> None:
             if line.get("event") == "checkpoint":
@@ -360,7 +394,9 @@ def train(
             for each in reports:
                 each(line)
 
-        loop = Loop(objective, request.loop, output, report=report, progress=progress, should_stop=should_stop)
+        loop: Loop[Any] = Loop(
+            objective, request.loop, output, report=report, progress=progress, should_stop=should_stop
+        )
         loop.resume()
 
         def finish(outcome: Outcome) -> None:
@@ -375,6 +411,29 @@ def train(
         outcome = loop.run(finish)
         _draw(output)
         return outcome
+
+
+def _objective(prepared: Prepared, transformer: Transformer, *, checkpointing: bool) -> LoraTuning | DpoTuning:
+    request, data = prepared.request, prepared.data
+    if isinstance(data, PreferenceData):
+        return DpoTuning(
+            transformer,
+            request.lora,
+            request.dpo,
+            data,
+            seed=request.loop.seed,
+            checkpointing=checkpointing,
+            base_model=request.model,
+        )
+    return LoraTuning(
+        transformer,
+        request.lora,
+        data,
+        max_length=request.loop.max_length,
+        seed=request.loop.seed,
+        checkpointing=checkpointing,
+        base_model=request.model,
+    )
 
 
 def newest_checkpoint(output: Path) -> Path | None:
