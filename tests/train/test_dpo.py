@@ -1,5 +1,6 @@
 """Preference pairs: the loss and its gradient as they are written down, what is reported, and resuming."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 

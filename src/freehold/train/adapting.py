@@ -4,6 +4,7 @@ Objectives over an adapter (sft.py, dpo.py) say what the loss is; the rest they 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import CheckpointError, UsageError
-from freehold.model.lora import KINDS, AdapterSpec, Target, new_adapter
+from freehold.model.lora import KINDS, Adapter, AdapterSpec, Factors, Target, new_adapter
 from freehold.model.peft_files import read_peft, write_peft_files
 from freehold.model.transformer import Transformer
 from freehold.train.forward import Taught, taught
@@ -40,6 +41,7 @@ class AdapterTuning:
         spec = adapter_spec(transformer.config, options)
         self.adapter = new_adapter(transformer.config, spec, seed=seed, device=transformer.device)
         self._parameters = self.adapter.parameters
+        self._nothing = _adding_nothing(self.adapter)
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -72,11 +74,25 @@ class AdapterTuning:
             balance=training and self._options.balance > 0,
         )
 
+    def _taught_before(self, row: PackedRow) -> Taught:
+        """By the model without the adapter, computed in the very same way: with one that adds zeros. Where activations
+        are rounded, another order of operations is as far off as the rounding is."""
+        return taught(self._transformer, row, adapter=self._nothing)
+
     def _loss(self, total: Tensor, balance: Tensor, *, num_targets: int, training: bool) -> RowLoss:
         """With the balance term, where it is asked for."""
         if not training or not self._options.balance:
             return RowLoss(total)
         return RowLoss(total, balance * self._options.balance, {"balance": float(balance.detach()) * num_targets})
+
+
+def _adding_nothing(adapter: Adapter) -> Adapter:
+    """Of the same targets, and without memory of its own."""
+    factors = {
+        name: Factors(pair.a.detach(), pair.b.detach().new_zeros(()).expand_as(pair.b))
+        for name, pair in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
 
 
 def adapter_spec(config: ModelConfig, options: LoraOptions) -> AdapterSpec:

@@ -18,7 +18,6 @@ from freehold.model.transformer import Transformer
 from freehold.train.adapting import AdapterTuning
 from freehold.train.data import PreferenceData
 from freehold.train.examples import Pair, Pairs
-from freehold.train.forward import taught
 from freehold.train.objective import RowLoss, RowSize
 from freehold.train.options import DpoOptions, LoraOptions
 from freehold.train.packing import PackedRow
@@ -101,7 +100,7 @@ class DpoTuning(AdapterTuning):
     def loss(self, row: PairRow, *, training: bool) -> RowLoss:
         if row.name not in self._of_reference:
             with torch.no_grad():
-                self._of_reference[row.name] = _answers(row, taught(self._transformer, row.row).log_probs_S)
+                self._of_reference[row.name] = _answers(row, self._taught_before(row.row).log_probs_S)
         of_reference = self._of_reference[row.name]
         said = self._taught(row.row, training=training)
         of_policy = _answers(row, said.log_probs_S)
