@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freehold.model.transformer import Transformer
 from freehold.train.data import PreferenceData
-from freehold.train.dpo import DpoTuning
+from freehold.train.dpo import DpoTuning, PairRow
 from freehold.train.examples import NO_TARGET, Example, Pair
 from freehold.train.forward import taught
 from freehold.train.loop import End, Loop
@@ -110,7 +110,7 @@ def run(folder: Path, native: Transformer, *, stop_after: int | None = None) -> 
     lora = LoraOptions(targets=OPTIONS.targets, dropout=0.1, balance=0.01)
     asked = iter(range(10**6))
 
-    def loop(limit: int | None) -> Loop[object]:
+    def loop(limit: int | None) -> Loop[PairRow]:
         tuning = DpoTuning(native, lora, DpoOptions(beta=0.5), data(4, for_validation=1), seed=3)
         return Loop(tuning, options, folder, should_stop=lambda: limit is not None and next(asked) >= limit)
 
