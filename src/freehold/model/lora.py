@@ -144,9 +144,12 @@ class Adapter:
             self, factors={name: Factors(moved(pair.a), moved(pair.b)) for name, pair in self.factors.items()}
         )
 
-    def weight_delta(self, name: str) -> Tensor:
-        """What a target's canonical weight gains: (O, I), or (E, O, I). As large as the weight: for merging."""
+    def weight_delta(self, name: str, expert: int | None = None) -> Tensor:
+        """What a target's canonical weight gains: (O, I), or (E, O, I), of which `expert` asks for one. As large as the
+        weight: for merging."""
         a, b = self.factors[name]
+        if expert is not None:
+            a, b = a[expert], b[expert]
         return torch.matmul(b, a) * self.spec.scaling(name)
 
 

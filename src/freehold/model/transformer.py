@@ -165,7 +165,7 @@ class Transformer:
 
     def layer(self, x_TD: Tensor, index: int, batch: Batch, rotation: Rotation) -> Tensor:
         """One layer, (T, D) to (T, D): for who goes through them one by one, as gradient checkpointing does."""
-        x_TD = self._attention(x_TD, index, batch, rotation)
+        x_TD = self.attention(x_TD, index, batch, rotation)
         return self._experts(x_TD, index, batch)
 
     def run(self, tokens_T: Tensor, cache: KVCache) -> Tensor:
@@ -176,7 +176,8 @@ class Transformer:
         """Logits (T, V) in float32."""
         return ops.linear(hidden_TD, self.unembedding_VD, norm=self.final_norm).float()
 
-    def _attention(self, x_TD: Tensor, index: int, batch: Batch, rotation: Rotation) -> Tensor:
+    def attention(self, x_TD: Tensor, index: int, batch: Batch, rotation: Rotation) -> Tensor:
+        """The first half of a layer, residual included."""
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         weights, adapters, name = self.layers[index].attention, batch.adapters, f"layers.{index}"
         joined_TO = weights.qkv(x_TD, norm=weights.norm)

@@ -100,6 +100,19 @@ def pack(values: Tensor) -> Mxfp4Tensor:
     return Mxfp4Tensor(blocks.view(*leading, num_blocks, BLOCK // 2), scales.view(*leading, num_blocks))
 
 
+def round_to_scales(values: Tensor, scales: Tensor) -> Tensor:
+    """The nearest number that there is at a scale, for each of the values; `scales` are bytes of the same shape."""
+    scale = _scale_values(scales, torch.float32)
+    return torch.copysign(_round_magnitudes(values.abs() / scale) * scale, values)
+
+
+def pack_with_scales(values: Tensor, scales: Tensor) -> Mxfp4Tensor:
+    """Quantise (…, R, C) to the nearest numbers that there are at the blocks' scales (…, R, C/32)."""
+    blocks = values.unflatten(-1, (-1, BLOCK))
+    magnitudes = _round_magnitudes(blocks.abs() / _scale_values(scales, torch.float32).unsqueeze(-1))
+    return Mxfp4Tensor(_codes(magnitudes, torch.signbit(blocks)), scales)
+
+
 _BLOCKS_AT_ONCE = 1 << 14  # 2 MiB of float32: the working set of a chunk stays in cache
 
 
@@ -126,9 +139,14 @@ def _pack_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
         best_rounded = torch.where(better.unsqueeze(-1), rounded, best_rounded)
 
     best_scale.masked_fill_(amax == 0, SCALE_BIAS)
-    codes = _code_of_doubled(blocks.device)[(best_rounded * 2).int()]
-    codes |= torch.signbit(blocks).to(torch.uint8) << 3
-    return codes[:, 0::2] | (codes[:, 1::2] << 4), best_scale.to(torch.uint8)
+    return _codes(best_rounded, torch.signbit(blocks)), best_scale.to(torch.uint8)
+
+
+def _codes(magnitudes: Tensor, negative: Tensor) -> Tensor:
+    """Two a byte, of magnitudes that are E2M1's own."""
+    codes = _code_of_doubled(magnitudes.device)[(magnitudes * 2).int()]
+    codes |= negative.to(torch.uint8) << 3
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def _round_magnitudes(magnitudes: Tensor) -> Tensor:
