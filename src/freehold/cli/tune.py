@@ -57,6 +57,10 @@ def command(
     label_smoothing: Annotated[
         float, typer.Option(help="DPO's: the share of pairs that are taken to be the wrong way round.")
     ] = _DPO.label_smoothing,
+    qat: Annotated[
+        bool,
+        typer.Option("--qat", help="Train on weights that are merged and rounded: `freehold merge` loses nothing."),
+    ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,6 +141,7 @@ def command(
         rslora=rslora,
         dropout=dropout,
         balance=balance,
+        qat=qat,
     )
     loop = LoopOptions(
         epochs=epochs,
@@ -224,7 +229,7 @@ def command(
 
 _AS_THEY_ARE = (
     "model", "method", "beta", "label_smoothing",
-    "validation_share", "harmony", "date", "rslora", "dropout", "balance", "device", "dtype", "dense",
+    "validation_share", "harmony", "date", "qat", "rslora", "dropout", "balance", "device", "dtype", "dense",
     "threads", *(field.name for field in dataclasses.fields(LoopOptions)),
 )  # fmt: skip
 _MADE_OF = {

@@ -46,7 +46,7 @@ def merge(
     origin = f"{source} with {adapter}"
     weights = MergedSource(checkpoint.table(), factors, origin=origin)
     touched = weights.touched()
-    if experts is ExpertFormat.MXFP4 and touched.matrices and calibration:
+    if experts is ExpertFormat.MXFP4 and touched.matrices and calibration and not factors.dithered:
         weights = FittedSource(checkpoint.config, checkpoint.table(), factors, calibration, origin=origin)
     write_folder(
         checkpoint,

@@ -5,6 +5,7 @@ experts' stacks every expert of which a factor is zero, as those of experts that
 is computed in float32, one expert or one dense tensor at a time. Knows no files. Called by merge.py and fitted.py.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,12 +53,16 @@ class MergedSource:
         return (base.float() + self.adapter.weight_delta(self._targets[name])).to(base.dtype)
 
     def expert(self, name: str, expert: int) -> Mxfp4Tensor | Tensor:
-        """The stored matrix where the adapter leaves it alone, otherwise the sum in float32."""
+        """The stored matrix where the adapter leaves it alone, otherwise the sum: in float32, or where the adapter was
+        trained on rounded weights, rounded in the very same way."""
         base = self._table[name][expert]
         if not self.touches(name, expert):
             return base
-        values = mxfp4.unpack(base) if isinstance(base, Mxfp4Tensor) else base.float()
-        return values + self.adapter.weight_delta(self._targets[name], expert)
+        gained = self.adapter.weight_delta(self._targets[name], expert)
+        if not isinstance(base, Mxfp4Tensor):
+            return base.float() + gained
+        values = mxfp4.unpack(base) + gained
+        return mxfp4.pack_dithered(values, base, seed=_seed(name, expert)) if self.adapter.dithered else values
 
     def layer(self, number: int) -> WeightTable:
         """One layer's tensors: dense ones as they are to be stored, experts as they were."""
@@ -85,3 +90,7 @@ class MergedSource:
         tensor = self._table[name]
         assert isinstance(tensor, Tensor), f"{name} is packed"
         return tensor
+
+
+def _seed(name: str, expert: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{name} {expert}".encode(), digest_size=4).digest())

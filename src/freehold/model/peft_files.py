@@ -73,6 +73,9 @@ _REFUSED = {
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+# In the tensors' file, of which every reader but this one ignores it.
+_DITHERED = {"freehold_merge": "dithered"}
+
 _TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d{1,5})\.([a-z_.]+)\.lora_([AB])\.weight")
 
 
@@ -93,7 +96,7 @@ def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None =
     raw = _config_json(adapter, base_model)
     specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
     with new_file(folder / TENSOR_FILE) as file:
-        file.write(header_bytes(specs, {"format": "pt"}))
+        file.write(header_bytes(specs, {"format": "pt"} | (_DITHERED if adapter.dithered else {})))
         for _ in write_data(file, specs):
             pass
     write_text(folder / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
@@ -231,7 +234,8 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
         (a_shape, b_shape) = factor_shapes(config, spec)[name]
         factors[name] = _canonical(path, name, pair, a_shape, b_shape, dtype)
     _check_complete(path, peft, config, targets)
-    return Adapter(config=config, spec=AdapterSpec(targets=targets, rslora=peft.rslora), factors=factors)
+    spec = AdapterSpec(targets=targets, rslora=peft.rslora)
+    return Adapter(config=config, spec=spec, factors=factors, dithered=_is_dithered(path))
 
 
 def _canonical(
@@ -313,6 +317,12 @@ def _read_tensors(path: Path) -> dict[tuple[int, str], dict[str, Tensor]]:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download or copy the adapter again") from None
     return stored
+
+
+def _is_dithered(path: Path) -> bool:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return _DITHERED.items() <= metadata.items()
 
 
 def _read_config(path: Path) -> _PeftConfig:

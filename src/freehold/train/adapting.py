@@ -19,11 +19,13 @@ from freehold.train.forward import Taught, taught
 from freehold.train.objective import RowLoss
 from freehold.train.options import LoraOptions
 from freehold.train.packing import PackedRow
+from freehold.train.qat import FoldedModel
+from freehold.weights.layouts import WeightTable
 
 
 class AdapterTuning:
     """The part of an objective (objective.py) that every way to train an adapter shares. `base_model` is the name that
-    PEFT may look for."""
+    PEFT may look for. For QAT, `table` are the checkpoint's own tensors."""
 
     def __init__(
         self,
@@ -33,15 +35,20 @@ class AdapterTuning:
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        table: WeightTable | None = None,
     ) -> None:
         self._transformer = transformer
         self._options = options
         self._checkpointing = checkpointing
         self._base_model = base_model
         spec = adapter_spec(transformer.config, options)
-        self.adapter = new_adapter(transformer.config, spec, seed=seed, device=transformer.device)
+        self.adapter = new_adapter(transformer.config, spec, seed=seed, device=transformer.device, dithered=options.qat)
         self._parameters = self.adapter.parameters
         self._nothing = _adding_nothing(self.adapter)
+        self._folded: FoldedModel | None = None
+        if options.qat:
+            assert table is not None
+            self._folded = FoldedModel(transformer, table, self.adapter)
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -52,7 +59,7 @@ class AdapterTuning:
 
     def restore(self, folder: Path) -> None:
         kept = read_peft(folder, self.adapter.config)
-        if kept.spec != self.adapter.spec:
+        if kept.spec != self.adapter.spec or kept.dithered != self.adapter.dithered:
             raise CheckpointError(f"{folder} holds an adapter of other targets or ranks than this run's; remove it")
         with torch.no_grad():
             for name, factors in self.adapter.factors.items():
@@ -66,9 +73,10 @@ class AdapterTuning:
     def _taught(self, row: PackedRow, *, training: bool) -> Taught:
         """Under the adapter, as it is to be in training or in use."""
         return taught(
-            self._transformer,
+            self._transformer if self._folded is None else self._folded.transformer(),
             row,
             adapter=self.adapter,
+            folded=self._folded is not None,
             dropout=self._options.dropout if training else 0.0,
             checkpointing=self._checkpointing and training,
             balance=training and self._options.balance > 0,
@@ -77,7 +85,7 @@ class AdapterTuning:
     def _taught_before(self, row: PackedRow) -> Taught:
         """By the model without the adapter, computed in the very same way: with one that adds zeros. Where activations
         are rounded, another order of operations is as far off as the rounding is."""
-        return taught(self._transformer, row, adapter=self._nothing)
+        return taught(self._transformer, row, adapter=self._nothing if self._folded is None else None)
 
     def _loss(self, total: Tensor, balance: Tensor, *, num_targets: int, training: bool) -> RowLoss:
         """With the balance term, where it is asked for."""

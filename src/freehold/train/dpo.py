@@ -21,6 +21,7 @@ from freehold.train.examples import Pair, Pairs
 from freehold.train.objective import RowLoss, RowSize
 from freehold.train.options import DpoOptions, LoraOptions
 from freehold.train.packing import PackedRow
+from freehold.weights.layouts import WeightTable
 
 
 class PairRow(NamedTuple):
@@ -75,8 +76,11 @@ class DpoTuning(AdapterTuning):
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        table: WeightTable | None = None,
     ) -> None:
-        super().__init__(transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model)
+        super().__init__(
+            transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model, table=table
+        )
         self._dpo = dpo
         self._data = data
         self._seed = seed

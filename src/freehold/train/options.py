@@ -88,12 +88,14 @@ class LoraTarget(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions:
-    """What an adapter changes. `balance` is the weight of the term that keeps experts evenly used."""
+    """What an adapter changes. `balance` is the weight of the term that keeps experts evenly used. `qat`: the model
+    computes with the adapter merged and rounded (qat.py), so that merging loses nothing."""
 
     targets: tuple[LoraTarget, ...]
     rslora: bool = False
     dropout: float = 0.0
     balance: float = 0.0
+    qat: bool = False
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -107,6 +109,8 @@ class LoraOptions:
             _check_whole(f"rank of {kind}", rank, 1)
             _check_number(f"alpha of {kind}", alpha, above=0)
         _check_number("dropout", self.dropout, below=1)
+        if self.qat and self.dropout:
+            raise UsageError("--dropout leaves out what adapters read, and with --qat they are merged; leave one out")
         _check_number("balance", self.balance)
 
 

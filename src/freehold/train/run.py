@@ -415,6 +415,7 @@ def train(
 
 def _objective(prepared: Prepared, transformer: Transformer, *, checkpointing: bool) -> LoraTuning | DpoTuning:
     request, data = prepared.request, prepared.data
+    table = prepared.folder.checkpoint.table() if request.lora.qat else None
     if isinstance(data, PreferenceData):
         return DpoTuning(
             transformer,
@@ -424,6 +425,7 @@ def _objective(prepared: Prepared, transformer: Transformer, *, checkpointing: b
             seed=request.loop.seed,
             checkpointing=checkpointing,
             base_model=request.model,
+            table=table,
         )
     return LoraTuning(
         transformer,
@@ -433,6 +435,7 @@ def _objective(prepared: Prepared, transformer: Transformer, *, checkpointing: b
         seed=request.loop.seed,
         checkpointing=checkpointing,
         base_model=request.model,
+        table=table,
     )
 
 

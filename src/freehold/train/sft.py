@@ -15,6 +15,7 @@ from freehold.train.examples import Examples
 from freehold.train.objective import RowLoss, RowSize
 from freehold.train.options import LoraOptions
 from freehold.train.packing import PackedRow, pack, packed_row
+from freehold.weights.layouts import WeightTable
 
 
 class PackedRows(Sequence[PackedRow]):
@@ -52,8 +53,11 @@ class LoraTuning(AdapterTuning):
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        table: WeightTable | None = None,
     ) -> None:
-        super().__init__(transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model)
+        super().__init__(
+            transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model, table=table
+        )
         self._data = data
         self._max_length = max_length
         self._seed = seed
