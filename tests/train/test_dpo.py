@@ -97,11 +97,12 @@ def test_loss_and_gradient_are_those_of_the_formula_in_float64(
 
 
 def test_nothing_learnt_yet_is_a_coin_toss(native: Transformer) -> None:
+    """To the last bit, also where activations are rounded."""
     tuning = DpoTuning(native, OPTIONS, DpoOptions(), data(1), seed=0)
     for training in (True, False):
-        assert float(tuning.loss(tuning.rows(0)[0], training=training).total.detach()) == pytest.approx(
-            math.log(2), abs=1e-6
-        )
+        said = tuning.loss(tuning.rows(0)[0], training=training)
+        assert float(said.total.detach()) == pytest.approx(math.log(2), rel=1e-7)
+        assert said.figures["rewards_margin"] == 0
 
 
 def run(folder: Path, native: Transformer, *, stop_after: int | None = None) -> list[dict[str, object]]:

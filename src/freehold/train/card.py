@@ -16,6 +16,13 @@ license: # say under which licence you pass this on; it depends on the base mode
 """
 
 
+_QAT = """\
+It was trained on weights in which it was merged and rounded to MXFP4 (QAT): `freehold merge` gives the very model that
+was trained. Beside weights that are not merged it acts almost the same.
+
+"""
+
+
 def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, result_step: int) -> str:
     """`run` is what run.json says."""
     data, lora, loop = run["data"], run["request"]["lora"], run["request"]["loop"]
@@ -40,6 +47,7 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         + f"\n\nrsLoRA: {'yes' if lora['rslora'] else 'no'}; dropout {lora['dropout']:g}; balance {lora['balance']:g}; "
         + _method(run["request"])
         + f"{run['how']}\n\n"
+        + (_QAT if lora["qat"] else "")
         + options
         + "\n\n## Result\n\n"
         + _result(state, result_step, "pair" if run["method"] == "dpo" else "token")

@@ -12,9 +12,11 @@ from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.engine.options import EngineOptions
 from freehold.errors import OutOfMemoryError
-from freehold.model.lora import EXPERT_KINDS, AdapterSpec, factor_shapes
+from freehold.model.lora import EXPERT_KINDS, AdapterSpec, factor_shapes, weight_name
 from freehold.session.memory import free_memory, gib, plan_memory
 from freehold.session.policy import Policy
+from freehold.weights.layouts import canonical_shapes
+from freehold.weights.packed import packed_bytes
 
 _QUERIES_AT_ONCE = 256  # rows of attention whose scores are there together
 _LOGITS_AT_ONCE = 3 * 4 << 24  # bytes: pieces of logits, what becomes of them, and their gradient
@@ -41,11 +43,20 @@ class TrainingPlan:
     scratch: int
     program: int
     checkpointing: bool
+    merged: int = 0
 
     @property
     def needed(self) -> int:
         """What has to be free now."""
-        return self.weights + self.factors + self.gradients + self.optimizer + self.activations + self.scratch
+        return (
+            self.weights
+            + self.factors
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.scratch
+            + self.merged
+        )
 
     @property
     def total(self) -> int:
@@ -53,9 +64,10 @@ class TrainingPlan:
         return self.needed + self.program
 
     def describe(self) -> str:
+        merged = f"{gib(self.merged)} merged weights + " if self.merged else ""
         twice = ", computed twice" if self.checkpointing else ""
         return (
-            f"{gib(self.weights)} weights + {gib(self.factors)} factors + {gib(self.gradients)} gradients + "
+            f"{gib(self.weights)} weights + {merged}{gib(self.factors)} factors + {gib(self.gradients)} gradients + "
             f"{gib(self.optimizer)} optimizer + {gib(self.activations)} activations{twice} + {gib(self.scratch)} scratch "
             f"= {gib(self.needed)}"
         )
@@ -69,6 +81,7 @@ def plan_lora(
     row: RowShape,
     *,
     dropout: bool = False,
+    qat: bool = False,
     checkpointing: bool = False,
 ) -> TrainingPlan:
     """What a step of LoRA needs with rows of this shape. Peak resident memory stays below."""
@@ -100,6 +113,7 @@ def plan_lora(
         scratch=run.scratch + _expert_scratch(config, row, width) + _attention_scratch(config, row) + _LOGITS_AT_ONCE,
         program=machine.process_status().get("VmRSS", 0),
         checkpointing=checkpointing,
+        merged=_merged_bytes(config, experts, policy, spec) if qat else 0,
     )
 
 
@@ -111,6 +125,7 @@ def fitting_lora_plan(
     row: RowShape,
     *,
     dropout: bool,
+    qat: bool,
     checkpointing: str,
 ) -> TrainingPlan:
     """The plan that fits: activations are kept if they can be, where `checkpointing` is auto.
@@ -118,12 +133,31 @@ def fitting_lora_plan(
     Raises OutOfMemoryError, with the numbers and a remedy.
     """
     free = free_memory(policy)
-    plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, checkpointing=checkpointing == "on")
+    twice = checkpointing == "on"
+    plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, qat=qat, checkpointing=twice)
     if plan.needed > free and checkpointing == "auto":
-        plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, checkpointing=True)
+        plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, qat=qat, checkpointing=True)
     if plan.needed <= free:
         return plan
     raise OutOfMemoryError(f"{plan.describe()} are needed, and {gib(free)} are free; {_remedy(plan, row, policy)}")
+
+
+def _merged_bytes(config: ModelConfig, experts: ExpertFormat, policy: Policy, spec: AdapterSpec) -> int:
+    """What QAT adds: the weights that are adapted once more, as they are computed with; what they are made from, which
+    stays mapped; and one matrix while it is rounded."""
+    shapes = canonical_shapes(config)
+    total = largest = 0
+    for name in spec.targets:
+        shape = shapes[weight_name(name)]
+        numel = math.prod(shape)
+        is_mxfp4 = name.endswith(EXPERT_KINDS) and experts is ExpertFormat.MXFP4
+        stored = numel * 17 // 32 if is_mxfp4 else 2 * numel
+        own = stored if is_mxfp4 else numel * policy.dtype.itemsize
+        if policy.dense is not None:
+            own = packed_bytes("mxfp4" if is_mxfp4 else policy.dense, shape, paired=name.endswith("gate_up"))
+        total += stored + own
+        largest = max(largest, math.prod(shape[-2:]))
+    return total + 4 * 4 * largest
 
 
 def _kept_of_layer(config: ModelConfig, spec: AdapterSpec, width: int, dropout: bool) -> int:
@@ -155,7 +189,7 @@ def _attention_scratch(config: ModelConfig, row: RowShape) -> int:
 
 
 def _remedy(plan: TrainingPlan, row: RowShape, policy: Policy) -> str:
-    remedies = []
+    remedies = ["training without --qat"] if plan.merged > plan.needed // 20 else []
     if not plan.checkpointing:
         remedies.append("activations that are computed twice (--checkpointing auto)")
     if row.tokens > 256 and plan.activations + plan.scratch > plan.needed // 20:

@@ -149,6 +149,7 @@ class Prepared:
             self.spec,
             self.row,
             dropout=self.request.lora.dropout > 0,
+            qat=self.request.lora.qat,
             checkpointing=self.request.loop.checkpointing,
         )
 
