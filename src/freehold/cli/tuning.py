@@ -52,7 +52,7 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "model", f"{prepared.request.model}: {prepared.facts['how']}"
     yield (
         "data",
-        f"{data.num_lines:,} lines: {len(data.training):,} {kind}, "
+        f"{_lines(data.num_lines)}: {len(data.training):,} {kind}, "
         f"{_learnt(data.training.num_tokens, data.training.num_targets)}",
     )
     if len(data.validation):
@@ -82,8 +82,8 @@ def _truncations(prepared: Prepared) -> Iterator[tuple[str, str]]:
         return
     yield (
         "truncated",
-        f"{cut.count:,} lines to {prepared.request.loop.max_length:,} tokens: {cut.num_tokens_lost:,} tokens are lost, "
-        f"{cut.num_targets_lost:,} of them to be learnt; {cut.num_dropped:,} lines are left out",
+        f"{_lines(cut.count)} to {prepared.request.loop.max_length:,} tokens: {cut.num_tokens_lost:,} tokens are lost, "
+        f"{cut.num_targets_lost:,} of them to be learnt; {_lines(cut.num_dropped)} are left out",
     )
     for each in cut.told[:_TRUNCATIONS_SHOWN]:
         left_out = ", left out" if each.is_dropped else ""
@@ -94,6 +94,10 @@ def _truncations(prepared: Prepared) -> Iterator[tuple[str, str]]:
         )
     if cut.count > _TRUNCATIONS_SHOWN:
         yield "", f"and {cut.count - _TRUNCATIONS_SHOWN:,} more"
+
+
+def _lines(count: int) -> str:
+    return f"{count:,} line{'' if count == 1 else 's'}"
 
 
 def _learnt(num_tokens: int, num_targets: int) -> str:

@@ -63,8 +63,8 @@ def _method(request: Mapping[str, Any]) -> str:
 
 def _result(state: TrainingState, result_step: int, unit: str) -> str:
     lines = [f"{state.step:,} steps over {state.tokens:,} tokens in {state.seconds:,.0f} seconds of computing."]
-    if state.smoothed is not None:
-        lines.append(f"The training loss ended at about {state.smoothed:.4f} a {unit}.")
+    if state.loss is not None:
+        lines.append(f"The last step's loss was {state.loss:.4f} a {unit}.")
     if state.best_validation_loss is not None and state.first_validation_loss is not None:
         lines.append(
             f"The validation loss was {state.first_validation_loss:.4f} before and is "

@@ -40,6 +40,7 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     unsaid: dict[str, Any] = field(default_factory=dict)
+    loss: float | None = None
     smoothed: float | None = None
     lowest_smoothed: float | None = None
     num_beyond: int = 0
@@ -61,7 +62,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         try:
-            names = os.listdir(self._folder)
+            names = [path.name for path in self._folder.iterdir()]
         except FileNotFoundError:
             return []
         return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))

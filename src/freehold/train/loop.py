@@ -74,6 +74,7 @@ class Loop(Generic[Row]):
     ) -> None:
         self._objective = objective
         self._options = options
+        self._folder = folder
         self._journal = Journal(folder / "metrics.jsonl", report)
         self._checkpoints = Checkpoints(folder / "checkpoints")
         self._progress = progress
@@ -108,7 +109,7 @@ class Loop(Generic[Row]):
             outcome = self._train()
             if outcome.end is not End.STOPPED:
                 finish(outcome)
-                self._journal.event("done", self.state.step, path=outcome.best)
+                self._journal.event("done", self.state.step, path=self._folder)
         except Exception as error:
             typed = self._typed(error)
             self._journal.event("failed", self.state.step, message=str(typed) or type(typed).__name__, quietly=True)
@@ -154,6 +155,7 @@ class Loop(Generic[Row]):
         step = self._step(number, rate)
         seconds = time.monotonic() - began
         state.step = number
+        state.loss = step.loss
         state.tokens += step.num_tokens
         state.seconds += seconds
         state.unsaid = {

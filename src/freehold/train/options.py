@@ -21,11 +21,11 @@ class LoopOptions:
     """Raises UsageError for values out of range.
 
     A step learns from `batch_size` rows of up to `max_length` tokens, computed one after another. `epochs` need not be
-    whole; `max_steps` goes before them. The learning rate rises for `warmup_ratio` of the steps and falls along a cosine
-    to `min_lr_ratio` of its height. Every `eval_steps` the validation loss is measured, every `save_steps` a checkpoint
-    written: None is ten times in all. The `save_total_limit` newest are kept, and the best. Training stops early when
-    the validation loss has not fallen for `patience` measurements; None is never. `memory` is auto (activations are
-    computed twice where they would not fit), or always or never so.
+    whole; `max_steps` goes before them. The learning rate rises for `warmup_ratio` of the steps and falls along a
+    cosine to `min_lr_ratio` of its height. Every `eval_steps` the validation loss is measured, every `save_steps` a
+    checkpoint written: None is ten times in all. The `save_total_limit` newest are kept, and the best. Training stops
+    early when the validation loss has not fallen for `patience` measurements; None is never. `checkpointing` computes
+    activations twice, to save memory: on, off, or auto, which is where they would not fit.
     """
 
     epochs: float = 1.0
@@ -130,7 +130,7 @@ class DpoOptions:
 def lora_targets(
     kinds: Sequence[str], ranks: Sequence[str], alphas: Sequence[str], *, router: bool = False
 ) -> tuple[LoraTarget, ...]:
-    """Of what is typed: `q,k,v` · `16`, `gate_up=8` · the same for alpha, which is twice the rank where none is given."""
+    """Of what is typed: `q,k,v`; `16` or `gate_up=8`; and the same for alpha, twice the rank where none is given."""
     names = [name.strip() for given in kinds or [",".join(DEFAULT_TARGETS)] for name in given.split(",")]
     if router and "router" not in names:
         names.append("router")

@@ -68,8 +68,8 @@ class TrainingPlan:
         twice = ", computed twice" if self.checkpointing else ""
         return (
             f"{gib(self.weights)} weights + {merged}{gib(self.factors)} factors + {gib(self.gradients)} gradients + "
-            f"{gib(self.optimizer)} optimizer + {gib(self.activations)} activations{twice} + {gib(self.scratch)} scratch "
-            f"= {gib(self.needed)}"
+            f"{gib(self.optimizer)} optimizer + {gib(self.activations)} activations{twice} + "
+            f"{gib(self.scratch)} scratch = {gib(self.needed)}"
         )
 
 

@@ -12,6 +12,7 @@ data, its model or its options are no longer those that it began with.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +58,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "curves.png"
 _FORMAT = 1
+_SECONDS_BETWEEN_CHARTS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,9 +391,13 @@ def train(
         transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
         objective = _objective(prepared, transformer, checkpointing=plan.checkpointing)
 
+        drawn = time.monotonic()
+
         def report(line: Mapping[str, Any]) -> None:
-            if line.get("event") == "checkpoint":
+            nonlocal drawn
+            if line.get("event") == "checkpoint" and time.monotonic() - drawn > _SECONDS_BETWEEN_CHARTS:
                 _draw(output)
+                drawn = time.monotonic()
             for each in reports:
                 each(line)
 
