@@ -49,6 +49,24 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(destination: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `destination`, for what that is made of. It is removed when the block ends, however
+    that ends; what a killed process leaves goes as `new_folder` has it. Raises DiskError."""
+    destination = destination.absolute()
+    partial = _partial_name(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(destination)
+        partial.mkdir()
+        with _locked(partial):
+            yield partial
+    except OSError as error:
+        raise _typed(destination, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) -> Iterator[BinaryIO]:
     """Yields a binary file that takes the name `destination` when the block ends well, in place of what was there.
 

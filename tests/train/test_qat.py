@@ -1,5 +1,6 @@
 """LoRA on weights that are merged and rounded: straight-through gradients, and that merging changes nothing at all."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ TYPES = {"as published": ExpertFormat.MXFP4, "plain experts": ExpertFormat.BF16}
 needs_native = pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
 
 
-@pytest.fixture(scope="module", params=TYPES.values(), ids=TYPES)
+@pytest.fixture(scope="module", params=list(TYPES.values()), ids=list(TYPES))
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "base"
     table = random_table(CONFIG, dtype=torch.bfloat16)
@@ -79,6 +80,7 @@ def test_gradients_go_straight_through_the_rounding(checkpoint: Path) -> None:
     stir(ours.adapter)
     row = ours.rows(0)[0]
     found = ours.loss(row, training=True)
+    assert found.penalty is not None
     gradients = torch.autograd.grad(found.total + found.penalty, ours.parameters)
 
     source, base = MergedSource(open_checkpoint(checkpoint).table(), ours.adapter, origin=""), _plain(checkpoint)
@@ -185,9 +187,11 @@ def test_a_run_goes_on_exactly_where_it_was_stopped(checkpoint: Path, method: st
         for limit in (stop_after, None) if stop_after else (None,):
             model, asked = native(checkpoint), iter(range(1000))
             objective: Any = pairs(checkpoint, model) if method == "dpo" else tuning(model, checkpoint)
-            loop = Loop(
-                objective, options, folder, should_stop=lambda limit=limit, asked=asked: limit and next(asked) >= limit
-            )
+
+            def should_stop(limit: int | None = limit, asked: Iterator[int] = asked) -> bool:
+                return limit is not None and next(asked) >= limit
+
+            loop = Loop(objective, options, folder, should_stop=should_stop)
             loop.resume()
             assert (loop.run().end is End.STOPPED) == (limit is not None)
         found.append((lines(folder), (folder / "checkpoints/step-00000006/adapter_model.safetensors").read_bytes()))

@@ -2,21 +2,22 @@
 
 What the adapter leaves alone keeps its bytes: tensors that it does not target, and every expert of which a factor is
 zero. What it changes is computed in float32 and stored in the checkpoint's types. In MXFP4 nearly all of that would
-vanish, since a change is mostly far smaller than half a step between two numbers there: with calibration tokens
-matrices are rounded so that what they make of their inputs stays (fitted.py), without them to the nearest numbers.
+vanish, since the base's numbers lie on that format's grid and a change is mostly far smaller than half of a step there:
+so numbers are rounded up or down by chance, in proportion to what is nearer. The mean of many is then what it should
+be, where rounding to the nearest would leave all of them where they were (docs/performance.md has the figures).
 
 Refuses adapters of other models, and writes whole checkpoints or none. `freehold merge` calls this; what a merge cost
 is measured in session/merge_receipt.py. GGUF files are made of what is written here (gguf.py).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from freehold.config import ExpertFormat, Layout
+from freehold.config import ExpertFormat, Layout, Rounding
 from freehold.errors import UsageError
+from freehold.hub import default_model
 from freehold.hub.convert import side_files, write_folder
-from freehold.hub.fitted import FittedSource
-from freehold.hub.merged import MergedSource, Touched
+from freehold.hub.find import DEFAULT
+from freehold.hub.merged import MergedSource, RandomlyRounded, Touched
 from freehold.log import Progress, no_progress
 from freehold.model.peft_files import CONFIG_FILE, read_peft
 from freehold.weights.files import read_json
@@ -32,22 +33,26 @@ def merge(
     *,
     layout: Layout = Layout.HF,
     experts: ExpertFormat | None = None,
-    calibration: Sequence[Sequence[int]] = (),
+    rounding: Rounding = Rounding.RANDOM,
     progress: Progress = no_progress,
 ) -> Touched:
     """Write the model in `source` with the adapter in `adapter` folded in to the new folder `destination`.
 
-    `experts` None keeps their format. `calibration` are token ids of texts like those that the model will see. Raises
-    what `read_peft` raises, and UnsupportedError where the layout cannot express the model.
+    `experts` None keeps their format. Raises what `read_peft` raises, and UnsupportedError where the layout cannot
+    express the model.
     """
     checkpoint = open_checkpoint(source)
     experts = experts or checkpoint.experts
     factors = read_peft(adapter, checkpoint.config)
-    origin = f"{source} with {adapter}"
-    weights = MergedSource(checkpoint.table(), factors, origin=origin)
-    touched = weights.touched()
-    if experts is ExpertFormat.MXFP4 and touched.matrices and calibration and not factors.dithered:
-        weights = FittedSource(checkpoint.config, checkpoint.table(), factors, calibration, origin=origin)
+    if factors.dithered and rounding is not Rounding.RANDOM:
+        raise UsageError(
+            f"{adapter} was trained with --qat for one way of rounding, and would lose by {rounding.value}; leave "
+            "--rounding out"
+        )
+    at_random = experts is ExpertFormat.MXFP4 and rounding is Rounding.RANDOM
+    weights = (RandomlyRounded if at_random else MergedSource)(
+        checkpoint.table(), factors, origin=f"{source} with {adapter}"
+    )
     write_folder(
         checkpoint,
         weights,
@@ -57,7 +62,7 @@ def merge(
         side_files=_side_files(source, adapter),
         progress=progress,
     )
-    return touched
+    return weights.touched()
 
 
 def check_base(adapter: Path, model: str, folder: Path) -> None:
@@ -68,6 +73,8 @@ def check_base(adapter: Path, model: str, folder: Path) -> None:
         return
     # Folders are moved, and the hub's names have owners: the last part of a name is what stays.
     known = {_last_part(model), _last_part(str(folder)), *map(_hub_name, folder.parts)}
+    if folder == default_model.folder():
+        known.add(DEFAULT)
     if _last_part(named) not in known:
         raise UsageError(
             f"{config} says that the adapter is for {named!r}, and the model is {model!r} ({folder}); name that model, "

@@ -5,17 +5,20 @@ experts' stacks every expert of which a factor is zero, as those of experts that
 is computed in float32, one expert or one dense tensor at a time. Knows no files. Called by merge.py and fitted.py.
 """
 
-import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from freehold.errors import CheckpointError, UsageError
 from freehold.model.lora import EXPERT_KINDS, Adapter, weight_name
 from freehold.weights import mxfp4
 from freehold.weights.layouts import WeightTable, is_expert_matrix
 from freehold.weights.mxfp4 import Mxfp4Tensor
+
+_KEPT_BY_NEAREST = 0.95  # of a change: with that much, chance would add more noise than it saves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +29,16 @@ class Touched:
     matrices: int
     of_matrices: int
 
+    def describe(self) -> str:
+        return (
+            f"the adapter changes {self.dense} dense tensors and {self.matrices} of {self.of_matrices} matrices of "
+            "experts; all else keeps its bytes"
+        )
+
 
 class MergedSource:
-    """See weights.layouts.WeightSource. Changed experts are float32; changed dense tensors keep their type."""
+    """See weights.layouts.WeightSource. Changed dense tensors keep their type; changed experts are float32, for the
+    writer to round to the nearest numbers of its format."""
 
     def __init__(self, table: WeightTable, adapter: Adapter, *, origin: str) -> None:
         self.origin = origin
@@ -92,5 +102,34 @@ class MergedSource:
         return tensor
 
 
+class RandomlyRounded(MergedSource):
+    """The same with changed experts in MXFP4. Where the nearest numbers would lose the change, each number is rounded
+    up or down by chance, so that its mean is the sum: errors by chance cancel in sums of thousands, a loss does not.
+
+    The same sums give the same numbers: chance is drawn from an expert's name. Experts that were not MXFP4 before are
+    left to the writer: their numbers lie anywhere between two of the format, and the nearest is as often up as down.
+    """
+
+    def experts(self, name: str) -> Iterator[Mxfp4Tensor | Tensor]:
+        for expert in range(self._table[name].shape[0]):
+            base, matrix = self._table[name][expert], self.expert(name, expert)
+            if isinstance(base, Mxfp4Tensor) and isinstance(matrix, Tensor):
+                matrix = self._rounded(base, matrix, name, expert)
+            yield matrix
+
+    def _rounded(self, base: Mxfp4Tensor, matrix: Tensor, name: str, expert: int) -> Mxfp4Tensor:
+        try:
+            nearest = mxfp4.pack(matrix)
+        except UsageError as error:
+            raise CheckpointError(
+                f"{self.origin}: {name} of expert {expert}: {error}; train the adapter again"
+            ) from None
+        before = mxfp4.unpack(base)
+        wanted, made = (matrix - before).flatten().double(), (mxfp4.unpack(nearest) - before).flatten().double()
+        if wanted @ made >= _KEPT_BY_NEAREST * (wanted @ wanted):
+            return nearest
+        return mxfp4.pack_dithered(matrix, base, seed=_seed(name, expert))
+
+
 def _seed(name: str, expert: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{name} {expert}".encode(), digest_size=4).digest())
+    return zlib.crc32(f"{name}.{expert}".encode())

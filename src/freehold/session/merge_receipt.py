@@ -7,7 +7,7 @@ number formats cost on top is `freehold receipt`'s to tell.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +56,9 @@ class MergeReceipt:
     def stored_share(self) -> float | None:
         """The same in the checkpoint as it was written. None where the adapter lowers no loss here."""
         return self._share(self.stored_loss)
+
+    def to_json(self) -> dict[str, float | None]:
+        return asdict(self) | {"merged_share": self.merged_share, "stored_share": self.stored_share}
 
     def _share(self, loss: float) -> float | None:
         gained = self.base_loss - self.adapter_loss

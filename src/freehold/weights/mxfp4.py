@@ -100,19 +100,6 @@ def pack(values: Tensor) -> Mxfp4Tensor:
     return Mxfp4Tensor(blocks.view(*leading, num_blocks, BLOCK // 2), scales.view(*leading, num_blocks))
 
 
-def round_to_scales(values: Tensor, scales: Tensor) -> Tensor:
-    """The nearest number that there is at a scale, for each of the values; `scales` are bytes of the same shape."""
-    scale = _scale_values(scales, torch.float32)
-    return torch.copysign(_round_magnitudes(values.abs() / scale) * scale, values)
-
-
-def pack_with_scales(values: Tensor, scales: Tensor) -> Mxfp4Tensor:
-    """Quantise (…, R, C) to the nearest numbers that there are at the blocks' scales (…, R, C/32)."""
-    blocks = values.unflatten(-1, (-1, BLOCK))
-    magnitudes = _round_magnitudes(blocks.abs() / _scale_values(scales, torch.float32).unsqueeze(-1))
-    return Mxfp4Tensor(_codes(magnitudes, torch.signbit(blocks)), scales)
-
-
 def pack_dithered(values: Tensor, base: Mxfp4Tensor, *, seed: int) -> Mxfp4Tensor:
     """Quantise (…, R, C), values a little away from those that `base` holds, so that on average nothing is lost.
 
@@ -203,8 +190,13 @@ def _codes(magnitudes: Tensor, negative: Tensor) -> Tensor:
 
 def _round_magnitudes(magnitudes: Tensor) -> Tensor:
     """Nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6; a tie goes to the even code, as IEEE rounding has it."""
-    spacing = 0.5 + 0.5 * (magnitudes >= 2) + (magnitudes >= 4)
+    spacing = _spacing(magnitudes)
     return ((magnitudes / spacing).round_() * spacing).clamp_(max=6.0)
+
+
+def _spacing(magnitudes: Tensor) -> Tensor:
+    """From each magnitude's lower neighbour to its upper one."""
+    return 0.5 + 0.5 * (magnitudes >= 2) + (magnitudes >= 4)
 
 
 @lru_cache(maxsize=8)
