@@ -66,8 +66,13 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
         room = prepared.rows_per_epoch * loop.max_length
         rows = f"{prepared.rows_per_epoch:,} of {loop.max_length:,} tokens, {data.training.num_tokens / room:.0%} full"
     yield "rows", f"{rows}; {loop.batch_size} a step: {prepared.num_steps:,} steps"
-    targets = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in lora.targets)
-    yield "adapter", f"{targets}: {prepared.num_parameters:,} parameters, {terminal.gib(4 * prepared.num_parameters)}"
+    learns = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in lora.targets)
+    if prepared.spec is None:
+        learns = ", ".join(prepared.request.full.train)
+    yield (
+        "adapter" if prepared.spec else "trained",
+        f"{learns}: {prepared.num_parameters:,} parameters, {terminal.gib(4 * prepared.num_parameters)}",
+    )
     try:
         plan = prepared.plan()
         yield "memory", f"{plan.describe()} of {terminal.gib(free_memory(prepared.policy))} free"

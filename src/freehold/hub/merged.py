@@ -72,7 +72,7 @@ class MergedSource:
         if not isinstance(base, Mxfp4Tensor):
             return base.float() + gained
         values = mxfp4.unpack(base) + gained
-        return mxfp4.pack_dithered(values, base, seed=_seed(name, expert)) if self.adapter.dithered else values
+        return mxfp4.pack_dithered(values, base, seed=dither_seed(name, expert)) if self.adapter.dithered else values
 
     def layer(self, number: int) -> WeightTable:
         """One layer's tensors: dense ones as they are to be stored, experts as they were."""
@@ -128,8 +128,9 @@ class RandomlyRounded(MergedSource):
         wanted, made = (matrix - before).flatten().double(), (mxfp4.unpack(nearest) - before).flatten().double()
         if wanted @ made >= _KEPT_BY_NEAREST * (wanted @ wanted):
             return nearest
-        return mxfp4.pack_dithered(matrix, base, seed=_seed(name, expert))
+        return mxfp4.pack_dithered(matrix, base, seed=dither_seed(name, expert))
 
 
-def _seed(name: str, expert: int) -> int:
+def dither_seed(name: str, expert: int) -> int:
+    """Of the thresholds for one expert's matrix, by its canonical name: for mxfp4.pack_dithered."""
     return zlib.crc32(f"{name}.{expert}".encode())

@@ -13,7 +13,9 @@ from freehold.errors import UsageError
 
 DEFAULT_TARGETS = ("q", "k", "v", "o", "gate_up", "down")
 DEFAULT_RANK = 16
-METHODS = ("lora", "dpo")
+METHODS = ("lora", "dpo", "full")
+GROUPS = ("attention", "router", "experts", "norms", "embedding")
+LEARNING_RATES = {"lora": 2e-4, "dpo": 5e-5, "full": 2e-5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,32 @@ class DpoOptions:
     def __post_init__(self) -> None:
         _check_number("beta", self.beta, above=0)
         _check_number("label_smoothing", self.label_smoothing, below=0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullOptions:
+    """Which of GROUPS learn where there is no adapter, biases with their weights and sinks with attention. `balance` as
+    in LoraOptions."""
+
+    train: tuple[str, ...] = GROUPS
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.train:
+            if name not in GROUPS:
+                raise UsageError(f"--train {name!r}: there are {', '.join(GROUPS)}, and all")
+        if not self.train:
+            raise UsageError(f"there is nothing to train; name one or more of {', '.join(GROUPS)}")
+        _check_number("balance", self.balance)
+
+
+def trained_groups(given: Sequence[str]) -> tuple[str, ...]:
+    """Of what is typed: `attention,experts`; `all`, or nothing, is all of them."""
+    names = [name.strip() for words in given for name in words.split(",")]
+    if "all" in names or not names:
+        return GROUPS
+    known = [name for name in GROUPS if name in names]
+    return (*known, *(name for name in names if name not in GROUPS))
 
 
 def lora_targets(

@@ -6,6 +6,7 @@ layer and the residual stream between them. Called by run.py.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from freehold import machine
@@ -44,6 +45,7 @@ class TrainingPlan:
     program: int
     checkpointing: bool
     merged: int = 0
+    is_full: bool = False
 
     @property
     def needed(self) -> int:
@@ -66,8 +68,9 @@ class TrainingPlan:
     def describe(self) -> str:
         merged = f"{gib(self.merged)} merged weights + " if self.merged else ""
         twice = ", computed twice" if self.checkpointing else ""
+        learns = "masters" if self.is_full else "factors"
         return (
-            f"{gib(self.weights)} weights + {merged}{gib(self.factors)} factors + {gib(self.gradients)} gradients + "
+            f"{gib(self.weights)} weights + {merged}{gib(self.factors)} {learns} + {gib(self.gradients)} gradients + "
             f"{gib(self.optimizer)} optimizer + {gib(self.activations)} activations{twice} + "
             f"{gib(self.scratch)} scratch = {gib(self.needed)}"
         )
@@ -140,6 +143,76 @@ def fitting_lora_plan(
     if plan.needed <= free:
         return plan
     raise OutOfMemoryError(f"{plan.describe()} are needed, and {gib(free)} are free; {_remedy(plan, row, policy)}")
+
+
+def plan_full(
+    config: ModelConfig,
+    experts: ExpertFormat,
+    policy: Policy,
+    names: Collection[str],
+    row: RowShape,
+    *,
+    checkpointing: bool = False,
+) -> TrainingPlan:
+    """What a step of full fine-tuning needs: of each parameter that learns a master, a gradient, what the optimizer
+    keeps of it, and the rounded number; what the model is made from stays mapped."""
+    shapes = canonical_shapes(config)
+    masters = sum(4 * math.prod(shapes[name]) for name in names)
+    of_mxfp4 = config.num_expert_weights * 17 // 32
+    mapped = 2 * (config.num_parameters - config.num_expert_weights)
+    mapped += of_mxfp4 if experts is ExpertFormat.MXFP4 else 2 * config.num_expert_weights
+    layer_weights = max(
+        sum(math.prod(shapes[name]) for name in names if name.startswith(f"layers.{i}."))
+        for i in range(config.num_layers)
+    )
+    width = policy.dtype.itemsize
+    layer = row.tokens * _kept_of_plain_layer(config, width)
+    stream = row.tokens * config.hidden_size * width
+    kept = config.num_layers * stream + layer if checkpointing else config.num_layers * layer
+    joined = 4 * config.num_layers * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.hidden_size
+    logits = _LOGITS_AT_ONCE + 2 * 4 * config.vocab_size * config.hidden_size
+    return TrainingPlan(
+        weights=masters + joined + mapped,
+        factors=masters,
+        gradients=masters + 2 * 4 * layer_weights,
+        optimizer=2 * masters,
+        activations=kept + 2 * stream,
+        scratch=_expert_scratch(config, row, width) + _attention_scratch(config, row) + logits,
+        program=machine.process_status().get("VmRSS", 0),
+        checkpointing=checkpointing,
+        is_full=True,
+    )
+
+
+def fitting_full_plan(
+    config: ModelConfig,
+    experts: ExpertFormat,
+    policy: Policy,
+    names: Collection[str],
+    row: RowShape,
+    *,
+    checkpointing: str,
+) -> TrainingPlan:
+    """The plan that fits, as in fitting_lora_plan. Raises OutOfMemoryError, which says what LoRA would take."""
+    free = free_memory(policy)
+    plan = plan_full(config, experts, policy, names, row, checkpointing=checkpointing == "on")
+    if plan.needed > free and checkpointing == "auto":
+        plan = plan_full(config, experts, policy, names, row, checkpointing=True)
+    if plan.needed <= free:
+        return plan
+    raise OutOfMemoryError(
+        f"{plan.describe()} are needed, and {gib(free)} are free; full fine-tuning takes 20 bytes for each parameter "
+        "that learns: tune an adapter instead (--method lora, and --qat), which learns against the packed weights, or "
+        "--train less"
+    )
+
+
+def _kept_of_plain_layer(config: ModelConfig, width: int) -> int:
+    """Bytes that a layer keeps for each token where plain torch computes it: of each active expert its input, its
+    hidden values with all that they are made of, and its output."""
+    D, F, A = config.hidden_size, config.expert_width, config.num_active_experts
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return width * (16 * D + 4 * heads + A * (4 * D + 14 * F) + 8 * config.num_experts)
 
 
 def _merged_bytes(config: ModelConfig, experts: ExpertFormat, policy: Policy, spec: AdapterSpec) -> int:

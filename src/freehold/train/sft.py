@@ -69,10 +69,10 @@ class LoraTuning(AdapterTuning):
 
     def rows(self, epoch: int) -> PackedRows:
         """First-fit decreasing has as many rows for the same lengths, whatever the seed."""
-        return _packed(self._data.training, self._max_length, f"{self._seed} {epoch}")
+        return packed_rows(self._data.training, self._max_length, f"{self._seed} {epoch}")
 
     def validation_rows(self) -> PackedRows:
-        return _packed(self._data.validation, self._max_length, f"{self._seed} validation")
+        return packed_rows(self._data.validation, self._max_length, f"{self._seed} validation")
 
     def size(self, row: PackedRow) -> RowSize:
         return RowSize(row.num_targets, len(row.tokens))
@@ -82,6 +82,7 @@ class LoraTuning(AdapterTuning):
         return self._loss(-said.log_probs_S.sum(), said.balance, num_targets=row.num_targets, training=training)
 
 
-def _packed(examples: Examples, max_length: int, seed: str) -> PackedRows:
+def packed_rows(examples: Examples, max_length: int, seed: str) -> PackedRows:
+    """All of them, in an order and in company that are a function of the seed."""
     number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest())
     return PackedRows(examples, pack(examples.lengths, max_length, seed=number))
