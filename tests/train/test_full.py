@@ -81,9 +81,7 @@ def test_gradients_are_those_of_transformers_at_the_rounded_weights(checkpoint: 
     names = trained_names(checkpoint, FullOptions())
     assert expected.keys() == set(names)
     for name, gradient in zip(names, found, strict=True):
-        torch.testing.assert_close(
-            gradient, expected[name], atol=2e-4, rtol=2e-3, msg=lambda m, name=name: f"{name} {m}"
-        )
+        torch.testing.assert_close(gradient, expected[name], atol=2e-4, rtol=2e-3, msg=name)
 
 
 def test_what_is_written_is_what_was_trained(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -188,7 +186,8 @@ def test_a_run_writes_a_model_that_loads_and_says_what_it_learnt(tmp_path: Path)
     new_run(prepared, tmp_path / "run")
     train(prepared, tmp_path / "run")
     loaded = freehold.load(tmp_path / "run" / MODEL_FOLDER)
-    assert loaded.chat("Who is Ada?", max_tokens=12, temperature=0).text == "The smith."
+    question = [{"role": "user", "content": "Who is Ada?"}]
+    assert loaded.chat(question, max_tokens=12, temperature=0) == "The smith."
     assert "parameters learnt" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -207,4 +206,4 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         ({"method": "ppo"}, "--method is one of lora, dpo, full"),
     ):
         with pytest.raises(UsageError, match=message):
-            replace(request, **changes)  # type: ignore[arg-type]
+            replace(request, **changes)
