@@ -50,11 +50,14 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(destination: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `destination`, for what that is made of. It is removed when the block ends, however
-    that ends; what a killed process leaves goes as `new_folder` has it. Raises DiskError."""
+    """Yields a temporary sibling of `destination`, for what that is to be made of; it is removed when the block ends.
+
+    Raises UsageError if the destination is already there, DiskError and DiskSpaceError as `new_folder` does.
+    """
     destination = destination.absolute()
     partial = _partial_name(destination)
     try:
+        _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(destination)
         partial.mkdir()
