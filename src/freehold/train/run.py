@@ -128,8 +128,9 @@ class TuneRequest:
         lora = dict(raw["lora"])
         lora["targets"] = tuple(LoraTarget(*target) for target in lora["targets"])
         fields["lora"], fields["loop"] = LoraOptions(**lora), LoopOptions(**raw["loop"])
-        fields["dpo"] = DpoOptions(**raw["dpo"])
-        fields["full"] = FullOptions(**{**raw["full"], "train": tuple(raw["full"]["train"])})
+        if "dpo" in raw:  # runs that began before there was anything but LoRA have neither
+            fields["dpo"] = DpoOptions(**raw["dpo"])
+            fields["full"] = FullOptions(**{**raw["full"], "train": tuple(raw["full"]["train"])})
         return cls(**fields)
 
 
@@ -377,7 +378,7 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
     if facts.get("format") != _FORMAT:
         raise UnsupportedError(f"{output / RUN_FILE} is of another version of Freehold; resume with that one")
     raw = facts["request"]
-    before = {**raw, **raw["loop"], **raw["lora"], **raw["dpo"], "train": raw["full"]["train"]}
+    before = {**raw, **raw["loop"], **raw["lora"], **raw.get("dpo", {}), "train": raw.get("full", {}).get("train")}
     if changed := differences({name: before[name] for name in given}, given):
         raise UsageError(
             f"a run goes on as it began, and {'; '.join(changed)}: leave that out, or begin anew with another --output"
