@@ -134,7 +134,7 @@ class _Moe(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weights_TA, gate_up_bias, down_bias, norm_D, experts_TA)
         ctx.experts, ctx.eps, ctx.loras, ctx.seed = experts, eps, loras, seed
         gate_up, down, alpha, limit = experts
-        if not loras and isinstance(gate_up, PackedMatrix):
+        if all(lora.folded for lora in loras) and isinstance(gate_up, PackedMatrix):
             module = backends.for_op("moe", x_TD)
             if module is not reference:
                 out: Tensor = module.moe(
@@ -366,14 +366,14 @@ class _Piece(NamedTuple):
     seed: int
 
     def add_to_gate_and_up(self, gate: Tensor, up: Tensor, x_SD: Tensor) -> None:
-        if self.lora.gate_up is not None:
+        if self.lora.gate_up is not None and not self.lora.folded:
             x = self._of(x_SD)
             both = lora.added(x, self.lora.gate_up, self.expert, self._kept(x, 0))
             self._add(gate, both[:, 0::2])
             self._add(up, both[:, 1::2])
 
     def add_to_mixed(self, mixed: Tensor, hidden_SF: Tensor) -> None:
-        if self.lora.down is not None:
+        if self.lora.down is not None and not self.lora.folded:
             hidden = self._of(hidden_SF)
             self._add(mixed, lora.added(hidden, self.lora.down, self.expert, self._kept(hidden, 1)))
 
@@ -390,7 +390,8 @@ class _Piece(NamedTuple):
             return
         hidden, of_mixed = self._of(hidden), self._of(of_mixed)
         kept = self._kept(hidden, 1)
-        self._add(of_hidden, lora.input_gradient(of_mixed, self.lora.down, self.expert, kept))
+        if not self.lora.folded:
+            self._add(of_hidden, lora.input_gradient(of_mixed, self.lora.down, self.expert, kept))
         found = lora.gradients(of_mixed * self._of(weights), hidden, self.lora.down, self.expert, kept)
         self._keep(found, of_factors)
 
@@ -406,7 +407,8 @@ class _Piece(NamedTuple):
             return
         of_both, x = self._of(torch.stack((of_gate, of_up), dim=-1).flatten(1)), self._of(x_SD)
         found = lora.gradients(of_both, x, self.lora.gate_up, self.expert, self._kept(x, 0))
-        self._add(of_x, found.of_x)
+        if not self.lora.folded:
+            self._add(of_x, found.of_x)
         self._keep(found, of_factors)
 
     def _keep(self, found: Gradients, of_factors: tuple[Tensor | None, Tensor | None]) -> None:

@@ -117,7 +117,8 @@ def adapter_bytes(config: ModelConfig, spec: AdapterSpec, dtype: torch.dtype) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """Trained or trainable factors for a model of these sizes, all of one type and on one device.
+    """Trained or trainable factors for a model of these sizes, all of one type and on one device. A `dithered` one was
+    trained on weights that had it in them by mxfp4.pack_dithered: that is how it is to be merged.
 
     Raises UsageError where factors are missing, surplus or of another shape than spec and model ask for.
     """
@@ -125,6 +126,7 @@ class Adapter:
     config: ModelConfig
     spec: AdapterSpec
     factors: Mapping[str, Factors]
+    dithered: bool = False
 
     def __post_init__(self) -> None:
         shapes = factor_shapes(self.config, self.spec)
@@ -169,6 +171,7 @@ def new_adapter(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    dithered: bool = False,
 ) -> Adapter:
     """An adapter that changes nothing yet: A uniform in ±1/√I as PEFT draws it, B zero.
 
@@ -183,7 +186,7 @@ def new_adapter(
             a.to(dtype=dtype, device=device).requires_grad_(), torch.zeros(b_shape, dtype=dtype, device=device)
         )
         factors[name].b.requires_grad_()
-    return Adapter(config=config, spec=spec, factors=factors)
+    return Adapter(config=config, spec=spec, factors=factors, dithered=dithered)
 
 
 def delta(x_SI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -215,10 +218,13 @@ class TokenAdapters:
 
     `rows_T[t]` is an index into `adapters`, or -1 for the model as it is. `dropout` is for training alone. Every
     method returns a new sum and leaves its arguments as they are; tokens without an adapter keep their numbers to the
-    last bit.
+    last bit. `folded`: the model's weights have the adapter in them already, so that nothing is added, and the factors
+    get the gradients that they would have if it were.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], rows_T: Tensor, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter], rows_T: Tensor, *, dropout: float = 0.0, folded: bool = False
+    ) -> None:
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout {dropout} is not a share; give a number from 0 up to, but not, 1")
         if rows_T.ndim != 1 or rows_T.dtype not in (torch.int32, torch.int64):
@@ -227,11 +233,14 @@ class TokenAdapters:
         self._used: list[int] = [row for row in torch.unique(rows_T).tolist() if row != -1]
         if self._used and not 0 <= self._used[0] <= self._used[-1] < len(adapters):
             raise UsageError(f"adapter rows {self._used} go beyond the {len(adapters)} adapters given; -1 is none")
+        if folded and not torch.is_grad_enabled():
+            self._used = []  # nothing is added, and nothing is asked for
         self._adapters = list(adapters)
         self._rows_T = rows_T
         self._uniform = bool(self._used) and bool((rows_T == self._used[0]).all())
         self._tokens = {} if self._uniform else {row: torch.where(rows_T == row)[0] for row in self._used}
         self._dropout = dropout
+        self._folded = folded
 
     def touches(self, *names: str) -> bool:
         """Whether any token's adapter has one of these targets."""
@@ -271,7 +280,7 @@ class TokenAdapters:
             gate_up, down = (self._lora(self._adapters[row], f"{layer}.{kind}") for kind in EXPERT_KINDS)
             if gate_up is not None or down is not None:
                 tokens_T = None if self._uniform else self._rows_T == row
-                loras.append(ExpertLora(gate_up, down, tokens_T, self._dropout))
+                loras.append(ExpertLora(gate_up, down, tokens_T, self._dropout, self._folded))
         return loras
 
     @staticmethod
@@ -281,4 +290,8 @@ class TokenAdapters:
 
     def _delta(self, adapter: Adapter, name: str, x_SI: Tensor) -> Tensor:
         a, b = adapter.factors[name]
-        return delta(x_SI, a, b, scaling=adapter.spec.scaling(name), dropout=self._dropout)
+        scaling = adapter.spec.scaling(name)
+        if self._folded:
+            share = delta(x_SI.detach(), a, b, scaling=scaling)
+            return share - share.detach()
+        return delta(x_SI, a, b, scaling=scaling, dropout=self._dropout)

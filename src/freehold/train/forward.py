@@ -38,19 +38,21 @@ def taught(
     row: PackedRow,
     *,
     adapter: Adapter | None = None,
+    folded: bool = False,
     dropout: float = 0.0,
     checkpointing: bool = False,
     balance: bool = False,
 ) -> Taught:
     """Differentiable in the adapter's factors, and in weights of the model that want a gradient.
 
-    `dropout` draws from torch's own generator. The row's targets may be none: then so are the log-probabilities.
+    `folded`: the transformer's weights have the adapter in them already (qat.py). `dropout` draws from torch's own
+    generator. The row's targets may be none: then so are the log-probabilities.
     """
     device = transformer.device
     tokens_T = torch.tensor(row.tokens, device=device)
     adapters = None
     if adapter is not None:
-        adapters = TokenAdapters([adapter], torch.zeros_like(tokens_T), dropout=dropout)
+        adapters = TokenAdapters([adapter], torch.zeros_like(tokens_T), dropout=dropout, folded=folded)
     batch = Batch.whole(row.counts, num_layers=len(transformer.layers), device=device, adapters=adapters)
     x_TD, rotation = transformer.embed(tokens_T), transformer.rotation(batch)
     balances = [torch.zeros((), device=device)]
