@@ -48,7 +48,8 @@ inline F16 load_i8(const int8_t* p) { return {widened_i8x8(p), widened_i8x8(p + 
 inline __m256i eight_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 template <int N>
 inline __m256 nibbles_x8(const uint8_t* words) {
-    const __m256 twice = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);  // only the lowest 3 bits choose, the fourth is a sign
+    const __m256 twice =
+        _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);  // only the lowest 3 bits choose, the fourth is a sign
     const __m256i codes = _mm256_srli_epi32(eight_words(words), 4 * N);
     const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
     return _mm256_xor_ps(_mm256_permutevar8x32_ps(twice, codes), _mm256_castsi256_ps(sign));
@@ -111,6 +112,19 @@ inline void store_i8(int8_t* p, F16 x) {
     const __m256i words = _mm256_permute4x64_epi64(words_of(x), 0xD8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+inline __m256i rounded_bf16x8(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    // Rounding could carry a NaN into infinity.
+    const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, nan, is_nan), 16);
+}
+inline void store_bf16(uint16_t* p, F16 x) {
+    const __m256i halves = _mm256_packus_epi32(rounded_bf16x8(x.a), rounded_bf16x8(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xD8));
 }
 
 // Activations for q8 weights: up to so many tokens of a tile are kept as 32 magnitudes and 32 values, more as 32 values

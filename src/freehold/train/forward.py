@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from freehold.kernels import backends
 from freehold.kernels.ops import Routing
 from freehold.model.batch import Batch
 from freehold.model.lora import Adapter, TokenAdapters
@@ -41,12 +42,16 @@ def taught(
     dropout: float = 0.0,
     checkpointing: bool = False,
     balance: bool = False,
+    gradient_type: torch.dtype | None = None,
 ) -> Taught:
     """Differentiable in the adapter's factors, and in weights of the model that want a gradient.
 
+    On packed weights `gradient_type` is the type in which gradients are multiplied, sums aside: float32, bfloat16, or
+    None for what is faster on this processor.
+
     `dropout` draws from torch's own generator. The row's targets may be none: then so are the log-probabilities.
     """
-    device = transformer.device
+    device, gradient_type = transformer.device, gradient_type or backends.quick_gradient_type()
     tokens_T = torch.tensor(row.tokens, device=device)
     adapters = None
     if adapter is not None:
@@ -57,7 +62,8 @@ def taught(
     for index in range(len(transformer.layers)):
 
         def layer(x_TD: Tensor, index: int = index) -> tuple[Tensor, Tensor]:
-            return _watched_layer(transformer, x_TD, index, batch, rotation, balance)
+            with backends.gradients_in(gradient_type):
+                return _watched_layer(transformer, x_TD, index, batch, rotation, balance)
 
         if checkpointing and torch.is_grad_enabled():
             x_TD, of_layer = checkpoint(layer, x_TD, use_reentrant=False)
@@ -66,7 +72,8 @@ def taught(
         balances.append(of_layer)
     targets_T = torch.tensor(row.targets, device=device)
     places = torch.where(targets_T != NO_TARGET)[0]
-    log_probs_S = log_probs(transformer, x_TD[places], targets_T[places])
+    with backends.gradients_in(gradient_type):
+        log_probs_S = log_probs(transformer, x_TD[places], targets_T[places])
     return Taught(log_probs_S, torch.stack(balances).sum() / len(transformer.layers))
 
 
