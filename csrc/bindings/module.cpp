@@ -83,6 +83,13 @@ NB_MODULE(_native, module) {
             },
             Released())
         .def(
+            "rms_norm_backward",
+            [](Engine& self, uintptr_t x, uintptr_t weight, uintptr_t of_out, uintptr_t of_x, size_t T, size_t D,
+               float eps) {
+                self.rms_norm_backward(at<float>(x), at<float>(weight), at<float>(of_out), at<float>(of_x), T, D, eps);
+            },
+            Released())
+        .def(
             "linear",
             [](Engine& self, const Matrix& w, uintptr_t x, size_t T, size_t stride, uintptr_t norm, float eps,
                uintptr_t bias, uintptr_t residual, uintptr_t out) {

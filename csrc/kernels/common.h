@@ -228,6 +228,23 @@ void rms_norm(const float* x, const float* weight, float* out, size_t D, float e
     for (; d < D; ++d) out[d] = weight[d] * (x[d] * scale);
 }
 
+void rms_norm_backward(const float* x, const float* weight, const float* of_out, float* of_x, size_t D, float eps) {
+    F16 squares = zero(), products = zero();
+    size_t d = 0;
+    for (; d + 16 <= D; d += 16) {
+        const F16 v = load(x + d);
+        squares = fma(v, v, squares);
+        products = fma(mul(load(of_out + d), load(weight + d)), v, products);
+    }
+    float total = sum(squares), product = sum(products);
+    for (; d < D; ++d) total += x[d] * x[d], product += of_out[d] * weight[d] * x[d];
+    const float mean = total / static_cast<float>(D) + eps, scale = 1.0f / sqrtf(mean);
+    const float pull = -product / (static_cast<float>(D) * mean);  // of x, beside what goes straight through
+    for (d = 0; d + 16 <= D; d += 16)
+        store(of_x + d, mul(set1(scale), fma(load(x + d), set1(pull), mul(load(of_out + d), load(weight + d)))));
+    for (; d < D; ++d) of_x[d] = scale * (of_out[d] * weight[d] + x[d] * pull);
+}
+
 void swiglu(const float* gate, const float* up, const float* gate_bias, const float* up_bias, float* out, float alpha,
             float limit) {
     const F16 g = min(set1(limit), add(load(gate), load(gate_bias)));  // in this order NaN stays NaN

@@ -102,6 +102,9 @@ struct Kernels {
 
     // out = weight * x / sqrt(mean x^2 + eps), D floats; out may be x.
     void (*rms_norm)(const float* x, const float* weight, float* out, size_t D, float eps);
+    // Its gradient for x; of_x may be of_out.
+    void (*rms_norm_backward)(const float* x, const float* weight, const float* of_out, float* of_x, size_t D,
+                              float eps);
     // out (16) = min(gate, limit) * sigmoid(alpha * that) * (clamp(up) + 1), gate and up with their biases added.
     void (*swiglu)(const float* gate, const float* up, const float* gate_bias, const float* up_bias, float* out,
                    float alpha, float limit);

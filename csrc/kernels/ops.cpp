@@ -91,6 +91,16 @@ void Engine::rms_norm(const float* x, const float* weight, float* out, size_t T,
     });
 }
 
+void Engine::rms_norm_backward(const float* x, const float* weight, const float* of_out, float* of_x, size_t T,
+                               size_t D, float eps) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    pool_.split(T, 8, [&](size_t first, size_t last, unsigned) {
+        for (size_t t = first; t < last; ++t)
+            k.rms_norm_backward(x + t * D, weight, of_out + t * D, of_x + t * D, D, eps);
+    });
+}
+
 void Engine::linear(const Matrix& w, const LinearArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
@@ -611,6 +621,157 @@ void Engine::route(const float* logits, size_t T, size_t E, size_t A, float* wei
     }
 }
 
+void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, A = args.A, E = args.E, D = gate_up.C, F = gate_up.R / 2, visits = T * A;
+    if (T == 0) return;
+    const size_t units = ceil_div(F, kBlock);  // a unit: 32 hidden values
+    const size_t hidden_floats = units * kBlock;
+
+    struct Visit {
+        size_t token, slot;
+    };
+    struct ExpertTile {
+        size_t expert, first, m;
+    };
+    std::vector<size_t> starts(E + 1, 0);
+    for (size_t i = 0; i < visits; ++i)
+        if (static_cast<uint64_t>(args.experts[i]) >= E)
+            throw std::out_of_range("[moe] an expert's number is not below the number of experts");
+    for (size_t i = 0; i < visits; ++i) ++starts[static_cast<size_t>(args.experts[i]) + 1];
+    std::vector<size_t> used;  // experts that somebody visits, in order
+    for (size_t e = 0; e < E; ++e) {
+        if (starts[e + 1]) used.push_back(e);
+        starts[e + 1] += starts[e];
+    }
+    // One token: all its experts read the same activations. (A caller may name one of them twice; `route` never does.)
+    const bool shared = T == 1 && used.size() == A;
+    std::vector<Visit> sorted(visits);
+    std::vector<size_t> place(visits), next(starts.begin(), starts.end() - 1);
+    for (size_t i = 0; i < visits; ++i) {
+        place[i] = next[static_cast<size_t>(args.experts[i])]++;
+        sorted[place[i]] = {i / A, i % A};
+    }
+    std::vector<ExpertTile> tiles;
+    std::vector<size_t> first_tile(used.size() + 1, 0), tile_of(visits);
+    for (size_t u = 0; u < used.size(); ++u) {
+        const size_t e = used[u], count = starts[e + 1] - starts[e];
+        for (size_t i = 0; i < tile_count(count); ++i) {
+            const TileRange range = tile_range(count, i);
+            for (size_t j = 0; j < range.m; ++j) tile_of[starts[e] + range.first + j] = tiles.size();
+            tiles.push_back({e, starts[e] + range.first, range.m});
+        }
+        first_tile[u + 1] = tiles.size();
+    }
+
+    const size_t inputs = shared ? 1 : visits;
+    const size_t row_floats = gate_up.quantised() ? 0 : ceil_div(D, kPanel) * kPanel;
+    workspace_.reset((gate_up.quantised() ? Quantised::bytes(k, gate_up, inputs) : 0) +
+                     (down.quantised() ? Quantised::bytes(k, down, visits) : 0) +
+                     Workspace::size_of<float>(down.quantised() ? 0 : visits * hidden_floats) +
+                     Workspace::size_of<float>(visits * row_floats) + Workspace::size_of<float>(args.norm ? T * D : 0));
+    Quantised x, hidden;
+    if (gate_up.quantised()) x.take(workspace_, k, gate_up, inputs);
+    if (down.quantised()) hidden.take(workspace_, k, down, visits);
+    float* hidden_rows = workspace_.take<float>(down.quantised() ? 0 : visits * hidden_floats);
+    float* x_rows = workspace_.take<float>(visits * row_floats);
+    const float* tokens = args.x;  // (T, D), normed if that is asked for
+    if (args.norm) {
+        float* normed = workspace_.take<float>(T * D);
+        pool_.split(T, 8, [&](size_t first, size_t last, unsigned) {
+            for (size_t t = first; t < last; ++t) k.rms_norm(args.x + t * D, args.norm, normed + t * D, D, args.eps);
+        });
+        tokens = normed;
+    }
+
+    auto input_tile = [&](const ExpertTile& tile) {
+        if (x.values) return shared ? x.tile(0, 1) : x.tile(tile.first, tile.m);
+        Tile plain;
+        plain.m = tile.m;
+        plain.rows = shared ? tokens : x_rows + tile.first * row_floats;
+        plain.stride = row_floats;
+        return plain;
+    };
+    if (shared) {
+        if (x.values) k.quantise(tokens, D, x.tile(0, 1), 0);
+    } else {
+        pool_.split(visits, 16, [&](size_t first, size_t last, unsigned) {
+            for (size_t i = first; i < last; ++i) {
+                const ExpertTile& tile = tiles[tile_of[i]];
+                const float* row = tokens + sorted[i].token * D;
+                if (x.values) {
+                    k.quantise(row, D, x.tile(tile.first, tile.m), i - tile.first);
+                } else {
+                    std::memcpy(x_rows + i * row_floats, row, D * sizeof(float));
+                }
+            }
+        });
+    }
+
+    pool_.split(used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
+        alignas(64) PanelSums acc;
+        alignas(64) float biases[kUnitPanels][kPanel];
+        alignas(64) float values[kBlock];
+        for (size_t item = begin; item < end; ++item) {
+            const size_t u = item / units, unit = item % units, e = used[u];
+            const Matrix w = gate_up.of_stack(e);
+            const float* bias = args.gate_up_bias + e * 2 * F;
+            for (size_t i = 0; i < kBlock; ++i) {  // gate, up, gate, up: as the panels come
+                const size_t f = unit * kBlock + i, panel = i / kPanel * 2, lane = i % kPanel;
+                biases[panel][lane] = f < F ? bias[2 * f] : 0.0f;
+                biases[panel + 1][lane] = f < F ? bias[2 * f + 1] : 0.0f;
+            }
+            for (size_t at = first_tile[u]; at < first_tile[u + 1]; ++at) {
+                const Tile tile = input_tile(tiles[at]);
+                dot_panels(k, w, unit * kUnitPanels, kUnitPanels, tile, acc);
+                for (size_t t = 0; t < tile.m; ++t) {
+                    for (size_t p = 0; p < kUnitPanels; p += 2)
+                        k.swiglu(acc[p] + t * kPanel, acc[p + 1] + t * kPanel, biases[p], biases[p + 1],
+                                 values + p / 2 * kPanel, args.alpha, args.limit);
+                    for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
+                    if (hidden.values) {
+                        k.quantise_block(values, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
+                    } else {
+                        std::memcpy(hidden_rows + (tiles[at].first + t) * hidden_floats + unit * kBlock, values,
+                                    sizeof values);
+                    }
+                }
+            }
+        }
+    });
+
+    pool_.split(down.panels, kPanelsAtOnce, [&](size_t begin, size_t end, unsigned) {
+        alignas(64) PanelSums sums;
+        for (size_t panel = begin; panel < end; panel += kPanelsAtOnce) {
+            const size_t count = std::min(kPanelsAtOnce, end - panel);
+            const size_t row = panel * kPanel, num_rows = std::min(count * kPanel, D - row);
+            for (size_t t = 0; t < T; ++t)
+                for (size_t r = 0; r < num_rows; ++r)
+                    args.out[t * D + row + r] = args.residual ? args.residual[t * D + row + r] : 0.0f;
+            for (const ExpertTile& at : tiles) {  // by expert, so that every token sums in the same order
+                Tile tile;
+                if (hidden.values) {
+                    tile = hidden.tile(at.first, at.m);
+                } else {
+                    tile.m = at.m;
+                    tile.rows = hidden_rows + at.first * hidden_floats;
+                    tile.stride = hidden_floats;
+                }
+                dot_panels(k, down.of_stack(at.expert), panel, count, tile, sums);
+                const float* bias = args.down_bias + at.expert * D + row;
+                for (size_t t = 0; t < at.m; ++t) {
+                    const Visit visit = sorted[at.first + t];
+                    const float weight = args.weights[visit.token * A + visit.slot];
+                    float* out = args.out + visit.token * D + row;
+                    for (size_t r = 0; r < num_rows; ++r)
+                        out[r] += weight * (sums[r / kPanel][t * kPanel + r % kPanel] + bias[r]);
+                }
+            }
+        }
+    });
+}
+
 namespace {
 
 // Which tokens visit which expert: visits sorted by expert, and within one by token. A caller may name an expert twice
@@ -803,35 +964,6 @@ Tile plain_tile(const float* rows, size_t stride, const Visits::ExpertTile& at) 
 }
 
 }  // namespace
-
-void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args) {
-    std::lock_guard<std::mutex> lock(busy_);
-    const Kernels& k = kernels();
-    const size_t T = args.T, count = T * args.A, hidden_floats = ceil_div(gate_up.R / 2, kBlock) * kBlock;
-    if (T == 0) return;
-    const Visits visits(args.experts, T, args.A, args.E);
-    workspace_.reset(ExpertInputs::bytes(k, gate_up, count, count, args.norm ? T : 0) +
-                     (down.quantised() ? Quantised::bytes(k, down, count) : 0) +
-                     Workspace::size_of<float>(down.quantised() ? 0 : count * hidden_floats));
-    ExpertInputs inputs;
-    inputs.take(workspace_, pool_, k, gate_up, visits, args.x, T, args.norm, args.eps);
-    Quantised hidden;
-    if (down.quantised()) hidden.take(workspace_, k, down, count);
-    float* hidden_rows = workspace_.take<float>(down.quantised() ? 0 : count * hidden_floats);
-
-    const auto keep = [&](const Visits::ExpertTile& at, size_t t, size_t unit, const float* values) {
-        if (hidden.values) {
-            k.quantise_block(values, hidden.tile(at.first, at.m), t, unit);
-        } else {
-            std::memcpy(hidden_rows + (at.first + t) * hidden_floats + unit * kBlock, values, kBlock * sizeof(float));
-        }
-    };
-    gate_and_up(pool_, k, gate_up, visits, inputs, args.gate_up_bias, {}, args.alpha, args.limit, kNothingBefore, keep);
-    mix(pool_, k, down, visits, T, args.A, args.weights, args.down_bias, args.residual, {}, args.out,
-        [&](const Visits::ExpertTile& at) {
-            return hidden.values ? hidden.tile(at.first, at.m) : plain_tile(hidden_rows, hidden_floats, at);
-        });
-}
 
 void Engine::moe_hidden(const Matrix& gate_up, const MoeHiddenArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);

@@ -175,6 +175,8 @@ class Engine {
     size_t workspace_bytes() const { return workspace_.capacity(); }
 
     void rms_norm(const float* x, const float* weight, float* out, size_t T, size_t D, float eps);
+    void rms_norm_backward(const float* x, const float* weight, const float* of_out, float* of_x, size_t T, size_t D,
+                           float eps);
     void linear(const Matrix& w, const LinearArgs& args);
     // gradient * w, in float32 throughout. A few rows of w at a time are widened, by each thread for itself.
     void linear_backward(const Matrix& w, const LinearBackwardArgs& args);

@@ -10,6 +10,7 @@
     .quantise = quantise,
     .quantise_block = quantise_block,
     .rms_norm = rms_norm,
+    .rms_norm_backward = rms_norm_backward,
     .swiglu = swiglu,
     .swiglu_backward = swiglu_backward,
     .rope = rope,

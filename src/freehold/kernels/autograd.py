@@ -36,6 +36,20 @@ class Experts(NamedTuple):
     limit: float
 
 
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    with torch.no_grad():
+        module = backends.for_op("rms_norm", x_TD)
+    out: Tensor = (reference.rms_norm if module is reference else _RmsNorm.apply)(x_TD, weight_D, eps)
+    return out
+
+
+def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    with torch.no_grad():
+        module = backends.for_op("rope", x_TNH)
+    out: Tensor = (reference.rope if module is reference else _Rope.apply)(x_TNH, cos_TH, sin_TH)
+    return out
+
+
 def linear(
     x_TD: Tensor,
     weight: PackedMatrix,
@@ -97,6 +111,39 @@ def self_attention(
     return out
 
 
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_D)
+        ctx.eps = eps
+        out: Tensor = backends.for_op("rms_norm", x_TD).rms_norm(x_TD, weight_D, eps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        return *products.rms_norm_backward(gradient_TD, x_TD, weight_D, ctx.eps, needs_weight=needs_weight), None
+
+
+class _Rope(torch.autograd.Function):
+    """The gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TH, sin_TH)
+        out: Tensor = backends.for_op("rope", x_TNH).rope(x_TNH, cos_TH, sin_TH)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        cos_TH, sin_TH = ctx.saved_tensors
+        of_x: Tensor = backends.for_op("rope", gradient_TNH).rope(gradient_TNH, cos_TH, -sin_TH)
+        return of_x, None, None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -121,7 +168,7 @@ class _Linear(torch.autograd.Function):
         if needs_x or needs_norm:
             of_x = products.linear_backward(gradient_TO, ctx.weight, ctx.dtype, products.Scratch())
             if norm_D is not None:
-                of_x, of_norm = products.rms_norm_backward(of_x, x_TD, norm_D, ctx.eps)
+                of_x, of_norm = products.rms_norm_backward(of_x, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
         of_bias = gradient_TO.sum(0) if needs_bias else None
         return of_x, of_bias, of_norm, gradient_TO if needs_residual else None, None, None
 
@@ -212,7 +259,7 @@ class _Moe(torch.autograd.Function):
                 of_down_bias[expert] = (of_mixed * weights).sum(0)
         of_x, of_norm = of_normed, None
         if norm_D is not None:
-            of_x, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps)
+            of_x, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
         of_residual = gradient_TD if needs_residual else None
         first = (of_x, of_weights, of_gate_up_bias, of_down_bias, of_norm, of_residual)
         return *first, *(None,) * 5, *(factor for pair in of_factors for factor in pair)

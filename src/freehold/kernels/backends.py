@@ -21,7 +21,10 @@ from freehold.kernels import reference
 from freehold.log import info_once, warn_once
 
 CHOICES = ("auto", "native", "reference")
-OPS = ("rms_norm", "linear", "linear_backward", "rope", "kv_write", "attention", "self_attention", "route", "moe", "sample")
+OPS = (
+    "rms_norm", "rms_norm_backward", "linear", "linear_backward", "rope", "kv_write", "attention", "self_attention",
+    "route", "moe", "sample",
+)  # fmt: skip
 
 _NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"
 _REMEDY = "install g++ and python3-dev, then install Freehold again"

@@ -63,6 +63,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out_TD
 
 
+def rms_norm_backward(of_out_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    of_out_TD, x_TD, weight_D, (T, D) = of_out_TD.contiguous(), x_TD.contiguous(), weight_D.contiguous(), x_TD.shape
+    of_x = torch.empty_like(x_TD)
+    _start().rms_norm_backward(
+        x_TD.data_ptr(), weight_D.data_ptr(), of_out_TD.data_ptr(), of_x.data_ptr(), T, D, eps
+    )
+    return of_x
+
+
 def linear(
     x_TD: Tensor,
     weight: PackedMatrix,

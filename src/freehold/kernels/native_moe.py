@@ -116,7 +116,7 @@ class NativeMoe(torch.autograd.Function):
             of_weights += (gradient_TD @ down_bias.T).gather(1, visits.experts_TA)
         of_x, of_norm = of_normed, None
         if norm_D is not None and of_normed is not None:
-            of_x, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps)
+            of_x, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
         if of_gate_up_bias is not None:
             of_gate_up_bias = _unpaired(of_gate_up_bias.unsqueeze(-1), gate_up_bias.shape[1]).squeeze(-1)
         of_residual = gradient_TD if needs_residual else None

@@ -48,10 +48,13 @@ def linear_backward(gradient_TO: Tensor, weight: PackedMatrix, dtype: torch.dtyp
     return total
 
 
-def rms_norm_backward(of_out: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    of_out_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, *, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and of the norm's weight."""
+    module = backends.for_op("rms_norm_backward", x_TD, of_out_TD, weight_D)
+    of_x: Tensor = module.rms_norm_backward(of_out_TD, x_TD, weight_D, eps)
+    if not needs_weight:
+        return of_x, None
     scale_T1 = torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
-    unit_TD = x_TD * scale_T1
-    of_unit = of_out * weight_D
-    of_x = scale_T1 * (of_unit - unit_TD * (of_unit * unit_TD).mean(-1, keepdim=True))
-    return of_x, (of_out * unit_TD).sum(0)
+    return of_x, (of_out_TD * x_TD * scale_T1).sum(0)

@@ -22,6 +22,7 @@ from freehold.model.lora import Adapter, TokenAdapters
 from freehold.model.transformer import Transformer
 from freehold.train.examples import NO_TARGET
 from freehold.train.packing import PackedRow
+from freehold.weights.packed import PackedMatrix
 
 _LOGITS_AT_ONCE = 1 << 24  # numbers, of which there are two such pieces at a time
 
@@ -46,12 +47,10 @@ def taught(
 ) -> Taught:
     """Differentiable in the adapter's factors, and in weights of the model that want a gradient.
 
-    On packed weights `gradient_type` is the type in which gradients are multiplied, sums aside: float32, bfloat16, or
-    None for what is faster on this processor.
-
-    `dropout` draws from torch's own generator. The row's targets may be none: then so are the log-probabilities.
+    Where weights are packed, `gradient_type` is the type in which gradients are multiplied, sums aside: float32,
+    bfloat16, or None for what is faster on this processor. `dropout` draws from torch's own generator. The row's targets may be none: then so are the log-probabilities.
     """
-    device, gradient_type = transformer.device, gradient_type or backends.quick_gradient_type()
+    device, gradient_type = transformer.device, gradient_type or _quick_gradient_type(transformer)
     tokens_T = torch.tensor(row.tokens, device=device)
     adapters = None
     if adapter is not None:
@@ -97,6 +96,11 @@ def balance_term(logits_TE: Tensor, routing: Routing) -> Tensor:
     num_experts = logits_TE.shape[1]
     share_E = torch.bincount(routing.experts_TA.flatten(), minlength=num_experts) / routing.experts_TA.numel()
     return num_experts * (share_E * torch.softmax(logits_TE.float(), dim=-1).mean(0)).sum()
+
+
+def _quick_gradient_type(transformer: Transformer) -> torch.dtype:
+    packed = any(isinstance(layer.experts.gate_up, PackedMatrix) for layer in transformer.layers)
+    return backends.quick_gradient_type() if packed else torch.float32
 
 
 def _watched_layer(
