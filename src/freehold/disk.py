@@ -35,7 +35,7 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(destination, needed_bytes)
+        check_space(destination, needed_bytes)
         remove_abandoned(destination)
         partial.mkdir()
         with _locked(partial):
@@ -61,7 +61,7 @@ def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) 
         if not replace:
             _refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(destination, needed_bytes)
+        check_space(destination, needed_bytes)
         remove_abandoned(destination)
         with partial.open("wb") as file, _locked(partial):
             yield file
@@ -81,13 +81,23 @@ def _refuse_existing(destination: Path) -> None:
         raise UsageError(f"{destination} exists already; give a new name or remove it first")
 
 
-def _check_space(destination: Path, needed_bytes: int) -> None:
+def check_space(destination: Path, needed_bytes: int) -> None:
+    """Raises DiskSpaceError if fewer bytes are free where `destination` is to be written."""
     free = shutil.disk_usage(destination.parent).free
     if needed_bytes > free:
         raise DiskSpaceError(
             f"{destination} needs {needed_bytes / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; "
             "free some space or write to another disk"
         )
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """For who writes in another way than here: failures of the disk become typed errors that name the path."""
+    try:
+        yield
+    except OSError as error:
+        raise _typed(path, error) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,15 +112,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, *, progress: Progress = no_progress) -> Iterator[None]:
+def exclusive(path: Path, *, wait: bool = True, progress: Progress = no_progress) -> Iterator[None]:
     """One holder at a time, in this process or another, for work that ends in `path`; the others wait here.
 
     Who comes second should look first whether the work is done. A process that dies lets go. Raises DiskError where
-    the folder of `path` cannot be written.
+    the folder of `path` cannot be written, and UsageError where another holds it and one is not to `wait`.
     """
     lock = _lock_name(path.absolute())
     try:
-        handle = _acquire(lock, progress)
+        handle = _acquire(lock, wait, progress)
+    except BlockingIOError:
+        raise UsageError(f"another process is at work on {path}; wait for it, or end it first") from None
     except OSError as error:
         raise _typed(path, error) from None
     try:
@@ -121,7 +133,7 @@ def exclusive(path: Path, *, progress: Progress = no_progress) -> Iterator[None]
         os.close(handle)
 
 
-def _acquire(lock: Path, progress: Progress) -> int:
+def _acquire(lock: Path, wait: bool, progress: Progress) -> int:
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -129,6 +141,8 @@ def _acquire(lock: Path, progress: Progress) -> int:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    raise
                 progress("waiting for another process", 0, 1)
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 progress("waiting for another process", 1, 1)

@@ -14,6 +14,7 @@
     │   └── DiskSpaceError     the disk is full, or would be
     ├── StoreError             the database of responses cannot be used, now or at all
     ├── OutOfMemoryError       memory ran out while a model was loaded or run
+    ├── TrainingError          training cannot go on: its loss is no number, or grows
     ├── RequestError           one request failed while it ran; others go on
     ├── ClosedError            the engine takes no more requests
     └── BackendError           an asked-for backend cannot run here
@@ -103,6 +104,10 @@ class StoreError(FreeholdError):
 
 class OutOfMemoryError(FreeholdError):
     """Memory ran out while a model was loaded or run."""
+
+
+class TrainingError(FreeholdError):
+    """Training cannot go on: its loss is no number, or grows."""
 
 
 class RequestError(FreeholdError):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from freehold.errors import TrainingDataError, UsageError
+from freehold.errors import TrainingDataError, UnsupportedError, UsageError
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.tokenizer import Tokenizer
 from freehold.train import lines as lines_module
+from freehold.train.chats import read_example
 from freehold.train.data import MOST_TOLD, DataOptions, read_examples, read_preferences
 
 WriteLines = Callable[..., Path]
@@ -381,3 +382,38 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_mistakes(
     assert list(read_examples([windows], harmony, gpt_oss, options).training) == list(
         read_examples([ours], harmony, gpt_oss, options).training
     )
+
+
+SYSTEM: dict[str, Any] = {
+    "role": "system",
+    "content": [
+        {
+            "type": "system_content",
+            "tools": {"python": {"name": "python", "description": "Runs code.", "tools": []}},
+        }
+    ],
+}
+CODE = {"role": "assistant", "channel": "analysis", "recipient": "python", "content": "print(4)"}
+OUTPUT = {"role": "tool", "name": "python", "recipient": "assistant", "channel": "analysis", "content": "4"}
+THOUGHT = {"role": "assistant", "channel": "analysis", "content": "Easy."}
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "messages is empty; give a question and an answer"),
+        ([SYSTEM, QUESTION], "the last message is of role 'user'; end with the assistant's"),
+        ([QUESTION, CODE], "message 1: calls 'python', which is not among the tools"),
+        ([SYSTEM, QUESTION, CODE, ANSWER], "message 3: call of 'python' before it has no result"),
+        ([SYSTEM, QUESTION, OUTPUT, ANSWER], "message 2: is the result of no call before it"),
+        ([SYSTEM, QUESTION, {**CODE, "channel": "commentary"}], "message 2: calls 'python' on channel 'commentary'"),
+        ([SYSTEM, QUESTION, THOUGHT], "message 2: the assistant reasons and then neither answers nor calls a tool"),
+        ([SYSTEM, THOUGHT, QUESTION, ANSWER], "message 1: the assistant reasons and then neither answers nor calls"),
+        ([SYSTEM, QUESTION, {**ANSWER, "content": ""}], "message 2: the assistant says nothing; give content"),
+        ([SYSTEM, QUESTION, {**ANSWER, "weight": 1}], "message 2: field 'weight' is not supported; leave it out"),
+    ],
+)
+def test_a_harmony_conversation_that_no_model_could_have_had_is_refused(messages: list[Any], reason: str) -> None:
+    with pytest.raises((UsageError, UnsupportedError)) as caught:
+        read_example({"harmony": {"messages": messages}})
+    assert str(caught.value).startswith(reason)

@@ -107,6 +107,31 @@ def test_a_call_and_the_answer_after_its_result_share_an_example_with_the_reason
     ]
 
 
+def test_a_harmony_conversation_teaches_calls_of_built_in_tools_at_its_own_effort(
+    gpt_oss: Tokenizer, harmony: HarmonyFormat
+) -> None:
+    system = {
+        "type": "system_content",
+        "reasoning_effort": "Low",
+        "tools": {"python": {"name": "python", "description": "Runs code.", "tools": []}},
+    }
+    code = {"role": "assistant", "channel": "analysis", "recipient": "python", "content_type": "code"}
+    shown = {"role": "tool", "name": "python", "recipient": "assistant", "channel": "analysis", "content": "4"}
+    messages = [
+        {"role": "system", "content": [system]}, user("2 + 2?"), {**code, "content": "print(2 + 2)"}, shown,
+        {**assistant("It is 4."), "channel": "final"}, user("Thanks"), {**assistant("Welcome."), "channel": "final"},
+    ]  # fmt: skip
+    chat = read_example({"harmony": {"messages": messages}})
+    assert isinstance(chat, Chat)
+    first, second = chat_examples(chat, harmony)
+    assert taught(gpt_oss, first) == [
+        " to=python<|channel|>analysis code<|message|>print(2 + 2)<|call|>",
+        "<|channel|>final<|message|>It is 4.<|return|>",
+    ]
+    assert taught(gpt_oss, second) == ["<|channel|>final<|message|>Welcome.<|return|>"]
+    assert "Reasoning: low" in gpt_oss.decode(second.tokens) and "print" not in gpt_oss.decode(second.tokens)
+
+
 def test_parallel_calls_are_one_turn_that_return_ends(gpt_oss: Tokenizer, harmony: HarmonyFormat) -> None:
     calls = assistant(None, tool_calls=[call("a"), call("b")])
     chat = user("2 + 2, twice?"), calls, result("a"), result("b"), assistant("4 and 4")

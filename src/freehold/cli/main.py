@@ -27,6 +27,7 @@ from freehold.cli import (
     serve,
     synth,
     terminal,
+    tune,
 )
 from freehold.errors import FreeholdError, UsageError
 from freehold.log import NOTICE
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and so answers twice as fast
     context_settings=HELP_OPTIONS,
 )
-for module in (chat, replay, serve, mcp, generate, inspect, bench, receipt, convert, synth, pack, doctor):
+for module in (chat, replay, serve, mcp, generate, tune, inspect, bench, receipt, convert, synth, pack, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)
@@ -66,6 +67,7 @@ def _main(
     freehold chat "What is the capital of France?"
     freehold chat                      a conversation
     freehold serve                     the same for clients of OpenAI's API
+    freehold tune chats.jsonl -o DIR   teach it by examples
     freehold inspect default           what the model is made of
     freehold doctor                    what runs on this machine
     """

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from freehold.config import ModelConfig
-from freehold.disk import new_folder, write_text
+from freehold.disk import new_file, new_folder, write_text
 from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError, UsageError
 from freehold.model.lora import EXPERT_KINDS, KINDS, Adapter, AdapterSpec, Factors, Target, factor_shapes
 from freehold.weights.files import TensorToWrite, header_bytes, read_header, read_json, write_data
@@ -84,14 +84,25 @@ def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None = None)
 
     Raises UsageError if the folder exists, UnsupportedError for what PEFT cannot hold, DiskError.
     """
+    with new_folder(folder, needed_bytes=sum(factor.nbytes for factor in adapter.parameters)) as partial:
+        write_peft_files(partial, adapter, base_model=base_model)
+
+
+def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None = None) -> None:
+    """The same into a folder that is there, in place of what is. Raises UnsupportedError, DiskError."""
     raw = _config_json(adapter, base_model)
     specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
-    with new_folder(folder, needed_bytes=sum(spec.num_bytes for spec in specs)) as partial:
-        write_text(partial / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
-        with (partial / TENSOR_FILE).open("wb") as file:
-            file.write(header_bytes(specs, {"format": "pt"}))
-            for _ in write_data(file, specs):
-                pass
+    with new_file(folder / TENSOR_FILE) as file:
+        file.write(header_bytes(specs, {"format": "pt"}))
+        for _ in write_data(file, specs):
+            pass
+    write_text(folder / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
+
+
+def check_storable(config: ModelConfig, spec: AdapterSpec) -> None:
+    """Raises UnsupportedError for an adapter that PEFT cannot hold: better before it is trained."""
+    if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in spec.targets):
+        raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
 
 
 def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
@@ -100,8 +111,7 @@ def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
 
 def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
     config, targets = adapter.config, adapter.spec.targets
-    if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in targets):
-        raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
+    check_storable(config, adapter.spec)
     # PEFT has one rank and one alpha, and exceptions by name. It honours exceptions for parameters too, and warns that
     # it did not: so the rule is what is commonest among parameters, where there are any.
     ruling = [target for name, target in targets.items() if name.endswith(tuple(_PARAMETERS))] or [*targets.values()]

@@ -80,6 +80,13 @@ def load(
     )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
+    transformer = load_transformer(folder, policy, progress=progress)
+    return Model(transformer, folder, policy, plan, prefix_files)
+
+
+def load_transformer(folder: ModelFolder, policy: Policy, *, progress: Progress = no_progress) -> Transformer:
+    """The model alone, for who has planned its memory. Raises OutOfMemoryError where that runs out all the same."""
+    checkpoint = folder.checkpoint
     table: Mapping[str, Weight]
     with _out_of_memory():
         if policy.dense is None:
@@ -87,10 +94,9 @@ def load(
         else:
             use_threads(policy.threads)
             table = load_packed(checkpoint, policy.dense, progress=progress)
-        transformer = Transformer(
-            config, table, dtype=policy.dtype, device=policy.device, kv_type=policy.kv, progress=progress
+        return Transformer(
+            checkpoint.config, table, dtype=policy.dtype, device=policy.device, kv_type=policy.kv, progress=progress
         )
-    return Model(transformer, folder, policy, plan, prefix_files)
 
 
 def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> PrefixFiles:

@@ -3,10 +3,13 @@
     {"messages": [...], "tools": [...], "parallel_tool_calls": false}
     {"input": {"messages": [...], "tools": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
     {"text": "..."}
+    {"harmony": {"messages": [...]}}
 
-Messages are read by `Conversation.from_openai`'s rules; beyond these, whatever a model could not have said is refused
-(UsageError, UnsupportedError): calls of functions that were not offered, arguments that are no JSON, calls without
-results, a turn without an answer. Knows no tokens. Called by `data.py`.
+The last is what openai-harmony's `Conversation.to_dict` writes: for effort, date and built-in tools, which OpenAI's
+shape has no place for. The messages of the others are read by `Conversation.from_openai`'s rules; beyond these,
+whatever a model could not have said is refused (UsageError, UnsupportedError): calls of functions that were not
+offered, arguments that are no JSON, calls without results, a turn without an answer. Knows no tokens. Called by
+`data.py`.
 """
 
 import json
@@ -57,6 +60,9 @@ def read_example(raw: Mapping[str, Any]) -> Chat | PlainText:
     """A line for supervised training."""
     if any(key in raw for key in _PAIR):
         raise UsageError("is a preference pair; those are for DPO")
+    if "harmony" in raw:
+        _check_keys(raw, ("harmony",), "a Harmony conversation")
+        return _read_harmony(raw["harmony"])
     if "text" in raw:
         _check_keys(raw, ("text",), "a line of plain text")
         if not isinstance(raw["text"], str):
@@ -248,6 +254,62 @@ class _Said:
 
     def _unfinished(self, index: int) -> UsageError:
         return UsageError(f"{self._place(index)}: the assistant reasons and then neither answers nor calls a tool")
+
+
+# --- Harmony conversations ----------------------------------------------------------------------------------
+
+
+def _read_harmony(raw: Any) -> Chat:
+    """All that the assistant says in it is learnt."""
+    if not isinstance(raw, dict):
+        raise UsageError(f"harmony must be an object with messages, got {_kind(raw)}")
+    conversation = Conversation.from_harmony(raw)
+    messages = conversation.messages
+    if not messages:
+        raise UsageError("messages is empty; give a question and an answer")
+    if messages[-1].role != "assistant":
+        raise UsageError(f"the last message is of role {messages[-1].role!r}; end with the assistant's")
+    offer = Offer.of(conversation)
+    turns: list[Turn] = []
+    start: int | None = None  # of the turn that is being said
+    for index, message in enumerate(messages):
+        called = messages[index - 1].recipient if index and messages[index - 1].role == "assistant" else None
+        if message.role == "tool" and message.name != called:
+            raise UsageError(f"message {index}: is the result of no call before it")
+        if message.role != "tool" and called is not None:
+            raise UsageError(f"message {index}: call of {called!r:.80} before it has no result")
+        if message.role != "assistant":
+            if start is not None:
+                raise UsageError(
+                    f"message {index - 1}: the assistant reasons and then neither answers nor calls a tool"
+                )
+            continue
+        _check_said(index, message, offer)
+        start = index if start is None else start
+        if message.recipient is not None or message.channel in (None, "final"):
+            said = messages[start : index + 1]
+            turns.append(Turn(Conversation(messages=messages[:start]), said, (True,) * len(said)))
+            start = None
+    if start is not None:
+        place = len(messages) - 1
+        raise UsageError(f"message {place}: the assistant reasons and then neither answers nor calls a tool")
+    return Chat(turns=tuple(turns))
+
+
+def _check_said(index: int, message: Message, offer: Offer) -> None:
+    if message.recipient is None:
+        if not message.text:
+            raise UsageError(f"message {index}: the assistant says nothing; give content")
+        return
+    callee = offer.callees.get(message.recipient)
+    if callee is None:
+        raise UsageError(f"message {index}: calls {message.recipient!r:.80}, which is not among the tools")
+    if message.channel != callee.channel:
+        raise UsageError(
+            f"message {index}: calls {message.recipient!r:.80} on channel {message.channel!r}; use {callee.channel}"
+        )
+    if callee.takes_json:
+        _check_arguments(f"message {index}: the arguments of {message.recipient!r:.80}", message.text)
 
 
 def _check_arguments(what: str, text: str) -> None:

@@ -10,7 +10,7 @@ from random import Random
 from typing import NamedTuple
 
 from freehold.errors import UsageError
-from freehold.train.examples import Examples
+from freehold.train.examples import NO_TARGET, Examples
 
 
 class PackedRow(NamedTuple):
@@ -20,6 +20,10 @@ class PackedRow(NamedTuple):
     tokens: list[int]
     targets: list[int]
     counts: list[int]
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets) - self.targets.count(NO_TARGET)
 
 
 def pack(lengths: Sequence[int], row_length: int, *, seed: int) -> list[list[int]]:

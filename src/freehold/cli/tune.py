@@ -1,0 +1,256 @@
+"""`freehold tune`: teach a model by examples."""
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from freehold.cli import terminal
+from freehold.cli.options import Dense, Device, Dtype, ModelOption, Threads
+from freehold.errors import UsageError
+from freehold.train.options import DEFAULT_RANK, DEFAULT_TARGETS, LoopOptions, LoraOptions, lora_targets
+
+_LOOP = LoopOptions()
+_TENTH = "ten times in all"
+
+
+def command(
+    context: typer.Context,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILES", help="Examples: .jsonl in OpenAI's shape, or .txt as plain text."),
+    ] = None,
+    model: ModelOption = "default",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="A new folder for the run and the adapter.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped or killed, as it began.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: show what would be learnt, and what it takes.")
+    ] = False,
+    validation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Examples to measure on, and never to learn from.")
+    ] = None,
+    validation_share: Annotated[float, typer.Option(help="This share of the lines is for that instead.")] = 0.0,
+    harmony: Annotated[
+        bool | None,
+        typer.Option(help="Write chats in Harmony, or by the model's template. Default: what the model was made for."),
+    ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(metavar="YYYY-MM-DD", help="The day that Harmony's system message names.", show_default="today"),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What adapters change: q, k, v, o, router, gate_up, down.", show_default=",".join(DEFAULT_TARGETS)
+        ),
+    ] = None,
+    rank: Annotated[
+        list[str] | None, typer.Option(help="Of adapters; `gate_up=8` for one target.", show_default=str(DEFAULT_RANK))
+    ] = None,
+    alpha: Annotated[list[str] | None, typer.Option(help="The same for alpha.", show_default="twice the rank")] = None,
+    router: Annotated[bool, typer.Option("--router", help="Adapt the router, too.")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Divide alpha by the root of the rank.")] = False,
+    dropout: Annotated[float, typer.Option(help="Of what adapters read.")] = 0.0,
+    balance: Annotated[
+        float, typer.Option(help="Weight of a term that keeps experts evenly used; 0.01 is usual.")
+    ] = 0.0,
+    epochs: Annotated[float, typer.Option(help="How often to go through all examples.")] = _LOOP.epochs,
+    max_steps: Annotated[int | None, typer.Option(help="So many steps, whatever the epochs.")] = _LOOP.max_steps,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of a row. Examples share rows; longer ones are cut.")
+    ] = _LOOP.max_length,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step, computed one after another.")] = _LOOP.batch_size,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="At its highest.")
+    ] = _LOOP.learning_rate,
+    warmup_ratio: Annotated[float, typer.Option(help="The share of the steps in which it rises.")] = _LOOP.warmup_ratio,
+    min_lr_ratio: Annotated[
+        float, typer.Option(help="Where the cosine ends, as a share of the highest.")
+    ] = _LOOP.min_lr_ratio,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = _LOOP.weight_decay,
+    adam_beta1: Annotated[float, typer.Option(help="AdamW's.")] = _LOOP.adam_beta1,
+    adam_beta2: Annotated[float, typer.Option(help="AdamW's.")] = _LOOP.adam_beta2,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = _LOOP.max_grad_norm,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Measure the validation loss every so many steps.", show_default=_TENTH)
+    ] = _LOOP.eval_steps,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Write a checkpoint every so many steps.", show_default=_TENTH)
+    ] = _LOOP.save_steps,
+    save_total_limit: Annotated[
+        int, typer.Option(help="Keep so many checkpoints, and the best.")
+    ] = _LOOP.save_total_limit,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop when the validation loss has not fallen so many times.")
+    ] = _LOOP.patience,
+    checkpointing: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|on|off", help="Compute activations twice, to save memory; auto: where they do not fit."
+        ),
+    ] = _LOOP.checkpointing,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same losses.")] = _LOOP.seed,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write for TensorBoard, too, in DIR/tensorboard.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    dense: Dense = None,
+    threads: Threads = None,
+) -> None:
+    """Teach a model by examples, as a LoRA adapter over the weights as they are served, experts included.
+
+    \b
+    freehold tune chats.jsonl --dry-run
+    freehold tune chats.jsonl --output my-adapter
+    freehold tune chats.jsonl book.txt --validation-share 0.05 --patience 3 --output my-adapter
+    freehold tune --resume my-adapter
+    """
+    if dry_run and resume is not None:
+        raise UsageError("--dry-run shows a run that has not begun; leave it or --resume out")
+    if resume is None and output is None and not dry_run:
+        raise UsageError("there is no --output; name a folder for the adapter, or look first with --dry-run")
+    if resume is not None and output is not None and output.absolute() != resume.absolute():
+        raise UsageError(f"--resume goes on in {resume}; leave --output {output} out")
+    lora = LoraOptions(
+        targets=lora_targets(target or (), rank or (), alpha or (), router=router),
+        rslora=rslora,
+        dropout=dropout,
+        balance=balance,
+    )
+    loop = LoopOptions(
+        epochs=epochs,
+        max_steps=max_steps,
+        max_length=max_length,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_ratio=warmup_ratio,
+        min_lr_ratio=min_lr_ratio,
+        weight_decay=weight_decay,
+        adam_beta1=adam_beta1,
+        adam_beta2=adam_beta2,
+        max_grad_norm=max_grad_norm,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        save_total_limit=save_total_limit,
+        patience=patience,
+        checkpointing=checkpointing,
+        seed=seed,
+    )
+    from freehold.cli.tuning import print_dry_run, tuning_screen
+    from freehold.log import NOTICE, logger
+    from freehold.session.memory import free_memory
+    from freehold.train import curves, run
+    from freehold.train.loop import End
+
+    if resume is None:
+        if output is not None:
+            run.check_new(output)
+        request = run.TuneRequest(
+            model=model,
+            files=tuple(files or ()),
+            validation_file=validation,
+            validation_share=validation_share,
+            harmony=harmony,
+            date=date,
+            loop=loop,
+            lora=lora,
+            device=device,
+            dtype=dtype,
+            dense=dense,
+            threads=threads,
+        )
+    else:
+        asked = {
+            "files": [str(path.absolute()) for path in files or ()],
+            "validation_file": None if validation is None else str(validation.absolute()),
+            "targets": [list(each) for each in lora.targets],
+            **{name: context.params[name] for name in _AS_THEY_ARE},
+        }
+        request = run.resumed_request(resume, {name: asked[name] for name in _given(context)})
+    folder = output if resume is None else resume
+    if tensorboard:
+        curves.check_tensorboard()
+    with terminal.progress_bars() as progress:
+        prepared = run.prepare(request, progress)
+    if dry_run:
+        print_dry_run(prepared)
+        return
+    assert folder is not None
+    plan = prepared.plan()
+    logger.log(NOTICE, "memory: %s of %s free", plan.describe(), terminal.gib(free_memory(prepared.policy)))
+    if resume is None:
+        run.new_run(prepared, folder)
+    else:
+        run.check_unchanged(prepared, folder)
+    with _stops() as should_stop, tuning_screen(prepared) as screen:
+        reports = [screen.report]
+        if tensorboard:
+            reports.append(curves.tensorboard(folder / "tensorboard"))
+        outcome = run.train(
+            prepared, folder, reports=reports, progress=screen.progress, should_stop=lambda: bool(should_stop)
+        )
+    if outcome.end is End.STOPPED:
+        terminal.say(f"stopped after step {outcome.state.step}; go on with: freehold tune --resume {folder}")
+        sys.exit(128 + should_stop[0])
+    if not curves.can_draw():
+        terminal.say(curves.NO_CHART)
+    terminal.say(f"{folder} holds the adapter; its README.md says what it is")
+    terminal.say(f"  freehold chat --adapter {folder}{_model_option(request.model)}")
+    terminal.say(f"  freehold merge {folder} NEW-MODEL")
+
+
+_AS_THEY_ARE = (
+    "model", "validation_share", "harmony", "date", "rslora", "dropout", "balance", "device", "dtype", "dense",
+    "threads", *(field.name for field in dataclasses.fields(LoopOptions)),
+)  # fmt: skip
+_MADE_OF = {
+    "target": "targets", "rank": "targets", "alpha": "targets", "router": "targets", "validation": "validation_file",
+    "files": "files",
+}  # fmt: skip
+"""Parameters that a run's folder keeps under another name, or together."""
+
+
+def _given(context: typer.Context) -> list[str]:
+    """What of a run was typed, by the names that its folder has."""
+    known = _MADE_OF | {name: name for name in _AS_THEY_ARE}
+    names = []
+    for parameter, name in known.items():
+        source = context.get_parameter_source(parameter)
+        if source is not None and source.name == "COMMANDLINE" and name not in names:
+            names.append(name)
+    return names
+
+
+def _model_option(model: str) -> str:
+    return "" if model == "default" else f" --model {model}"
+
+
+@contextmanager
+def _stops() -> Iterator[list[int]]:
+    """Fills with the signal that asks to stop: Ctrl-C, or SIGTERM. The second one ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        terminal.say("stopping; what is under way is left out (again: at once)")
+
+    # Who started us in the background, and wants no Ctrl-C to reach us, has said so.
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,405 @@
+"""A run from its files to its result: read, plan, load, train, write down. What `freehold tune` is made of.
+
+    DIR/run.json            everything that decides what comes out: model, data, options, how it is computed
+    DIR/metrics.jsonl       as it goes on (metrics.py), and curves.png where matplotlib is there
+    DIR/checkpoints/        where it can go on (checkpoints.py)
+    DIR/adapter_config.json, adapter_model.safetensors, README.md     the result, when it is done
+
+`prepare` reads and checks all that can be known without the model's weights. A run that goes on is refused where its
+data, its model or its options are no longer those that it began with.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freehold import __version__
+from freehold.disk import check_space, exclusive, write_text, written_to
+from freehold.errors import CheckpointError, UnsupportedError, UsageError
+from freehold.formats import chat
+from freehold.formats.chat import ChatFormat
+from freehold.formats.conversation import SystemContent
+from freehold.formats.harmony.vocabulary import speaks_harmony
+from freehold.formats.tokenizer import Tokenizer
+from freehold.hub.find import find_model
+from freehold.hub.folder import ModelFolder, open_folder
+from freehold.log import Progress, logger, no_progress
+from freehold.model.lora import AdapterSpec, factor_shapes
+from freehold.model.peft_files import check_storable
+from freehold.session.model import load_transformer
+from freehold.session.policy import Policy, decide
+from freehold.train import curves
+from freehold.train.card import model_card
+from freehold.train.checkpoints import Checkpoints
+from freehold.train.data import DataOptions, TrainingData, read_examples
+from freehold.train.loop import Loop, Outcome
+from freehold.train.metrics import Report, read_metrics
+from freehold.train.options import LoopOptions, LoraOptions, LoraTarget, differences
+from freehold.train.packing import pack
+from freehold.train.plan import RowShape, TrainingPlan, fitting_lora_plan
+from freehold.train.sft import LoraTuning, adapter_spec
+from freehold.weights.files import read_json
+from freehold.weights.pack_file import source_fingerprint
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+CHART_FILE = "curves.png"
+_FORMAT = 1
+_SECONDS_BETWEEN_CHARTS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRequest:
+    """What somebody wants tuned. `harmony` as in `freehold chat`; `date` is what Harmony's system message says, None is
+    today. A share of the lines is for validation, or a file is. The rest as in freehold.session.model.load."""
+
+    model: str
+    files: tuple[Path, ...]
+    validation_file: Path | None = None
+    validation_share: float = 0.0
+    harmony: bool | None = None
+    date: str | None = None
+    loop: LoopOptions
+    lora: LoraOptions
+    device: str | None = None
+    dtype: str | None = None
+    dense: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise UsageError("there is nothing to train on; name one or more .jsonl or .txt files")
+        if self.validation_file is not None and self.validation_share:
+            raise UsageError(
+                "validation is a file (--validation) or a share of the lines (--validation-share), not both"
+            )
+        if self.loop.patience is not None and self.validation_file is None and not self.validation_share:
+            raise UsageError(
+                "--patience stops when the validation loss no longer falls, and there is none; give --validation FILE "
+                "or --validation-share"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        raw = asdict(self)
+        raw["files"] = [str(path.absolute()) for path in self.files]
+        raw["validation_file"] = None if self.validation_file is None else str(self.validation_file.absolute())
+        raw["lora"]["targets"] = [list(target) for target in self.lora.targets]
+        return raw
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "TuneRequest":
+        fields = dict(raw)
+        fields["files"] = tuple(map(Path, raw["files"]))
+        fields["validation_file"] = None if raw["validation_file"] is None else Path(raw["validation_file"])
+        lora = dict(raw["lora"])
+        lora["targets"] = tuple(LoraTarget(*target) for target in lora["targets"])
+        fields["lora"], fields["loop"] = LoraOptions(**lora), LoopOptions(**raw["loop"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run that can begin, as far as one knows without the weights."""
+
+    request: TuneRequest
+    folder: ModelFolder
+    policy: Policy
+    tokenizer: Tokenizer
+    data: TrainingData
+    spec: AdapterSpec
+    row: RowShape
+    rows_per_epoch: int
+    facts: Mapping[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        return self.request.loop.num_steps(self.rows_per_epoch)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the adapter."""
+        return int(self.facts["parameters"])
+
+    def plan(self) -> TrainingPlan:
+        """Raises OutOfMemoryError where a step would not fit."""
+        return fitting_lora_plan(
+            self.folder.checkpoint.config,
+            self.folder.checkpoint.experts,
+            self.policy,
+            self.spec,
+            self.row,
+            dropout=self.request.lora.dropout > 0,
+            checkpointing=self.request.loop.checkpointing,
+        )
+
+
+def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
+    """Raises UsageError and other FreeholdErrors that name the option, the file or the lines, and the remedy."""
+    folder = open_folder(find_model(request.model, progress))
+    config = folder.checkpoint.config
+    policy = decide(config, device=request.device, dtype=request.dtype, dense=request.dense, threads=request.threads)
+    spec = adapter_spec(config, request.lora)
+    check_storable(config, spec)
+    max_length = request.loop.max_length
+    if max_length > config.max_context:
+        raise UsageError(f"--max-length {max_length} is more than this model's context of {config.max_context}")
+    tokenizer = folder.tokenizer
+    if tokenizer is None:
+        raise CheckpointError(f"{folder.path} has no tokenizer.json; add the tokeniser that the model was trained with")
+    request = _resolved(request, policy)
+    chat_format = _chat_format(folder, tokenizer, request)
+    options = DataOptions(max_length=max_length, validation_share=request.validation_share, seed=request.loop.seed)
+    data = read_examples(request.files, chat_format, tokenizer, options, progress)
+    if request.validation_file is not None:
+        options = DataOptions(max_length=max_length, seed=request.loop.seed)
+        data.validation = read_examples([request.validation_file], chat_format, tokenizer, options, progress).training
+    rows = pack(data.training.lengths, max_length, seed=0)
+    return Prepared(
+        request=request,
+        folder=folder,
+        policy=policy,
+        tokenizer=tokenizer,
+        data=data,
+        spec=spec,
+        row=_row_shape(data, rows, max_length),
+        rows_per_epoch=len(rows),
+        facts=_facts(request, folder, policy, data, spec),
+    )
+
+
+def _resolved(request: TuneRequest, policy: Policy) -> TuneRequest:
+    """With all that was left to the day and the machine: a run that goes on elsewhere computes the same."""
+    return replace(
+        request,
+        date=request.date or datetime.now().astimezone().date().isoformat(),
+        device=str(policy.device),
+        dtype=None if policy.native else str(policy.dtype).removeprefix("torch."),
+        dense=policy.dense,
+        threads=policy.threads,
+    )
+
+
+def _chat_format(folder: ModelFolder, tokenizer: Tokenizer, request: TuneRequest) -> ChatFormat | None:
+    """None for a model that has none."""
+    if folder.chat_template is None and request.harmony is None and not speaks_harmony(tokenizer):
+        return None
+    return chat.choose(
+        tokenizer,
+        folder.chat_template,
+        folder.defaults.stop_ids,
+        system=SystemContent(date=request.date),
+        variables=folder.template_variables,
+        harmony=request.harmony,
+    )
+
+
+def _row_shape(data: TrainingData, rows: Sequence[Sequence[int]], max_length: int) -> RowShape:
+    lengths = data.training.lengths
+    of_validation = data.validation.lengths
+    return RowShape(
+        tokens=max(
+            max(sum(lengths[index] for index in indices) for indices in rows), min(max_length, sum(of_validation))
+        ),
+        example=max([*lengths, *of_validation]),
+    )
+
+
+def _facts(
+    request: TuneRequest, folder: ModelFolder, policy: Policy, data: TrainingData, spec: AdapterSpec
+) -> dict[str, Any]:
+    """What run.json says."""
+    checkpoint = folder.checkpoint
+    shapes = factor_shapes(checkpoint.config, spec)
+    validation = [] if request.validation_file is None else [request.validation_file]
+    return {
+        "format": _FORMAT,
+        "method": "lora",
+        "freehold": __version__,
+        "torch": torch.__version__,
+        "model": {"name": request.model, "fingerprint": source_fingerprint(checkpoint)},
+        "data": {
+            "files": [_file_facts(path) for path in request.files],
+            "validation_files": [_file_facts(path) for path in validation],
+            "examples": len(data.training),
+            "tokens": data.training.num_tokens,
+            "targets": data.training.num_targets,
+            "validation_examples": len(data.validation),
+            "validation_targets": data.validation.num_targets,
+            "truncated": data.truncations.count,
+        },
+        "parameters": sum(math.prod(a) + math.prod(b) for a, b in shapes.values()),
+        "how": policy.describe(checkpoint.experts.value),
+        "request": request.to_json(),
+    }
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": path.name, "bytes": file.tell(), "sha256": digest}
+
+
+# --- a run's folder ---------------------------------------------------------------------------------------------
+
+
+def new_run(prepared: Prepared, output: Path) -> None:
+    """Make the folder of a run that begins. Raises UsageError where there is something already."""
+    check_new(output)
+    with written_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+    write_text(output / RUN_FILE, json.dumps(prepared.facts, indent=2) + "\n")
+
+
+def check_new(output: Path) -> None:
+    """Raises UsageError where a run cannot begin, and says how one that is there goes on."""
+    if (output / RUN_FILE).is_file():
+        if is_done(output):
+            raise UsageError(f"{output} holds a run that is done; give another --output")
+        raise UsageError(
+            f"{output} holds an unfinished run; go on with `freehold tune --resume {output}`, or give another --output"
+        )
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UsageError(f"{output} exists already; give another --output")
+
+
+def is_done(output: Path) -> bool:
+    """Whether the run in this folder has come to its end."""
+    metrics = output / METRICS_FILE
+    return metrics.is_file() and any(line.get("event") == "done" for line in read_metrics(metrics))
+
+
+def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
+    """What a run in this folder began with. `given` is what is asked for now, as run.json would have it: raises
+    UsageError where that is something else, and where there is nothing to go on with."""
+    if not (output / RUN_FILE).is_file():
+        raise UsageError(f"{output} holds no {RUN_FILE}; name the --output of a run")
+    if is_done(output):
+        raise UsageError(f"{output} holds a run that is done; there is nothing to resume")
+    facts = read_json(output / RUN_FILE)
+    if facts.get("format") != _FORMAT:
+        raise UnsupportedError(f"{output / RUN_FILE} is of another version of Freehold; resume with that one")
+    raw = facts["request"]
+    before = {**raw, **raw["loop"], **raw["lora"]}
+    if changed := differences({name: before[name] for name in given}, given):
+        raise UsageError(
+            f"a run goes on as it began, and {'; '.join(changed)}: leave that out, or begin anew with another --output"
+        )
+    return TuneRequest.from_json(raw)
+
+
+def check_unchanged(prepared: Prepared, output: Path) -> None:
+    """Raises UsageError where data or model are not those that the run in this folder began with."""
+    before = read_json(output / RUN_FILE)
+    now = prepared.facts
+    for kind in ("files", "validation_files"):
+        for old, new in zip(before["data"][kind], now["data"][kind], strict=True):
+            if old != new:
+                raise UsageError(
+                    f"{new['name']} is not what it was when {output} began (SHA-256 {new['sha256'][:12]}…, then "
+                    f"{old['sha256'][:12]}…); bring it back, or begin anew with another --output"
+                )
+    if before["model"] != now["model"]:
+        raise UsageError(
+            f"the model {now['model']['name']} is not what it was when {output} began; bring it back, or begin anew "
+            "with another --output"
+        )
+    if before["data"] != now["data"]:
+        raise UsageError(f"the files of {output} are read in another way by now; begin anew with another --output")
+    for name in ("freehold", "torch", "how"):
+        if before[name] != now[name]:
+            logger.warning(
+                "%s was %r when %s began, and is %r: it goes on, but not to the last bit as it would have",
+                name, before[name], output, now[name],
+            )  # fmt: skip
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def train(
+    prepared: Prepared,
+    output: Path,
+    *,
+    reports: Sequence[Report] = (),
+    progress: Progress = no_progress,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train in a folder that `new_run` made, or go on with what is there, to the result.
+
+    Raises OutOfMemoryError before anything is allocated where a step would not fit, UsageError where another process
+    trains in this folder, and what Loop.run raises.
+    """
+    request = prepared.request
+    plan = prepared.plan()
+    with exclusive(output / RUN_FILE, wait=False), _torch_threads(prepared.policy):
+        per_checkpoint = 3 * plan.factors
+        check_space(output / RUN_FILE, (request.loop.save_total_limit + 2) * per_checkpoint)
+        transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
+        objective = LoraTuning(
+            transformer,
+            request.lora,
+            prepared.data,
+            max_length=request.loop.max_length,
+            seed=request.loop.seed,
+            checkpointing=plan.checkpointing,
+            base_model=request.model,
+        )
+
+        drawn = time.monotonic()
+
+        def report(line: Mapping[str, Any]) -> None:
+            nonlocal drawn
+            if line.get("event") == "checkpoint" and time.monotonic() - drawn > _SECONDS_BETWEEN_CHARTS:
+                _draw(output)
+                drawn = time.monotonic()
+            for each in reports:
+                each(line)
+
+        loop = Loop(objective, request.loop, output, report=report, progress=progress, should_stop=should_stop)
+        loop.resume()
+
+        def finish(outcome: Outcome) -> None:
+            if outcome.best != outcome.last:
+                objective.restore(outcome.best)
+            best = outcome.state.best_step
+            step = outcome.state.step if best is None else best
+            name = output.absolute().name
+            write_text(output / "README.md", model_card(name, prepared.facts, outcome.state, result_step=step))
+            objective.save(output)
+
+        outcome = loop.run(finish)
+        _draw(output)
+        return outcome
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """Where the run in this folder would go on."""
+    return Checkpoints(output / "checkpoints").newest
+
+
+def _draw(output: Path) -> None:
+    if curves.can_draw():
+        curves.draw(read_metrics(output / METRICS_FILE), output / CHART_FILE)
+
+
+@contextmanager
+def _torch_threads(policy: Policy) -> Iterator[None]:
+    """One where the native kernels have threads of their own, with which torch's would get in each other's way, as in
+    backends.one_torch_thread. Else as many as the run began with: torch's sums may depend on it."""
+    count = 1 if policy.native else policy.threads
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
