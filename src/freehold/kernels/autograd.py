@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from freehold.kernels import backends, lora, products, reference
 from freehold.kernels.lora import ExpertLora, Gradients
+from freehold.kernels.native_moe import NativeMoe
 from freehold.weights import mxfp4
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PANEL, PackedMatrix
@@ -81,8 +82,6 @@ def moe(
     # Drawn from torch's own generator, which gradient checkpointing sets back for its second forward pass.
     seed = int(torch.randint(1 << 62, ())) if any(lora.dropout for lora in loras) else 0
     if packed and (loras or backends.needs_gradient(x_TD, weights_TA, gate_up_bias, down_bias, norm_D)):
-        from freehold.kernels.native_moe import NativeMoe  # only where it has been built
-
         function: Any = NativeMoe
     else:
         function = _Moe
@@ -329,10 +328,9 @@ class _NativeSelfAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        from freehold.kernels import native  # only where it has been built
-
         starts_B1 = torch.tensor([0, *itertools.accumulate(counts)])
-        out_TNH, logsum_TN = native.self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window)
+        out_TNH: Tensor
+        out_TNH, logsum_TN = backends.built().self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window)
         ctx.save_for_backward(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, out_TNH, logsum_TN)
         ctx.scale, ctx.window = scale, window
         return out_TNH
@@ -340,11 +338,9 @@ class _NativeSelfAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        from freehold.kernels import native
-
-        *inputs, sinks_N, out_TNH, logsum_TN = ctx.saved_tensors
-        of_q, of_k, of_v, common_TN = native.self_attention_backward(
-            gradient_TNH, *inputs, sinks_N, ctx.scale, ctx.window, out_TNH, logsum_TN
+        q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, out_TNH, logsum_TN = ctx.saved_tensors
+        of_q, of_k, of_v, common_TN = backends.built().self_attention_backward(
+            gradient_TNH, q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, ctx.scale, ctx.window, out_TNH, logsum_TN
         )
         of_sinks = -(torch.exp(sinks_N - logsum_TN) * common_TN).sum(0)
         return of_q, of_k, of_v, of_sinks, None, None, None

@@ -52,6 +52,13 @@ def native() -> ModuleType | None:
     return module
 
 
+def built() -> ModuleType:
+    """The native ops, for those who know that they are there."""
+    module = native()
+    assert module is not None
+    return module
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Within the block, and on this thread, every op is the reference: for what is measured against it."""
@@ -66,7 +73,7 @@ _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
 
 
 def gradient_type() -> torch.dtype:
-    """In which gradients meet packed weights on this machine's processor: float32 unless `gradients_in` says otherwise."""
+    """In which gradients meet packed weights: float32 unless `gradients_in` says otherwise."""
     return _gradient_type.get()
 
 

@@ -1,4 +1,4 @@
-"""What an adapter adds to a linear layer, with its gradient spelled out: parts that read the same input share a product.
+"""What an adapter adds to a linear layer, with its gradient spelled out: parts of one input share a product.
 
 Forward in float32; backward in the type in which gradients are multiplied (backends.gradient_type). For float32
 activations on the CPU, without dropout; model/lora.py, which calls this, computes the rest in plain torch.
@@ -37,9 +37,7 @@ def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part]) -> Tensor:
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], *factors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], *factors: Tensor) -> Tensor:
         dtype = backends.gradient_type()
         a_RI = torch.cat(factors[0::2]).float()
         rows_TR = x_TI @ a_RI.T

@@ -66,9 +66,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def rms_norm_backward(of_out_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     of_out_TD, x_TD, weight_D, (T, D) = of_out_TD.contiguous(), x_TD.contiguous(), weight_D.contiguous(), x_TD.shape
     of_x = torch.empty_like(x_TD)
-    _start().rms_norm_backward(
-        x_TD.data_ptr(), weight_D.data_ptr(), of_out_TD.data_ptr(), of_x.data_ptr(), T, D, eps
-    )
+    _start().rms_norm_backward(x_TD.data_ptr(), weight_D.data_ptr(), of_out_TD.data_ptr(), of_x.data_ptr(), T, D, eps)
     return of_x
 
 
@@ -289,8 +287,8 @@ def moe_hidden(
     (V, F) float32; and, if it is to be kept in some type, what they were made from (V, 16 · panels), panels of gates
     and ups in turn. To the sums are added lora_rows · lora_b, (V, R) and (E, P, R, 16)."""
     x_TD, experts_TA, bias = x_TD.contiguous(), experts_TA.contiguous(), bias.contiguous()
-    (T, A), (E, O, _) = experts_TA.shape, gate_up.shape
-    hidden_VF = torch.empty((T * A, O // 2), dtype=torch.float32)
+    (T, A), (E, num_rows, _) = experts_TA.shape, gate_up.shape
+    hidden_VF = torch.empty((T * A, num_rows // 2), dtype=torch.float32)
     sums = None if kept is None else torch.empty((T * A, gate_up.data.shape[1] * PANEL), dtype=kept)
     _start().moe_hidden(
         _matrix(gate_up),

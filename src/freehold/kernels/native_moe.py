@@ -1,9 +1,9 @@
 """A mixture of packed experts by the native kernels, with what adapters add, and its gradient.
 
-Forward, all experts' first products run at once, then all second ones: int8 activations as in inference, adapters' small
-products in float32. What the activation was made from is kept for the backward pass, in the type in which gradients are
-multiplied (backends.gradient_type). Backward goes expert by expert. *Visits* are pairs of a token and an expert that it
-visits, sorted by expert and then by token. Called by freehold.kernels.autograd alone.
+Forward, all experts' first products run at once, then all second ones: int8 activations as in inference, adapters'
+small products in float32. What the activation was made from is kept for the backward pass, in the type in which
+gradients are multiplied (backends.gradient_type). Backward goes expert by expert. *Visits* are pairs of a token and an
+expert that it visits, sorted by expert and then by token. Called by freehold.kernels.autograd alone.
 
 Shape legend: V visits, S those of one expert, P panels of 16 rows, R all adapters' ranks together.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from freehold.kernels import backends, lora, native, products
+from freehold.kernels import backends, lora, products
 from freehold.kernels.lora import ExpertLora, Lora
 from freehold.weights.packed import PANEL, PackedMatrix
 
@@ -47,15 +47,15 @@ class NativeMoe(torch.autograd.Function):
     ) -> Tensor:
         kept = backends.gradient_type() if any(ctx.needs_input_grad) else None
         visits = _Visits(experts_TA, gate_up_bias.shape[0])
-        normed_TD = x_TD if norm_D is None else native.rms_norm(x_TD, norm_D, eps)
+        normed_TD = x_TD if norm_D is None else backends.built().rms_norm(x_TD, norm_D, eps)
         first, second = (_Adapters.of(loras, which, seed) for which in range(2))
         first_rows = first.rows(normed_TD, visits)
-        hidden_VF, sums = native.moe_hidden(
+        hidden_VF, sums = backends.built().moe_hidden(
             normed_TD, experts_TA, experts.gate_up, gate_up_bias, first_rows, first.packed(paired=True), experts.alpha,
             experts.limit, kept,
         )  # fmt: skip
         second_rows = second.rows(hidden_VF, visits)
-        out = native.moe_mix(
+        out: Tensor = backends.built().moe_mix(
             hidden_VF, weights_TA, experts_TA, experts.down, down_bias, second_rows, second.packed(paired=False),
             residual_TD,
         )  # fmt: skip
@@ -78,7 +78,7 @@ class NativeMoe(torch.autograd.Function):
         first, second = ctx.adapters
         needs_inner = needs_x or needs_norm
         weights_V = weights_TA.flatten()[visits.order]
-        normed_TD = x_TD if norm_D is None else native.rms_norm(x_TD, norm_D, ctx.eps)
+        normed_TD = x_TD if norm_D is None else backends.built().rms_norm(x_TD, norm_D, ctx.eps)
         x, gradient = normed_TD.to(dtype), gradient_TD.to(dtype)
         of_normed = torch.zeros_like(x_TD) if needs_inner else None
         of_weights_V = torch.empty_like(weights_V)
@@ -92,7 +92,7 @@ class NativeMoe(torch.autograd.Function):
             middles = second.middles(of_mixed, expert, tokens)
             of_hidden = _times(of_mixed, experts.down[expert], dtype, scratch)
             second.add_input_gradient(of_hidden, middles, expert)
-            of_sums, hidden, of_weights_V[rows] = native.swiglu_backward(
+            of_sums, hidden, of_weights_V[rows] = backends.built().swiglu_backward(
                 of_hidden, sums[rows], weights, experts.alpha, experts.limit
             )
             if second_rows is not None:
@@ -114,9 +114,9 @@ class NativeMoe(torch.autograd.Function):
             of_weights = torch.empty_like(weights_TA)
             of_weights.view(-1)[visits.order] = of_weights_V
             of_weights += (gradient_TD @ down_bias.T).gather(1, visits.experts_TA)
-        of_x, of_norm = of_normed, None
+        of_input, of_norm = of_normed, None
         if norm_D is not None and of_normed is not None:
-            of_x, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
+            of_input, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
         if of_gate_up_bias is not None:
             of_gate_up_bias = _unpaired(of_gate_up_bias.unsqueeze(-1), gate_up_bias.shape[1]).squeeze(-1)
         of_residual = gradient_TD if needs_residual else None
@@ -126,7 +126,7 @@ class NativeMoe(torch.autograd.Function):
             for pair in (of_first, of_second)
             for factor in pair
         ]
-        return of_x, of_weights, of_gate_up_bias, of_down_bias, of_norm, of_residual, *(None,) * 5, *of_factors
+        return of_input, of_weights, of_gate_up_bias, of_down_bias, of_norm, of_residual, *(None,) * 5, *of_factors
 
 
 class _Visits:
@@ -228,14 +228,16 @@ class _Adapters:
             return None
         b_EOR = torch.cat([pair.lora.b.float() for pair in self.pairs], dim=-1)
         lies = _paired(b_EOR) if paired else F.pad(b_EOR, (0, 0, 0, -b_EOR.shape[1] % PANEL))
-        return lies.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous()
+        return torch.unflatten(lies, 1, (-1, PANEL)).transpose(2, 3).contiguous()
 
     def begin_gradients(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._a = [pair.lora.a.to(dtype) for pair in self.pairs]
         self._b = [pair.lora.b.to(dtype) if self._which else _paired(pair.lora.b).to(dtype) for pair in self.pairs]
         self._of_a = [torch.zeros_like(pair.lora.a) for pair in self.pairs]
-        self._of_b = [torch.zeros(b.shape, dtype=pair.lora.b.dtype) for b, pair in zip(self._b, self.pairs, strict=True)]
+        self._of_b = [
+            torch.zeros(b.shape, dtype=pair.lora.b.dtype) for b, pair in zip(self._b, self.pairs, strict=True)
+        ]
 
     def middles(self, of_out: Tensor, expert: int, tokens: Tensor | None) -> list[Tensor]:
         """Gradients of an expert's rows before scaling, one for each adapter."""
@@ -294,16 +296,17 @@ def _times(gradient_SO: Tensor, weight: PackedMatrix, dtype: torch.dtype, scratc
     if weight.paired:
         weight = weight.panels(0, len(weight.data))
     if dtype == torch.float32:
-        return native.linear_backward(gradient_SO, weight)
+        out: Tensor = backends.built().linear_backward(gradient_SO, weight)
+        return out
     return gradient_SO @ scratch.widened(weight, dtype)[: weight.shape[0]]
 
 
 def _paired(b_EOR: Tensor) -> Tensor:
     """Interleaved gate and up rows in the order in which a paired matrix has them, padded as it is."""
     padded = F.pad(b_EOR, (0, 0, 0, -b_EOR.shape[1] % (4 * PANEL)))
-    return padded.unflatten(1, (-1, PANEL, 2)).transpose(2, 3).flatten(1, 3)
+    return torch.unflatten(padded, 1, (-1, PANEL, 2)).transpose(2, 3).flatten(1, 3)
 
 
 def _unpaired(lies_EOR: Tensor, num_rows: int) -> Tensor:
     """And back."""
-    return lies_EOR.unflatten(1, (-1, 2, PANEL)).transpose(2, 3).flatten(1, 3)[:, :num_rows]
+    return torch.unflatten(lies_EOR, 1, (-1, 2, PANEL)).transpose(2, 3).flatten(1, 3)[:, :num_rows]

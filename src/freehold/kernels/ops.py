@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.kernels import autograd, backends, reference
+from freehold.kernels import autograd, backends
 from freehold.kernels.kv import PAGE, KvPages, PagedSequences
 from freehold.kernels.lora import ExpertLora
 from freehold.sampling import check_filters

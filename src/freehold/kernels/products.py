@@ -22,13 +22,11 @@ class Scratch:
 
     def widened(self, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
         """(rows, C), rows in the order in which they lie, padding and all. Good until the next call."""
-        from freehold.kernels import native  # only where it has been built
-
         rows, C = len(weight.data) * PANEL, weight.shape[1]
         if self._numbers.dtype != dtype or self._numbers.numel() < rows * C:
             self._numbers = torch.empty(rows * C, dtype=dtype)
         out_CR = self._numbers[: rows * C].view(C, rows)
-        native.widen(weight, out_CR)
+        backends.built().widen(weight, out_CR)
         return out_CR.T
 
 

@@ -48,7 +48,8 @@ def taught(
     """Differentiable in the adapter's factors, and in weights of the model that want a gradient.
 
     Where weights are packed, `gradient_type` is the type in which gradients are multiplied, sums aside: float32,
-    bfloat16, or None for what is faster on this processor. `dropout` draws from torch's own generator. The row's targets may be none: then so are the log-probabilities.
+    bfloat16, or None for what is faster on this processor. `dropout` draws from
+    torch's own generator. The row's targets may be none: then so are the log-probabilities.
     """
     device, gradient_type = transformer.device, gradient_type or _quick_gradient_type(transformer)
     tokens_T = torch.tensor(row.tokens, device=device)
