@@ -17,6 +17,7 @@ from freehold.disk import (
     new_folder,
     remove,
     remove_all_abandoned,
+    scratch_folder,
     size_of,
     unfinished_in,
     write_text,
@@ -30,6 +31,18 @@ def test_a_finished_folder_has_its_name(tmp_path: Path) -> None:
         assert not (tmp_path / "deep" / "model").exists()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
     assert (tmp_path / "deep" / "model" / "x").read_text() == "x"
+
+
+def test_a_scratch_folder_goes_and_what_was_made_of_it_stays(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "made") as scratch:
+        (scratch / "x").write_text("x")
+        (tmp_path / "made").write_text((scratch / "x").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    with pytest.raises(UsageError, match="exists already"), scratch_folder(tmp_path / "made"):
+        pass
+    with pytest.raises(KeyboardInterrupt), scratch_folder(tmp_path / "other"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, CheckpointError])

@@ -33,6 +33,13 @@ class ExpertFormat(Enum):
     BF16 = "bf16"
 
 
+class Rounding(Enum):
+    """How numbers that MXFP4 does not have become such as it has: by chance, with the right mean, or the nearest."""
+
+    RANDOM = "random"
+    NEAREST = "nearest"
+
+
 class DenseFormat(Enum):
     """How a GGUF file stores the large matrices that are not MXFP4."""
 

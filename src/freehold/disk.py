@@ -49,6 +49,27 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(destination: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `destination`, for what that is to be made of; it is removed when the block ends.
+
+    Raises UsageError if the destination is already there, DiskError and DiskSpaceError as `new_folder` does.
+    """
+    destination = destination.absolute()
+    partial = _partial_name(destination)
+    try:
+        _refuse_existing(destination)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(destination)
+        partial.mkdir()
+        with _locked(partial):
+            yield partial
+    except OSError as error:
+        raise _typed(destination, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) -> Iterator[BinaryIO]:
     """Yields a binary file that takes the name `destination` when the block ends well, in place of what was there.
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.weights.mxfp4 import BLOCK, E2M1_VALUES, Mxfp4Tensor, pack, unpack
+from freehold.weights.mxfp4 import BLOCK, E2M1_VALUES, Mxfp4Tensor, pack, round_by_chance, unpack
 
 GRID = torch.tensor(sorted(set(E2M1_VALUES)), dtype=torch.float64)
 SCALES = 2.0 ** (torch.arange(255, dtype=torch.float64) - 127)
@@ -186,3 +186,19 @@ def test_shape_size_and_indexing() -> None:
     assert packed.num_bytes == 3 * 4 * 64 * 17 // 32
     assert packed[1].shape == (4, 64)
     assert packed[1].blocks.data_ptr() == packed.blocks[1].data_ptr()
+
+
+def test_rounding_by_chance_has_the_value_for_its_mean_and_leaves_what_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 3 * BLOCK, generator=generator) * torch.tensor([1e-6, 0.02, 1.0, 3e4]).unsqueeze(-1)
+    scales = pack(values).scales
+    rounded = torch.stack([unpack(round_by_chance(values, scales, generator)) for _ in range(2000)])
+    steps = torch.exp2(scales.double() - 127).repeat_interleave(BLOCK, -1)
+    within = values.abs() <= 6 * steps  # what a block's largest number is too small for becomes that
+    off = ((rounded.double().mean(0) - values).abs() / steps)[within]
+    assert off.max() < 0.12  # of a step of 2 at most, whose mean of 2,000 has a deviation of 0.02
+    assert ((rounded - values).abs().amax(0) < 2 * steps)[within].all()
+    exact = unpack(pack(values))
+    packed = pack(exact)
+    again = round_by_chance(exact, packed.scales, generator)
+    assert torch.equal(unpack(again), exact)

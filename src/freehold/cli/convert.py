@@ -37,14 +37,7 @@ def command(
     freehold convert default /tmp/bf16 --experts bf16
     freehold convert default /tmp/model.gguf
     """
-    to_gguf = destination.suffix.lower() == ".gguf"
-    if to_gguf and layout is not None:
-        raise UsageError("--layout is for folders, and a .gguf file has a layout of its own; leave it out")
-    if not to_gguf and dense is not None:
-        raise UsageError(
-            f"--dense is for .gguf files, and {destination} will be a folder, whose dense tensors stay as they are; "
-            "leave it out or name a file that ends in .gguf"
-        )
+    to_gguf = check_format(destination, layout, dense)
     from freehold.hub import gguf
     from freehold.hub.convert import convert
     from freehold.hub.find import find_model
@@ -56,3 +49,16 @@ def command(
         else:
             convert(model, destination, layout=layout or Layout.HF, experts=experts, progress=progress)
     terminal.say(f"{destination} is complete")
+
+
+def check_format(destination: Path, layout: Layout | None, dense: DenseFormat | None) -> bool:
+    """Whether a GGUF file is asked for. Raises UsageError for what is not of that format."""
+    to_gguf = destination.suffix.lower() == ".gguf"
+    if to_gguf and layout is not None:
+        raise UsageError("--layout is for folders, and a .gguf file has a layout of its own; leave it out")
+    if not to_gguf and dense is not None:
+        raise UsageError(
+            f"--dense is for .gguf files, and {destination} will be a folder, whose dense tensors stay as they are; "
+            "leave it out or name a file that ends in .gguf"
+        )
+    return to_gguf

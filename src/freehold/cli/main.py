@@ -21,6 +21,7 @@ from freehold.cli import (
     inspect,
     keys,
     mcp,
+    merge,
     pack,
     receipt,
     replay,
@@ -41,7 +42,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and so answers twice as fast
     context_settings=HELP_OPTIONS,
 )
-for module in (chat, replay, serve, mcp, generate, tune, inspect, bench, receipt, convert, synth, pack, doctor):
+_COMMANDS = (
+    chat, replay, serve, mcp, generate, tune, merge, inspect, bench, receipt, convert, synth, pack, doctor,
+)  # fmt: skip
+for module in _COMMANDS:
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(harmony.app, name="harmony", context_settings=HELP_OPTIONS)
 app.add_typer(cache.app, name="cache", context_settings=HELP_OPTIONS)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,13 @@ def command(
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Another name that the model answers to; may be given again.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A LoRA adapter in PEFT's format, for who asks for the model `default:NAME`; may be given again.",
+        ),
+    ] = None,
     script: Annotated[
         Path | None, typer.Option(help="No model: say what this JSONL file says, for who writes a client.")
     ] = None,
@@ -64,6 +72,10 @@ def command(
     ] = None,
     keep_bytes: Annotated[
         int | None, typer.Option(help="Forget the oldest beyond so many bytes; 0 keeps them.", show_default="4 GiB")
+    ] = None,
+    tuning: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Let clients upload files and fine-tune this model; both lie in this folder."),
     ] = None,
     allow_no_key: Annotated[
         bool, typer.Option("--allow-no-key", help="Serve other machines although there is no key.")
@@ -93,6 +105,12 @@ def command(
     max_body_bytes: Annotated[
         int, typer.Option(help="The largest request.", show_default="32 MiB")
     ] = _DEFAULTS.max_body_bytes,
+    max_upload_bytes: Annotated[
+        int, typer.Option(help="The largest upload, with --tuning.", show_default="512 MiB")
+    ] = _DEFAULTS.max_upload_bytes,
+    max_files_bytes: Annotated[
+        int, typer.Option(help="All files of a key together.", show_default="8 GiB")
+    ] = _DEFAULTS.max_files_bytes,
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that an answer may take.")
     ] = _DEFAULTS.request_timeout,
@@ -124,6 +142,8 @@ def command(
     freehold serve
     freehold serve --model /data/gpt-oss-20b --port 8080
     freehold serve --model /data/gpt-oss-20b --browse ~/notes --python
+    freehold serve --tuning /data/tuning
+    freehold serve --adapter poet=runs/poet --adapter clerk=runs/clerk
     freehold serve --script turns.jsonl --tokens-per-second 50
     """
     if script is None and tokens_per_second is not None:
@@ -131,6 +151,7 @@ def command(
     if script is not None:
         of_models = {
             "--model": model if model != "default" else None,
+            "--adapter": adapter,
             "--harmony": harmony,
             "--kv-tokens": kv_tokens,
             "--device": device,
@@ -143,6 +164,7 @@ def command(
         }
         if given := [option for option, value in of_models.items() if value is not None]:
             raise UsageError(f"a --script is no model, and takes nothing of one: leave {', '.join(given)} out")
+    adapters = _adapters(adapter or ())
     from freehold.serve.journal import start_logging
     from freehold.serve.start import start
     from freehold.tools.kit import ToolChoices
@@ -160,6 +182,8 @@ def command(
         max_running=max_concurrency,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
+        max_upload_bytes=max_upload_bytes,
+        max_files_bytes=max_files_bytes,
         request_timeout=request_timeout,
         receive_timeout=receive_timeout,
         send_timeout=send_timeout,
@@ -204,10 +228,52 @@ def command(
                 max_num_seqs=max_concurrency,
                 threads=threads,
                 prefix_cache_dir=prefix_cache_dir,
+                adapters=adapters,
                 progress=progress,
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
 
+    trainer = None
+    if tuning is not None and script is None:
+        from freehold.serve.tuning.trainer import Trainer
+        from freehold.train.options import LoopOptions
+
+        of_both = {"--device": device, "--dtype": dtype, "--dense": dense, "--threads": threads}
+        options = [text for option, value in of_both.items() if value is not None for text in (option, str(value))]
+        if harmony is not None:
+            options.append("--harmony" if harmony else "--no-harmony")
+        loop = LoopOptions()
+        trainer = Trainer(
+            model=model,
+            learning_rate=loop.learning_rate,
+            max_length=loop.max_length,
+            options=tuple(options),
+            methods=("supervised",),
+        )
+
     start_logging(as_json=log_json)
     bars = terminal.progress_bars
-    sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=choices, progress=bars))
+    sys.exit(
+        start(
+            load,
+            settings,
+            store_url=store,
+            no_network=airgap,
+            tools=choices,
+            tuning=tuning,
+            trainer=trainer,
+            progress=bars,
+        )
+    )
+
+
+def _adapters(given: Sequence[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise UsageError(f"--adapter takes NAME=DIR, the name that clients ask for and the folder; got {text!r}")
+        if name in folders:
+            raise UsageError(f"--adapter {name} is given twice; give each a name of its own")
+        folders[name] = Path(folder)
+    return folders

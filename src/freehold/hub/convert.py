@@ -1,5 +1,6 @@
 """Rewrite a model in another published layout or expert format, whole or not at all."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout
@@ -8,7 +9,9 @@ from freehold.errors import CheckpointError
 from freehold.hub.folder import SIDE_FILES
 from freehold.log import Progress, no_progress
 from freehold.weights.layouts import (
+    Checkpoint,
     TableSource,
+    WeightSource,
     open_checkpoint,
     tensors_to_write,
     write_checkpoint,
@@ -29,17 +32,38 @@ def convert(
     the layout cannot express the model.
     """
     checkpoint = open_checkpoint(source)
-    experts = experts or checkpoint.experts
     table = TableSource(checkpoint.table(), origin=str(source))
-    needed = sum(tensor.num_bytes for tensor in tensors_to_write(checkpoint.config, table, layout, experts))
-    side_files = _side_files(source)
+    write_folder(
+        checkpoint,
+        table,
+        destination,
+        layout=layout,
+        experts=experts or checkpoint.experts,
+        side_files=side_files(source),
+        progress=progress,
+    )
+
+
+def write_folder(
+    checkpoint: Checkpoint,
+    weights: WeightSource,
+    destination: Path,
+    *,
+    layout: Layout,
+    experts: ExpertFormat,
+    side_files: Mapping[str, bytes],
+    progress: Progress = no_progress,
+) -> None:
+    """Write a model of the checkpoint's shape, its weights from elsewhere, to the new folder `destination`."""
+    needed = sum(tensor.num_bytes for tensor in tensors_to_write(checkpoint.config, weights, layout, experts))
     with new_folder(destination, needed_bytes=needed) as folder:
-        write_checkpoint(folder, checkpoint.config, table, layout=layout, experts=experts, progress=progress)
+        write_checkpoint(folder, checkpoint.config, weights, layout=layout, experts=experts, progress=progress)
         for name, content in side_files.items():
             write_bytes(folder / name, content)
 
 
-def _side_files(source: Path) -> dict[str, bytes]:
+def side_files(source: Path) -> dict[str, bytes]:
+    """What belongs to a model besides config.json and tensors: tokeniser, template, licence."""
     contents = {}
     for path in (source / name for name in SIDE_FILES):
         try:

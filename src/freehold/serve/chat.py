@@ -38,7 +38,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("", response_model=None)
     async def create(request: Request, body: ChatRequest) -> Response:
         """An answer to a conversation, as a whole or as a stream of chunks."""
-        server.check_model(body.model)
+        server.check_model(body.model, caller_of(request))
         includes_usage = body.includes_usage
         reply = await _begin(server, caller_of(request), body)
         if body.stream:
@@ -84,7 +84,7 @@ async def _begin(server: Server, caller: Caller, body: ChatRequest) -> _Reply:
     server.check_room(body.num_samples, param="n")
     asked = await asyncio.to_thread(understand, body, server.served)
     try:
-        turn = await server.turn(caller, asked.ask)
+        turn = await server.turn(caller, asked.ask, model=body.model)
         reading = server.read(caller, turn)
     except FreeholdError as error:
         raise why_not(error, body, asked) from error

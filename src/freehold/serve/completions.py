@@ -83,7 +83,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("", response_model=None)
     async def create(request: Request, body: CompletionRequest) -> Response:
         """How a text goes on, as a whole or as a stream of chunks."""
-        server.check_model(body.model)
+        server.check_model(body.model, caller_of(request))
         includes_usage = body.includes_usage
         reply = await _begin(server, caller_of(request), body)
         if body.stream:
@@ -142,7 +142,7 @@ def _asks(server: Server, body: CompletionRequest) -> list[TextAsk]:
 
 async def _prepared(server: Server, caller: Caller, body: CompletionRequest, ask: TextAsk) -> Generation:
     try:
-        return await server.text(caller, ask)
+        return await server.text(caller, ask, model=body.model)
     except FreeholdError as error:
         raise _why_not(error, body) from error
 

@@ -4,12 +4,13 @@
 (freehold.session.scripted).
 """
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
-from freehold.engine.request import Request, Step
+from freehold.engine.request import Request, Step, check_adapter
 from freehold.errors import CheckpointError
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.guidance import prepare
@@ -47,13 +48,21 @@ class AsyncRunner(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
-    template; with `grammar`, replies are always well-formed."""
+    template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with; `add_adapter`
+    gives the running model one more, by a name and from a folder, and is None for what can have none."""
 
     name: str
     prompting: Prompting
     runner: AsyncRunner
     harmony: bool | None = None
     grammar: bool = True
+    adapter: str | None = None
+    add_adapter: Callable[[str, Path], None] | None = None
+
+    def with_adapter(self, name: str) -> "Served":
+        """The same model with one of its adapters. Raises UsageError for one that it does not have."""
+        check_adapter(name, self.prompting.adapters)
+        return replace(self, adapter=name)
 
     @property
     def speaks_harmony(self) -> bool:
@@ -73,7 +82,14 @@ def serve_model(model: "Model", *, name: str, harmony: bool | None = None, gramm
     if harmony and not _was_made_for_harmony(model.prompting):
         logger.log(NOTICE, "%s was not made for Harmony: do not expect it to use tools well, or to reason", name)
     runner = AsyncEngine(model.new_engine())
-    return Served(name=name, prompting=model.prompting, runner=runner, harmony=harmony, grammar=grammar)
+    return Served(
+        name=name,
+        prompting=model.prompting,
+        runner=runner,
+        harmony=harmony,
+        grammar=grammar,
+        add_adapter=model.add_adapter,
+    )
 
 
 def _was_made_for_harmony(prompting: Prompting) -> bool:

@@ -100,6 +100,19 @@ def pack(values: Tensor) -> Mxfp4Tensor:
     return Mxfp4Tensor(blocks.view(*leading, num_blocks, BLOCK // 2), scales.view(*leading, num_blocks))
 
 
+def round_by_chance(values: Tensor, scales: Tensor, generator: torch.Generator) -> Mxfp4Tensor:
+    """Quantise (…, R, C) at the scales (…, R, C/32) of its blocks, up or down by chance, so that the mean is the value
+    itself: stochastic rounding. What a block can hold as it is stays; what is beyond its largest number becomes that.
+    """
+    blocks = values.unflatten(-1, (-1, BLOCK))
+    magnitudes = (blocks.abs() / _scale_values(scales, torch.float32).unsqueeze(-1)).clamp_(max=_E2M1_MAGNITUDES[-1])
+    spacing = _spacing(magnitudes)
+    steps = magnitudes / spacing
+    below = steps.floor()
+    below += steps - below > torch.rand(steps.shape, generator=generator)
+    return Mxfp4Tensor(_codes(below * spacing, torch.signbit(blocks)), scales)
+
+
 _BLOCKS_AT_ONCE = 1 << 14  # 2 MiB of float32: the working set of a chunk stays in cache
 
 
@@ -126,15 +139,25 @@ def _pack_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
         best_rounded = torch.where(better.unsqueeze(-1), rounded, best_rounded)
 
     best_scale.masked_fill_(amax == 0, SCALE_BIAS)
-    codes = _code_of_doubled(blocks.device)[(best_rounded * 2).int()]
-    codes |= torch.signbit(blocks).to(torch.uint8) << 3
-    return codes[:, 0::2] | (codes[:, 1::2] << 4), best_scale.to(torch.uint8)
+    return _codes(best_rounded, torch.signbit(blocks)), best_scale.to(torch.uint8)
+
+
+def _codes(magnitudes: Tensor, negative: Tensor) -> Tensor:
+    """Two a byte, of magnitudes that are E2M1's own."""
+    codes = _code_of_doubled(magnitudes.device)[(magnitudes * 2).int()]
+    codes |= negative.to(torch.uint8) << 3
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def _round_magnitudes(magnitudes: Tensor) -> Tensor:
     """Nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6; a tie goes to the even code, as IEEE rounding has it."""
-    spacing = 0.5 + 0.5 * (magnitudes >= 2) + (magnitudes >= 4)
+    spacing = _spacing(magnitudes)
     return ((magnitudes / spacing).round_() * spacing).clamp_(max=6.0)
+
+
+def _spacing(magnitudes: Tensor) -> Tensor:
+    """From each magnitude's lower neighbour to its upper one."""
+    return 0.5 + 0.5 * (magnitudes >= 2) + (magnitudes >= 4)
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,188 @@
+"""`freehold merge`: an adapter folded into its model, and a receipt of what that kept."""
+
+import dataclasses
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from freehold import __version__
+from freehold.cli import terminal
+from freehold.cli.convert import check_format
+from freehold.cli.options import Json, ModelArgument
+from freehold.config import DenseFormat, ExpertFormat, Layout, Rounding
+from freehold.errors import CheckpointError
+from freehold.log import Progress
+
+if TYPE_CHECKING:
+    from freehold.hub.merged import Touched
+    from freehold.session.merge_receipt import Example, MergeReceipt
+    from freehold.train.examples import Examples
+
+RECEIPT_FILE = "merge_receipt.json"
+
+
+def command(
+    model: ModelArgument,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of an adapter, in PEFT's format.")],
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="A new folder, or a new file that ends in .gguf; it appears when it is complete.",
+        ),
+    ],
+    layout: Annotated[
+        Layout | None,
+        typer.Option(help="A folder's layout: Hugging Face's names, or OpenAI's original ones. Default: hf."),
+    ] = None,
+    experts: Annotated[ExpertFormat | None, typer.Option(help="How experts are stored. Default: as they are.")] = None,
+    dense: Annotated[
+        DenseFormat | None,
+        typer.Option(help="How a .gguf stores all large matrices that are not MXFP4, bf16 experts too. Default: q8."),
+    ] = None,
+    rounding: Annotated[
+        Rounding, typer.Option(help="How sums become MXFP4: at random with the right mean, or to the nearest.")
+    ] = Rounding.RANDOM,
+    measure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts (.jsonl or .txt) to measure on what the merge kept. Default: what `freehold tune` held out.",
+        ),
+    ] = None,
+    measure_tokens: Annotated[int, typer.Option(help="Measure on so many tokens of them; 0 measures nothing.")] = 4096,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Fold it in even if the adapter names another model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fold an adapter into its model: a new checkpoint, or a GGUF file for llama.cpp, that needs no adapter.
+
+    \b
+    freehold merge default my-adapter /tmp/merged
+    freehold merge default my-adapter /tmp/merged.gguf
+    freehold merge default my-adapter /tmp/original --layout original --measure chats.jsonl
+
+    Only experts that the adapter changes are quantised again; all else keeps its bytes. What that kept of what was
+    learnt is measured and written down, as merge_receipt.json in the new folder or NAME.merge_receipt.json beside a
+    .gguf.
+    """
+    to_gguf = check_format(destination, layout, dense)
+    from freehold.disk import scratch_folder, write_text
+    from freehold.hub import gguf
+    from freehold.hub.find import find_model
+    from freehold.hub.merge import check_base, merge
+    from freehold.session.merge_receipt import measure_merge
+
+    with ExitStack() as stack:
+        progress = stack.enter_context(terminal.progress_bars())
+        folder = find_model(model, progress)
+        if not any_base:
+            check_base(adapter, model, folder)
+        examples = _examples(folder, adapter, measure, measure_tokens, progress)
+        # llama.cpp's file is made of a checkpoint, which is also what can be measured.
+        merged = stack.enter_context(scratch_folder(destination)) / "merged" if to_gguf else destination
+        touched = merge(
+            folder, adapter, merged, layout=layout or Layout.HF, experts=experts, rounding=rounding, progress=progress
+        )
+        if to_gguf:
+            gguf.export(merged, destination, dense=dense or DenseFormat.Q8, progress=progress)
+        receipt = measure_merge(folder, adapter, merged, examples, progress=progress) if examples else None
+    terminal.say(f"{destination} is complete")
+    facts = _facts(model, adapter, rounding, touched, receipt)
+    path = destination.with_name(f"{destination.name}.{RECEIPT_FILE}") if to_gguf else destination / RECEIPT_FILE
+    write_text(path, json.dumps(facts, indent=2) + "\n")
+    if as_json:
+        terminal.write(json.dumps(facts, indent=2) + "\n")
+        return
+    terminal.write(f"{touched.describe()}\n")
+    if receipt is not None:
+        terminal.write(_table(receipt))
+
+
+def _examples(
+    folder: Path, adapter: Path, measure: Path | None, most_tokens: int, progress: Progress
+) -> "list[Example]":
+    """What to measure on: a file that is given, or what the adapter's own run held out. None says so and measures
+    nothing."""
+    from freehold.formats import chat
+    from freehold.formats.harmony.vocabulary import speaks_harmony
+    from freehold.hub.folder import open_folder
+    from freehold.train.data import DataOptions, read_examples
+    from freehold.train.run import RUN_FILE, TuneRequest, prepare
+    from freehold.weights.files import read_json
+
+    if not most_tokens:
+        return []
+    if (adapter / RUN_FILE).is_file():
+        request = TuneRequest.from_json(read_json(adapter / RUN_FILE)["request"])
+        request = replace(request, model=str(folder), loop=replace(request.loop, patience=None))
+        if measure is not None:
+            request = replace(request, files=(measure,), validation_file=None, validation_share=0.0)
+        elif request.validation_file is None and not request.validation_share:
+            return _nothing_to_measure("the adapter's run held nothing out")
+        data = prepare(request, progress).data
+        return _first_tokens(data.training if measure is not None else data.validation, most_tokens)
+    if measure is None:
+        return _nothing_to_measure(f"{adapter} has no {RUN_FILE}")
+    model = open_folder(folder)
+    if model.tokenizer is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json, so it cannot read {measure}; leave --measure out")
+    chat_format = None
+    if model.chat_template is not None or speaks_harmony(model.tokenizer):
+        chat_format = chat.choose(
+            model.tokenizer, model.chat_template, model.defaults.stop_ids, variables=model.template_variables
+        )
+    options = DataOptions(max_length=min(most_tokens, model.checkpoint.config.max_context))
+    return _first_tokens(
+        read_examples([measure], chat_format, model.tokenizer, options, progress).training, most_tokens
+    )
+
+
+def _nothing_to_measure(why: str) -> "list[Example]":
+    terminal.say(f"{why}, so the merge is not measured; name a file of texts with --measure")
+    return []
+
+
+def _first_tokens(examples: "Examples", most_tokens: int) -> "list[Example]":
+    """Whole examples, as long as there is room; at least a part of the first."""
+    chosen: list[Example] = []
+    for tokens, targets in examples:
+        room = most_tokens - sum(len(example[0]) for example in chosen)
+        if len(tokens) > room and chosen:
+            break
+        chosen.append((tokens[:room], targets[:room]))
+    return chosen
+
+
+def _facts(
+    model: str, adapter: Path, rounding: Rounding, touched: "Touched", receipt: "MergeReceipt | None"
+) -> dict[str, Any]:
+    return {
+        "freehold": __version__,
+        "model": model,
+        "adapter": str(adapter.absolute()),
+        "rounding": rounding.value,
+        "touched": dataclasses.asdict(touched),
+        "measured": None if receipt is None else receipt.to_json(),
+    }
+
+
+def _table(receipt: "MergeReceipt") -> str:
+    rows = [
+        ("base", receipt.base_loss, None, None),
+        ("with the adapter", receipt.adapter_loss, None, 1.0),
+        ("merged, experts bf16", receipt.merged_loss, receipt.merged_kl, receipt.merged_share),
+        ("as it was written", receipt.stored_loss, receipt.stored_kl, receipt.stored_share),
+    ]
+    lines = [
+        f"  {'on ' + str(receipt.num_targets) + ' tokens':22}     loss   KL from the adapted   kept of what was learnt"
+    ]
+    for what, loss, divergence, share in rows:
+        kl = "" if divergence is None else f"{divergence:.5f}"
+        lines.append(f"  {what:22}   {loss:6.4f}   {kl:>19}   {'' if share is None else f'{share:.1%}':>23}".rstrip())
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""An adapter folded into its model: a new checkpoint in which every weight is the old one plus the adapter's share.
+
+What the adapter leaves alone keeps its bytes: tensors that it does not target, and every expert of which a factor is
+zero. What it changes is computed in float32 and stored in the checkpoint's types. In MXFP4 nearly all of that would
+vanish, since the base's numbers lie on that format's grid and a change is mostly far smaller than half of a step there:
+so numbers are rounded up or down by chance, in proportion to what is nearer. The mean of many is then what it should
+be, where rounding to the nearest would leave all of them where they were (docs/performance.md has the figures).
+
+Refuses adapters of other models, and writes whole checkpoints or none. `freehold merge` calls this; what a merge cost
+is measured in session/merge_receipt.py. GGUF files are made of what is written here (gguf.py).
+"""
+
+from pathlib import Path
+
+from freehold.config import ExpertFormat, Layout, Rounding
+from freehold.errors import UsageError
+from freehold.hub import default_model
+from freehold.hub.convert import side_files, write_folder
+from freehold.hub.find import DEFAULT
+from freehold.hub.merged import MergedSource, RandomlyRounded, Touched
+from freehold.log import Progress, no_progress
+from freehold.model.peft_files import CONFIG_FILE, read_peft
+from freehold.weights.files import read_json
+from freehold.weights.layouts import open_checkpoint
+
+_CARD = "README.md"
+
+
+def merge(
+    source: Path,
+    adapter: Path,
+    destination: Path,
+    *,
+    layout: Layout = Layout.HF,
+    experts: ExpertFormat | None = None,
+    rounding: Rounding = Rounding.RANDOM,
+    progress: Progress = no_progress,
+) -> Touched:
+    """Write the model in `source` with the adapter in `adapter` folded in to the new folder `destination`.
+
+    `experts` None keeps their format. Raises what `read_peft` raises, and UnsupportedError where the layout cannot
+    express the model.
+    """
+    checkpoint = open_checkpoint(source)
+    experts = experts or checkpoint.experts
+    factors = read_peft(adapter, checkpoint.config)
+    at_random = experts is ExpertFormat.MXFP4 and rounding is Rounding.RANDOM
+    weights = (RandomlyRounded if at_random else MergedSource)(
+        checkpoint.table(), factors, origin=f"{source} with {adapter}"
+    )
+    write_folder(
+        checkpoint,
+        weights,
+        destination,
+        layout=layout,
+        experts=experts,
+        side_files=_side_files(source, adapter),
+        progress=progress,
+    )
+    return weights.touched()
+
+
+def check_base(adapter: Path, model: str, folder: Path) -> None:
+    """Raise UsageError where an adapter names another base model than the one that was asked for as `model`."""
+    config = adapter / CONFIG_FILE
+    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    if not isinstance(named, str) or not named:
+        return
+    # Folders are moved, and the hub's names have owners: the last part of a name is what stays.
+    known = {_last_part(model), _last_part(str(folder)), *map(_hub_name, folder.parts)}
+    if folder == default_model.folder():
+        known.add(DEFAULT)
+    if _last_part(named) not in known:
+        raise UsageError(
+            f"{config} says that the adapter is for {named!r}, and the model is {model!r} ({folder}); name that model, "
+            "or --any-base if it is the same under another name"
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _hub_name(part: str) -> str:
+    """Of a folder in Hugging Face's cache, models--owner--name."""
+    return part.rpartition("--")[2].lower() if part.startswith("models--") else ""
+
+
+def _side_files(source: Path, adapter: Path) -> dict[str, bytes]:
+    files = side_files(source)
+    if _CARD in files:
+        note = f"\n\n**Merged.** `freehold merge` folded the adapter `{adapter.absolute().name}` into these weights.\n"
+        files[_CARD] += note.encode()
+    return files

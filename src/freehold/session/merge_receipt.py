@@ -1,0 +1,160 @@
+"""What a merge kept of what an adapter had learnt, measured on a text: losses, and KL from the adapted model.
+
+Four models see the same tokens: the base, the base with the adapter beside it, the sum with experts in bfloat16, and
+the checkpoint that was written, as it lies on the disk. All are computed by the reference ops in float32, so that what
+differs is the weights alone; layer by layer, so that one layer at a time is in memory. What the native kernels' own
+number formats cost on top is `freehold receipt`'s to tell.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freehold.config import ModelConfig
+from freehold.errors import UsageError
+from freehold.hub.merged import MergedSource
+from freehold.kernels import backends
+from freehold.kernels.ops import Weight
+from freehold.log import Progress, no_progress
+from freehold.model.batch import Batch
+from freehold.model.layerwise import layer_adapter, one_layer
+from freehold.model.lora import Adapter, TokenAdapters
+from freehold.model.peft_files import read_peft
+from freehold.weights import mxfp4
+from freehold.weights.layouts import WeightTable, is_expert_matrix, open_checkpoint
+from freehold.weights.mxfp4 import Mxfp4Tensor
+
+Example = tuple[list[int], list[int]]
+"""Token ids, and at each the token that is to follow; below 0 where that does not count."""
+
+_TARGETS_AT_ONCE = 64  # their logits are the largest tensors here
+_STEPS = ("base", "adapter", "merged", "stored")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReceipt:
+    """Over `num_targets` tokens, in nats, means. KL is from the adapted model to the one in question."""
+
+    num_targets: int
+    base_loss: float
+    adapter_loss: float
+    merged_loss: float
+    stored_loss: float
+    merged_kl: float
+    stored_kl: float
+
+    @property
+    def merged_share(self) -> float | None:
+        """Of the adapter's loss reduction, what is there after the merge, before experts are quantised again."""
+        return self._share(self.merged_loss)
+
+    @property
+    def stored_share(self) -> float | None:
+        """The same in the checkpoint as it was written. None where the adapter lowers no loss here."""
+        return self._share(self.stored_loss)
+
+    def to_json(self) -> dict[str, float | None]:
+        return asdict(self) | {"merged_share": self.merged_share, "stored_share": self.stored_share}
+
+    def _share(self, loss: float) -> float | None:
+        gained = self.base_loss - self.adapter_loss
+        return (self.base_loss - loss) / gained if gained > 0 else None
+
+
+def measure_merge(
+    source: Path, adapter: Path, stored: Path, examples: Sequence[Example], *, progress: Progress = no_progress
+) -> MergeReceipt:
+    """Compare the model in `source`, the adapter, and what was made of both in the folder `stored`.
+
+    Raises UsageError where the examples have no target.
+    """
+    checkpoint, written = open_checkpoint(source), open_checkpoint(stored)
+    config = checkpoint.config
+    factors = read_peft(adapter, config)
+    tokens_T = torch.tensor([token for tokens, _ in examples for token in tokens])
+    targets_T = torch.tensor([target for _, targets in examples for target in targets])
+    if not bool((targets_T >= 0).any()):
+        raise UsageError("there is no token to measure a loss at in this text; give another with --measure")
+    run = _Run(config, checkpoint.table(), written.table(), factors, [len(tokens) for tokens, _ in examples])
+    with torch.inference_mode(), backends.reference_only():
+        return run.receipt(tokens_T, targets_T, progress)
+
+
+class _Run:
+    def __init__(
+        self, config: ModelConfig, base: WeightTable, stored: WeightTable, adapter: Adapter, counts: Sequence[int]
+    ) -> None:
+        self._config = config
+        self._base, self._stored = base, stored
+        self._adapter = adapter
+        self._merged = MergedSource(base, adapter, origin="")
+        self._batch = Batch.whole(counts, num_layers=1, device=torch.device("cpu"))
+
+    def receipt(self, tokens_T: Tensor, targets_T: Tensor, progress: Progress) -> MergeReceipt:
+        embedding = self._base["embedding"]
+        assert isinstance(embedding, Tensor)
+        states = dict.fromkeys(_STEPS, F.embedding(tokens_T, embedding).float())
+        total = self._config.num_layers * len(_STEPS)
+        for number in range(self._config.num_layers):
+            for at, step in enumerate(_STEPS):
+                progress("measuring", number * len(_STEPS) + at, total)
+                states[step] = self._layer(step, number, states[step])
+        progress("measuring", total, total)
+        places = torch.where(targets_T >= 0)[0]
+        final_norm, unembedding = (
+            self._base[name] for name in ("final_norm", "embedding" if self._config.tied_embeddings else "unembedding")
+        )
+        assert isinstance(final_norm, Tensor) and isinstance(unembedding, Tensor)
+        head = _Head(final_norm.float(), self._config.norm_eps, unembedding.float())
+        losses, divergences = dict.fromkeys(_STEPS, 0.0), dict.fromkeys(_STEPS, 0.0)
+        for chosen in torch.split(places, _TARGETS_AT_ONCE):
+            log_probs = {step: head.log_probs(state_TD[chosen]) for step, state_TD in states.items()}
+            adapted = log_probs["adapter"]
+            for step, values in log_probs.items():
+                losses[step] -= float(values.gather(-1, targets_T[chosen, None]).double().sum())
+                divergences[step] += float((adapted.exp() * (adapted - values)).double().sum())
+        count = len(places)
+        return MergeReceipt(
+            num_targets=count,
+            base_loss=losses["base"] / count,
+            adapter_loss=losses["adapter"] / count,
+            merged_loss=losses["merged"] / count,
+            stored_loss=losses["stored"] / count,
+            merged_kl=divergences["merged"] / count,
+            stored_kl=divergences["stored"] / count,
+        )
+
+    def _layer(self, step: str, number: int, x_TD: Tensor) -> Tensor:
+        table = self._merged_layer(number) if step == "merged" else self._stored if step == "stored" else self._base
+        transformer = one_layer(self._config, table, number)
+        batch = self._batch
+        adapter = layer_adapter(self._adapter, number) if step == "adapter" else None
+        if adapter is not None:
+            rows_T = torch.zeros(len(x_TD), dtype=torch.int64)
+            batch = replace(batch, adapters=TokenAdapters([adapter], rows_T))
+        return transformer.layer(x_TD, 0, batch, transformer.rotation(batch))
+
+    def _merged_layer(self, number: int) -> dict[str, Weight]:
+        layer: dict[str, Weight] = dict(self._merged.layer(number))
+        for name in filter(is_expert_matrix, layer):
+            layer[name] = torch.stack([_in_bfloat16(matrix) for matrix in self._merged.experts(name)])
+        return layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    final_norm_D: Tensor
+    eps: float
+    unembedding_VD: Tensor
+
+    def log_probs(self, x_SD: Tensor) -> Tensor:
+        normed_SD = F.rms_norm(x_SD, self.final_norm_D.shape, self.final_norm_D, self.eps)
+        return F.log_softmax(F.linear(normed_SD, self.unembedding_VD), dim=-1)
+
+
+def _in_bfloat16(matrix: Mxfp4Tensor | Tensor) -> Tensor:
+    return mxfp4.unpack(matrix, torch.bfloat16) if isinstance(matrix, Mxfp4Tensor) else matrix.to(torch.bfloat16)

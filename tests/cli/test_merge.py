@@ -1,0 +1,107 @@
+"""`freehold merge`, from an adapter that `freehold tune` has made to models that need none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from freehold.cli.main import app
+from freehold.errors import FreeholdError, TrainingDataError, UsageError
+from freehold.weights import mxfp4
+from freehold.weights.gguf import GgufFile
+from freehold.weights.layouts import open_checkpoint
+from freehold.weights.mxfp4 import Mxfp4Tensor
+from tests.train.tiny import chat, make_tiny_model, write_chats
+
+pytestmark = pytest.mark.usefixtures("native_settings")
+
+
+def invoke(*arguments: str | Path) -> str:
+    """Stdout of the command in this process; errors come out as exceptions."""
+    result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False, standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", *(chat(f"{n}?", f"{n}!") for n in range(20)))
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that held something out."""
+    output = tmp_path_factory.mktemp("runs") / "counts"
+    invoke(
+        "tune", chats, "--model", model, "--output", output, "--max-length", "64", "--max-steps", "20", "--lr", "0.02",
+        "--validation-share", "0.3", "--rank", "4",
+    )  # fmt: skip
+    return output
+
+
+def receipt(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(path.read_text())
+    return facts
+
+
+def test_an_adapter_becomes_a_model_and_a_receipt_says_what_that_kept(model: Path, run: Path, tmp_path: Path) -> None:
+    shown = invoke("merge", model, run, tmp_path / "merged")
+    facts = receipt(tmp_path / "merged" / "merge_receipt.json")
+    assert facts["touched"] == {"dense": 8, "matrices": 16, "of_matrices": 16}
+    measured = facts["measured"]
+    assert measured["adapter_loss"] < measured["base_loss"]
+    assert measured["stored_share"] > 0.9
+    assert f"{measured['stored_share']:.1%}" in shown
+
+
+def test_a_gguf_file_has_its_receipt_beside_it(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:
+    shown = invoke("merge", model, run, tmp_path / "merged.gguf", "--dense", "bf16", "--measure", chats, "--json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged.gguf", "merged.gguf.merge_receipt.json"]
+    assert json.loads(shown) == receipt(tmp_path / "merged.gguf.merge_receipt.json")
+    file = GgufFile(tmp_path / "merged.gguf")
+    assert file.value("general.name") == "merged"
+    invoke("merge", model, run, tmp_path / "merged", "--measure-tokens", "0")
+    experts = open_checkpoint(tmp_path / "merged").table()["layers.1.down"]
+    assert isinstance(experts, Mxfp4Tensor)
+    assert torch.equal(file.tensor("blk.1.ffn_down_exps.weight"), mxfp4.unpack(experts))
+
+
+def test_adapters_from_elsewhere_are_measured_on_what_is_given(
+    model: Path, run: Path, chats: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (bare / name).write_bytes((run / name).read_bytes())
+    invoke("merge", model, bare, tmp_path / "unmeasured")
+    assert receipt(tmp_path / "unmeasured" / "merge_receipt.json")["measured"] is None
+    invoke("merge", model, bare, tmp_path / "measured", "--measure", chats, "--measure-tokens", "50")
+    assert 0 < receipt(tmp_path / "measured" / "merge_receipt.json")["measured"]["num_targets"] < 50
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    model: Path, run: Path, chats: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    cases: list[tuple[list[str | Path], type[FreeholdError], str]] = [
+        ([model, run, tmp_path / "out", "--dense", "q8"], UsageError, "--dense is for .gguf files"),
+        ([model, run, tmp_path / "out.gguf", "--layout", "hf"], UsageError, "--layout is for folders"),
+        ([model, run, tmp_path / "out", "--measure", bad], TrainingDataError, "bad.jsonl line 1"),
+        ([make_tiny_model(tmp_path / "other"), run, tmp_path / "out"], UsageError, "--any-base"),
+    ]
+    for arguments, error, words in cases:
+        with pytest.raises(error, match=words):
+            invoke("merge", *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "other"]
+    invoke("merge", tmp_path / "other", run, tmp_path / "out", "--any-base", "--measure-tokens", "0")
+    assert receipt(tmp_path / "out" / "merge_receipt.json")["measured"] is None
