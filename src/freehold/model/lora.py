@@ -8,6 +8,7 @@ adapter for all tokens, dropout) as in serving (an adapter, or none, for each to
 model/peft_files.py. Shape legend: T tokens, S rows of one expert, I input, O output, R rank, E experts.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import UsageError
-from freehold.kernels import ops
+from freehold.kernels import low_rank, ops
 from freehold.kernels.lora import ExpertLora, Lora
 from freehold.kernels.ops import Norm
 from freehold.kernels.packed_lora import PackedLoras
@@ -254,7 +255,9 @@ class TokenAdapters:
             adapter = self._adapters[row]
             if name not in adapter.factors:
                 continue
-            if self._uniform:
+            if self._uniform and not self._dropout and low_rank.suits(x_TI):
+                out_TO = low_rank.add(out_TO, x_TI, [self._part(adapter, name, 0)])
+            elif self._uniform:
                 out_TO = out_TO + self._delta(adapter, name, x_TI)
             else:
                 tokens = self._tokens[row]
@@ -270,6 +273,10 @@ class TokenAdapters:
             x_TD = ops.rms_norm(x_TD, norm.weight_D, eps=norm.eps)
         config = self._adapters[self._used[0]].config
         sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        if self._uniform and not self._dropout and low_rank.suits(x_TD):
+            adapter, columns = self._adapters[self._used[0]], itertools.accumulate(sizes, initial=0)
+            own = [(name, column) for name, column in zip(names, columns, strict=False) if name in adapter.factors]
+            return low_rank.add(out_TO, x_TD, [self._part(adapter, name, column) for name, column in own])
         parts = torch.split_with_sizes(out_TO, sizes, 1)
         return torch.cat([self.linear(name, x_TD, part) for name, part in zip(names, parts, strict=True)], dim=1)
 
@@ -287,6 +294,10 @@ class TokenAdapters:
     def _lora(adapter: Adapter, name: str) -> Lora | None:
         factors = adapter.factors.get(name)
         return None if factors is None else Lora(*factors, adapter.spec.scaling(name))
+
+    @staticmethod
+    def _part(adapter: Adapter, name: str, column: int) -> low_rank.Part:
+        return low_rank.Part(*adapter.factors[name], adapter.spec.scaling(name), column)
 
     def _delta(self, adapter: Adapter, name: str, x_SI: Tensor) -> Tensor:
         a, b = adapter.factors[name]
