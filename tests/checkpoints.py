@@ -4,6 +4,7 @@ The oracle is configured field by field here, not through `config.to_hf`, so tha
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from freehold.config import ExpertFormat, Layout, ModelConfig, RopeConfig, alternating_windows
 from freehold.kernels.ops import Weight
+from freehold.model.lora import KINDS, AdapterSpec, Target, new_adapter
+from freehold.model.peft_files import write_peft
 from freehold.model.transformer import Transformer
 from freehold.weights import mxfp4
 from freehold.weights.layouts import (
@@ -117,6 +120,20 @@ def save(
     write_checkpoint(
         folder, config, TableSource(table, "a test"), layout=layout, experts=experts, shard_bytes=shard_bytes
     )
+    return folder
+
+
+def write_adapter(
+    folder: Path, config: ModelConfig, kinds: Sequence[str] = KINDS, *, seed: int = 1, std: float = 0.3
+) -> Path:
+    """A random adapter in PEFT's format, one that changes what a model says."""
+    spec = AdapterSpec.of_kinds(config, dict.fromkeys(kinds, Target(rank=3, alpha=5)))
+    adapter = new_adapter(config, spec, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, b in adapter.factors.values():
+            b.normal_(std=std, generator=generator)
+    write_peft(folder, adapter)
     return folder
 
 

@@ -72,6 +72,15 @@ NB_MODULE(_native, module) {
                  new (self) Sequences{count, at<int64_t>(starts), at<int64_t>(lengths), at<int32_t>(table), stride};
              });
 
+    nb::class_<Lora>(module, "Lora").def("__init__", [](Lora* self, const Matrix& a, const Matrix& b, float scaling) {
+        new (self) Lora{a, b, scaling};
+    });
+    nb::class_<ExpertLora>(module, "ExpertLora")
+        .def(
+            "__init__",
+            [](ExpertLora* self, const Lora* gate_up, const Lora* down) { new (self) ExpertLora{gate_up, down}; },
+            nb::arg().none(), nb::arg().none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
+
     nb::class_<Engine>(module, "Engine")
         .def(nb::init<unsigned>())
         .def_prop_ro("threads", &Engine::threads)
@@ -140,6 +149,27 @@ NB_MODULE(_native, module) {
                     gate_up, down,
                     {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
                      at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps});
+            },
+            Released())
+        .def(
+            "moe_lora",
+            [](Engine& self, const Matrix& gate_up, const Matrix& down, uintptr_t x, size_t T, size_t A,
+               uintptr_t weights, uintptr_t experts, size_t E, uintptr_t gate_up_bias, uintptr_t down_bias,
+               uintptr_t residual, float alpha, float limit, uintptr_t out, uintptr_t norm, float eps,
+               const std::vector<const ExpertLora*>& loras, uintptr_t rows) {
+                self.moe(gate_up, down,
+                         {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
+                          at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps,
+                          loras.size(), loras.data(), at<int64_t>(rows)});
+            },
+            Released())
+        .def(
+            "add_lora",
+            [](Engine& self, uintptr_t x, size_t T, size_t stride, uintptr_t norm, float eps, uintptr_t rows,
+               const std::vector<const Lora*>& parts, const std::vector<int64_t>& part_rows,
+               const std::vector<size_t>& part_columns, uintptr_t out, size_t out_stride) {
+                self.add_lora({at<float>(x), T, stride, at<float>(norm), eps, at<int64_t>(rows), parts.size(),
+                               parts.data(), part_rows.data(), part_columns.data(), at<float>(out), out_stride});
             },
             Released())
         .def(

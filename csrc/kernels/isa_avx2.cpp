@@ -48,7 +48,8 @@ inline F16 load_i8(const int8_t* p) { return {widened_i8x8(p), widened_i8x8(p + 
 inline __m256i eight_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 template <int N>
 inline __m256 nibbles_x8(const uint8_t* words) {
-    const __m256 twice = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);  // only the lowest 3 bits choose, the fourth is a sign
+    const __m256 twice =
+        _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);  // only the lowest 3 bits choose, the fourth is a sign
     const __m256i codes = _mm256_srli_epi32(eight_words(words), 4 * N);
     const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
     return _mm256_xor_ps(_mm256_permutevar8x32_ps(twice, codes), _mm256_castsi256_ps(sign));

@@ -81,6 +81,35 @@ struct Quantised {
 
 static_assert(kUnitPanels <= kPanelsAtOnce);
 
+// low (m, stride) = scaling * x * aT, a tile's rows through the first factor.
+void narrow(const Kernels& k, const Matrix& a, float scaling, const Tile& x, float* low, size_t stride) {
+    alignas(64) PanelSums sums;
+    for (size_t panel = 0; panel < a.panels; panel += kPanelsAtOnce) {
+        const size_t count = std::min(kPanelsAtOnce, a.panels - panel);
+        dot_panels(k, a, panel, count, x, sums);
+        for (size_t t = 0; t < x.m; ++t)
+            for (size_t p = 0; p < count; ++p)
+                for (size_t r = 0; r < kPanel; ++r)
+                    low[t * stride + (panel + p) * kPanel + r] = scaling * sums[p][t * kPanel + r];
+    }
+}
+
+// sums += low * bT, for some panels of the second factor.
+void add_widened(const Kernels& k, const Matrix& b, size_t panel, size_t count, const Tile& low, PanelSums& sums) {
+    alignas(64) PanelSums added;
+    dot_panels(k, b, panel, count, low, added);
+    for (size_t p = 0; p < count; ++p)
+        for (size_t i = 0; i < low.m * kPanel; ++i) sums[p][i] += added[p][i];
+}
+
+Tile plain_tile(const float* rows, size_t stride, size_t m) {
+    Tile tile;
+    tile.m = m;
+    tile.rows = rows;
+    tile.stride = stride;
+    return tile;
+}
+
 }  // namespace
 
 void Engine::rms_norm(const float* x, const float* weight, float* out, size_t T, size_t D, float eps) {
@@ -150,10 +179,10 @@ void Engine::linear(const Matrix& w, const LinearArgs& args) {
 
 namespace {
 
-constexpr size_t kStrip = 64;         // columns that a thread takes at once: whole blocks
-constexpr size_t kDepthPanels = 8;    // whose rows are widened at once; with the strip's columns, 32 KiB
-constexpr size_t kTurnTokens = 512;   // these two bound the workspace: so many gradients,
-constexpr size_t kTurnPanels = 512;   // of so many panels' rows, are turned at once
+constexpr size_t kStrip = 64;        // columns that a thread takes at once: whole blocks
+constexpr size_t kDepthPanels = 8;   // whose rows are widened at once; with the strip's columns, 32 KiB
+constexpr size_t kTurnTokens = 512;  // these two bound the workspace: so many gradients,
+constexpr size_t kTurnPanels = 512;  // of so many panels' rows, are turned at once
 
 }  // namespace
 
@@ -181,7 +210,8 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
     for (size_t first_token = 0; first_token < args.T; first_token += kTurnTokens) {
         const size_t tokens = std::min(kTurnTokens, args.T - first_token), groups = ceil_div(tokens, kPanel);
         for (size_t first_panel = 0; first_panel < w.panels; first_panel += kTurnPanels) {
-            const size_t panels = std::min(kTurnPanels, w.panels - first_panel), group_floats = panels * kPanel * kPanel;
+            const size_t panels = std::min(kTurnPanels, w.panels - first_panel),
+                         group_floats = panels * kPanel * kPanel;
             pool_.split(panels, 8, [&](size_t first, size_t last, unsigned) {
                 for (size_t g = 0; g < groups; ++g)
                     for (size_t t = 0; t < kPanel; ++t) {
@@ -454,6 +484,99 @@ void Engine::route(const float* logits, size_t T, size_t E, size_t A, float* wei
     }
 }
 
+void Engine::add_lora(const AddLoraArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    // The tokens that parts are for, those of one adapter in a row.
+    struct Group {
+        int64_t row;
+        size_t first, count;
+    };
+    std::vector<size_t> tokens;
+    std::vector<Group> groups;
+    auto group_of = [&](int64_t row) {
+        return std::find_if(groups.begin(), groups.end(), [&](const Group& group) { return group.row == row; });
+    };
+    for (size_t i = 0; i < args.num_parts; ++i) {
+        const int64_t row = args.part_rows[i];
+        if (group_of(row) != groups.end()) continue;
+        const size_t first = tokens.size();
+        for (size_t t = 0; t < args.T; ++t)
+            if (args.rows[t] == row) tokens.push_back(t);
+        groups.push_back({row, first, tokens.size() - first});
+    }
+    if (tokens.empty()) return;
+
+    struct Narrowing {
+        const Lora* lora;
+        size_t first, m;  // of `tokens`
+        float* low;
+    };
+    struct Widening {
+        const Lora* lora;
+        size_t panel, column, first_tile, num_tiles;
+    };
+    const size_t C = args.parts[0]->a.C;
+    size_t stride = 0, num_lows = 0;
+    for (size_t i = 0; i < args.num_parts; ++i) {
+        stride = std::max(stride, args.parts[i]->a.panels * kPanel);
+        num_lows += group_of(args.part_rows[i])->count;
+    }
+    workspace_.reset(Workspace::size_of<float>(tokens.size() * C) + Workspace::size_of<float>(num_lows * stride));
+    float* x = workspace_.take<float>(tokens.size() * C);
+    float* low = workspace_.take<float>(num_lows * stride);
+    std::vector<Narrowing> narrowings;
+    std::vector<Widening> widenings;
+    for (size_t i = 0; i < args.num_parts; ++i) {
+        const Group group = *group_of(args.part_rows[i]);
+        const size_t first_tile = narrowings.size(), num_tiles = tile_count(group.count);
+        for (size_t j = 0; j < num_tiles; ++j) {
+            const TileRange range = tile_range(group.count, j);
+            narrowings.push_back({args.parts[i], group.first + range.first, range.m, low + range.first * stride});
+        }
+        low += group.count * stride;
+        for (size_t panel = 0; panel < args.parts[i]->b.panels; panel += kPanelsAtOnce)
+            widenings.push_back({args.parts[i], panel, args.part_columns[i], first_tile, num_tiles});
+    }
+
+    pool_.split(tokens.size(), 8, [&](size_t first, size_t last, unsigned) {
+        for (size_t i = first; i < last; ++i) {
+            const float* row = args.x + tokens[i] * args.stride;
+            if (args.norm) {
+                k.rms_norm(row, args.norm, x + i * C, C, args.eps);
+            } else {
+                std::memcpy(x + i * C, row, C * sizeof(float));
+            }
+        }
+    });
+    pool_.split(narrowings.size(), 1, [&](size_t first, size_t last, unsigned) {
+        for (size_t i = first; i < last; ++i) {
+            const Narrowing& to = narrowings[i];
+            narrow(k, to.lora->a, to.lora->scaling, plain_tile(x + to.first * C, C, to.m), to.low, stride);
+        }
+    });
+    pool_.split(widenings.size(), 1, [&](size_t first, size_t last, unsigned) {
+        alignas(64) PanelSums sums;
+        for (size_t i = first; i < last; ++i) {
+            const Widening& part = widenings[i];
+            const Matrix& b = part.lora->b;
+            const size_t count = std::min(kPanelsAtOnce, b.panels - part.panel);
+            for (size_t j = part.first_tile; j < part.first_tile + part.num_tiles; ++j) {
+                const Narrowing& from = narrowings[j];
+                dot_panels(k, b, part.panel, count, plain_tile(from.low, stride, from.m), sums);
+                for (size_t t = 0; t < from.m; ++t) {
+                    float* out = args.out + tokens[from.first + t] * args.out_stride + part.column;
+                    for (size_t p = 0; p < count; ++p) {
+                        const size_t row = (part.panel + p) * kPanel;
+                        for (size_t r = 0; r < std::min(kPanel, b.R - row); ++r)
+                            out[row + r] += sums[p][t * kPanel + r];
+                    }
+                }
+            }
+        }
+    });
+}
+
 void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
@@ -467,48 +590,72 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
     };
     struct ExpertTile {
         size_t expert, first, m;
+        const ExpertLora* lora;  // null for none
     };
-    std::vector<size_t> starts(E + 1, 0);
     for (size_t i = 0; i < visits; ++i)
         if (static_cast<uint64_t>(args.experts[i]) >= E)
             throw std::out_of_range("[moe] an expert's number is not below the number of experts");
-    for (size_t i = 0; i < visits; ++i) ++starts[static_cast<size_t>(args.experts[i]) + 1];
+    for (size_t t = 0; t < T && args.num_loras; ++t)
+        if (args.rows[t] >= static_cast<int64_t>(args.num_loras))
+            throw std::out_of_range("[moe] an adapter's number is not below the number of adapters");
+    // Visits are sorted by expert, and an expert's by adapter, those without one first.
+    const size_t kinds = args.num_loras + 1;
+    auto group = [&](size_t i) {
+        const size_t kind = args.num_loras ? static_cast<size_t>(std::max<int64_t>(args.rows[i / A], -1) + 1) : 0;
+        return static_cast<size_t>(args.experts[i]) * kinds + kind;
+    };
+    std::vector<size_t> starts(E * kinds + 1, 0);
+    for (size_t i = 0; i < visits; ++i) ++starts[group(i) + 1];
+    for (size_t g = 0; g < E * kinds; ++g) starts[g + 1] += starts[g];
     std::vector<size_t> used;  // experts that somebody visits, in order
-    for (size_t e = 0; e < E; ++e) {
-        if (starts[e + 1]) used.push_back(e);
-        starts[e + 1] += starts[e];
-    }
+    for (size_t e = 0; e < E; ++e)
+        if (starts[e * kinds] < starts[(e + 1) * kinds]) used.push_back(e);
     // One token: all its experts read the same activations. (A caller may name one of them twice; `route` never does.)
     const bool shared = T == 1 && used.size() == A;
     std::vector<Visit> sorted(visits);
     std::vector<size_t> place(visits), next(starts.begin(), starts.end() - 1);
     for (size_t i = 0; i < visits; ++i) {
-        place[i] = next[static_cast<size_t>(args.experts[i])]++;
+        place[i] = next[group(i)]++;
         sorted[place[i]] = {i / A, i % A};
     }
     std::vector<ExpertTile> tiles;
     std::vector<size_t> first_tile(used.size() + 1, 0), tile_of(visits);
     for (size_t u = 0; u < used.size(); ++u) {
-        const size_t e = used[u], count = starts[e + 1] - starts[e];
-        for (size_t i = 0; i < tile_count(count); ++i) {
-            const TileRange range = tile_range(count, i);
-            for (size_t j = 0; j < range.m; ++j) tile_of[starts[e] + range.first + j] = tiles.size();
-            tiles.push_back({e, starts[e] + range.first, range.m});
+        const size_t e = used[u];
+        for (size_t kind = 0; kind < kinds; ++kind) {
+            const size_t start = starts[e * kinds + kind], count = starts[e * kinds + kind + 1] - start;
+            for (size_t i = 0; i < tile_count(count); ++i) {
+                const TileRange range = tile_range(count, i);
+                for (size_t j = 0; j < range.m; ++j) tile_of[start + range.first + j] = tiles.size();
+                tiles.push_back({e, start + range.first, range.m, kind ? args.loras[kind - 1] : nullptr});
+            }
         }
         first_tile[u + 1] = tiles.size();
     }
 
+    // Adapters read what matrices read, before it is quantised.
+    size_t low_floats = 0;
+    bool any_gate_up = false, any_down = false;
+    for (const ExpertTile& tile : tiles) {
+        if (!tile.lora) continue;
+        for (const Lora* lora : {tile.lora->gate_up, tile.lora->down})
+            if (lora) low_floats = std::max(low_floats, lora->a.panels * kPanel);
+        any_gate_up = any_gate_up || tile.lora->gate_up;
+        any_down = any_down || tile.lora->down;
+    }
     const size_t inputs = shared ? 1 : visits;
-    const size_t row_floats = gate_up.quantised() ? 0 : ceil_div(D, kPanel) * kPanel;
+    const size_t row_floats = gate_up.quantised() && !any_gate_up ? 0 : ceil_div(D, kPanel) * kPanel;
+    const size_t kept_hidden = down.quantised() && !any_down ? 0 : visits * hidden_floats;
     workspace_.reset((gate_up.quantised() ? Quantised::bytes(k, gate_up, inputs) : 0) +
                      (down.quantised() ? Quantised::bytes(k, down, visits) : 0) +
-                     Workspace::size_of<float>(down.quantised() ? 0 : visits * hidden_floats) +
-                     Workspace::size_of<float>(visits * row_floats) + Workspace::size_of<float>(args.norm ? T * D : 0));
+                     Workspace::size_of<float>(kept_hidden) + Workspace::size_of<float>(visits * row_floats) +
+                     Workspace::size_of<float>(args.norm ? T * D : 0) + Workspace::size_of<float>(visits * low_floats));
     Quantised x, hidden;
     if (gate_up.quantised()) x.take(workspace_, k, gate_up, inputs);
     if (down.quantised()) hidden.take(workspace_, k, down, visits);
-    float* hidden_rows = workspace_.take<float>(down.quantised() ? 0 : visits * hidden_floats);
+    float* hidden_rows = workspace_.take<float>(kept_hidden);
     float* x_rows = workspace_.take<float>(visits * row_floats);
+    float* lows = workspace_.take<float>(visits * low_floats);
     const float* tokens = args.x;  // (T, D), normed if that is asked for
     if (args.norm) {
         float* normed = workspace_.take<float>(T * D);
@@ -518,13 +665,27 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         tokens = normed;
     }
 
+    auto plain_input = [&](const ExpertTile& tile) {
+        return plain_tile(shared ? tokens : x_rows + tile.first * row_floats, row_floats, tile.m);
+    };
     auto input_tile = [&](const ExpertTile& tile) {
         if (x.values) return shared ? x.tile(0, 1) : x.tile(tile.first, tile.m);
-        Tile plain;
-        plain.m = tile.m;
-        plain.rows = shared ? tokens : x_rows + tile.first * row_floats;
-        plain.stride = row_floats;
-        return plain;
+        return plain_input(tile);
+    };
+    auto plain_hidden = [&](const ExpertTile& tile) {
+        return plain_tile(hidden_rows + tile.first * hidden_floats, hidden_floats, tile.m);
+    };
+    auto low_tile = [&](const ExpertTile& tile) {
+        return plain_tile(lows + tile.first * low_floats, low_floats, tile.m);
+    };
+    auto narrow_all = [&](auto chosen, auto input) {
+        pool_.split(tiles.size(), 1, [&](size_t first, size_t last, unsigned) {
+            for (size_t i = first; i < last; ++i) {
+                const Lora* lora = tiles[i].lora ? chosen(*tiles[i].lora) : nullptr;
+                float* low = lows + tiles[i].first * low_floats;
+                if (lora) narrow(k, lora->a.of_stack(tiles[i].expert), lora->scaling, input(tiles[i]), low, low_floats);
+            }
+        });
     };
     if (shared) {
         if (x.values) k.quantise(tokens, D, x.tile(0, 1), 0);
@@ -533,14 +694,14 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
             for (size_t i = first; i < last; ++i) {
                 const ExpertTile& tile = tiles[tile_of[i]];
                 const float* row = tokens + sorted[i].token * D;
-                if (x.values) {
-                    k.quantise(row, D, x.tile(tile.first, tile.m), i - tile.first);
-                } else {
+                if (x.values) k.quantise(row, D, x.tile(tile.first, tile.m), i - tile.first);
+                if (!x.values || (tile.lora && tile.lora->gate_up))
                     std::memcpy(x_rows + i * row_floats, row, D * sizeof(float));
-                }
             }
         });
     }
+
+    if (any_gate_up) narrow_all([](const ExpertLora& lora) { return lora.gate_up; }, plain_input);
 
     pool_.split(used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums acc;
@@ -558,21 +719,25 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
             for (size_t at = first_tile[u]; at < first_tile[u + 1]; ++at) {
                 const Tile tile = input_tile(tiles[at]);
                 dot_panels(k, w, unit * kUnitPanels, kUnitPanels, tile, acc);
+                const ExpertLora* lora = tiles[at].lora;
+                if (lora && lora->gate_up)
+                    add_widened(k, lora->gate_up->b.of_stack(e), unit * kUnitPanels, kUnitPanels, low_tile(tiles[at]),
+                                acc);
                 for (size_t t = 0; t < tile.m; ++t) {
                     for (size_t p = 0; p < kUnitPanels; p += 2)
                         k.swiglu(acc[p] + t * kPanel, acc[p + 1] + t * kPanel, biases[p], biases[p + 1],
                                  values + p / 2 * kPanel, args.alpha, args.limit);
                     for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
-                    if (hidden.values) {
-                        k.quantise_block(values, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
-                    } else {
+                    if (hidden.values) k.quantise_block(values, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
+                    if (!hidden.values || (lora && lora->down))
                         std::memcpy(hidden_rows + (tiles[at].first + t) * hidden_floats + unit * kBlock, values,
                                     sizeof values);
-                    }
                 }
             }
         }
     });
+
+    if (any_down) narrow_all([](const ExpertLora& lora) { return lora.down; }, plain_hidden);
 
     pool_.split(down.panels, kPanelsAtOnce, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums sums;
@@ -583,15 +748,10 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
                 for (size_t r = 0; r < num_rows; ++r)
                     args.out[t * D + row + r] = args.residual ? args.residual[t * D + row + r] : 0.0f;
             for (const ExpertTile& at : tiles) {  // by expert, so that every token sums in the same order
-                Tile tile;
-                if (hidden.values) {
-                    tile = hidden.tile(at.first, at.m);
-                } else {
-                    tile.m = at.m;
-                    tile.rows = hidden_rows + at.first * hidden_floats;
-                    tile.stride = hidden_floats;
-                }
+                const Tile tile = hidden.values ? hidden.tile(at.first, at.m) : plain_hidden(at);
                 dot_panels(k, down.of_stack(at.expert), panel, count, tile, sums);
+                if (at.lora && at.lora->down)
+                    add_widened(k, at.lora->down->b.of_stack(at.expert), panel, count, low_tile(at), sums);
                 const float* bias = args.down_bias + at.expert * D + row;
                 for (size_t t = 0; t < at.m; ++t) {
                     const Visit visit = sorted[at.first + t];

@@ -56,6 +56,35 @@ struct LinearBackwardArgs {
     float* out;  // (T, C), of the input
 };
 
+// Two small f32 factors by which a product x * wT gains scaling * (x * aT) * bT: a is (R, C), and b has the rows of w.
+// Of a mixture they are the first of E each, and b is paired where w is.
+struct Lora {
+    Matrix a, b;
+    float scaling;
+};
+
+// What one adapter adds inside a mixture; null where it leaves a matrix alone.
+struct ExpertLora {
+    const Lora* gate_up;
+    const Lora* down;
+};
+
+// What adapters add to the result of a linear layer. Part i is for the tokens whose number in `rows` is part_rows[i],
+// and for the columns of the result from part_columns[i] on.
+struct AddLoraArgs {
+    const float* x;  // (T, C), what the layer read
+    size_t T, stride;
+    const float* norm;  // (C) or null, as in LinearArgs
+    float eps;
+    const int64_t* rows;  // (T)
+    size_t num_parts;
+    const Lora* const* parts;
+    const int64_t* part_rows;
+    const size_t* part_columns;
+    float* out;  // (T, out_stride)
+    size_t out_stride;
+};
+
 struct MoeArgs {
     const float* x;  // (T, D)
     size_t T, A;
@@ -69,6 +98,9 @@ struct MoeArgs {
     float* out;                   // (T, D), neither x nor residual
     const float* norm = nullptr;  // (D) or null: x goes through rms_norm first
     float eps = 0.0f;
+    size_t num_loras = 0;
+    const ExpertLora* const* loras = nullptr;
+    const int64_t* rows = nullptr;  // (T), below num_loras: each token's in `loras`, none where negative
 };
 
 // cos and sin (T, H / 2) of each token's position, for who turns its heads along the way; null for heads as they are.
@@ -121,7 +153,10 @@ class Engine {
                   size_t v_stride, Rotation rotation = {});
     void attention(const KvPages& kv, const Sequences& sequences, const AttentionArgs& args);
     void route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts);
-    // gate_up and down are the first of E packed matrices each; gate_up is paired.
+    // Tokens that no part is for are left as they are.
+    void add_lora(const AddLoraArgs& args);
+    // gate_up and down are the first of E packed matrices each; gate_up is paired. Tokens without an adapter get the
+    // same numbers whether or not others have one.
     void moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args);
     size_t argmax(const float* logits, size_t V);
     // Draw a token: keep the top_k largest (0: all), of these the likeliest that reach top_p, of these what has at

@@ -196,17 +196,46 @@ void check_route() {
 
 namespace {
 
+// An adapter's factors for E matrices of R rows and C columns.
+struct Factors {
+    Weights a, b;
+    Lora lora;
+
+    Factors(Random& random, size_t E, size_t R, size_t C, size_t rank, bool paired = false)
+        : a(random, Form::f32, E, rank, C),
+          b(random, Form::f32, E, R, rank, paired),
+          lora{a.matrix(), b.matrix(), 0.7f} {}
+
+    // What expert e's result gains in row r.
+    Sum added(size_t e, size_t r, const float* x) const {
+        Sum sum{0, 0};
+        for (size_t i = 0; i < a.rows(); ++i) {
+            const Sum low = dot(a.row(e, i), std::vector<double>(x, x + a.columns()).data(), a.columns());
+            sum.value += 0.7 * low.value * b.row(e, r)[i];
+            sum.terms += 0.7 * low.terms * std::abs(b.row(e, r)[i]);
+        }
+        return sum;
+    }
+};
+
+// An adapter inside a mixture; null where it leaves a matrix alone.
+struct ExpertFactors {
+    const Factors *gate_up, *down;
+};
+
 struct MoeCase {
     const Weights &gate_up, &down;
     Form gate_up_form, down_form;
     MoeArgs args;
+    std::vector<ExpertFactors> adapters = {};  // behind args.loras
 
     size_t D() const { return gate_up.columns(); }
     size_t F() const { return down.columns(); }
 };
 
 // What expert e makes of a token's row x, and by how much that may be off: (D) each.
-void visit_plainly(const MoeCase& c, size_t e, const float* x, std::vector<double>& out, std::vector<double>& off) {
+void visit_plainly(const MoeCase& c, size_t e, const float* x, const ExpertFactors& adapter, std::vector<double>& out,
+                   std::vector<double>& off) {
     const size_t D = c.D(), F = c.F();
     const std::vector<double> seen = seen_by(c.gate_up_form, x, D);
     std::vector<float> hidden(F);
@@ -215,19 +244,22 @@ void visit_plainly(const MoeCase& c, size_t e, const float* x, std::vector<doubl
         const float* bias = c.args.gate_up_bias + e * 2 * F + 2 * f;
         const Sum gate = dot(c.gate_up.row(e, 2 * f), seen.data(), D);
         const Sum up = dot(c.gate_up.row(e, 2 * f + 1), seen.data(), D);
-        const double g = gate.value + bias[0], u = up.value + bias[1];
+        const Sum of_gate = adapter.gate_up ? adapter.gate_up->added(e, 2 * f, x) : Sum{0, 0};
+        const Sum of_up = adapter.gate_up ? adapter.gate_up->added(e, 2 * f + 1, x) : Sum{0, 0};
+        const double g = gate.value + bias[0] + of_gate.value, u = up.value + bias[1] + of_up.value;
         hidden[f] = static_cast<float>(swiglu_plainly(g, u, c.args.alpha, c.args.limit));
-        hidden_off[f] = 1e-6 * ((gate.terms + 1) * (std::abs(std::clamp(u, -7.0, 7.0)) + 1) * 1.2 +
-                                (up.terms + 1) * std::abs(std::min(g, 7.0)));
+        hidden_off[f] = 1e-6 * ((gate.terms + of_gate.terms + 1) * (std::abs(std::clamp(u, -7.0, 7.0)) + 1) * 1.2 +
+                                (up.terms + of_up.terms + 1) * std::abs(std::min(g, 7.0)));
     }
     const std::vector<double> kept = seen_by(c.down_form, hidden.data(), F);
     const QuantisedRow row = quantise_plainly(hidden.data(), F);
     for (size_t d = 0; d < D; ++d) {
         const double bias = c.args.down_bias[e * D + d];
         const Sum sum = dot(c.down.row(e, d), kept.data(), F);
+        const Sum added = adapter.down ? adapter.down->added(e, d, hidden.data()) : Sum{0, 0};
         double step = 0;
-        out[d] = sum.value + bias;
-        off[d] = 1e-6 * (sum.terms + std::abs(bias) + 1);
+        out[d] = sum.value + bias + added.value;
+        off[d] = 1e-6 * (sum.terms + std::abs(bias) + 4 * added.terms + 1);
         for (size_t f = 0; f < F; ++f) {
             off[d] += std::abs(c.down.row(e, d)[f]) * hidden_off[f];
             step = std::max(step, std::abs(c.down.row(e, d)[f]) * row.scales[f / 32]);
@@ -240,7 +272,8 @@ void check_moe_case(const MoeCase& c) {
     const size_t T = c.args.T, A = c.args.A, D = c.D();
     const std::string what =
         text("moe %s/%s T=%zu E=%zu A=%zu D=%zu F=%zu%s%s", name_of(c.gate_up_form), name_of(c.down_form), T, c.args.E,
-             A, D, c.F(), c.args.norm ? " norm" : "", c.args.residual ? " residual" : "");
+             A, D, c.F(), c.args.norm ? " norm" : "", c.args.residual ? " residual" : "") +
+        (c.adapters.empty() ? "" : " adapters");
     on_each_set(what, [&](const Kernels& k) {
         const Buffer<float> out = on_any_threads(T * D, [&](Engine& engine, float* to) {
             MoeArgs mine = c.args;
@@ -253,8 +286,11 @@ void check_moe_case(const MoeCase& c) {
             if (c.args.norm) k.rms_norm(x.data(), c.args.norm, x.data(), D, c.args.eps);
             std::vector<double> expected(D, 0), tolerance(D, 0), part(D), off(D);
             if (c.args.residual) expected.assign(c.args.residual + t * D, c.args.residual + (t + 1) * D);
+            const bool adapted = !c.adapters.empty() && c.args.rows[t] >= 0;
+            const ExpertFactors adapter =
+                adapted ? c.adapters[static_cast<size_t>(c.args.rows[t])] : ExpertFactors{nullptr, nullptr};
             for (size_t a = 0; a < A; ++a) {
-                visit_plainly(c, static_cast<size_t>(c.args.experts[t * A + a]), x.data(), part, off);
+                visit_plainly(c, static_cast<size_t>(c.args.experts[t * A + a]), x.data(), adapter, part, off);
                 const double weight = c.args.weights[t * A + a];
                 for (size_t d = 0; d < D; ++d) expected[d] += weight * part[d], tolerance[d] += weight * off[d] + 1e-6;
             }
@@ -265,6 +301,7 @@ void check_moe_case(const MoeCase& c) {
             Buffer<float> alone(D);
             mine.T = 1, mine.x += t * D, mine.weights += t * A, mine.experts += t * A, mine.out = alone.data();
             if (mine.residual) mine.residual += t * D;
+            if (mine.rows) mine.rows += t;
             engine_of(3).moe(c.gate_up.matrix(), c.down.matrix(), mine);
             expect_same_bits(alone.data(), out.data() + t * D, D, "a token alone and among others");
         }
@@ -284,6 +321,12 @@ void check_moe(Form gate_up_form, Form down_form) {
         const Weights gate_up(random, gate_up_form, E, 2 * F, D, true), down(random, down_form, E, D, F);
         const Buffer<float> gate_up_bias = normals(random, E * 2 * F), down_bias = normals(random, E * D);
         const Buffer<float> norm = normals(random, D);
+        const Factors of_gate_up(random, E, 2 * F, D, 17, true), of_down(random, E, D, F, 3);
+        const std::vector<ExpertFactors> adapters = {
+            {&of_gate_up, &of_down}, {nullptr, &of_down}, {&of_gate_up, nullptr}};
+        const ExpertLora all{&of_gate_up.lora, &of_down.lora}, second{nullptr, &of_down.lora},
+            first{&of_gate_up.lora, nullptr};
+        const ExpertLora* const loras[] = {&all, &second, &first};
         for (size_t T : token_counts()) {
             const Buffer<float> x = normals(random, T * D), residual = normals(random, T * D);
             Buffer<float> weights(T * A);
@@ -313,9 +356,65 @@ void check_moe(Form gate_up_form, Form down_form) {
             if (T > 40) continue;
             args.norm = norm.data(), args.eps = 1e-5f;
             check_moe_case({gate_up, down, gate_up_form, down_form, args});
+            Buffer<int64_t> rows(T);
+            for (size_t t = 0; t < T; ++t) rows[t] = static_cast<int64_t>((t + 1) % 4) - 1;
+            args.num_loras = 3, args.loras = loras, args.rows = rows.data();
+            check_moe_case({gate_up, down, gate_up_form, down_form, args, adapters});
         }
     }
     report(std::string("moe ") + name_of(gate_up_form) + "/" + name_of(down_form));
+}
+
+void check_add_lora() {
+    Random random(22);
+    for (size_t C : sizes<size_t>({1, 33, 96}, {33}))
+        for (size_t T : token_counts()) {
+            if (T > 200) continue;
+            // Two parts beside each other for the first adapter, one for the second, none for the third.
+            const Factors left(random, 1, 21, C, 5), right(random, 1, 40, C, 70), whole(random, 1, 64, C, 16);
+            const Factors* factors[] = {&left, &right, &whole};
+            const Lora* parts[] = {&left.lora, &right.lora, &whole.lora};
+            const int64_t part_rows[] = {0, 0, 1};
+            const size_t columns[] = {2, 24, 0}, R = 64, stride = C + T % 3;
+            const Buffer<float> x = normals(random, T ? (T - 1) * stride + C : 0), before = normals(random, T * R);
+            const Buffer<float> norm = normals(random, C);
+            Buffer<int64_t> rows(T);
+            for (size_t t = 0; t < T; ++t) rows[t] = static_cast<int64_t>((t + 1) % 4) - 1;
+            on_each_set(text("add_lora T=%zu C=%zu", T, C), [&](const Kernels& k) {
+                AddLoraArgs args{x.data(),  T,           stride,  T % 2 ? norm.data() : nullptr,
+                                 1e-5f,     rows.data(), 3,       parts,
+                                 part_rows, columns,     nullptr, R};
+                const Buffer<float> out = on_any_threads(T * R, [&](Engine& engine, float* to) {
+                    std::copy(before.data(), before.data() + T * R, to);
+                    AddLoraArgs mine = args;
+                    mine.out = to;
+                    engine.add_lora(mine);
+                });
+                for (size_t t = 0; t < T; ++t) {
+                    Buffer<float> row(C);
+                    std::copy(x.data() + t * stride, x.data() + t * stride + C, row.data());
+                    if (args.norm) k.rms_norm(row.data(), norm.data(), row.data(), C, 1e-5f);
+                    std::vector<double> expected(before.data() + t * R, before.data() + (t + 1) * R), terms(R, 0);
+                    for (size_t i = 0; i < 3; ++i)
+                        for (size_t r = 0; rows[t] == part_rows[i] && r < factors[i]->b.rows(); ++r) {
+                            const Sum sum = factors[i]->added(0, r, row.data());
+                            expected[columns[i] + r] += sum.value, terms[columns[i] + r] += sum.terms;
+                        }
+                    for (size_t r = 0; r < R; ++r)
+                        expect_near(out[t * R + r], expected[r], 1e-6 * (terms[r] + std::abs(expected[r])), "out", t,
+                                    r);
+                }
+                for (size_t t : loners(T)) {
+                    AddLoraArgs mine = args;
+                    Buffer<float> alone(R);
+                    std::copy(before.data() + t * R, before.data() + (t + 1) * R, alone.data());
+                    mine.T = 1, mine.x += t * stride, mine.rows += t, mine.out = alone.data();
+                    engine_of(2).add_lora(mine);
+                    expect_same_bits(alone.data(), out.data() + t * R, R, "a token alone and among others");
+                }
+            });
+        }
+    report("add_lora");
 }
 
 void check_sample() {

@@ -34,6 +34,7 @@ void check_linear(Form form);
 void check_linear_backward(Form form);
 void check_route();
 void check_moe(Form gate_up_form, Form down_form);
+void check_add_lora();
 void check_sample();
 void check_nan();
 

@@ -49,6 +49,7 @@ int main(int count, char** arguments) {
     for (Form form : kForms) check_moe(form, form);
     check_moe(Form::mxfp4, Form::q8);
     check_moe(Form::bf16, Form::q8);
+    check_add_lora();
     check_sample();
     check_nan();
     check_nan_in_attention();

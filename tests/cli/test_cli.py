@@ -14,6 +14,9 @@ from freehold import __version__
 from freehold.cli.main import app, main
 from freehold.cli.reference import render
 from freehold.errors import FreeholdError, UsageError
+from freehold.model.lora import EXPERT_KINDS
+from freehold.weights.layouts import open_checkpoint
+from tests.checkpoints import write_adapter
 from tests.cli.terminal import FREEHOLD, Terminal
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +102,19 @@ def test_generate_is_reproducible(default_folder: Path) -> None:
     arguments = ("generate", "Once upon a time", "--max-tokens", "8", "--temperature", "1", "--seed")
     first, again, other = (_invoke(*arguments, seed).stdout for seed in ("1", "1", "2"))
     assert first == again != other
+
+
+def test_an_adapter_has_its_say(default_folder: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", open_checkpoint(default_folder).config, EXPERT_KINDS, std=0.05)
+    for command in (("generate", "Once upon a time"), ("chat", "Say something.")):
+        asked = (*command, "--max-tokens", "6", "--temperature", "0")
+        bare, tuned = _invoke(*asked), _invoke(*asked, "--adapter", adapter)
+        assert (bare.exit_code, tuned.exit_code) == (0, 0)
+        assert bare.stdout != tuned.stdout != ""
+    missing = _invoke("generate", "Hello", "--adapter", tmp_path).exception
+    assert isinstance(missing, FreeholdError)
+    assert "name the folder of an adapter" in str(missing)
+    assert isinstance(_invoke("chat", "Hi", "--script", "turns.jsonl", "--adapter", adapter).exception, UsageError)
 
 
 def test_closed_pipe_is_no_crash(default_folder: Path) -> None:

@@ -23,6 +23,10 @@ from freehold.errors import UsageError
         (["--script", "turns.jsonl", "--model", "m", "--threads", "2"], "leave --model, --threads out"),
         (["--script", "turns.jsonl", "--no-harmony"], "leave --harmony out"),
         (["--tokens-per-second", "5"], "is for a --script"),
+        (["--script", "turns.jsonl", "--adapter", "poet=runs/poet"], "leave --adapter out"),
+        (["--adapter", "runs/poet"], "--adapter takes NAME=DIR"),
+        (["--adapter", "poet="], "--adapter takes NAME=DIR"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "--adapter a is given twice"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(options: list[str], says: str) -> None:

@@ -1,8 +1,8 @@
 """Scheduler, pages and prefix cache together, under random arrivals, aborts, branches and evictions.
 
-Instead of keys and values, pages hold what was written there: the tokens up to that position. So it can be checked at
-every step that each query would see its own past, all of it in sight, and nothing else, whatever was shared, copied,
-dropped, cached or computed again on the way.
+Instead of keys and values, pages hold what was written there: the tokens up to that position, and the adapter that
+they were computed with. So it can be checked at every step that each query would see its own past, all of it in sight,
+and nothing else, whatever was shared, copied, dropped, cached or computed again on the way.
 """
 
 import math
@@ -34,11 +34,11 @@ def least_pages(window: int | None) -> int:
 
 
 class Memory:
-    """What the pages hold: for each row the tokens that lead up to it."""
+    """What the pages hold: for each row the adapter and the tokens that lead up to it."""
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
-        self._rows: list[dict[tuple[int, int], tuple[int, ...]]] = [{} for _ in pages.groups]
+        self._rows: list[dict[tuple[int, int], tuple[str | None, tuple[int, ...]]]] = [{} for _ in pages.groups]
 
     def copy(self, copy: PageCopy) -> None:
         rows = self._rows[copy.group]
@@ -51,16 +51,17 @@ class Memory:
         """Write the work's positions, then see what its queries see."""
         holding, tokens = work.sequence.holding, [*work.sequence.tokens[: work.start], *work.tokens]
         assert holding is not None
-        stop = len(tokens)
+        adapter, stop = work.sequence.request.adapter, len(tokens)
         for rows, table in zip(self._rows, holding.tables, strict=True):
             for position in range(work.start, stop):
-                rows[table[position // PAGE], position % PAGE] = tuple(tokens[: position + 1])
+                rows[table[position // PAGE], position % PAGE] = adapter, tuple(tokens[: position + 1])
         for group, rows, table in zip(self._pages.groups, self._rows, holding.tables, strict=True):
             for query in range(work.start, stop):
                 first = 0 if group.window is None else max(0, query - group.window + 1)
                 for position in range(first, query + 1):
                     assert table[position // PAGE] != HOLE
-                    assert rows[table[position // PAGE], position % PAGE] == tuple(tokens[: position + 1])
+                    written = rows[table[position // PAGE], position % PAGE]
+                    assert written == (adapter, tuple(tokens[: position + 1]))
 
 
 class GuessingPace(Pace):
@@ -94,9 +95,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -1, 5]),
         cache=st.booleans(),
         guessing=st.booleans(),
+        adapter=st.sampled_from([None, None, "a", "b"]),
     )
     def arrive(
-        self, data: Any, fresh: list[int], max_tokens: int, n: int, priority: int, cache: bool, guessing: bool
+        self,
+        data: Any,
+        fresh: list[int],
+        max_tokens: int,
+        n: int,
+        priority: int,
+        cache: bool,
+        guessing: bool,
+        adapter: str | None,
     ) -> None:
         """A new prompt, or one that goes on from somewhere in an earlier text."""
         text = data.draw(st.sampled_from(self.texts))
@@ -104,9 +114,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt = (kept + fresh)[: CONTEXT - max_tokens]
         boundaries = data.draw(st.lists(st.integers(1, len(prompt)), max_size=3))
         request = Request(
-            prompt=prompt, max_tokens=max_tokens, n=n, priority=priority, cache=cache, boundaries=boundaries
+            prompt=prompt,
+            max_tokens=max_tokens,
+            n=n,
+            priority=priority,
+            cache=cache,
+            boundaries=boundaries,
+            adapter=adapter,
         )
-        samples = new_sequences(request, self.count, now=0.0)
+        samples = new_sequences(request, self.count, 0.0, adapter or "")
         for sample in samples:
             sample.lookup = Lookup() if guessing else None
         self.count += 1

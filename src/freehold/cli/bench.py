@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from freehold.cli import terminal
-from freehold.cli.options import Dense, Json, KvDtype, Threads
+from freehold.cli.options import AdapterDir, Dense, Json, KvDtype, Threads
 from freehold.config import NAMED_CONFIGS
 from freehold.errors import UsageError
 
@@ -23,6 +23,7 @@ def command(
     synthetic: Annotated[
         str | None, typer.Option(help="Random weights of this shape instead: gpt-oss-20b, gpt-oss-120b or tiny.")
     ] = None,
+    adapter: AdapterDir = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Prompt lengths, with commas between several. Default: 512."),
@@ -54,6 +55,8 @@ def command(
         raise UsageError(f"name either a model ({model}) or --synthetic {synthetic}, not both")
     if synthetic is not None and synthetic not in NAMED_CONFIGS:
         raise UsageError(f"--synthetic must be one of {', '.join(NAMED_CONFIGS)}, got {synthetic!r}")
+    if synthetic is not None and adapter is not None:
+        raise UsageError(f"random weights have no adapter; leave --adapter {adapter} out, or name a model")
     work = bench.Workload(
         prompts=_numbers("prompt", prompt) or [512],
         depths=_numbers("depth", depth) or [0],
@@ -78,6 +81,7 @@ def command(
             loaded = bench.load_for_bench(
                 model or "default",
                 work,
+                adapter=adapter,
                 device="cpu",
                 dense=dense,
                 kv_dtype=kv_dtype,

@@ -11,6 +11,8 @@ import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import (
+    ADAPTER,
+    AdapterDir,
     Browse,
     Context,
     Dense,
@@ -58,6 +60,7 @@ def command(
         typer.Argument(help="What to ask; text from a pipe goes in front. Without both: a conversation."),
     ] = None,
     model: ModelOption = "default",
+    adapter: AdapterDir = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="Instructions for the model.")] = None,
     reasoning_effort: ReasoningEffort = None,
     harmony: Annotated[
@@ -134,6 +137,7 @@ def command(
     \b
     freehold chat "What is the capital of France?"
     freehold chat
+    freehold chat --adapter runs/poet "Good morning."
     git diff | freehold chat --system "Explain this change."
     freehold chat --browse ~/notes --python --files data.csv
     """
@@ -165,9 +169,12 @@ def command(
     def load(progress: Progress) -> "Served":
         speaks: dict[str, Any] = {"harmony": harmony, "grammar": harmony_grammar == "on"}
         if script is not None:
+            if adapter is not None:
+                raise UsageError(f"a --script is no model and takes no adapter; leave --adapter {adapter} out")
             return _scripted(script, **speaks)
         return _load(
             model,
+            adapter,
             **speaks,
             device=device,
             dtype=dtype,
@@ -265,11 +272,13 @@ def _talk(load: "Callable[[Progress], Served]", wishes: _Wishes) -> "Iterator[tu
         yield talk, runner.run
 
 
-def _load(model: str, *, harmony: bool | None, grammar: bool, **options: Any) -> "Served":
+def _load(model: str, adapter: Path | None, *, harmony: bool | None, grammar: bool, **options: Any) -> "Served":
     from freehold.session.model import load
     from freehold.session.served import serve_model
 
-    return serve_model(load(model, **options), name=model, harmony=harmony, grammar=grammar)
+    loaded = load(model, adapters={} if adapter is None else {ADAPTER: adapter}, **options)
+    served = serve_model(loaded, name=model, harmony=harmony, grammar=grammar)
+    return served if adapter is None else served.with_adapter(ADAPTER)
 
 
 def _scripted(script: Path, *, harmony: bool | None, grammar: bool) -> "Served":

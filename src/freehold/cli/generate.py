@@ -7,6 +7,8 @@ import typer
 
 from freehold.cli import terminal
 from freehold.cli.options import (
+    ADAPTER,
+    AdapterDir,
     Context,
     Dense,
     Device,
@@ -28,6 +30,7 @@ from freehold.errors import UsageError
 def command(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue. Without it: read from a pipe.")] = None,
     model: ModelOption = "default",
+    adapter: AdapterDir = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -65,10 +68,12 @@ def command(
             context=context,
             threads=threads,
             prefix_cache_dir=prefix_cache_dir,
+            adapters={} if adapter is None else {ADAPTER: adapter},
             progress=progress,
         )
     pieces = loaded.stream_text(
         prompt,
+        adapter=None if adapter is None else ADAPTER,
         stop=stop or (),
         max_tokens=max_tokens,
         temperature=temperature,

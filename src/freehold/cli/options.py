@@ -22,6 +22,13 @@ StoreOption = Annotated[
     ),
 ]
 
+ADAPTER = "adapter"
+"""What the one adapter of a command goes by."""
+AdapterDir = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="Answer with this LoRA adapter: a folder in PEFT's format."),
+]
+
 ReasoningEffort = Annotated[
     str | None,
     typer.Option(help="low, medium or high; for models that speak Harmony.", metavar="EFFORT"),

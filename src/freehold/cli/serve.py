@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,13 @@ def command(
     port: Annotated[int, typer.Option(help="Listen on this port; 0 takes a free one.")] = _DEFAULTS.port,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="Another name that the model answers to; may be given again.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A LoRA adapter in PEFT's format, for who asks for the model `default:NAME`; may be given again.",
+        ),
     ] = None,
     script: Annotated[
         Path | None, typer.Option(help="No model: say what this JSONL file says, for who writes a client.")
@@ -124,6 +132,7 @@ def command(
     freehold serve
     freehold serve --model /data/gpt-oss-20b --port 8080
     freehold serve --model /data/gpt-oss-20b --browse ~/notes --python
+    freehold serve --adapter poet=runs/poet --adapter clerk=runs/clerk
     freehold serve --script turns.jsonl --tokens-per-second 50
     """
     if script is None and tokens_per_second is not None:
@@ -131,6 +140,7 @@ def command(
     if script is not None:
         of_models = {
             "--model": model if model != "default" else None,
+            "--adapter": adapter,
             "--harmony": harmony,
             "--kv-tokens": kv_tokens,
             "--device": device,
@@ -143,6 +153,7 @@ def command(
         }
         if given := [option for option, value in of_models.items() if value is not None]:
             raise UsageError(f"a --script is no model, and takes nothing of one: leave {', '.join(given)} out")
+    adapters = _adapters(adapter or ())
     from freehold.serve.journal import start_logging
     from freehold.serve.start import start
     from freehold.tools.kit import ToolChoices
@@ -204,6 +215,7 @@ def command(
                 max_num_seqs=max_concurrency,
                 threads=threads,
                 prefix_cache_dir=prefix_cache_dir,
+                adapters=adapters,
                 progress=progress,
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
@@ -211,3 +223,15 @@ def command(
     start_logging(as_json=log_json)
     bars = terminal.progress_bars
     sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=choices, progress=bars))
+
+
+def _adapters(given: Sequence[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not folder:
+            raise UsageError(f"--adapter takes NAME=DIR, the name that clients ask for and the folder; got {text!r}")
+        if name in folders:
+            raise UsageError(f"--adapter {name} is given twice; give each a name of its own")
+        folders[name] = Path(folder)
+    return folders

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from freehold.engine import sampler
+from freehold.engine.adapters import Adapters
 from freehold.engine.kv_store import KvStore, group_windows, page_counts
 from freehold.engine.lookup import Lookup
 from freehold.engine.metrics import EngineStats
@@ -23,7 +24,7 @@ from freehold.engine.pace import Pace
 from freehold.engine.pages import Holding, Pages
 from freehold.engine.prefix import Prefix, PrefixCache, PrefixDigest
 from freehold.engine.prefix_files import PrefixFiles
-from freehold.engine.request import FinishReason, Request, RequestStats, Step
+from freehold.engine.request import FinishReason, Request, RequestStats, Step, check_adapter
 from freehold.engine.runner import Result, Runner
 from freehold.engine.sampler import Masks
 from freehold.engine.scheduler import Plan, Scheduler, Work
@@ -51,7 +52,8 @@ class Output(NamedTuple):
 class Engine:
     """Runs requests on a transformer, with the KV cache that `options` allow.
 
-    `prefix_files` keeps what many requests begin with on disk. `clock` gives seconds.
+    `adapters` are those that requests may name. `prefix_files` keeps what many requests begin with on disk. `clock`
+    gives seconds.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Engine:
         transformer: Transformer,
         options: EngineOptions,
         *,
+        adapters: Adapters | None = None,
         prefix_files: PrefixFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,7 +75,8 @@ class Engine:
         self._is_packed = isinstance(transformer.unembedding_VD, PackedMatrix)
         self._pace = Pace(options.stretch, options.chunk)
         self._store = KvStore(config, self._counts, type=transformer.kv_type, device=transformer.device)
-        self._runner = Runner(transformer, self._store)
+        self._adapters = Adapters(packed=self._is_packed) if adapters is None else adapters
+        self._runner = Runner(transformer, self._store, self._adapters)
         self._masks = Masks(config.vocab_size)
         self._files = prefix_files
         self._requests: dict[int, list[Sample]] = {}  # those that have not ended
@@ -91,7 +95,8 @@ class Engine:
         return len(self._requests)
 
     def check(self, request: Request) -> None:
-        """Raise UsageError for tokens that the model does not have, and for more of them than fit its context."""
+        """Raise UsageError for tokens and adapters that the model does not have, and for more than fits its context."""
+        check_adapter(request.adapter, self._adapters)
         vocab, context = self.config.vocab_size, self.options.context
         if min(request.prompt) < 0 or max(request.prompt) >= vocab:  # a prompt may be long, and an event loop waits
             token = next(token for token in request.prompt if not 0 <= token < vocab)
@@ -113,7 +118,7 @@ class Engine:
         """
         self.check(request)
         request_id = self._num_requests
-        samples = new_sequences(request, request_id, self._clock())
+        samples = new_sequences(request, request_id, self._clock(), self._adapters.digest(request.adapter))
         guesses = self.options.lookup and request.constraint is None and request.max_tokens > 0
         for sample in samples:
             sample.lookup = Lookup() if guesses else None
@@ -202,12 +207,12 @@ class Engine:
             busy_seconds=self._busy_seconds,
         )
 
-    def adopt(self, tokens: Sequence[int], fill: Callable[[TensorSpec], Tensor]) -> bool:
+    def adopt(self, tokens: Sequence[int], fill: Callable[[TensorSpec], Tensor], *, adapter: str | None = None) -> bool:
         """Take keys and values from elsewhere as those of a prompt's beginning: what `fill` makes for each part.
 
         False where there is no room for them.
         """
-        key = PrefixDigest(shared_salt("")).of(tokens, len(tokens))
+        key = PrefixDigest(shared_salt("", self._adapters.digest(adapter))).of(tokens, len(tokens))
         return self._adopt(key, len(tokens), lambda parts: ((part.name, fill(part)) for part in parts))
 
     def tend(self) -> bool:

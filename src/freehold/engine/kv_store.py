@@ -10,6 +10,7 @@ from freehold.engine.pages import Holding, PageCopy
 from freehold.engine.scheduler import Work
 from freehold.kernels.kv import PAGE, KvType, PagedSequences, kv_bytes_per_token, new_pages, num_pages
 from freehold.model.batch import Batch, LayerKv
+from freehold.model.lora import LayerAdapters
 from freehold.weights.files import TensorToWrite
 
 _MOST_SNAPSHOTS = 64  # whose windows find room beside those of running sequences
@@ -65,7 +66,7 @@ class KvStore:
             parts += [(f"{i}.{part}", tensor, pages) for part, tensor in enumerate(layer.tensors())]
         return parts
 
-    def batch(self, works: Sequence[Work]) -> Batch:
+    def batch(self, works: Sequence[Work], adapters: LayerAdapters | None = None) -> Batch:
         """What the forward pass of these tokens, one sequence after the other, runs on."""
         holdings = [work.sequence.holding for work in works if work.sequence.holding is not None]
         assert len(holdings) == len(works)
@@ -78,7 +79,7 @@ class KvStore:
         sequences = [PagedSequences(counts, lengths, table_BP) for table_BP in self._tables]
         positions_T = torch.tensor(sequences[0].positions(), device=self._device)
         pairs = zip(self._layers, self._group_of_layer, strict=True)
-        return Batch(positions_T, [LayerKv(pages, sequences[group]) for pages, group in pairs])
+        return Batch(positions_T, [LayerKv(pages, sequences[group]) for pages, group in pairs], adapters=adapters)
 
     def forget_tables(self) -> None:
         """Hold on to no sequence's pages."""

@@ -1,7 +1,7 @@
 """What callers ask of the engine, and what they get back. Token ids only: it knows no text, no chat format, no HTTP."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -45,9 +45,10 @@ class Request:
     it has `min_tokens`, unless its constraint leaves nothing else. `boundaries` are lengths of prefixes of the prompt
     that a later prompt may begin with: the ends of its messages. `cache` lets this request use what others left, and
     leave what it computed; only requests of the same `cache_salt` share. What only `volatile` requests have said is
-    never kept on disk. Of waiting requests that with the lowest `priority` goes first, then who came first. `deadline`
-    is in seconds from submission. `constraint` is called once for each of the `n` samples, which are one answer: where
-    one of them fails, all end with its error.
+    never kept on disk. `adapter` is the name of one of the engine's adapters; None is the model as it is. Of waiting
+    requests that with the lowest `priority` goes first, then who came first. `deadline` is in seconds from submission.
+    `constraint` is called once for each of the `n` samples, which are one answer: where one of them fails, all end with
+    its error.
 
     `prompt_logprobs` asks for the logprob of each token of the prompt, by the model's own logits, and for so many of
     the likeliest in its place. All of the prompt is computed for that, whatever is cached of it. Nothing need be
@@ -65,6 +66,7 @@ class Request:
     cache: bool = True
     cache_salt: str = ""
     volatile: bool = False
+    adapter: str | None = None
     priority: int = 0
     deadline: float | None = None
     constraint: Callable[[], TokenConstraint] | None = None
@@ -97,6 +99,13 @@ class Request:
             )
         if self.deadline is not None and not self.deadline > 0:
             raise UsageError(f"the deadline must be more than 0 seconds away, got {self.deadline!r}")
+
+
+def check_adapter(name: str | None, known: Collection[str]) -> None:
+    """Raise UsageError for an adapter that was not loaded."""
+    if name is not None and name not in known:
+        there = f"there are {', '.join(known)}" if known else "none was loaded"
+        raise UsageError(f"there is no adapter {name!r:.80}; {there}")
 
 
 class TokenLogprobs(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from freehold.engine import sampler
+from freehold.engine.adapters import Adapters
 from freehold.engine.kv_store import KvStore
 from freehold.engine.request import TokenLogprobs
 from freehold.engine.scheduler import Plan, Work
@@ -26,9 +27,10 @@ class Result(NamedTuple):
 
 
 class Runner:
-    def __init__(self, transformer: Transformer, store: KvStore) -> None:
+    def __init__(self, transformer: Transformer, store: KvStore, adapters: Adapters) -> None:
         self._transformer = transformer
         self._store = store
+        self._adapters = adapters
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Result:
@@ -39,7 +41,8 @@ class Runner:
             tokens += work.tokens
             rows += range(len(tokens) - work.num_rows, len(tokens))
         device = self._transformer.device
-        hidden_TD = self._transformer.forward(torch.tensor(tokens, device=device), self._store.batch(plan.works))
+        batch = self._store.batch(plan.works, self._adapters.of_step(plan.works, device))
+        hidden_TD = self._transformer.forward(torch.tensor(tokens, device=device), batch)
         prompt_logprobs, first = [], 0
         for work in plan.works:
             prompt_logprobs.append(self._score(work, hidden_TD[first : first + work.count]))

@@ -99,17 +99,18 @@ class Sequence:
         )
 
 
-def shared_salt(cache_salt: str) -> str:
-    """Of the prefixes that all requests with this salt share."""
-    return f"shared {cache_salt}"
+def shared_salt(cache_salt: str, adapter_digest: str = "") -> str:
+    """Of the prefixes that all requests with this salt and this adapter share."""
+    return f"adapter {adapter_digest} shared {cache_salt}" if adapter_digest else f"shared {cache_salt}"
 
 
-def new_sequences(request: Request, request_id: int, now: float) -> list[Sequence]:
-    """The request's samples. Those after the first wait for its prompt as its siblings."""
+def new_sequences(request: Request, request_id: int, now: float, adapter_digest: str = "") -> list[Sequence]:
+    """The request's samples. Those after the first wait for its prompt as its siblings. `adapter_digest` tells what
+    its adapter computes from what every other does."""
     seed = request.sampling.seed
     if seed is None:
         seed = secrets.randbits(63)
-    salt = shared_salt(request.cache_salt) if request.cache else f"request {request_id}"
+    salt = shared_salt(request.cache_salt, adapter_digest) if request.cache else f"request {request_id}"
     sequences = [
         Sequence(
             request_id=request_id,

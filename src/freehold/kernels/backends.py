@@ -20,7 +20,7 @@ from freehold.kernels import reference
 from freehold.log import info_once, warn_once
 
 CHOICES = ("auto", "native", "reference")
-OPS = ("rms_norm", "linear", "linear_backward", "rope", "kv_write", "attention", "route", "moe", "sample")
+OPS = ("rms_norm", "linear", "linear_backward", "add_lora", "rope", "kv_write", "attention", "route", "moe", "sample")
 
 _NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"
 _REMEDY = "install g++ and python3-dev, then install Freehold again"

@@ -11,6 +11,7 @@ from torch import Tensor
 from freehold import _native, machine
 from freehold.errors import BackendError
 from freehold.kernels.kv import KV_TYPES, KvPages, PagedSequences
+from freehold.kernels.packed_lora import LoraParts, PackedExpertLora, PackedLora, PackedLoras
 from freehold.weights.packed import PackedMatrix
 
 _engine: "_native.Engine | None" = None
@@ -95,6 +96,24 @@ def linear_backward(gradient_TO: Tensor, weight: PackedMatrix) -> Tensor:
     return out_TD
 
 
+def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, norm_D: Tensor | None, eps: float) -> None:
+    x_TD, T = _rows(x_TD), x_TD.shape[0]
+    norm_D = _contiguous(norm_D)
+    _start().add_lora(
+        x_TD.data_ptr(),
+        T,
+        x_TD.stride(0),
+        _address(norm_D),
+        eps,
+        parts.rows_T.data_ptr(),
+        [_lora(lora) for lora in parts.loras],
+        parts.rows,
+        parts.columns,
+        out_TO.data_ptr(),
+        out_TO.shape[1],
+    )
+
+
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     x_TNH, (T, N, H) = _heads(x_TNH), x_TNH.shape
     out_TNH = torch.empty((T, N, H), dtype=torch.float32)
@@ -177,12 +196,16 @@ def moe(
     *,
     alpha: float,
     limit: float,
+    loras: PackedLoras | None = None,
 ) -> Tensor:
     x_TD, weights_TA, experts_TA = x_TD.contiguous(), weights_TA.contiguous(), experts_TA.contiguous()
     gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
     norm_D, residual = _contiguous(norm_D), _contiguous(residual)
     out_TD = torch.empty_like(x_TD)
-    _start().moe(
+    engine = _start()
+    run = engine.moe if loras is None else engine.moe_lora
+    of_adapters = () if loras is None else ([_expert_lora(lora) for lora in loras.loras], loras.rows_T.data_ptr())
+    run(
         _matrix(gate_up),
         _matrix(down),
         x_TD.data_ptr(),
@@ -199,6 +222,7 @@ def moe(
         out_TD.data_ptr(),
         _address(norm_D),
         eps,
+        *of_adapters,
     )
     return out_TD
 
@@ -256,6 +280,19 @@ def _matrix(packed: PackedMatrix) -> object:
         form, data, scales, R, C = packed.address()
         packed.native_handle = _native.Matrix(form, data, scales, R, C, packed.paired)
     return packed.native_handle
+
+
+def _lora(lora: PackedLora) -> object:
+    if lora.native_handle is None:
+        lora.native_handle = _native.Lora(_matrix(lora.a), _matrix(lora.b), lora.scaling)
+    return lora.native_handle
+
+
+def _expert_lora(lora: PackedExpertLora) -> object:
+    if lora.native_handle is None:
+        gate_up, down = (None if pair is None else _lora(pair) for pair in (lora.gate_up, lora.down))
+        lora.native_handle = _native.ExpertLora(gate_up, down)
+    return lora.native_handle
 
 
 def _pages(kv: KvPages) -> object:

@@ -20,6 +20,7 @@ from freehold.errors import UsageError
 from freehold.kernels import autograd, backends, reference
 from freehold.kernels.kv import PAGE, KvPages, PagedSequences
 from freehold.kernels.lora import ExpertLora
+from freehold.kernels.packed_lora import LoraParts, PackedLoras
 from freehold.sampling import check_filters
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PackedMatrix
@@ -87,6 +88,33 @@ def linear(
     module = backends.for_op("linear", x_TD, plain, bias_O, norm_D, residual_TO, packed=plain is None)
     out: Tensor = module.linear(x_TD, weight_OD, bias_O, norm_D, eps, residual_TO)
     return out
+
+
+def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, *, norm: Norm | None = None) -> Tensor:
+    """`out_TO`, which it changes: a linear layer's result, with what adapters add to it for this x."""
+    _check_rank("add_lora", "x", x_TD, 2)
+    _check_rank("add_lora", "out", out_TO, 2)
+    (T, D), num_rows = x_TD.shape, out_TO.shape[1]
+    _check_shape("add_lora", "out", out_TO, (T, num_rows))
+    _check_shape("add_lora", "rows", parts.rows_T, (T,))
+    _check_alike("add_lora", x_TD, out_TO)
+    if x_TD.dtype != torch.float32 or x_TD.device.type != "cpu":
+        raise UsageError(
+            f"[add_lora] expected float32 on the CPU for packed factors, got {x_TD.dtype} on {x_TD.device}"
+        )
+    if not out_TO.is_contiguous() or backends.needs_gradient(x_TD, out_TO):
+        raise UsageError("[add_lora] expected a contiguous result to add to, which no gradient passes")
+    for lora, column in zip(parts.loras, parts.columns, strict=True):
+        _check_shape("add_lora", "A", lora.a, (lora.a.shape[0], D))
+        room = num_rows - column
+        if lora.b.shape[0] > room or lora.b.paired:
+            raise UsageError(f"[add_lora] expected B of up to {room} rows, unpaired, got {tuple(lora.b.shape)}")
+    if norm is not None:
+        _check_shape("add_lora", "norm", norm.weight_D, (D,))
+        _check_alike("add_lora", x_TD, norm.weight_D)
+    norm_D, eps = (None, 0.0) if norm is None else norm
+    backends.for_op("add_lora", x_TD, norm_D).add_lora(out_TO, x_TD, parts, norm_D, eps)
+    return out_TO
 
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
@@ -205,13 +233,14 @@ def moe(
     limit: float,
     norm: Norm | None = None,
     residual_TD: Tensor | None = None,
-    loras: Sequence[ExpertLora] = (),
+    loras: Sequence[ExpertLora] | PackedLoras = (),
 ) -> Tensor:
     """Mixture of experts of norm(x), plus residual: clamped SwiGLU, gate·sigmoid(alpha·gate)·(up + 1); returns (T, D).
 
     gate_up is (E, 2F, D) with gate in even and up in odd rows, gate_up_bias (E, 2F), down (E, D, F), down_bias (E, D).
     gate is clamped to at most `limit`, up to ±`limit`. A packed gate_up must have been packed as paired.
-    `loras` are what adapters add, each for its tokens; rows of B of gate_up are interleaved as the matrix's.
+    `loras` are what adapters add, each for its tokens; rows of B of gate_up are interleaved as the matrix's. Packed
+    ones are for packed weights, and have no gradient.
     """
     _check_rank("moe", "x", x_TD, 2)
     _check_rank("moe", "routing weights", routing.weights_TA, 2)
@@ -240,8 +269,22 @@ def moe(
     if residual_TD is not None:
         _check_shape("moe", "residual", residual_TD, (T, D))
         _check_alike("moe", x_TD, residual_TD)
-    _check_loras(T, D, E, F, loras)
     norm_D, eps = (None, 0.0) if norm is None else norm
+    if isinstance(loras, PackedLoras):
+        _check_packed_loras(T, D, E, F, loras)
+        if not isinstance(gate_up, PackedMatrix) or not isinstance(down, PackedMatrix):
+            raise UsageError("[moe] expected packed weights for packed adapters")
+        if backends.needs_gradient(x_TD, routing.weights_TA, gate_up_bias, down_bias, norm_D, residual_TD):
+            raise UsageError("[moe] expected adapters that are not packed where a gradient is wanted")
+        module = backends.for_op("moe", x_TD)
+        if module is not reference:
+            fast: Tensor = module.moe(
+                x_TD, *routing, gate_up, gate_up_bias, down, down_bias, norm_D, eps, residual_TD, alpha=alpha,
+                limit=limit, loras=loras,
+            )  # fmt: skip
+            return fast
+        loras = reference.unpacked_loras(loras)
+    _check_loras(T, D, E, F, loras)
     others = [weight for weight in (gate_up, down) if isinstance(weight, Tensor)]
     factors = [
         factor for lora in loras for pair in (lora.gate_up, lora.down) if pair is not None for factor in pair[:2]
@@ -326,6 +369,20 @@ def _check_loras(T: int, D: int, E: int, F: int, loras: Sequence[ExpertLora]) ->
                 _check_shape("moe", f"B of {name}", pair.b, (E, outputs, R))
         if lora.tokens_T is not None:
             _check_shape("moe", "a LoRA's tokens", lora.tokens_T, (T,))
+
+
+def _check_packed_loras(T: int, D: int, E: int, F: int, loras: PackedLoras) -> None:
+    _check_shape("moe", "rows", loras.rows_T, (T,))
+    if loras.rows_T.dtype != torch.int64:
+        raise UsageError(f"[moe] expected the adapters' rows in int64, got {loras.rows_T.dtype}")
+    for lora in loras.loras:
+        for name, pair, (outputs, inputs) in (("gate_up", lora.gate_up, (2 * F, D)), ("down", lora.down, (D, F))):
+            if pair is not None:
+                R = pair.a.shape[-2]
+                _check_shape("moe", f"A of {name}", pair.a, (E, R, inputs))
+                _check_shape("moe", f"B of {name}", pair.b, (E, outputs, R))
+                if pair.b.paired != (name == "gate_up"):
+                    raise UsageError("[moe] expected B of gate_up with paired rows, and no other")
 
 
 def _check_rotation(op: str, x_TNH: Tensor, rotation: Rotation) -> None:

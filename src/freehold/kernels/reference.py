@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freehold.kernels.kv import KV_BLOCK, PAGE, KvPages, PagedSequences, Rows, num_pages
+from freehold.kernels.lora import ExpertLora, Lora
+from freehold.kernels.packed_lora import LoraParts, PackedLora, PackedLoras
 from freehold.weights import mxfp4, packed
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PANEL, PackedMatrix
@@ -52,6 +54,28 @@ def row_blocks(weight: PackedMatrix) -> Iterator[tuple[slice, Tensor]]:
     for panel in range(0, len(weight.data), _PANELS_AT_ONCE):
         rows = _plain(weight.panels(panel, _PANELS_AT_ONCE))
         yield slice(panel * PANEL, panel * PANEL + len(rows)), rows
+
+
+def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, norm_D: Tensor | None, eps: float) -> None:
+    if norm_D is not None:
+        x_TD = rms_norm(x_TD, norm_D, eps)
+    for lora, row, column in zip(parts.loras, parts.rows, parts.columns, strict=True):
+        token = torch.where(parts.rows_T == row)[0]
+        added = F.linear(F.linear(x_TD[token], _plain(lora.a)), _plain(lora.b)) * lora.scaling
+        out_TO[token, column : column + added.shape[1]] += added
+
+
+def unpacked_loras(loras: PackedLoras) -> list[ExpertLora]:
+    """The same adapters with plain factors."""
+    return [
+        ExpertLora(_unpacked(lora.gate_up), _unpacked(lora.down), loras.rows_T == row)
+        for row, lora in enumerate(loras.loras)
+        if lora.gate_up is not None or lora.down is not None
+    ]
+
+
+def _unpacked(lora: PackedLora | None) -> Lora | None:
+    return None if lora is None else Lora(_plain(lora.a), _plain(lora.b), lora.scaling)
 
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

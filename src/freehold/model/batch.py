@@ -11,7 +11,7 @@ from torch import Tensor
 from freehold.kernels import ops
 from freehold.kernels.kv import KvPages, PagedSequences
 from freehold.kernels.ops import Rotation, Routing
-from freehold.model.lora import TokenAdapters
+from freehold.model.lora import LayerAdapters
 
 
 class Heads(Protocol):
@@ -84,12 +84,12 @@ class Batch:
 
     positions_T: Tensor
     layers: Sequence[Heads]
-    adapters: TokenAdapters | None = None
+    adapters: LayerAdapters | None = None
     watch: Watch | None = None
 
     @classmethod
     def whole(
-        cls, counts: Sequence[int], *, num_layers: int, device: torch.device, adapters: TokenAdapters | None = None
+        cls, counts: Sequence[int], *, num_layers: int, device: torch.device, adapters: LayerAdapters | None = None
     ) -> "Batch":
         """Whole sequences of so many tokens, without a cache: for training."""
         positions = [position for count in counts for position in range(count)]

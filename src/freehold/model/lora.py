@@ -11,7 +11,7 @@ model/peft_files.py. Shape legend: T tokens, S rows of one expert, I input, O ou
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import UsageError
+from freehold.kernels import ops
 from freehold.kernels.lora import ExpertLora, Lora
+from freehold.kernels.ops import Norm
+from freehold.kernels.packed_lora import PackedLoras
 from freehold.weights.layouts import canonical_shapes
 
 KINDS = ("q", "k", "v", "o", "router", "gate_up", "down")
@@ -106,6 +109,12 @@ def factor_shapes(config: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[tup
     }
 
 
+def adapter_bytes(config: ModelConfig, spec: AdapterSpec, dtype: torch.dtype) -> int:
+    """What the factors of such an adapter take."""
+    shapes = [shape for pair in factor_shapes(config, spec).values() for shape in pair]
+    return sum(map(math.prod, shapes)) * dtype.itemsize
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
     """Trained or trainable factors for a model of these sizes, all of one type and on one device.
@@ -188,6 +197,19 @@ def delta(x_SI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: 
     return (F.linear(F.linear(x, a_RI), b_OR) * scaling).to(x_SI.dtype)
 
 
+class LayerAdapters(Protocol):
+    """What a forward pass asks of its batch's adapters, layer by layer. `x` is what a linear layer read, before its
+    norm where there is one; `out` is what came of it, and may be changed."""
+
+    def linear(self, name: str, x_TI: Tensor, out_TO: Tensor, norm: Norm | None = None) -> Tensor: ...
+
+    def qkv(self, layer: str, x_TD: Tensor, out_TO: Tensor, norm: Norm | None = None) -> Tensor:
+        """`linear` for the three projections whose rows the model keeps joined: queries, keys, values."""
+
+    def experts(self, layer: str) -> Sequence[ExpertLora] | PackedLoras:
+        """What ops.moe takes."""
+
+
 class TokenAdapters:
     """The adapters of one batch, and which of them each token is computed with.
 
@@ -215,8 +237,10 @@ class TokenAdapters:
         """Whether any token's adapter has one of these targets."""
         return any(name in self._adapters[row].factors for row in self._used for name in names)
 
-    def linear(self, name: str, x_TI: Tensor, out_TO: Tensor) -> Tensor:
-        """`out_TO` with what adapters add to it; `x_TI` is the layer's input, after the norm."""
+    def linear(self, name: str, x_TI: Tensor, out_TO: Tensor, norm: Norm | None = None) -> Tensor:
+        """`out_TO` with what adapters add to it; `x_TI` is the layer's input, before the norm where there is one."""
+        if norm is not None and self.touches(name):
+            x_TI = ops.rms_norm(x_TI, norm.weight_D, eps=norm.eps)
         for row in self._used:
             adapter = self._adapters[row]
             if name not in adapter.factors:
@@ -228,11 +252,13 @@ class TokenAdapters:
                 out_TO = out_TO.index_add(0, tokens, self._delta(adapter, name, x_TI[tokens]))
         return out_TO
 
-    def qkv(self, layer: str, x_TD: Tensor, out_TO: Tensor) -> Tensor:
+    def qkv(self, layer: str, x_TD: Tensor, out_TO: Tensor, norm: Norm | None = None) -> Tensor:
         """`linear` for the three projections whose rows the model keeps joined: queries, keys, values."""
         names = [f"{layer}.{kind}" for kind in "qkv"]
         if not self.touches(*names):
             return out_TO
+        if norm is not None:
+            x_TD = ops.rms_norm(x_TD, norm.weight_D, eps=norm.eps)
         config = self._adapters[self._used[0]].config
         sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
         parts = torch.split_with_sizes(out_TO, sizes, 1)

@@ -12,10 +12,10 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -204,20 +204,34 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
     Raises ModelNotFoundError if there is none, CheckpointError if it is damaged or for another model, UnsupportedError
     for what adapters can do in PEFT and not here.
     """
-    path = folder / TENSOR_FILE
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelNotFoundError(f"{folder} holds no {CONFIG_FILE}; name the folder of an adapter")
-    if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
-            raise UnsupportedError(
-                f"{folder / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSOR_FILE}"
-            )
-        raise ModelNotFoundError(f"{folder} holds no {TENSOR_FILE}; download or copy the adapter again")
-    peft = _read_config(folder / CONFIG_FILE)
+    path = _tensor_file(folder)
+    found = _found(folder, path, config)
+    shapes = factor_shapes(config, found.spec)
     stored = _read_tensors(path)
+    factors = {
+        name: _canonical(path, name, stored[place], *shapes[name], dtype) for name, place in found.places.items()
+    }
+    return Adapter(config=config, spec=found.spec, factors=factors)
+
+
+def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:
+    """What an adapter targets, from its config and the names of its tensors; raises what `read_peft` does of that."""
+    return _found(folder, _tensor_file(folder), config).spec
+
+
+class _Found(NamedTuple):
+    """An adapter's targets, and layer and module that the file has each of them under."""
+
+    spec: AdapterSpec
+    places: dict[str, tuple[int, str]]
+
+
+def _found(folder: Path, path: Path, config: ModelConfig) -> _Found:
+    peft = _read_config(folder / CONFIG_FILE)
+    stored = _placed(path, read_header(path))
     targets: dict[str, Target] = {}
-    factors: dict[str, Factors] = {}
-    for (layer, module), pair in stored.items():
+    places: dict[str, tuple[int, str]] = {}
+    for layer, module in stored:
         if layer >= config.num_layers:
             raise CheckpointError(
                 f"{path}: layer {layer} is adapted and the model has {config.num_layers}; the adapter is for another"
@@ -225,13 +239,24 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
         kind = _kind(path, peft, layer, module, stored)
         name = f"layers.{layer}.{kind}"
         targets[name] = peft.target(layer, kind)
+        places[name] = layer, module
         if kind in EXPERT_KINDS and config.num_experts == 1:
             raise UnsupportedError(f"{path}: {name} adapts the experts of a model that has one; PEFT does not do that")
-        spec = AdapterSpec(targets={name: targets[name]}, rslora=peft.rslora)
-        (a_shape, b_shape) = factor_shapes(config, spec)[name]
-        factors[name] = _canonical(path, name, pair, a_shape, b_shape, dtype)
     _check_complete(path, peft, config, targets)
-    return Adapter(config=config, spec=AdapterSpec(targets=targets, rslora=peft.rslora), factors=factors)
+    return _Found(AdapterSpec(targets=targets, rslora=peft.rslora), places)
+
+
+def _tensor_file(folder: Path) -> Path:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelNotFoundError(f"{folder} holds no {CONFIG_FILE}; name the folder of an adapter")
+    path = folder / TENSOR_FILE
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise UnsupportedError(
+                f"{folder / 'adapter_model.bin'} is a pickle, which can run code; save the adapter as {TENSOR_FILE}"
+            )
+        raise ModelNotFoundError(f"{folder} holds no {TENSOR_FILE}; download or copy the adapter again")
+    return path
 
 
 def _canonical(
@@ -295,24 +320,31 @@ def _check_complete(path: Path, peft: _PeftConfig, config: ModelConfig, targets:
 
 def _read_tensors(path: Path) -> dict[tuple[int, str], dict[str, Tensor]]:
     """By layer and module: the two factors, as they lie in the file."""
-    names = list(read_header(path))
-    if not names:
-        raise CheckpointError(f"{path} holds no tensors; download or copy the adapter again")
-    stored: dict[tuple[int, str], dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                match = _TENSOR_NAME.fullmatch(name)
-                if match is None:
-                    raise UnsupportedError(
-                        f"{path}: tensor {name} is no LoRA factor of gpt-oss's layers, which are called "
-                        "base_model.model.model.layers.N.….lora_A.weight and lora_B; Freehold adapts nothing else"
-                    )
-                layer, module, letter = match.groups()
-                stored.setdefault((int(layer), module), {})[letter] = file.get_tensor(name)
+            return {
+                place: {letter: file.get_tensor(name) for letter, name in names.items()}
+                for place, names in _placed(path, file.keys()).items()
+            }
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download or copy the adapter again") from None
-    return stored
+
+
+def _placed(path: Path, names: Iterable[str]) -> dict[tuple[int, str], dict[str, str]]:
+    """By layer and module: the names of the two factors."""
+    placed: dict[tuple[int, str], dict[str, str]] = {}
+    for name in names:
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise UnsupportedError(
+                f"{path}: tensor {name} is no LoRA factor of gpt-oss's layers, which are called "
+                "base_model.model.model.layers.N.….lora_A.weight and lora_B; Freehold adapts nothing else"
+            )
+        layer, module, letter = match.groups()
+        placed.setdefault((int(layer), module), {})[letter] = name
+    if not placed:
+        raise CheckpointError(f"{path} holds no tensors; download or copy the adapter again")
+    return placed
 
 
 def _read_config(path: Path) -> _PeftConfig:

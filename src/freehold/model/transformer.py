@@ -181,8 +181,8 @@ class Transformer:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         weights, adapters, name = self.layers[index].attention, batch.adapters, f"layers.{index}"
         joined_TO = weights.qkv(x_TD, norm=weights.norm)
-        if adapters is not None and adapters.touches(f"{name}.q", f"{name}.k", f"{name}.v"):
-            joined_TO = adapters.qkv(name, _normed(x_TD, weights.norm), joined_TO)
+        if adapters is not None:
+            joined_TO = adapters.qkv(name, x_TD, joined_TO, weights.norm)
         q_TNH, k_TKH, v_TKH = torch.split_with_sizes(joined_TO.view(-1, N + 2 * K, H), (N, K, K), 1)
         mixed_TNH = batch.layers[index].attend(
             q_TNH, k_TKH, v_TKH, weights.sinks_N, scale=H**-0.5, window=weights.window, rotation=rotation
@@ -194,8 +194,8 @@ class Transformer:
     def _experts(self, x_TD: Tensor, index: int, batch: Batch) -> Tensor:
         weights, adapters, name = self.layers[index].experts, batch.adapters, f"layers.{index}"
         logits_TE = weights.router(x_TD, norm=weights.norm)
-        if adapters is not None and adapters.touches(f"{name}.router"):
-            logits_TE = adapters.linear(f"{name}.router", _normed(x_TD, weights.norm), logits_TE)
+        if adapters is not None:
+            logits_TE = adapters.linear(f"{name}.router", x_TD, logits_TE, weights.norm)
         routing = ops.route(logits_TE, self.config.num_active_experts)
         if batch.watch is not None:
             batch.watch(index, logits_TE, routing)
@@ -212,7 +212,3 @@ class Transformer:
             residual_TD=x_TD,
             loras=() if adapters is None else adapters.experts(name),
         )
-
-
-def _normed(x_TD: Tensor, norm: Norm) -> Tensor:
-    return ops.rms_norm(x_TD, norm.weight_D, eps=norm.eps)

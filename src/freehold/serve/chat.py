@@ -84,7 +84,7 @@ async def _begin(server: Server, caller: Caller, body: ChatRequest) -> _Reply:
     server.check_room(body.num_samples, param="n")
     asked = await asyncio.to_thread(understand, body, server.served)
     try:
-        turn = await server.turn(caller, asked.ask)
+        turn = await server.turn(caller, asked.ask, model=body.model)
         reading = server.read(caller, turn)
     except FreeholdError as error:
         raise why_not(error, body, asked) from error

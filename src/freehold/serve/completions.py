@@ -142,7 +142,7 @@ def _asks(server: Server, body: CompletionRequest) -> list[TextAsk]:
 
 async def _prepared(server: Server, caller: Caller, body: CompletionRequest, ask: TextAsk) -> Generation:
     try:
-        return await server.text(caller, ask)
+        return await server.text(caller, ask, model=body.model)
     except FreeholdError as error:
         raise _why_not(error, body) from error
 

@@ -78,7 +78,7 @@ def router(server: Server) -> APIRouter:
         server.check_model(body.model)
         caller = caller_of(request)
         asked = _read(server, body, caller, spellings)
-        turn = await server.turn(caller, _ask(body, asked))
+        turn = await server.turn(caller, _ask(body, asked), model=body.model)
         reply = _Reply(body, asked, turn, caller, spellings)
         reading = server.read(caller, turn)
         if body.stream:

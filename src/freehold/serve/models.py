@@ -1,4 +1,4 @@
-"""`/v1/models`: the one model, under all its names."""
+"""`/v1/models`: the one model, under all its names, and with each of its adapters."""
 
 from fastapi import APIRouter
 from openai.types import Model
@@ -16,7 +16,8 @@ def router(server: Server) -> APIRouter:
 
     @routes.get("")
     async def list_models() -> dict[str, object]:
-        """The names that the model answers to. `max_model_len` is its context, as vLLM has it."""
+        """The names that the model answers to, and `name:adapter` for each of its adapters. `max_model_len` is its
+        context, as vLLM has it."""
         return {"object": "list", "data": [model(name) for name in server.model_names]}
 
     @routes.get("/{name:path}")

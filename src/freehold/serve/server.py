@@ -8,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 
+from freehold.errors import UsageError
 from freehold.serve.caller import Caller
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
@@ -69,30 +70,57 @@ class Server:
     tools: HostedTools | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self) -> None:
+        taken = [name for name in self._base_names if self._adapter_of(name)]
+        if taken:
+            raise UsageError(
+                f"{taken[0]!r} is what the adapter {self._adapter_of(taken[0])!r} goes by; rename one of them"
+            )
+
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All that the model answers to, the name that it is listed under first."""
+        """All that the model answers to, the name that it is listed under first; `name:adapter` of each adapter too."""
+        bases, adapters = self._base_names, list(self.served.prompting.adapters)
+        return (*bases, *(f"{base}:{adapter}" for adapter in adapters for base in bases))
+
+    @property
+    def _base_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.settings.model_names, self.served.name, DEFAULT_NAME)))
 
-    def check_model(self, name: str) -> None:
-        """Raise a 404 for a model that is not here."""
-        if name not in self.model_names:
+    def _adapter_of(self, name: str) -> str | None:
+        base, _, adapter = name.rpartition(":")
+        return adapter if base in self._base_names and adapter in self.served.prompting.adapters else None
+
+    def named(self, name: str) -> Served:
+        """What answers to this name: the model, or the model with one of its adapters. Raises a 404 for any other."""
+        if name in self._base_names:
+            return self.served
+        adapter = self._adapter_of(name)
+        if adapter is None:
             known = ", ".join(self.model_names)
             message = f"The model '{name:.200}' does not exist here; this server has {known}."
             raise ApiError(404, message, param="model", code="model_not_found")
+        return self.served.with_adapter(adapter)
 
-    async def turn(self, caller: Caller, ask: Ask) -> Generation:
-        """Ready to run, with the caller's own share of the prefix cache and the server's time limit."""
-        return await prepare_generation(self.served, self._of(caller, ask))
+    def check_model(self, name: str) -> None:
+        """Raise a 404 for a model that is not here."""
+        self.named(name)
+
+    async def turn(self, caller: Caller, ask: Ask, *, model: str) -> Generation:
+        """Ready to run, with the caller's own share of the prefix cache and the server's time limit. `model` is one of
+        the names that it answers to."""
+        return await prepare_generation(self.named(model), self._of(caller, ask))
 
     @property
     def hosted(self) -> HostedTools | None:
         """The tools that this model can use: none where it does not speak Harmony."""
         return self.tools if self.tools is not None and self.served.speaks_harmony else None
 
-    async def turn_with_tools(self, caller: Caller, ask: Ask, toolbox: Toolbox, limits: TurnLimits) -> Turn:
+    async def turn_with_tools(
+        self, caller: Caller, ask: Ask, toolbox: Toolbox, limits: TurnLimits, *, model: str
+    ) -> Turn:
         """The same with tools that the server runs."""
-        return await prepare(self.served, self._of(caller, ask), toolbox, limits=limits)
+        return await prepare(self.named(model), self._of(caller, ask), toolbox, limits=limits)
 
     def recall(self, caller: Caller, name: str) -> Mapping[str, Any] | None:
         """What a hosted tool's call with this item's id said to this caller, where that is still known."""
@@ -104,9 +132,9 @@ class Server:
         if self.tools is not None:
             await self.tools.stop()
 
-    async def text(self, caller: Caller, ask: TextAsk) -> Generation:
+    async def text(self, caller: Caller, ask: TextAsk, *, model: str) -> Generation:
         """The same for a text without a conversation around it."""
-        return await prepare_text(self.served, self._of(caller, ask))
+        return await prepare_text(self.named(model), self._of(caller, ask))
 
     def _of(self, caller: Caller, ask: _Asked) -> _Asked:
         return replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)

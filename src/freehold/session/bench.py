@@ -17,6 +17,7 @@ from torch import Tensor
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.disk import new_file
+from freehold.engine.adapters import Adapters
 from freehold.engine.options import EngineOptions
 from freehold.errors import BackendError, DiskError, UsageError
 from freehold.kernels import backends
@@ -139,7 +140,8 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What is measured: a transformer ready to run, and what is known of it."""
+    """What is measured: a transformer ready to run, with one of its `adapters` where one is named, and what is known of
+    it."""
 
     name: str
     transformer: Transformer
@@ -148,27 +150,35 @@ class Loaded:
     options: EngineOptions
     planned_bytes: int
     load_seconds: float
+    adapters: Adapters | None = None
+    adapter: str | None = None
 
 
-def load_for_bench(model: str, work: Workload, *, progress: Progress = no_progress, **options: object) -> Loaded:
+def load_for_bench(
+    model: str, work: Workload, *, adapter: Path | None = None, progress: Progress = no_progress, **options: object
+) -> Loaded:
     """A model as `freehold.load` gives it, with room for this work; `options` are load's."""
     start = time.perf_counter()
+    name = None if adapter is None else "measured"
     loaded = load(
         model,
         context=work.context,
         kv_tokens=work.kv_tokens,
         max_num_seqs=work.max_num_seqs,
+        adapters={} if adapter is None or name is None else {name: adapter},
         progress=progress,
         **options,  # type: ignore[arg-type]
     )
     return Loaded(
-        name=str(loaded.path),
+        name=str(loaded.path) if adapter is None else f"{loaded.path} with {adapter}",
         transformer=loaded.transformer,
         experts=ExpertFormat(loaded.experts),
         policy=loaded.policy,
         options=loaded.plan.options,
         planned_bytes=loaded.plan.total,
         load_seconds=time.perf_counter() - start,
+        adapters=loaded.adapter_set,
+        adapter=name,
     )
 
 
@@ -219,7 +229,13 @@ def measure(loaded: Loaded, work: Workload, *, progress: Progress = no_progress)
     config = loaded.transformer.config
     macs = macs_per_token(config)
     bounds = _Bounds(loaded)
-    timed = TimedRuns(loaded.transformer, loaded.options, num_tokens=min(config.vocab_size, RANDOM_EMBEDDINGS))
+    timed = TimedRuns(
+        loaded.transformer,
+        loaded.options,
+        num_tokens=min(config.vocab_size, RANDOM_EMBEDDINGS),
+        adapters=loaded.adapters,
+        adapter=loaded.adapter,
+    )
     prefill_runs = {(tokens, depth): _Runs() for depth in depths for tokens in prompts}
     decode_runs = {depth: _Runs() for depth in depths}
     streams: dict[int, list[Together]] = {count: [] for count in work.concurrency}

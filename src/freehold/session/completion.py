@@ -64,6 +64,7 @@ def _prepare(served: Served, ask: TextAsk) -> Generation:
         n=ask.n,
         constraint=grammar,
         cache_salt=ask.cache_salt,
+        adapter=served.adapter,
         deadline=ask.deadline,
         prompt_logprobs=ask.prompt_logprobs,
         **ask.sampling,

@@ -99,7 +99,13 @@ async def prepare_generation(served: Served, ask: Ask, *, prompt: Rendered | Non
     Raises UsageError (ContextError where the prompt is too long), UnsupportedError or SchemaError for what cannot be.
     """
     return await asyncio.to_thread(
-        prepare_now, served.prompting, ask, harmony=served.harmony, grammar=served.grammar, prompt=prompt
+        prepare_now,
+        served.prompting,
+        ask,
+        harmony=served.harmony,
+        grammar=served.grammar,
+        adapter=served.adapter,
+        prompt=prompt,
     )
 
 
@@ -109,6 +115,7 @@ def prepare_now(
     *,
     harmony: bool | None = None,
     grammar: bool = True,
+    adapter: str | None = None,
     prompt: Rendered | None = None,
 ) -> "Generation":
     """The same on this thread, for a model that nobody serves."""
@@ -126,6 +133,7 @@ def prepare_now(
         constraint=turn.grammar,
         cache_salt=ask.cache_salt,
         volatile=ask.volatile,
+        adapter=adapter,
         deadline=ask.deadline,
         **ask.sampling,
     )

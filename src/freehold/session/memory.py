@@ -20,6 +20,7 @@ from freehold.weights.pack_file import packed_table_bytes
 _LEAST_CONTEXT = 2048  # tokens: a default that fits no more than this is no default worth having
 _SCORES_AT_ONCE = 256  # query rows of one attention block in the reference ops
 _MAPPED_AT_ONCE = 1 << 16  # of a mapped file, around each place that is read
+_WIDE_RANK = 256  # of an adapter; few have more
 _SLACK = 64 << 20  # what torch reads of itself when it first runs, and what malloc does not give back
 
 
@@ -33,6 +34,7 @@ class MemoryPlan:
     kv_cache: int
     scratch: int
     program: int
+    adapters: int = 0
 
     @property
     def context(self) -> int:
@@ -42,7 +44,7 @@ class MemoryPlan:
     @property
     def needed(self) -> int:
         """What has to be free now."""
-        return self.dense + self.experts + self.kv_cache + self.scratch
+        return self.dense + self.experts + self.adapters + self.kv_cache + self.scratch
 
     @property
     def total(self) -> int:
@@ -50,15 +52,18 @@ class MemoryPlan:
         return self.needed + self.program
 
     def describe(self) -> str:
+        adapters = f"{gib(self.adapters)} adapters + " if self.adapters else ""
         return (
-            f"{gib(self.dense + self.experts)} weights + {gib(self.kv_cache)} KV cache for "
+            f"{gib(self.dense + self.experts)} weights + {adapters}{gib(self.kv_cache)} KV cache for "
             f"{self.options.tokens} tokens + {gib(self.scratch)} scratch = {gib(self.needed)}"
         )
 
 
-def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions) -> MemoryPlan:
+def plan_memory(
+    config: ModelConfig, experts: ExpertFormat, policy: Policy, options: EngineOptions, *, adapters: int = 0
+) -> MemoryPlan:
     """What an engine needs, and a plain cache of one such sequence too. Peak resident memory stays below; an untied
-    embedding counts with the rows that the cache's tokens can touch."""
+    embedding counts with the rows that the cache's tokens can touch. `adapters` are the bytes of all of them."""
     if policy.native:
         assert policy.dense is not None
         weights = packed_table_bytes(config, experts, policy.dense)
@@ -72,6 +77,8 @@ def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, opti
         dense = (config.num_parameters - config.num_expert_weights) * (width if width == 2 else width + 2)
         expert_bytes = round(config.num_expert_weights * (4.25 if experts is ExpertFormat.MXFP4 else 16) / 8)
         scratch = _reference_scratch(config, width, options)
+    if adapters:
+        scratch += _adapter_scratch(config, options)
     pages = page_counts(config, tokens=options.tokens, max_num_seqs=options.max_num_seqs, chunk=options.chunk)
     program = machine.process_status().get("VmRSS", 0)
     return MemoryPlan(
@@ -81,6 +88,7 @@ def plan_memory(config: ModelConfig, experts: ExpertFormat, policy: Policy, opti
         kv_cache=kv_store_bytes(config, pages, policy.kv),
         scratch=scratch,
         program=program,
+        adapters=adapters,
     )
 
 
@@ -99,6 +107,7 @@ def fitting_plan(
     context: int | None,
     kv_tokens: int | None = None,
     max_num_seqs: int = MAX_NUM_SEQS,
+    adapters: int = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens, or for as much of the model's own context as fits where that is None.
 
@@ -110,7 +119,7 @@ def fitting_plan(
 
     def plan_of(tokens: int) -> MemoryPlan:
         options = EngineOptions(context=tokens, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs)
-        return plan_memory(config, experts, policy, options)
+        return plan_memory(config, experts, policy, options, adapters=adapters)
 
     plan = plan_of(context or longest)
     if plan.needed <= free:
@@ -146,6 +155,8 @@ def _remedy(config: ModelConfig, policy: Policy, plan: MemoryPlan) -> str:
         remedies.append("bfloat16 (--dtype bfloat16)")
     if policy.native and policy.threads > machine.physical_cores():
         remedies.append(f"fewer threads (--threads {machine.physical_cores()})")
+    if plan.adapters > plan.needed // 20:
+        remedies.append("fewer adapters")
     remedies.append("a smaller model, or more memory: close other programs")
     return "use " + ", ".join(remedies[:-1]) + (", or " if len(remedies) > 1 else "") + remedies[-1]
 
@@ -163,6 +174,12 @@ def _native_scratch(config: ModelConfig, experts: ExpertFormat, policy: Policy, 
     converted = round(max(T * A * (D + F) * at_experts, T * max(N * H, D) * at_dense))
     logits = 4 * config.vocab_size * (options.max_num_seqs + MOST_GUESSED + 2)
     return activations + converted + _attention_scratch(config, policy, options) + logits + _SLACK
+
+
+def _adapter_scratch(config: ModelConfig, options: EngineOptions) -> int:
+    """What adapters read of experts' inputs and hidden values, before that is quantised, and what it narrows to."""
+    visits = _step_tokens(options) * config.num_active_experts
+    return 4 * visits * (config.hidden_size + config.expert_width + _WIDE_RANK)
 
 
 def _step_tokens(options: EngineOptions) -> int:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from freehold import __version__
 from freehold.config import ModelConfig
+from freehold.engine.adapters import Adapters
 from freehold.engine.core import OUT_OF_MEMORY, Engine, is_out_of_memory
 from freehold.engine.loop import LocalEngine
 from freehold.engine.options import MAX_NUM_SEQS
@@ -31,6 +33,9 @@ from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
+from freehold.model.lora import Adapter, adapter_bytes
+from freehold.model.packed_lora import packed_adapter_bytes
+from freehold.model.peft_files import read_peft, read_spec
 from freehold.model.transformer import Transformer
 from freehold.sampling import GenerationDefaults, SamplingOptions
 from freehold.session.generation import Ask, Generation, GenerationEvent, Said, prepare_now
@@ -54,6 +59,7 @@ def load(
     max_num_seqs: int = MAX_NUM_SEQS,
     threads: int | None = None,
     prefix_cache_dir: str | os.PathLike[str] | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     progress: Progress = no_progress,
 ) -> "Model":
     """Load a model: a folder in either published layout, `default`, or a name in a cache (see hub.find).
@@ -66,6 +72,8 @@ def load(
     can, or what fits into memory. `kv_tokens` is how many the KV cache holds for all that run at once and for prefixes
     that are kept, by default as many as `context`; `max_num_seqs` is how many sequences run at once. In
     `prefix_cache_dir` the engine keeps what many prompts begin with, so that the next process need not compute it.
+    `adapters` are folders in PEFT's format by the names that requests will call them; the weights are not changed, and
+    each request names its own adapter, or none.
 
     Raises a FreeholdError that names the file or value and the remedy; OutOfMemoryError before anything is allocated
     where the plan exceeds what is free.
@@ -75,13 +83,24 @@ def load(
     config = checkpoint.config
     policy = decide(config, device=device, dtype=dtype, dense=dense, kv_dtype=kv_dtype, threads=threads)
     prefix_files = None if prefix_cache_dir is None else _prefix_files(Path(prefix_cache_dir), folder, policy)
+    folders = {name: Path(path) for name, path in (adapters or {}).items()}
     plan = fitting_plan(
-        config, checkpoint.experts, policy, context=context, kv_tokens=kv_tokens, max_num_seqs=max_num_seqs
+        config,
+        checkpoint.experts,
+        policy,
+        context=context,
+        kv_tokens=kv_tokens,
+        max_num_seqs=max_num_seqs,
+        adapters=sum(_adapter_bytes(folder, config, policy) for folder in folders.values()),
     )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
+    known = Adapters(packed=policy.native)
+    with _out_of_memory():
+        for name, path in folders.items():  # before the weights, which take longer
+            known.add(name, _read_adapter(path, config, policy))
     transformer = load_transformer(folder, policy, progress=progress)
-    return Model(transformer, folder, policy, plan, prefix_files)
+    return Model(transformer, folder, policy, plan, prefix_files, known)
 
 
 def load_transformer(folder: ModelFolder, policy: Policy, *, progress: Progress = no_progress) -> Transformer:
@@ -99,6 +118,21 @@ def load_transformer(folder: ModelFolder, policy: Policy, *, progress: Progress 
         )
 
 
+def _dtype_of_adapters(policy: Policy) -> torch.dtype:
+    return torch.float32 if policy.device.type == "cpu" else policy.dtype
+
+
+def _adapter_bytes(folder: Path, config: ModelConfig, policy: Policy) -> int:
+    spec = read_spec(folder, config)
+    return (
+        packed_adapter_bytes(config, spec) if policy.native else adapter_bytes(config, spec, _dtype_of_adapters(policy))
+    )
+
+
+def _read_adapter(folder: Path, config: ModelConfig, policy: Policy) -> Adapter:
+    return read_peft(folder, config, dtype=_dtype_of_adapters(policy)).to(device=policy.device)
+
+
 def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> PrefixFiles:
     """For these weights, run in this way: keys and values computed otherwise are other numbers."""
     how = (policy.device.type, policy.dtype, policy.dense, policy.kv, policy.native and instruction_set())
@@ -108,6 +142,7 @@ def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> Prefi
 class ChatOptions(SamplingOptions, total=False):
     """How a reply is made; see Model.stream_chat."""
 
+    adapter: str | None
     reasoning_effort: Effort | None
     harmony: bool | None
     grammar: bool
@@ -121,7 +156,7 @@ _SAMPLING = SamplingOptions.__annotations__
 
 class Model:
     """See `load`. `tokenizer` is None for a folder without one; only token ids work then. `prompting` makes requests
-    for `engine` out of text and conversations."""
+    for `engine` out of text and conversations; `adapter_set` has the adapters that its engines compute with."""
 
     def __init__(
         self,
@@ -130,9 +165,11 @@ class Model:
         policy: Policy,
         plan: MemoryPlan,
         prefix_files: PrefixFiles | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._transformer = transformer
         self._prefix_files = prefix_files
+        self.adapter_set = Adapters(packed=policy.native) if adapters is None else adapters
         self._making = threading.Lock()
         self._engine: LocalEngine | None = None
         self._folder = folder
@@ -147,6 +184,7 @@ class Model:
             defaults=folder.defaults,
             chat_template=folder.chat_template,
             template_variables=folder.template_variables,
+            adapters=self.adapter_set,
         )
 
     @property
@@ -177,13 +215,28 @@ class Model:
         """Sampling and stop ids where a call does not give them, from generation_config.json."""
         return self._folder.defaults
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names that requests may give as their adapter."""
+        return tuple(self.adapter_set)
+
+    def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """One more adapter, from a folder in PEFT's format, also while requests run. Raises what `load` does."""
+        self.adapter_set.check_name(name)
+        needed, free = _adapter_bytes(Path(folder), self.config, self.policy), free_memory(self.policy)
+        if needed > free:
+            raise OutOfMemoryError(f"{folder}: this adapter takes {gib(needed)}, and {gib(free)} are free")
+        with _out_of_memory():
+            self.adapter_set.add(name, _read_adapter(Path(folder), self.config, self.policy))
+
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Tensor:
         """Logits (T, V), float32, of each next token after each of the T given ones."""
         tokens_T = torch.tensor(self.prompting.checked(token_ids), device=self._transformer.device)
         with _out_of_memory():
-            cache = self._transformer.new_cache(len(tokens_T))
-            return self._transformer.unembed(self._transformer.run(tokens_T, cache))
+            batch = self._transformer.new_cache(len(tokens_T)).extend(len(tokens_T))
+            adapters = self.adapter_set.of_tokens([(adapter, len(tokens_T))], tokens_T.device)
+            return self._transformer.unembed(self._transformer.forward(tokens_T, replace(batch, adapters=adapters)))
 
     @property
     def engine(self) -> LocalEngine:
@@ -195,7 +248,7 @@ class Model:
 
     def new_engine(self) -> Engine:
         """An engine as planned for, for who drives it in another way (engine.loop). There is memory for one."""
-        return Engine(self._transformer, self.plan.options, prefix_files=self._prefix_files)
+        return Engine(self._transformer, self.plan.options, adapters=self.adapter_set, prefix_files=self._prefix_files)
 
     def generate(
         self,
@@ -206,6 +259,7 @@ class Model:
         min_tokens: int = 0,
         boundaries: Sequence[int] = (),
         constraint: Callable[[], TokenConstraint] | None = None,
+        adapter: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[int]:
         """Yield new tokens until one of `stop_ids` (which is yielded too), `max_tokens`, or the model's full context.
@@ -213,7 +267,8 @@ class Model:
         What is None comes from `defaults`. `sampling` are the fields of freehold.sampling.Sampling: temperature 0 takes
         the likeliest token; the same seed gives the same tokens, and without one each call draws its own. `boundaries`
         are prefixes of the prompt that later ones may share, `constraint` says what may come next (both:
-        engine.request). Arguments are checked before anything runs. Several may run at once, on one thread or many.
+        engine.request). `adapter` is one of `adapters`. Arguments are checked before anything runs. Several may run at
+        once, on one thread or many.
         """
         request = self.prompting.request(
             token_ids,
@@ -222,6 +277,7 @@ class Model:
             min_tokens=min_tokens,
             boundaries=boundaries,
             constraint=constraint,
+            adapter=adapter,
             **sampling,
         )
         return (token for step in self.engine.stream(request) for token in step.tokens)
@@ -260,6 +316,7 @@ class Model:
             runner=LocalRunner(self.engine),
             harmony=options.get("harmony", True),
             grammar=options.get("grammar", True),
+            adapter=options.get("adapter"),
         )
         done = answer(served, _ask(messages, described, options), ours)
         return "".join(message.text for message in done.messages if message.channel == "final")
@@ -280,7 +337,11 @@ class Model:
         """
         ask = _ask(messages, tools, options)
         generation = prepare_now(
-            self.prompting, ask, harmony=options.get("harmony"), grammar=options.get("grammar", True)
+            self.prompting,
+            ask,
+            harmony=options.get("harmony"),
+            grammar=options.get("grammar", True),
+            adapter=options.get("adapter"),
         )
         return Reply(generation, generation.events_now(self.engine.stream))
 

@@ -6,11 +6,11 @@ these, and so has a scripted one.
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
-from freehold.engine.request import Request, TokenConstraint
+from freehold.engine.request import Request, TokenConstraint, check_adapter
 from freehold.errors import CheckpointError, ContextError, UnsupportedError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat, HarmonyFormat
@@ -33,7 +33,8 @@ _SLICE = 1 << 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompting:
     """`source` is what messages call the model. `tokenizer` is None for one that knows token ids only. `context` is how
-    many tokens a sequence may have as loaded, `longest` how many the model can have."""
+    many tokens a sequence may have as loaded, `longest` how many the model can have. `adapters` are the names of those
+    that it can be asked with; more may come."""
 
     source: str
     tokenizer: Tokenizer | None
@@ -43,6 +44,7 @@ class Prompting:
     defaults: GenerationDefaults
     chat_template: str | None = None
     template_variables: Mapping[str, str] = field(default_factory=dict)
+    adapters: Collection[str] = ()
 
     def the_tokenizer(self) -> Tokenizer:
         """Raises CheckpointError where the model has none."""
@@ -65,6 +67,7 @@ class Prompting:
         constraint: Callable[[], TokenConstraint] | None = None,
         cache_salt: str = "",
         volatile: bool = False,
+        adapter: str | None = None,
         deadline: float | None = None,
         prompt_logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -73,6 +76,7 @@ class Prompting:
 
         Raises UsageError for values out of range; ContextError for a prompt that leaves no room for what is asked.
         """
+        check_adapter(adapter, self.adapters)
         tokens = self.checked(token_ids)
         asked = {name: value for name, value in sampling.items() if value is not None}
         room = self.context - len(tokens)
@@ -93,6 +97,7 @@ class Prompting:
             constraint=constraint,
             cache_salt=cache_salt,
             volatile=volatile,
+            adapter=adapter,
             deadline=deadline,
             prompt_logprobs=prompt_logprobs,
             sampling=replace(self.defaults.sampling, **asked),  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from freehold.engine.adapters import Adapters
 from freehold.engine.core import Engine
 from freehold.engine.options import EngineOptions
 from freehold.engine.request import Request, RequestStats
@@ -33,10 +34,20 @@ class Together(NamedTuple):
 
 
 class TimedRuns:
-    """`num_tokens` is how many of the vocabulary's tokens prompts are made of."""
+    """`num_tokens` is how many of the vocabulary's tokens prompts are made of. All requests have the `adapter`."""
 
-    def __init__(self, transformer: Transformer, options: EngineOptions, *, num_tokens: int) -> None:
-        self._engine = Engine(transformer, replace(options, lookup=False))  # each step one token, whatever it is
+    def __init__(
+        self,
+        transformer: Transformer,
+        options: EngineOptions,
+        *,
+        num_tokens: int,
+        adapters: Adapters | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        options = replace(options, lookup=False)  # each step one token, whatever it is
+        self._engine = Engine(transformer, options, adapters=adapters)
+        self._adapter = adapter
         self._num_tokens = num_tokens
         self._generator = torch.Generator().manual_seed(0)
         self._prefixes: dict[int, list[int]] = {}
@@ -76,7 +87,7 @@ class TimedRuns:
         return Together(time.perf_counter() - start, stats)
 
     def _request(self, prompt: list[int], max_tokens: int, *, cache: bool = True) -> Request:
-        return Request(prompt=prompt, max_tokens=max_tokens, sampling=_GREEDY, cache=cache)
+        return Request(prompt=prompt, max_tokens=max_tokens, sampling=_GREEDY, cache=cache, adapter=self._adapter)
 
     def _prompt(self, tokens: int, depth: int) -> list[int]:
         """Random tokens after a cached prefix of `depth` others."""
@@ -84,7 +95,7 @@ class TimedRuns:
         if depth == 0:
             return self._random(tokens)
         prefix = self._random(depth)
-        self._engine.adopt(prefix, self._random_numbers)
+        self._engine.adopt(prefix, self._random_numbers, adapter=self._adapter)
         return prefix + self._random(tokens)
 
     def _random_numbers(self, spec: TensorSpec) -> Tensor:

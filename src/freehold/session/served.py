@@ -5,11 +5,11 @@
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
-from freehold.engine.request import Request, Step
+from freehold.engine.request import Request, Step, check_adapter
 from freehold.errors import CheckpointError
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.guidance import prepare
@@ -47,13 +47,19 @@ class AsyncRunner(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
-    template; with `grammar`, replies are always well-formed."""
+    template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with."""
 
     name: str
     prompting: Prompting
     runner: AsyncRunner
     harmony: bool | None = None
     grammar: bool = True
+    adapter: str | None = None
+
+    def with_adapter(self, name: str) -> "Served":
+        """The same model with one of its adapters. Raises UsageError for one that it does not have."""
+        check_adapter(name, self.prompting.adapters)
+        return replace(self, adapter=name)
 
     @property
     def speaks_harmony(self) -> bool:

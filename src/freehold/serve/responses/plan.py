@@ -297,6 +297,7 @@ class _Asking:
         self._server = server
         self._hosting = hosting
         self._body = body
+        self._model = body.model or server.model_names[0]
         self._tools = tools
         self.warnings: list[str] = []
         served = server.served
@@ -333,11 +334,13 @@ class _Asking:
 
     async def _prepared(self, caller: Caller, items: Sequence[Item]) -> Generation | Turn:
         if self._hosting is None:
-            return await self._server.turn(caller, self._ask(items))
+            return await self._server.turn(caller, self._ask(items), model=self._model)
         body = self._body
         most = body.max_tool_calls if isinstance(body, ResponseCreate) else None
         limits = TurnLimits(max_tool_calls=most)
-        return await self._server.turn_with_tools(caller, self._ask(items), self._hosting.toolbox, limits)
+        return await self._server.turn_with_tools(
+            caller, self._ask(items), self._hosting.toolbox, limits, model=self._model
+        )
 
     async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Generation | Turn:
         items = [*context.history, *context.own]
