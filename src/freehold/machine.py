@@ -69,6 +69,17 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def return_large_memory() -> None:
+    """From now on what is freed in pieces of 4 MiB or more goes back to the system at once, instead of staying in
+    pieces that later ones may not fit. It takes time: new pages are zeroed. For the rest of the process."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+
+
+_M_MMAP_THRESHOLD = -3
+
+
 def check_threads(count: object) -> int:
     """A number of threads for the kernels. Raises UsageError for what is none."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_THREADS:

@@ -19,6 +19,11 @@ from freehold.serve.guard import guard
 from freehold.serve.keys import Keys
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
+from freehold.serve.threads import Threads
+from freehold.serve.tuning.models import TunedModels
+from freehold.serve.tuning.trainer import Trainer
+from freehold.serve.tuning.tuning import Tuning
+from freehold.serve.tuning.workshop import Workshop
 from freehold.session.scripted import ScriptedTurn, serve_script
 from freehold.session.served import Served
 from freehold.session.store.store import Store
@@ -72,7 +77,16 @@ class Fortress:
         speed = settings.pop("tokens_per_second", None)
         served = served or serve_script([ScriptedTurn.from_json(turn) for turn in turns], tokens_per_second=speed)
         self.runner = Recorder(served.runner)
-        self.app = create_app(replace(served, runner=self.runner), ServeSettings(**settings), store=self.store)
+        self.workshop = Workshop.open(folder / "tuning")
+        self.tuning = Tuning(  # its queue stands still: nothing is ever trained
+            self.workshop,
+            self.store,
+            TunedModels(self.workshop.root, Threads("tuning", 1), None),
+            trainer=Trainer(model="m", learning_rate=1e-4, command=("/bin/false",)),
+        )
+        self.app = create_app(
+            replace(served, runner=self.runner), ServeSettings(**settings), store=self.store, tuning=self.tuning
+        )
         self.server: Server = self.app.state.server
         self.guarded = guard(self.app, keys=Keys(self.store.keys_by_hash), gate=self.server.gate)
         self._loop = asyncio.Runner()
@@ -85,6 +99,7 @@ class Fortress:
             self._loop.run(self.server.background.finish(30))
         self._loop.close()
         self.store.close()
+        self.workshop.close()
 
     @property
     def prompts(self) -> list[Request]:

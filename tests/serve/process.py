@@ -1,4 +1,4 @@
-"""`freehold serve --script` as a process on the loopback, and clients of it that notice how far they were told."""
+"""`freehold serve` as a process on the loopback, and clients of it that notice how far they were told."""
 
 import http.client
 import json
@@ -19,8 +19,10 @@ WAIT = 60
 class Process:
     """A server over a data directory. Use it with `with`, which kills what is still alive."""
 
-    def __init__(self, folder: Path, script: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "freehold", "serve", "--script", str(script), "--port", "0", *options]
+    def __init__(self, folder: Path, script: Path | None, *options: str) -> None:
+        """Of a script; of a model, by the options, where that is None."""
+        says = [] if script is None else ["--script", str(script)]
+        command = [sys.executable, "-m", "freehold", "serve", *says, "--port", "0", *options]
         self._log = folder / "server.log"
         self._errors = self._log.open("a+b")
         start = self._errors.seek(0, os.SEEK_END)

@@ -24,6 +24,7 @@ from freehold.session.scripted import ScriptedTurn, serve_script
 from tests.serve.fortress import Fortress, Told, logged
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+JOBS = "/v1/fine_tuning/jobs"
 MESSAGES, CONVERSATIONS = "/v1/messages", "/v1/conversations"
 
 USER = {"role": "user", "content": "Hello"}
@@ -37,6 +38,7 @@ VALID: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"model": "default", "prompt": "Hello"},
     MESSAGES: {"model": "default", "max_tokens": 9, "messages": [USER]},
     f"{MESSAGES}/count_tokens": {"model": "default", "messages": [USER]},
+    JOBS: {"model": "default", "training_file": "file-x"},
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [1]},
 }

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import op
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, settings
@@ -31,7 +32,14 @@ from freehold import paths
 from freehold.errors import DiskError, NotFoundError, StoreError, UsageError
 from freehold.session.store import migrate
 from freehold.session.store.keys import hash_secret
-from freehold.session.store.records import ConversationRecord, Page, ResponseRecord
+from freehold.session.store.records import (
+    ConversationRecord,
+    FileRecord,
+    JobRecord,
+    ModelRecord,
+    Page,
+    ResponseRecord,
+)
 from freehold.session.store.schema import metadata
 from freehold.session.store.store import Store
 from tests import stores
@@ -546,8 +554,7 @@ def test_the_oldest_go_until_the_rest_is_small_enough(url: str, tmp_path: Path) 
         store.sweep(max_bytes=0)
         sizes = [
             execute(url, f"SELECT count(*), coalesce(sum(num_bytes), 0) FROM {name}")
-            for name in metadata.tables
-            if name != "keys"
+            for name in ("chains", "responses", "events", "conversations", "items")
         ]
         assert sizes == [[(0, 0)]] * 5
 
@@ -641,6 +648,146 @@ def test_every_revision_leads_to_the_tables_in_the_code(url: str) -> None:
     with engine.connect() as connection:
         options = {"version_table": migrate.VERSION_TABLE, "compare_type": True, "compare_server_default": True}
         assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+
+
+def test_an_old_database_keeps_all_that_it_holds_and_takes_what_is_new(url: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        migrate.upgrade(connection, "it", to="0001")
+    # What a Freehold of that revision wrote, as it wrote it.
+    hash_of_key = "'\\x{}'" if url.startswith("postgresql") else "x'{}'"
+    for statement in (
+        "INSERT INTO chains VALUES ('key_1', 'resp_1', 7.5, 400)",
+        "INSERT INTO responses (owner, id, chain_id, created_at, status, background, in_conversation, num_bytes, body)"
+        " VALUES ('key_1', 'resp_1', 'resp_1', 7.5, 'completed', false, false, 400, '{\"output\":[]}')",
+        "INSERT INTO items (owner, id, response_id, is_output, num_bytes, body)"
+        " VALUES ('key_1', 'in_1', 'resp_1', false, 200, '{\"id\":\"in_1\"}')",
+        "INSERT INTO keys (id, name, hash, hint, created_at)"
+        f" VALUES ('key_1', 'me', {hash_of_key.format(hash_secret('fh-x').hex())}, 'fh-x', 1.5)",
+    ):
+        execute(url, statement)
+    with Store.open(url) as store:
+        assert store.response("resp_1", "key_1").input == ({"id": "in_1"},)
+        assert store.keys_by_hash()[hash_secret("fh-x")].name == "me"
+        store.add_file(file("file-1"), most_bytes=1 << 20)
+        store.create_job(job("ftjob-1"), [{"message": "made"}], most_unfinished=1)
+    with Store.open(url) as store:
+        assert store.next_job("here") == job("ftjob-1")
+        assert store.job_events("ftjob-1", "me", "here").items == ((1, {"message": "made"}),)
+
+
+def test_a_migration_that_fails_half_way_has_changed_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"), poolclass=sa.NullPool)
+    with engine.begin() as connection:
+        migrate.upgrade(connection, "it", to="0001")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("after the first table")
+
+    made = op.create_index
+    monkeypatch.setattr(op, "create_index", fail)
+    with pytest.raises(RuntimeError):
+        Store.open(url)
+    with engine.connect() as connection:
+        assert not {"files", "tuning_jobs"} & set(sa.inspect(connection).get_table_names())
+    assert execute(url, f"SELECT version_num FROM {migrate.VERSION_TABLE}") == [("0001",)]
+    monkeypatch.setattr(op, "create_index", made)
+    with Store.open(url) as store:
+        store.add_file(file("file-1"), most_bytes=1 << 20)
+
+
+# --- files and fine-tuning ----------------------------------------------------------------------------------------
+
+
+def file(name: str, owner: str = "me", **changes: Any) -> FileRecord:
+    fields: dict[str, Any] = {"expires_at": None, "purpose": "fine-tune", "filename": "a.jsonl", "num_bytes": 10}
+    return FileRecord(id=name, owner=owner, place="here", created_at=1.5, **(fields | changes))
+
+
+def job(name: str, owner: str = "me", **changes: Any) -> JobRecord:
+    fields: dict[str, Any] = {
+        "status": "queued",
+        "training_file": "file-1",
+        "validation_file": None,
+        "finished_at": None,
+    }
+    return JobRecord(id=name, owner=owner, place="here", created_at=1.5, job={"seed": 1}, **(fields | changes))
+
+
+def test_files_and_jobs_are_their_owners_and_their_places(store: Store) -> None:
+    for owner in ("me", "you", NASTY[4]):
+        store.add_file(file("file-1", owner, filename=f"{owner}{NASTY[3]}"), most_bytes=10)
+        store.create_job(job("ftjob-1", owner), [{"message": text} for text in NASTY], most_unfinished=1)
+        assert store.file("file-1", owner, "here").filename == f"{owner}{NASTY[3]}"
+        found = store.job_events("ftjob-1", owner, "here", limit=100)
+        assert [said["message"] for _, said in found.items] == [*NASTY[::-1]]
+        with pytest.raises(NotFoundError):
+            store.file("file-1", owner, "elsewhere")
+        with pytest.raises(NotFoundError):
+            store.job("ftjob-1", owner, "elsewhere")
+    assert store.next_job("elsewhere") is None and store.file_ids("here") == {"file-1"}
+    with pytest.raises(NotFoundError, match="no file 'file-2'"):
+        store.create_job(job("ftjob-2", training_file="file-2"), most_unfinished=9)
+    with pytest.raises(UsageError, match="1 fine-tuning jobs of yours"):
+        store.create_job(job("ftjob-2"), most_unfinished=1)
+    with pytest.raises(UsageError, match="delete some"):
+        store.add_file(file("file-2"), most_bytes=19)
+
+
+def test_a_file_is_there_until_its_bytes_are_gone_and_as_long_as_a_job_reads_it(store: Store) -> None:
+    store.add_file(file("file-1"), most_bytes=100)
+    store.create_job(job("ftjob-1"), most_unfinished=1)
+    removed: list[str] = []
+    with pytest.raises(UsageError, match="the fine-tuning job ftjob-1 reads file-1"):
+        store.delete_file("file-1", "me", "here", remove=lambda: removed.append("too early"))
+    store.update_job(job("ftjob-1"), lambda old: replace(old, status="failed", finished_at=2.5))
+
+    def cannot() -> None:
+        raise DiskError("busy")
+
+    with pytest.raises(DiskError, match="busy"):
+        store.delete_file("file-1", "me", "here", remove=cannot)
+    assert store.file("file-1", "me", "here")
+    store.delete_file("file-1", "me", "here", remove=lambda: removed.append("file-1"))
+    assert removed == ["file-1"] and store.files("me", "here").items == ()
+
+
+def test_a_job_that_had_begun_goes_before_those_that_wait(store: Store) -> None:
+    store.add_file(file("file-1"), most_bytes=100)
+    for name in ("ftjob-1", "ftjob-2", "ftjob-3"):
+        store.create_job(job(name), most_unfinished=9)
+
+    def now() -> str:
+        found = store.next_job("here")
+        return "" if found is None else found.id
+
+    assert now() == "ftjob-1"
+    store.update_job(job("ftjob-3"), lambda old: replace(old, status="running"))
+    assert now() == "ftjob-3"
+    for name, status in (("ftjob-3", "succeeded"), ("ftjob-1", "cancelled")):
+        store.update_job(job(name), lambda old, status=status: replace(old, status=status))  # type: ignore[misc]
+    assert now() == "ftjob-2"
+
+
+def test_what_changes_a_job_is_written_whole_or_not_at_all(store: Store) -> None:
+    store.add_file(file("file-1"), most_bytes=100)
+    store.create_job(job("ftjob-1"), most_unfinished=9)
+    model = ModelRecord(
+        name="m", place="here", owner="me", job_id="ftjob-1", step=None, created_at=1.5, model={"folder": "x"}
+    )
+    with pytest.raises(UsageError):
+        store.update_job(job("ftjob-1"), lambda old: replace(old, status="x"), events=[{}], models=[model])
+    assert store.job_events("ftjob-1", "me", "here").items == () and store.models("here") == []
+    store.update_job(job("ftjob-1"), events=[{"n": 1}], models=[model])
+    store.update_job(job("ftjob-1"), events=[{"n": 2}], models=[model])
+    page = store.job_events("ftjob-1", "me", "here", limit=1)
+    assert (page.items, page.has_more) == (((2, {"n": 2}),), True)
+    assert store.job_events("ftjob-1", "me", "here", before=2).items == ((1, {"n": 1}),)
+    assert store.models("here", owner="me") == [model] and store.models("here", owner="you") == []
+    with pytest.raises(NotFoundError):
+        store.delete_model("m", "you", "here", remove=lambda _: None)
+    store.delete_model("m", "me", "here", remove=lambda _: None)
+    assert store.models("here") == []
 
 
 def test_a_database_of_a_newer_freehold_or_of_somebody_else_is_refused_and_left_alone(url: str) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 import freehold
 from freehold.disk import exclusive
-from freehold.errors import CheckpointError, TrainingDataError, UsageError
+from freehold.errors import BackendError, CheckpointError, TrainingDataError, UsageError
 from freehold.model.peft_files import read_peft
+from freehold.train import curves
 from freehold.train.loop import End, Outcome
 from freehold.train.metrics import read_metrics
 from freehold.train.options import LoopOptions, LoraOptions, lora_targets
@@ -109,6 +110,14 @@ def test_the_card_and_the_run_say_what_was_done(request_for: TuneRequest, facts:
     for words in ("# polite", said["sha256"], "3 examples", "| gate_up | 4 | 8 |", "learning rate: 0.01", "license: #"):
         assert words in card
     assert str(facts.parent) not in card
+    assert (tmp_path / "polite" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"--tensorboard needs .* pip install 'freehold\[tune\]'"):
+        curves.check_tensorboard()
+    assert not curves.can_draw()
 
 
 # --- going on ---------------------------------------------------------------------------------------------------

@@ -73,6 +73,10 @@ def command(
     keep_bytes: Annotated[
         int | None, typer.Option(help="Forget the oldest beyond so many bytes; 0 keeps them.", show_default="4 GiB")
     ] = None,
+    tuning: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Let clients upload files and fine-tune this model; both lie in this folder."),
+    ] = None,
     allow_no_key: Annotated[
         bool, typer.Option("--allow-no-key", help="Serve other machines although there is no key.")
     ] = False,
@@ -101,6 +105,12 @@ def command(
     max_body_bytes: Annotated[
         int, typer.Option(help="The largest request.", show_default="32 MiB")
     ] = _DEFAULTS.max_body_bytes,
+    max_upload_bytes: Annotated[
+        int, typer.Option(help="The largest upload, with --tuning.", show_default="512 MiB")
+    ] = _DEFAULTS.max_upload_bytes,
+    max_files_bytes: Annotated[
+        int, typer.Option(help="All files of a key together.", show_default="8 GiB")
+    ] = _DEFAULTS.max_files_bytes,
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that an answer may take.")
     ] = _DEFAULTS.request_timeout,
@@ -132,6 +142,7 @@ def command(
     freehold serve
     freehold serve --model /data/gpt-oss-20b --port 8080
     freehold serve --model /data/gpt-oss-20b --browse ~/notes --python
+    freehold serve --tuning /data/tuning
     freehold serve --adapter poet=runs/poet --adapter clerk=runs/clerk
     freehold serve --script turns.jsonl --tokens-per-second 50
     """
@@ -171,6 +182,8 @@ def command(
         max_running=max_concurrency,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
+        max_upload_bytes=max_upload_bytes,
+        max_files_bytes=max_files_bytes,
         request_timeout=request_timeout,
         receive_timeout=receive_timeout,
         send_timeout=send_timeout,
@@ -220,9 +233,38 @@ def command(
             )
         return serve_model(loaded, name=Path(model).name or model, harmony=harmony)
 
+    trainer = None
+    if tuning is not None and script is None:
+        from freehold.serve.tuning.trainer import Trainer
+        from freehold.train.options import LoopOptions
+
+        of_both = {"--device": device, "--dtype": dtype, "--dense": dense, "--threads": threads}
+        options = [text for option, value in of_both.items() if value is not None for text in (option, str(value))]
+        if harmony is not None:
+            options.append("--harmony" if harmony else "--no-harmony")
+        loop = LoopOptions()
+        trainer = Trainer(
+            model=model,
+            learning_rate=loop.learning_rate,
+            max_length=loop.max_length,
+            options=tuple(options),
+            methods=("supervised",),
+        )
+
     start_logging(as_json=log_json)
     bars = terminal.progress_bars
-    sys.exit(start(load, settings, store_url=store, no_network=airgap, tools=choices, progress=bars))
+    sys.exit(
+        start(
+            load,
+            settings,
+            store_url=store,
+            no_network=airgap,
+            tools=choices,
+            tuning=tuning,
+            trainer=trainer,
+            progress=bars,
+        )
+    )
 
 
 def _adapters(given: Sequence[str]) -> dict[str, Path]:

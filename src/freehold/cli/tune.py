@@ -206,7 +206,7 @@ def command(
         terminal.say(curves.NO_CHART)
     terminal.say(f"{folder} holds the adapter; its README.md says what it is")
     terminal.say(f"  freehold chat --adapter {folder}{_model_option(request.model)}")
-    terminal.say(f"  freehold merge {folder} NEW-MODEL")
+    terminal.say(f"  freehold merge {request.model} {folder} NEW-MODEL")
 
 
 _AS_THEY_ARE = (

@@ -166,7 +166,7 @@ def tuning_screen(prepared: Prepared) -> Iterator[TuningScreen]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as bars:
         yield _Bars(bars, prepared.num_steps, prepared.request.loop.batch_size)
 
 

@@ -13,7 +13,7 @@ from starlette.routing import compile_path
 
 from freehold import __version__
 from freehold.errors import FreeholdError
-from freehold.serve import chat, completions, conversations, messages, models, operations, tokens
+from freehold.serve import chat, completions, conversations, files, messages, models, operations, tokens
 from freehold.serve.document import document
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.gate import Gate
@@ -24,6 +24,8 @@ from freehold.serve.responses import routes as responses
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
+from freehold.serve.tuning import routes as tuning_routes
+from freehold.serve.tuning.tuning import Tuning
 from freehold.serve.wire import invalid
 from freehold.session.served import Served
 from freehold.session.store.store import Store
@@ -36,16 +38,26 @@ def create_app(
     store: Store | None = None,
     sealer: Sealer | None = None,
     tools: HostedTools | None = None,
+    tuning: Tuning | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """All endpoints for this model.
 
     Without a `store` no response is kept; a `sealer` opens what it sealed before. `tools` are run for clients; who made
-    them connects and closes them. `lifespan` is entered when serving begins, and left when it has ended.
+    them connects and closes them, and who made `tuning` lets it run. `lifespan` is entered when serving begins, and
+    left when it has ended.
     """
     settings = settings or ServeSettings()
     gate = Gate(max_running=settings.max_running, max_queue=settings.max_queue)
-    server = Server(served=served, settings=settings, gate=gate, store=store, sealer=sealer or Sealer(), tools=tools)
+    server = Server(
+        served=served,
+        settings=settings,
+        gate=gate,
+        store=store,
+        sealer=sealer or Sealer(),
+        tools=tools,
+        tuning=tuning,
+    )
     app = FastAPI(
         title="Freehold",
         version=__version__,
@@ -56,7 +68,18 @@ def create_app(
         redirect_slashes=False,  # a path is what it says; nobody is sent elsewhere
     )
     app.state.server = server
-    for module in (responses, conversations, chat, completions, messages, models, tokens, operations):
+    for module in (
+        responses,
+        conversations,
+        chat,
+        completions,
+        messages,
+        models,
+        files,
+        tuning_routes,
+        tokens,
+        operations,
+    ):
         app.include_router(module.router(server))
     app.add_exception_handler(ApiError, _answer)
     app.add_exception_handler(FreeholdError, _answer)

@@ -1,9 +1,11 @@
 """Request bodies: how large, how fast, of what type; and JSON read strictly.
 
 `Bodies` reads a whole body before the app runs, so that a slow sender holds nothing but its bytes, and hands it on in
-one piece. `parse_json` refuses whatever two readers could take for two things (duplicate keys, NaN, numbers out of
-range, lone surrogates) and whatever is made to cost more than its size (depth, giant numbers, millions of values).
-Neither ever quotes a body in what it says. `StrictRoute` is for routers: what their endpoints get was read so.
+one piece. Uploads it hands on as they come, with the same bounds on time and a size of their own: whoever takes them
+writes them to disk. `parse_json` refuses whatever two readers could take for two things (duplicate keys, NaN, numbers
+out of range, lone surrogates) and whatever is made to cost more than its size (depth, giant numbers, millions of
+values). Neither ever quotes a body in what it says. `StrictRoute` is for routers: what their endpoints get was read
+so.
 """
 
 import asyncio
@@ -21,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freehold.errors import UsageError
 from freehold.serve.errors import ApiError
+from freehold.serve.multipart import boundary_of
 from freehold.serve.refusal import answer, retry_after, values
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -29,6 +32,11 @@ BYTES_PER_SECOND = 64 * 2**10
 """A body may take `READ_SECONDS`, and beyond that must come at least this fast."""
 BODIES_HELD = 8
 """Bodies of the largest size that may be on their way in at once."""
+
+UPLOAD_PATH = "/v1/files"
+MAX_UPLOAD_BYTES = 512 * 2**20
+UPLOADS_HELD = 8
+"""Uploads that may come at once."""
 
 MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
@@ -49,15 +57,26 @@ _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 class Bodies:
     """Middleware. Answers 408, 413, 415 or 429 itself; a client that goes away meanwhile gets nothing."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int = MAX_BODY_BYTES, read_seconds: float = READ_SECONDS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int = MAX_BODY_BYTES,
+        max_upload_bytes: int = MAX_UPLOAD_BYTES,
+        read_seconds: float = READ_SECONDS,
+    ) -> None:
         self._app, self._max_bytes, self._read_seconds = app, max_bytes, read_seconds
-        self._held = 0
+        self._max_upload_bytes = max_upload_bytes
+        self._held = self._num_uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if scope["path"] == UPLOAD_PATH and scope["method"] not in ("GET", "DELETE"):
+            # Of other methods nobody reads a body: the app knows none of them here.
+            return await (self._upload if scope["method"] == "POST" else self._app)(scope, receive, send)
         try:
-            announced = self._announced(scope)
+            announced = self._announced(scope, self._max_bytes, _check_type)
             body = await self._read(announced, receive) if announced else b""
             if body is None:
                 return None
@@ -75,7 +94,43 @@ class Bodies:
         del body  # the one who takes it is the one who holds it
         return await self._app(scope, receive_at_once if announced else receive, send)
 
-    def _announced(self, scope: Scope) -> bool:
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if not self._announced(scope, self._max_upload_bytes, _check_form):
+                raise ApiError(400, "the request has no body; send a form with a file", param="file")
+            _check_form(scope)
+            if self._num_uploads >= UPLOADS_HELD:
+                raise ApiError(429, "too many uploads at once", headers=retry_after(5))
+        except ApiError as refusal:
+            return await answer(refusal, scope, send)
+        size, spent, over = 0, 0.0, False
+        loop = asyncio.get_running_loop()
+
+        async def receive_in_time() -> Message:
+            """Raises ApiError, which is the app's to answer."""
+            nonlocal size, spent, over
+            if over:
+                return await receive()
+            began = loop.time()
+            try:
+                async with asyncio.timeout(self._read_seconds + size / BYTES_PER_SECOND - spent):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow() from None
+            spent += loop.time() - began  # not what the one who takes it needs to write it down
+            size += len(message.get("body", b""))
+            if size > self._max_upload_bytes:
+                raise _close(self._too_large(self._max_upload_bytes))
+            over = not message.get("more_body", False)
+            return message
+
+        self._num_uploads += 1
+        try:
+            return await self._app(scope, receive_in_time, send)
+        finally:
+            self._num_uploads -= 1
+
+    def _announced(self, scope: Scope, max_bytes: int, check: Callable[[Scope], None]) -> bool:
         """Whether there is a body. Raises ApiError for one that need not be read to be refused."""
         lengths, transfers = values(scope, b"content-length"), values(scope, b"transfer-encoding")
         if transfers and lengths:
@@ -83,10 +138,10 @@ class Bodies:
         if len(lengths) > 1 or (lengths and not (lengths[0].isdigit() and len(lengths[0]) < 20)):
             raise _close(ApiError(400, "the Content-Length is not one number"))
         length = int(lengths[0]) if lengths else 0
-        if length > self._max_bytes:
-            raise self._too_large()
+        if length > max_bytes:
+            raise self._too_large(max_bytes)
         if length and scope["method"] != "DELETE":
-            _check_type(scope)
+            check(scope)
         return bool(length or transfers)
 
     async def _read(self, announced: bool, receive: Receive) -> bytes | None:
@@ -103,23 +158,22 @@ class Bodies:
                 size += len(piece)
                 self._held += len(piece)
                 if size > self._max_bytes:
-                    raise self._too_large()
+                    raise self._too_large(self._max_bytes)
                 if self._held > BODIES_HELD * self._max_bytes:
                     raise ApiError(429, "too many large requests at once", headers=retry_after(5))
                 read.append(piece)
                 if not message.get("more_body", False):
                     return b"".join(read)
         except TimeoutError:
-            raise _close(
-                ApiError(408, f"the request's body did not arrive within {self._read_seconds:g} seconds")
-            ) from None
+            raise self._too_slow() from None
         finally:
             self._held -= size
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"a request's body may have {self._max_bytes} bytes, and this one has more", code="request_too_large"
-        )
+    def _too_slow(self) -> ApiError:
+        return _close(ApiError(408, f"the request's body did not arrive within {self._read_seconds:g} seconds"))
+
+    def _too_large(self, most: int) -> ApiError:
+        return ApiError(413, f"a request's body may have {most} bytes, and this one has more", code="request_too_large")
 
 
 class StrictRoute(APIRoute):
@@ -226,12 +280,23 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _check_form(scope: Scope) -> None:
+    _check_encoding(scope)
+    given = values(scope, b"content-type")
+    if len(given) != 1 or boundary_of(given[0]) is None:
+        raise ApiError(415, "the body must be a form: `Content-Type: multipart/form-data` with its boundary")
+
+
 def _check_type(scope: Scope) -> None:
-    if values(scope, b"content-encoding") not in ([], [b"identity"]):
-        raise ApiError(415, "a compressed body is not read: send it as it is, without Content-Encoding")
+    _check_encoding(scope)
     given = values(scope, b"content-type")
     if len(given) != 1 or not _JSON_TYPE.fullmatch(given[0]):
         raise ApiError(415, "the body must be JSON, with the header `Content-Type: application/json`")
+
+
+def _check_encoding(scope: Scope) -> None:
+    if values(scope, b"content-encoding") not in ([], [b"identity"]):
+        raise ApiError(415, "a compressed body is not read: send it as it is, without Content-Encoding")
 
 
 def _close(refusal: ApiError) -> ApiError:

@@ -38,7 +38,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("", response_model=None)
     async def create(request: Request, body: ChatRequest) -> Response:
         """An answer to a conversation, as a whole or as a stream of chunks."""
-        server.check_model(body.model)
+        server.check_model(body.model, caller_of(request))
         includes_usage = body.includes_usage
         reply = await _begin(server, caller_of(request), body)
         if body.stream:

@@ -35,6 +35,19 @@ _ITEM = _object(type=_TEXT, id=_TEXT)
 _ITEMS = _object(
     object={"const": "list"}, data=_list_of(_ITEM), first_id=_TEXT, last_id=_TEXT, has_more={"type": "boolean"}
 )
+_DELETED = {"deleted": {"const": True}}
+_TIME = {"type": ["integer", "null"], "minimum": 0}
+_FILE = _object(
+    id=_TEXT,
+    object={"const": "file"},
+    bytes=_NUMBER,
+    created_at=_NUMBER,
+    expires_at=_TIME,
+    filename=_TEXT,
+    purpose={"enum": ["fine-tune", "fine-tune-results"]},
+    status={"const": "processed"},
+    status_details={"type": "null"},
+)
 _MESSAGE = _object(
     id=_TEXT,
     type={"const": "message"},
@@ -46,6 +59,23 @@ _MESSAGE = _object(
     usage={"type": "object"},
 )
 
+
+def _page_of(item: dict[str, Any]) -> dict[str, Any]:
+    return _object(
+        object={"const": "list"},
+        data=_list_of(item),
+        first_id=_NULLABLE,
+        last_id=_NULLABLE,
+        has_more={"type": "boolean"},
+    )
+
+
+def _of_sdk(model: str) -> dict[str, Any]:
+    return {"$ref": _REF.format(model=model)}
+
+
+_JOBS = "/v1/fine_tuning/jobs"
+_JOB = f"{_JOBS}/{{fine_tuning_job_id}}"
 _ANSWERS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/responses/input_tokens"): _object(object={"const": "response.input_tokens"}, input_tokens=_NUMBER),
     ("delete", "/v1/responses/{response_id}"): _object(id=_TEXT, object={"const": "response"}, deleted={"const": True}),
@@ -64,6 +94,14 @@ _ANSWERS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/messages/count_tokens"): _object(input_tokens=_NUMBER),
     ("get", "/v1/models"): _object(object={"const": "list"}, data=_list_of(_MODEL)),
     ("get", "/v1/models/{name}"): _MODEL,
+    ("delete", "/v1/models/{name}"): _object(id=_TEXT, object={"const": "model"}, **_DELETED),
+    ("post", "/v1/files"): _FILE,
+    ("get", "/v1/files"): _page_of(_FILE),
+    ("get", "/v1/files/{file_id}"): _FILE,
+    ("delete", "/v1/files/{file_id}"): _object(id=_TEXT, object={"const": "file"}, **_DELETED),
+    ("get", _JOBS): _page_of(_of_sdk("FineTuningJob")),
+    ("get", f"{_JOB}/events"): _page_of(_of_sdk("FineTuningJobEvent")),
+    ("get", f"{_JOB}/checkpoints"): _page_of(_of_sdk("FineTuningJobCheckpoint")),
     ("post", "/tokenize"): _object(
         count=_NUMBER,
         max_model_len=_NUMBER,
@@ -80,6 +118,9 @@ _OF_THE_SDK = {
     ("post", "/v1/responses/{response_id}/cancel"): "Response",
     ("post", "/v1/chat/completions"): "ChatCompletion",
     ("post", "/v1/completions"): "Completion",
+    ("post", _JOBS): "FineTuningJob",
+    ("get", _JOB): "FineTuningJob",
+    ("post", f"{_JOB}/cancel"): "FineTuningJob",
 }
 _STREAMS = (
     ("post", "/v1/responses"),
@@ -88,7 +129,7 @@ _STREAMS = (
     ("post", "/v1/completions"),
     ("post", "/v1/messages"),
 )
-_PLAIN = {("get", "/metrics"): "text/plain"}
+_PLAIN = {("get", "/metrics"): "text/plain", ("get", "/v1/files/{file_id}/content"): "application/octet-stream"}
 
 
 def document(app: FastAPI) -> dict[str, Any]:
@@ -130,9 +171,19 @@ def _responses(method: str, path: str) -> dict[str, Any]:
 def _sdk_types() -> dict[str, Any]:
     from openai.types import Completion
     from openai.types.chat import ChatCompletion
+    from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+    from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
     from openai.types.responses import Response
     from pydantic.json_schema import models_json_schema
 
-    models = [(model, "serialization") for model in (Response, ChatCompletion, Completion)]
+    answers = (
+        Response,
+        ChatCompletion,
+        Completion,
+        FineTuningJob,
+        FineTuningJobEvent,
+        FineTuningJobCheckpoint,
+    )
+    models = [(model, "serialization") for model in answers]
     _, schema = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
     return dict(schema["$defs"])

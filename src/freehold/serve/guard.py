@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from freehold.serve.bodies import MAX_BODY_BYTES, READ_SECONDS, Bodies
+from freehold.serve.bodies import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, READ_SECONDS, Bodies
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
 from freehold.serve.hosts import Hosts, origin
@@ -33,12 +33,13 @@ def guard(
     allowed_hosts: Iterable[str] = (),
     cors_origins: Iterable[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
+    max_upload_bytes: int = MAX_UPLOAD_BYTES,
     receive_timeout: float = READ_SECONDS,
     log_content: bool = False,
 ) -> ASGIApp:
     """The app behind its guards. Raises UsageError for names and origins that are none."""
     origins = [*cors_origins]
-    app = Bodies(app, max_bytes=max_body_bytes, read_seconds=receive_timeout)
+    app = Bodies(app, max_bytes=max_body_bytes, max_upload_bytes=max_upload_bytes, read_seconds=receive_timeout)
     app = KeyCheck(app, keys=keys)
     app = _Ending(app, gate=gate)
     if origins:

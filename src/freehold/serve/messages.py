@@ -75,8 +75,8 @@ def router(server: Server) -> APIRouter:
     async def create_message(body: CreateMessage, request: Request) -> Response:
         """The assistant's next message, whole or as a stream of events."""
         _check_version(request)
-        server.check_model(body.model)
         caller = caller_of(request)
+        server.check_model(body.model, caller)
         asked = _read(server, body, caller, spellings)
         turn = await server.turn(caller, _ask(body, asked), model=body.model)
         reply = _Reply(body, asked, turn, caller, spellings)
@@ -94,7 +94,7 @@ def router(server: Server) -> APIRouter:
     async def count_tokens(body: CountTokens, request: Request) -> Response:
         """How many tokens the prompt has, tools and Harmony's own words included."""
         _check_version(request)
-        server.check_model(body.model)
+        server.check_model(body.model, caller_of(request))
         asked = _read(server, body, caller_of(request), spellings)
         number = await asyncio.to_thread(_count, server, asked)
         return JSONResponse({"input_tokens": number}, headers=asked.headers)

@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from freehold.serve.app import create_app
+from freehold.serve.bodies import UPLOAD_PATH
 from freehold.serve.errors import ApiError
+from freehold.serve.files import FileCreate
 from freehold.serve.messages_wire import OrText
 from freehold.serve.settings import ServeSettings, option_of
 from freehold.serve.wire import Hint, Refused, Wire
@@ -53,12 +55,14 @@ _ERRORS = (
     (403, "not with this key, or not from this host"),
     (404, "a path, model or id that is not here"),
     (408, "the body did not come in time"),
+    (409, "a file that a fine-tuning job still reads is not deleted"),
     (413, "the body is too large"),
-    (415, "the body is not JSON"),
+    (415, "the body is not JSON; for `/v1/files`, no form"),
     (429, "the queue is full, or a key's limit is reached"),
     (500, "the server failed; its log says why"),
     (503, "the server is shutting down or out of memory"),
     (504, "the answer was not complete in time"),
+    (507, "the disk is full"),
 )
 
 _ERROR_SHAPES = """\
@@ -71,6 +75,8 @@ _LIMITS = {
     "max_running": "requests that run at once",
     "max_queue": "requests that wait; what comes then is a 429",
     "max_body_bytes": "of a body",
+    "max_upload_bytes": "of an upload to `/v1/files`",
+    "max_files_bytes": "of all files of a key together",
     "request_timeout": "seconds until an answer must be complete",
     "receive_timeout": "seconds for a body to come",
     "send_timeout": "seconds that a client may not read",
@@ -145,6 +151,9 @@ class _Page:
         ]
         if parameters:
             yield from _table(("parameter", "in", "type", "", ""), parameters)
+        if route.path == UPLOAD_PATH and "POST" in (route.methods or ()):
+            yield "Body: `multipart/form-data`.\n"
+            yield from self._fields(FileCreate)
         if route.body_field is not None:
             body = route.body_field.field_info.annotation
             if isinstance(body, type) and issubclass(body, Wire):

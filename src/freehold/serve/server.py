@@ -8,7 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 
-from freehold.errors import UsageError
+from freehold.errors import FreeholdError, UsageError
+from freehold.log import logger
 from freehold.serve.caller import Caller
 from freehold.serve.errors import ApiError
 from freehold.serve.gate import Gate
@@ -17,9 +18,11 @@ from freehold.serve.responses.background import Background
 from freehold.serve.responses.seal import Sealer
 from freehold.serve.settings import ServeSettings
 from freehold.serve.threads import Threads
+from freehold.serve.tuning.tuning import Tuning
 from freehold.session.completion import TextAsk, prepare_text
 from freehold.session.generation import Ask, Generation, SampleDone, prepare_generation
 from freehold.session.served import AsyncRunner, Served
+from freehold.session.store.records import ModelRecord
 from freehold.session.store.store import Store
 from freehold.session.toolbox import Toolbox
 from freehold.session.turn import Turn, TurnLimits, prepare
@@ -58,7 +61,8 @@ class Runnable(Protocol[_Event]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """One server's parts. Without a `store` nothing is kept. `sealer` seals what clients keep for it; `created` is when
-    it began, in seconds since 1970; `tools` are those that it runs for its clients."""
+    it began, in seconds since 1970; `tools` are those that it runs for its clients; `tuning` is how they have models
+    fine-tuned, where that is switched on."""
 
     served: Served
     settings: ServeSettings
@@ -68,6 +72,7 @@ class Server:
     store_threads: Threads = field(default_factory=lambda: Threads("freehold-store", 4))
     background: Background = field(default_factory=Background)
     tools: HostedTools | None = None
+    tuning: Tuning | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -79,37 +84,73 @@ class Server:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """All that the model answers to, the name that it is listed under first; `name:adapter` of each adapter too."""
-        bases, adapters = self._base_names, list(self.served.prompting.adapters)
+        """All that the model answers to, the name that it is listed under first; `name:adapter` of each adapter too.
+        What clients have had fine-tuned is theirs, and not among them."""
+        bases = self._base_names
+        adapters = [name for name in self.served.prompting.adapters if not self._is_tuned(name)]
         return (*bases, *(f"{base}:{adapter}" for adapter in adapters for base in bases))
 
     @property
     def _base_names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.settings.model_names, self.served.name, DEFAULT_NAME)))
 
+    def _is_tuned(self, adapter: str) -> bool:
+        return self.tuning is not None and self.tuning.models.is_tuned(adapter)
+
     def _adapter_of(self, name: str) -> str | None:
+        """The operator's adapter that is meant."""
         base, _, adapter = name.rpartition(":")
-        return adapter if base in self._base_names and adapter in self.served.prompting.adapters else None
+        known = base in self._base_names and adapter in self.served.prompting.adapters
+        return adapter if known and not self._is_tuned(adapter) else None
 
-    def named(self, name: str) -> Served:
-        """What answers to this name: the model, or the model with one of its adapters. Raises a 404 for any other."""
-        if name in self._base_names:
-            return self.served
-        adapter = self._adapter_of(name)
-        if adapter is None:
-            known = ", ".join(self.model_names)
-            message = f"The model '{name:.200}' does not exist here; this server has {known}."
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return self.served.with_adapter(adapter)
+    def tuned_model(self, caller: Caller, name: str) -> ModelRecord | None:
+        """What this caller had fine-tuned under this name, or one of its checkpoints."""
+        base, _, tuned = name.rpartition(":")
+        record = None if self.tuning is None else self.tuning.models.find(tuned, caller.owner)
+        return record if record is not None and base in (*self._base_names, record.model["base"]) else None
 
-    def check_model(self, name: str) -> None:
-        """Raise a 404 for a model that is not here."""
-        self.named(name)
+    def check_model(self, name: str, caller: Caller) -> None:
+        """Raise a 404 for a model that is not here, or is another caller's."""
+        if name in self._base_names or self._adapter_of(name) is not None or self.tuned_model(caller, name) is not None:
+            return
+        known = ", ".join(self.model_names)
+        message = f"The model '{name:.200}' does not exist here; this server has {known}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_base_model(self, name: str, caller: Caller) -> None:
+        """The same, and a 400 for what is the model with an adapter."""
+        self.check_model(name, caller)
+        if name not in self._base_names:
+            message = f"'{name:.200}' has been fine-tuned already; name the model itself, as {self._base_names[0]!r}."
+            raise ApiError(400, message, param="model")
+
+    async def named(self, name: str, caller: Caller) -> Served:
+        """What answers to this name for this caller: the model, or the model with one of its adapters, which is read
+        now where nobody has asked for it yet. Raises what `check_model` does, and a 503 where it cannot be read."""
+        self.check_model(name, caller)
+        tuned = self.tuned_model(caller, name)
+        if tuned is None or self.tuning is None:
+            adapter = self._adapter_of(name)
+            return self.served if adapter is None else self.served.with_adapter(adapter)
+        try:
+            await self.tuning.models.load(tuned.name)
+            return self.served.with_adapter(tuned.name)
+        except FreeholdError as error:
+            logger.warning("the fine-tuned model %s cannot be loaded: %s", tuned.name, error)
+            message = f"The model '{name:.200}' cannot be loaded at the moment; the server's log says why."
+            raise ApiError(503, message, param="model") from None
+
+    def the_tuning(self) -> Tuning:
+        """Raises a 404 where it is not switched on."""
+        if self.tuning is None:
+            message = "Fine-tuning is not switched on here: the server is started without --tuning."
+            raise ApiError(404, message, code="tuning_is_off")
+        return self.tuning
 
     async def turn(self, caller: Caller, ask: Ask, *, model: str) -> Generation:
         """Ready to run, with the caller's own share of the prefix cache and the server's time limit. `model` is one of
         the names that it answers to."""
-        return await prepare_generation(self.named(model), self._of(caller, ask))
+        return await prepare_generation(await self.named(model, caller), self._of(caller, ask))
 
     @property
     def hosted(self) -> HostedTools | None:
@@ -120,7 +161,7 @@ class Server:
         self, caller: Caller, ask: Ask, toolbox: Toolbox, limits: TurnLimits, *, model: str
     ) -> Turn:
         """The same with tools that the server runs."""
-        return await prepare(self.named(model), self._of(caller, ask), toolbox, limits=limits)
+        return await prepare(await self.named(model, caller), self._of(caller, ask), toolbox, limits=limits)
 
     def recall(self, caller: Caller, name: str) -> Mapping[str, Any] | None:
         """What a hosted tool's call with this item's id said to this caller, where that is still known."""
@@ -134,7 +175,7 @@ class Server:
 
     async def text(self, caller: Caller, ask: TextAsk, *, model: str) -> Generation:
         """The same for a text without a conversation around it."""
-        return await prepare_text(self.named(model), self._of(caller, ask))
+        return await prepare_text(await self.named(model, caller), self._of(caller, ask))
 
     def _of(self, caller: Caller, ask: _Asked) -> _Asked:
         return replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)

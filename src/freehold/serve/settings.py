@@ -17,7 +17,7 @@ class ServeSettings:
     SIGTERM running requests have `drain_timeout` to come to their end. What a conversation's tools hold is closed when
     they have not been used for `container_timeout`, or where there are more than `max_containers`. Stored responses are
     kept for `keep_days` and up to `keep_bytes`, the oldest go first; None keeps them for ever. Without a `tls_key` the
-    file `tls_cert` holds the key too.
+    file `tls_cert` holds the key too. An upload has `max_upload_bytes`, all files of a key together `max_files_bytes`.
     """
 
     host: str = "127.0.0.1"
@@ -31,6 +31,8 @@ class ServeSettings:
     max_running: int = 32
     max_queue: int = 256
     max_body_bytes: int = 32 << 20
+    max_upload_bytes: int = 512 << 20
+    max_files_bytes: int = 8 << 30
     request_timeout: float = 3600.0
     receive_timeout: float = 30.0
     send_timeout: float = 30.0
@@ -49,7 +51,14 @@ class ServeSettings:
             raise UsageError("a model cannot go by no name; give --served-model-name one that clients can send")
         if self.tls_key is not None and self.tls_cert is None:
             raise UsageError("a key alone makes no TLS; give its certificate with --tls-cert")
-        for name, least in (("max_running", 1), ("max_queue", 0), ("max_body_bytes", 1), ("max_containers", 1)):
+        for name, least in (
+            ("max_running", 1),
+            ("max_queue", 0),
+            ("max_body_bytes", 1),
+            ("max_upload_bytes", 1),
+            ("max_files_bytes", 1),
+            ("max_containers", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"{option_of(name)} must be {least} or more, got {getattr(self, name)!r}")
         for name in ("request_timeout", "receive_timeout", "send_timeout", "drain_timeout", "container_timeout"):

@@ -7,7 +7,9 @@ where that is asked for, after the sockets are bound and before a model or any f
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -26,6 +28,11 @@ from freehold.serve.responses.seal import Sealer
 from freehold.serve.run import bind, check_exposure, serve, tls_context
 from freehold.serve.server import Server
 from freehold.serve.settings import ServeSettings
+from freehold.serve.threads import Threads
+from freehold.serve.tuning.models import TunedModels
+from freehold.serve.tuning.trainer import Trainer
+from freehold.serve.tuning.tuning import Tuning, TuningLimits
+from freehold.serve.tuning.workshop import Workshop
 from freehold.session.served import Served
 from freehold.session.store.store import Store
 from freehold.tools.kit import ToolChoices
@@ -46,10 +53,13 @@ def start(
     store_url: str | None,
     no_network: bool,
     tools: ToolChoices = _NO_TOOLS,
+    tuning: Path | None = None,
+    trainer: Trainer | None = None,
     progress: Callable[[], AbstractContextManager[Progress]] = _unseen,
 ) -> int:
     """Serve until a signal; returns the exit code. `load` makes the model when everything else is in order. `tools` are
-    what clients may use; `progress` opens what shows how far the indexing of their documents is.
+    what clients may use; `tuning` is where their files lie and what the `trainer` makes of them, which is None where
+    there is no model to train; `progress` opens what shows how far the indexing of their documents is.
 
     Raises UsageError, StoreError, DiskError and whatever `load` does.
     """
@@ -63,7 +73,8 @@ def start(
     try:
         if no_network:
             airgap.close_network()
-        with Store.open(store_url) as store:
+        with Store.open(store_url) as store, ExitStack() as held:
+            workshop = None if tuning is None else held.enter_context(Workshop.open(tuning))
             check_exposure(
                 settings.host, settings.port, has_keys=bool(store.keys_by_hash()), allow_no_key=settings.allow_no_key
             )
@@ -78,7 +89,8 @@ def start(
             hosted = None if prepared is None else prepared.hosted(served.prompting.the_tokenizer(), containers)
             if hosted is not None and not served.speaks_harmony:
                 logger.log(NOTICE, "%s does not speak Harmony and uses no tools: clients are told so", served.name)
-            app = create_app(served, settings, store=store, sealer=sealer, tools=hosted, lifespan=_life)
+            tuned = None if workshop is None else _tuning(workshop, store, served, trainer, settings)
+            app = create_app(served, settings, store=store, sealer=sealer, tools=hosted, tuning=tuned, lifespan=_life)
             app.state.failure = None
             server: Server = app.state.server
             guarded = guard(
@@ -88,6 +100,7 @@ def start(
                 allowed_hosts=settings.allowed_hosts,
                 cors_origins=settings.cors_origins,
                 max_body_bytes=settings.max_body_bytes,
+                max_upload_bytes=settings.max_upload_bytes,
                 receive_timeout=settings.receive_timeout,
                 log_content=settings.log_content,
             )
@@ -109,6 +122,22 @@ def start(
             socket.close()
 
 
+def _tuning(
+    workshop: Workshop, store: Store, served: Served, trainer: Trainer | None, settings: ServeSettings
+) -> Tuning:
+    threads = Threads("freehold-tuning", 4)
+    if trainer is not None:
+        trainer = replace(trainer, max_length=min(trainer.max_length, served.prompting.longest))
+    return Tuning(
+        workshop,
+        store,
+        TunedModels(workshop.root, threads, served.add_adapter),
+        trainer=trainer,
+        limits=TuningLimits(file_bytes=settings.max_files_bytes),
+        threads=threads,
+    )
+
+
 def _log_ready(url: str) -> None:
     """Who reads the log as JSON reads nothing else there."""
     logger.log(NOTICE, "serving on %s", url)
@@ -126,6 +155,10 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
             logging.getLogger("uvicorn.error").disabled = True
             await server.tools.aclose()
             raise
+    training = None
+    if server.tuning is not None:
+        await server.tuning.open()
+        training = asyncio.create_task(server.tuning.run())
     tidying = asyncio.create_task(_tidy(server))
     await asyncio.to_thread(app.openapi)  # a second's work, which the first to ask for it would impose on everybody
     try:
@@ -134,6 +167,9 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
         tidying.cancel()
         with suppress(asyncio.CancelledError):
             await tidying
+        if server.tuning is not None and training is not None:
+            await server.tuning.stop()
+            await training
         await server.background.finish(server.settings.drain_timeout)
         await server.stop()
         await server.background.finish()
@@ -147,6 +183,8 @@ async def _tidy(server: Server) -> None:
         try:
             max_age = None if settings.keep_days is None else settings.keep_days * _DAY
             await server.store_threads.run(server.store.sweep, max_age_seconds=max_age, max_bytes=settings.keep_bytes)
+            if server.tuning is not None:
+                await server.tuning.sweep(max_age_seconds=max_age)
         except Exception as error:  # noqa: BLE001 - the next time may go better, and serving goes on
             logger.warning("the store could not be tidied: %s", error)
         await asyncio.sleep(_HOUSEKEEPING_SECONDS)

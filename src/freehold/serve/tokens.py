@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import Field
+from starlette.requests import Request
 
 from freehold.errors import FreeholdError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.serve.bodies import StrictRoute
+from freehold.serve.caller import caller_of
 from freehold.serve.chat_wire import read_conversation
 from freehold.serve.effort import ReasoningEffort, thinking
 from freehold.serve.errors import ApiError, api_error
@@ -56,10 +58,10 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("/v1/tokenize", include_in_schema=False)
     @routes.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """The token ids of a text or of a conversation."""
         if body.model is not None:
-            server.check_model(body.model)
+            server.check_model(body.model, caller_of(request))
         ids = await asyncio.to_thread(_ids, server, body)
         tokenizer = server.served.prompting.the_tokenizer()
         return {
@@ -71,10 +73,10 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("/v1/detokenize", include_in_schema=False)
     @routes.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
         """The text of token ids."""
         if body.model is not None:
-            server.check_model(body.model)
+            server.check_model(body.model, caller_of(request))
         tokenizer: Tokenizer = server.served.prompting.the_tokenizer()
         for place, id_ in enumerate(body.tokens):
             if not tokenizer.is_token(id_):

@@ -4,8 +4,9 @@
 (freehold.session.scripted).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from freehold.engine.metrics import EngineMetrics, EngineStats
@@ -47,7 +48,8 @@ class AsyncRunner(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
-    template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with."""
+    template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with; `add_adapter`
+    gives the running model one more, by a name and from a folder, and is None for what can have none."""
 
     name: str
     prompting: Prompting
@@ -55,6 +57,7 @@ class Served:
     harmony: bool | None = None
     grammar: bool = True
     adapter: str | None = None
+    add_adapter: Callable[[str, Path], None] | None = None
 
     def with_adapter(self, name: str) -> "Served":
         """The same model with one of its adapters. Raises UsageError for one that it does not have."""
@@ -79,7 +82,14 @@ def serve_model(model: "Model", *, name: str, harmony: bool | None = None, gramm
     if harmony and not _was_made_for_harmony(model.prompting):
         logger.log(NOTICE, "%s was not made for Harmony: do not expect it to use tools well, or to reason", name)
     runner = AsyncEngine(model.new_engine())
-    return Served(name=name, prompting=model.prompting, runner=runner, harmony=harmony, grammar=grammar)
+    return Served(
+        name=name,
+        prompting=model.prompting,
+        runner=runner,
+        harmony=harmony,
+        grammar=grammar,
+        add_adapter=model.add_adapter,
+    )
 
 
 def _was_made_for_harmony(prompting: Prompting) -> bool:

@@ -18,6 +18,10 @@ from freehold.session.policy import Policy
 
 _QUERIES_AT_ONCE = 256  # rows of attention whose scores are there together
 _LOGITS_AT_ONCE = 3 * 4 << 24  # bytes: pieces of logits, what becomes of them, and their gradient
+_TRAINER = 192 << 20  # what torch's optimizers and matplotlib read of themselves
+_KEPT_BY_MALLOC = 0.25  # of activations that were let go, in pieces that the next ones do not fit
+_KEPT_TWICE = 0.6  # the same where they are computed twice, of those that are let go in between
+_MOST_KEPT_TWICE = 768 << 20  # where large pieces go back to the system at once (machine.return_large_memory)
 _SCORES = 4  # such arrays of scores: they, their softmax, the gradients of both
 
 
@@ -90,14 +94,22 @@ def plan_lora(
     width = policy.dtype.itemsize
     layer = row.tokens * _kept_of_layer(config, spec, width, dropout)
     stream = row.tokens * config.hidden_size * width
-    kept = config.num_layers * stream + layer if checkpointing else config.num_layers * layer
+    everything = config.num_layers * layer
+    if checkpointing:
+        kept = config.num_layers * stream + layer + min(round(_KEPT_TWICE * everything), _MOST_KEPT_TWICE)
+    else:
+        kept = round((1 + _KEPT_BY_MALLOC) * everything)
     return TrainingPlan(
         weights=run.dense + run.experts,
         factors=factors,
         gradients=factors + of_layer,
         optimizer=2 * factors,
         activations=kept + 2 * stream,
-        scratch=run.scratch + _expert_scratch(config, row, width) + _attention_scratch(config, row) + _LOGITS_AT_ONCE,
+        scratch=run.scratch
+        + _expert_scratch(config, row, width)
+        + _attention_scratch(config, row)
+        + _LOGITS_AT_ONCE
+        + _TRAINER,
         program=machine.process_status().get("VmRSS", 0),
         checkpointing=checkpointing,
     )

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from freehold import __version__
+from freehold import __version__, machine
 from freehold.disk import check_space, exclusive, write_text, written_to
 from freehold.errors import CheckpointError, UnsupportedError, UsageError
 from freehold.formats import chat
@@ -344,6 +344,8 @@ def train(
     with exclusive(output / RUN_FILE, wait=False), _torch_threads(prepared.policy):
         per_checkpoint = 3 * plan.factors
         check_space(output / RUN_FILE, (request.loop.save_total_limit + 2) * per_checkpoint)
+        if plan.checkpointing:
+            machine.return_large_memory()
         transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
         objective = LoraTuning(
             transformer,

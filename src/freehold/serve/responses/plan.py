@@ -136,7 +136,7 @@ class Plan:
 
 async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
     """Raises ApiError for what cannot be."""
-    server.check_model(body.model or server.model_names[0])
+    server.check_model(body.model or server.model_names[0], caller)
     _check_state(server, body)
     tools = read_tools(body.tools, server.hosted)
     context = await read_context(server, caller, body)
@@ -181,7 +181,7 @@ class Count(NamedTuple):
 
 async def count_input(server: Server, caller: Caller, body: InputTokens) -> Count:
     """How many tokens the input of such a response has."""
-    server.check_model(body.model or server.model_names[0])
+    server.check_model(body.model or server.model_names[0], caller)
     tools = read_tools(body.tools, server.hosted)
     context = await read_context(server, caller, body)
     hosting = await _hosting(tools, caller, context)

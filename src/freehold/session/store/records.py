@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from freehold.errors import UsageError
 from freehold.session.store.text import escape
 
+_T = TypeVar("_T")
 MAX_ID_CHARACTERS = 512
 """Of an id as it is stored: databases put bounds on what an index may hold."""
 
 UNFINISHED = frozenset({"queued", "in_progress"})
+UNFINISHED_JOBS = frozenset({"queued", "validating_files", "running"})
+JOB_STATUSES = UNFINISHED_JOBS | {"succeeded", "failed", "cancelled"}
 STATUSES = UNFINISHED | {"completed", "incomplete", "failed", "cancelled"}
 
 
@@ -88,6 +91,78 @@ class KeyRecord:
             value = getattr(self, limit)
             if value is not None and not 1 <= value < 2**63:
                 raise UsageError(f"a key cannot have {limit} {value}; give 1 or more, or leave it out for no limit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """An uploaded file, or one that the server made for its owner. Its bytes lie in the `place`."""
+
+    id: str
+    owner: str
+    place: str
+    created_at: float
+    expires_at: float | None
+    purpose: str
+    filename: str
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        check_id("file", self.id)
+        check_id("owner", self.owner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """A fine-tuning job as it was last written: `job` is the object on the wire, without what stands here already."""
+
+    id: str
+    owner: str
+    place: str
+    created_at: float
+    finished_at: float | None
+    status: str
+    training_file: str
+    validation_file: str | None
+    job: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_id("job", self.id)
+        check_id("owner", self.owner)
+        check_id("file", self.training_file)
+        check_id("file", self.validation_file or "")
+        if self.status not in JOB_STATUSES:
+            raise UsageError(f"a job cannot have the status {self.status!r}; give one of {sorted(JOB_STATUSES)}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The ids of its files."""
+        return (self.training_file,) if self.validation_file is None else (self.training_file, self.validation_file)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it will not change any more."""
+        return self.status not in UNFINISHED_JOBS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecord:
+    """A model that came of a job, or one of its checkpoints, after `step`. `model` says the rest."""
+
+    name: str
+    place: str
+    owner: str
+    job_id: str
+    step: int | None
+    created_at: float
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed(Generic[_T]):
+    """Some of a list, and whether more comes after it."""
+
+    items: tuple[_T, ...]
+    has_more: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

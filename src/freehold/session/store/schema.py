@@ -7,8 +7,12 @@ earlier item changes nothing in what came before.
     chains ──< responses ──< items >── conversations
                    └──< events                            keys
 
+    files        tuning_jobs ──< tuning_events
+                      └──< tuned_models
+
 A *chain* is a tree of responses that continue one another. It has a last use and a size, and is forgotten as a whole.
-Sizes are kept up to date by whoever writes, as `num_bytes`.
+Sizes are kept up to date by whoever writes, as `num_bytes`. A *place* is the folder where the bytes of files and models
+lie, by the name that it has itself (serve/tuning/workshop.py): servers that share a database need not share a disk.
 """
 
 from typing import Any
@@ -125,4 +129,60 @@ keys = sa.Table(
     sa.Column("revoked_at", sa.Double),
     sa.Column("requests_per_minute", sa.BigInteger),
     sa.Column("tokens_per_minute", sa.BigInteger),
+)
+
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("number", Number, primary_key=True),  # in the order of coming
+    sa.Column("owner", Id, nullable=False),
+    sa.Column("id", Id, nullable=False),
+    sa.Column("place", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double, index=True),
+    sa.Column("purpose", sa.Text, nullable=False),
+    sa.Column("filename", Id, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.UniqueConstraint("owner", "id"),
+)
+
+tuning_jobs = sa.Table(
+    "tuning_jobs",
+    metadata,
+    sa.Column("number", Number, primary_key=True),
+    sa.Column("owner", Id, nullable=False),
+    sa.Column("id", Id, nullable=False),
+    sa.Column("place", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("training_file", Id, nullable=False),
+    sa.Column("validation_file", Id),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.UniqueConstraint("owner", "id"),
+    sa.Index(None, "place", "status"),
+)
+
+tuning_events = sa.Table(
+    "tuning_events",
+    metadata,
+    sa.Column("owner", Id, primary_key=True),
+    sa.Column("job_id", Id, primary_key=True),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.ForeignKeyConstraint(["owner", "job_id"], ["tuning_jobs.owner", "tuning_jobs.id"], ondelete="CASCADE"),
+)
+
+tuned_models = sa.Table(
+    "tuned_models",
+    metadata,
+    sa.Column("place", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),  # of the adapter; requests ask for `model:name`
+    sa.Column("owner", Id, nullable=False),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("step", sa.BigInteger),  # of a checkpoint
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.ForeignKeyConstraint(["owner", "job_id"], ["tuning_jobs.owner", "tuning_jobs.id"], ondelete="CASCADE"),
+    sa.Index(None, "owner", "job_id"),
 )

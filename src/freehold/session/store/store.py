@@ -12,10 +12,19 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-from freehold.session.store import conversations, items, keys, responses, retention, text
+from freehold.session.store import conversations, files, items, keys, responses, retention, text, tuning
 from freehold.session.store.database import Database
 from freehold.session.store.leases import leases_of
-from freehold.session.store.records import ConversationRecord, KeyRecord, Page, ResponseRecord
+from freehold.session.store.records import (
+    ConversationRecord,
+    FileRecord,
+    JobRecord,
+    KeyRecord,
+    Listed,
+    ModelRecord,
+    Page,
+    ResponseRecord,
+)
 
 _STOPPED = {
     "code": "server_error",
@@ -189,6 +198,133 @@ class Store:
         """Every key by `keys.hash_secret` of its secret; revoked ones too, which say that this store is not open."""
         with self._database.reading() as connection:
             return keys.by_hash(connection)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def add_file(self, record: FileRecord, *, most_bytes: int) -> None:
+        """Know a file, whose bytes are on the disk already. UsageError where its owner's would be more than so many."""
+        with self._database.writing() as connection:
+            files.add(connection, record, most_bytes=most_bytes)
+
+    def file(self, file_id: str, owner: str, place: str) -> FileRecord:
+        """One file."""
+        with self._database.reading() as connection:
+            return files.get(connection, file_id, owner, place, now=self._clock())
+
+    def files(
+        self,
+        owner: str,
+        place: str,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int = 10_000,
+        order: str = "desc",
+    ) -> Listed[FileRecord]:
+        """Some of an owner's files; `desc` has the newest first."""
+        with self._database.reading() as connection:
+            return files.page(
+                connection, owner, place, purpose=purpose, after=after, limit=limit, order=order, now=self._clock()
+            )
+
+    def delete_file(self, file_id: str, owner: str, place: str, *, remove: Callable[[], object]) -> None:
+        """Forget a file. `remove` takes its bytes away, before it is forgotten: what was deleted is never left behind,
+        and where that goes wrong it can be deleted again. UsageError for a file that an unfinished job reads."""
+        with self._database.writing() as connection:
+            files.delete(connection, file_id, owner, place, now=self._clock())
+            remove()
+
+    def expire_files(self, place: str, *, remove: Callable[[FileRecord], object]) -> int:
+        """Forget the files whose time is over; returns how many went."""
+        count = 0
+        while True:
+            with self._database.writing() as connection:
+                going = files.expired(connection, place, now=self._clock())
+                for record in going:
+                    remove(record)
+                    files.forget(connection, record)
+            if not going:
+                return count
+            count += len(going)
+
+    def file_ids(self, place: str) -> frozenset[str]:
+        """Of all files in a place, whoever's they are."""
+        with self._database.reading() as connection:
+            return files.ids(connection, place)
+
+    # --- fine-tuning ------------------------------------------------------------------------------------------------
+
+    def create_job(self, record: JobRecord, events: Iterable[Mapping[str, Any]] = (), *, most_unfinished: int) -> None:
+        """A new job. NotFoundError for a file that is not there, UsageError where so many of its owner's wait."""
+        with self._database.writing() as connection:
+            tuning.create(connection, record, events, most_unfinished=most_unfinished, now=self._clock())
+
+    def job(self, job_id: str, owner: str, place: str) -> JobRecord:
+        """One job."""
+        with self._database.reading() as connection:
+            return tuning.get(connection, job_id, owner, place)
+
+    def update_job(
+        self,
+        record: JobRecord,
+        change: Callable[[JobRecord], JobRecord] = lambda job: job,
+        *,
+        events: Iterable[Mapping[str, Any]] = (),
+        models: Iterable[ModelRecord] = (),
+    ) -> JobRecord:
+        """What `change` makes of a job as it is now, what it has told meanwhile, and what came of it, in one step."""
+        with self._database.writing() as connection:
+            new = tuning.update(connection, record.id, record.owner, record.place, change, events)
+            tuning.add_models(connection, models)
+            return new
+
+    def jobs(
+        self,
+        owner: str,
+        place: str,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Listed[JobRecord]:
+        """Some of an owner's jobs, the newest first."""
+        with self._database.reading() as connection:
+            return tuning.page(connection, owner, place, after=after, limit=limit, metadata=metadata)
+
+    def next_job(self, place: str) -> JobRecord | None:
+        """The one of all owners' that is to be done now."""
+        with self._database.reading() as connection:
+            return tuning.next_in(connection, place)
+
+    def job_events(
+        self, job_id: str, owner: str, place: str, *, before: int | None = None, limit: int = 20
+    ) -> Listed[tuple[int, dict[str, Any]]]:
+        """Some of what a job told, with numbers, the newest first."""
+        with self._database.reading() as connection:
+            return tuning.events(connection, job_id, owner, place, before=before, limit=limit)
+
+    def models(self, place: str, *, owner: str | None = None, job_id: str | None = None) -> Sequence[ModelRecord]:
+        """The models of a place, all of them or an owner's, and a job's; checkpoints too."""
+        with self._database.reading() as connection:
+            return tuning.models(connection, place, owner=owner, job_id=job_id)
+
+    def delete_model(self, name: str, owner: str, place: str, *, remove: Callable[[ModelRecord], object]) -> None:
+        """Forget a model. `remove` takes its files away first, as for `delete_file`."""
+        with self._database.writing() as connection:
+            remove(tuning.delete_model(connection, name, owner, place))
+
+    def forget_jobs(self, place: str, *, before: float, remove: Callable[[JobRecord], object]) -> int:
+        """Forget jobs that ended before a moment and whose model is not there; returns how many went."""
+        count = 0
+        while True:
+            with self._database.writing() as connection:
+                going = tuning.forgettable(connection, place, before=before)
+                for record in going:
+                    remove(record)
+                    tuning.forget(connection, record)
+            if not going:
+                return count
+            count += len(going)
 
     # --- housekeeping -----------------------------------------------------------------------------------------------
 
