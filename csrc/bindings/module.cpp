@@ -92,6 +92,13 @@ NB_MODULE(_native, module) {
             },
             Released())
         .def(
+            "rms_norm_backward",
+            [](Engine& self, uintptr_t x, uintptr_t weight, uintptr_t of_out, uintptr_t of_x, size_t T, size_t D,
+               float eps) {
+                self.rms_norm_backward(at<float>(x), at<float>(weight), at<float>(of_out), at<float>(of_x), T, D, eps);
+            },
+            Released())
+        .def(
             "linear",
             [](Engine& self, const Matrix& w, uintptr_t x, size_t T, size_t stride, uintptr_t norm, float eps,
                uintptr_t bias, uintptr_t residual, uintptr_t out) {
@@ -104,6 +111,10 @@ NB_MODULE(_native, module) {
             [](Engine& self, const Matrix& w, uintptr_t gradient, size_t T, size_t stride, uintptr_t out) {
                 self.linear_backward(w, {at<float>(gradient), T, stride, at<float>(out)});
             },
+            Released())
+        .def(
+            "widen",
+            [](Engine& self, const Matrix& w, bool narrow, uintptr_t out) { self.widen(w, narrow, at<void>(out)); },
             Released())
         .def(
             "rope",
@@ -135,6 +146,55 @@ NB_MODULE(_native, module) {
             },
             Released())
         .def(
+            "self_attention",
+            [](Engine& self, uintptr_t q, uintptr_t k, uintptr_t v, size_t N, size_t K, size_t H, size_t count,
+               uintptr_t starts, uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t logsum) {
+                self.self_attention({.q = at<float>(q),
+                                     .k = at<float>(k),
+                                     .v = at<float>(v),
+                                     .N = N,
+                                     .K = K,
+                                     .H = H,
+                                     .count = count,
+                                     .starts = at<int64_t>(starts),
+                                     .sinks = at<float>(sinks),
+                                     .scale = scale,
+                                     .window = window,
+                                     .out = at<float>(out),
+                                     .logsum = at<float>(logsum),
+                                     .gradient = nullptr,
+                                     .of_q = nullptr,
+                                     .of_k = nullptr,
+                                     .of_v = nullptr,
+                                     .common = nullptr});
+            },
+            Released())
+        .def(
+            "self_attention_backward",
+            [](Engine& self, uintptr_t q, uintptr_t k, uintptr_t v, size_t N, size_t K, size_t H, size_t count,
+               uintptr_t starts, uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t logsum,
+               uintptr_t gradient, uintptr_t of_q, uintptr_t of_k, uintptr_t of_v, uintptr_t common) {
+                self.self_attention_backward({.q = at<float>(q),
+                                              .k = at<float>(k),
+                                              .v = at<float>(v),
+                                              .N = N,
+                                              .K = K,
+                                              .H = H,
+                                              .count = count,
+                                              .starts = at<int64_t>(starts),
+                                              .sinks = at<float>(sinks),
+                                              .scale = scale,
+                                              .window = window,
+                                              .out = at<float>(out),
+                                              .logsum = at<float>(logsum),
+                                              .gradient = at<float>(gradient),
+                                              .of_q = at<float>(of_q),
+                                              .of_k = at<float>(of_k),
+                                              .of_v = at<float>(of_v),
+                                              .common = at<float>(common)});
+            },
+            Released())
+        .def(
             "route",
             [](Engine& self, uintptr_t logits, size_t T, size_t E, size_t A, uintptr_t weights, uintptr_t experts) {
                 self.route(at<float>(logits), T, E, A, at<float>(weights), at<int64_t>(experts));
@@ -149,6 +209,50 @@ NB_MODULE(_native, module) {
                     gate_up, down,
                     {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
                      at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps});
+            },
+            Released())
+        .def(
+            "moe_hidden",
+            [](Engine& self, const Matrix& gate_up, uintptr_t x, size_t T, size_t A, uintptr_t experts, size_t E,
+               uintptr_t bias, uintptr_t lora_rows, uintptr_t lora_b, size_t R, float alpha, float limit,
+               uintptr_t hidden, uintptr_t sums, bool narrow) {
+                self.moe_hidden(gate_up, {at<float>(x),
+                                          T,
+                                          A,
+                                          at<int64_t>(experts),
+                                          E,
+                                          at<float>(bias),
+                                          {at<float>(lora_rows), at<float>(lora_b), R},
+                                          alpha,
+                                          limit,
+                                          at<float>(hidden),
+                                          at<void>(sums),
+                                          narrow});
+            },
+            Released())
+        .def(
+            "moe_mix",
+            [](Engine& self, const Matrix& down, uintptr_t hidden, size_t T, size_t A, uintptr_t weights,
+               uintptr_t experts, size_t E, uintptr_t bias, uintptr_t lora_rows, uintptr_t lora_b, size_t R,
+               uintptr_t residual, uintptr_t out) {
+                self.moe_mix(down, {at<float>(hidden),
+                                    T,
+                                    A,
+                                    at<float>(weights),
+                                    at<int64_t>(experts),
+                                    E,
+                                    at<float>(bias),
+                                    {at<float>(lora_rows), at<float>(lora_b), R},
+                                    at<float>(residual),
+                                    at<float>(out)});
+            },
+            Released())
+        .def(
+            "swiglu_backward",
+            [](Engine& self, size_t count, size_t F, uintptr_t of_hidden, uintptr_t sums, uintptr_t weights,
+               float alpha, float limit, uintptr_t of_sums, uintptr_t hidden, uintptr_t of_weights, bool narrow) {
+                self.swiglu_backward({count, F, at<void>(of_hidden), at<void>(sums), at<float>(weights), alpha, limit,
+                                      at<void>(of_sums), at<void>(hidden), at<float>(of_weights), narrow});
             },
             Released())
         .def(

@@ -5,10 +5,11 @@
 // or the upper ones), load_i8, zero, set1, fma (a*b + c), mul, add, sub, div, abs, min and max (the second where one is
 // NaN), sum (of lanes, in a fixed order), largest (of lanes), no_nan (in any lane), round (to nearest even), exp2i (2^n
 // for integral n in [-126, 127], anything for NaN), keep_above (x, but 0 where key < least), store_i8 (rounded values
-// in [-127, 127]), place (a block of such values as activations of a tile), to_f16, from_f16, kRows and kManyRows (the
-// rows that a product takes at once, where it has few and where it has many), kSums (vectors that fit in registers as
-// its sums), kLeftRows and kLeftGroups (weights and vectors of tokens that a product from the left takes at once),
-// nibbles<N> and bytes<N> (of 16 words the one numbered N, the lowest first: twice an E2M1 code's value, an int8's).
+// in [-127, 127]), store_bf16 (rounded to nearest even), place (a block of such values as activations of a tile),
+// to_f16, from_f16, kRows and kManyRows (the rows that a product takes at once, where it has few and where it has
+// many), kSums (vectors that fit in registers as its sums), kLeftRows and kLeftGroups (weights and vectors of tokens
+// that a product from the left takes at once), nibbles<N> and bytes<N> (of 16 words the one numbered N, the lowest
+// first: twice an E2M1 code's value, an int8's).
 //
 // Nothing here may call an inline function or template from outside: the linker keeps one copy of those for the whole
 // program, and it could be the one compiled for an instruction set that the processor lacks.
@@ -227,12 +228,88 @@ void rms_norm(const float* x, const float* weight, float* out, size_t D, float e
     for (; d < D; ++d) out[d] = weight[d] * (x[d] * scale);
 }
 
+void rms_norm_backward(const float* x, const float* weight, const float* of_out, float* of_x, size_t D, float eps) {
+    F16 squares = zero(), products = zero();
+    size_t d = 0;
+    for (; d + 16 <= D; d += 16) {
+        const F16 v = load(x + d);
+        squares = fma(v, v, squares);
+        products = fma(mul(load(of_out + d), load(weight + d)), v, products);
+    }
+    float total = sum(squares), product = sum(products);
+    for (; d < D; ++d) total += x[d] * x[d], product += of_out[d] * weight[d] * x[d];
+    const float mean = total / static_cast<float>(D) + eps, scale = 1.0f / sqrtf(mean);
+    const float pull = -product / (static_cast<float>(D) * mean);  // of x, beside what goes straight through
+    for (d = 0; d + 16 <= D; d += 16)
+        store(of_x + d, mul(set1(scale), fma(load(x + d), set1(pull), mul(load(of_out + d), load(weight + d)))));
+    for (; d < D; ++d) of_x[d] = scale * (of_out[d] * weight[d] + x[d] * pull);
+}
+
 void swiglu(const float* gate, const float* up, const float* gate_bias, const float* up_bias, float* out, float alpha,
             float limit) {
     const F16 g = min(set1(limit), add(load(gate), load(gate_bias)));  // in this order NaN stays NaN
     const F16 u = max(set1(-limit), min(set1(limit), add(load(up), load(up_bias))));
     const F16 sigmoid = div(set1(1.0f), add(set1(1.0f), exp(mul(g, set1(-alpha)))));
     store(out, mul(mul(g, sigmoid), add(u, set1(1.0f))));
+}
+
+struct Narrow {
+    using Number = uint16_t;
+    static F16 get(const uint16_t* p) { return load_bf16(p); }
+    static void put(uint16_t* p, F16 x) { store_bf16(p, x); }
+};
+struct Plain {
+    using Number = float;
+    static F16 get(const float* p) { return load(p); }
+    static void put(float* p, F16 x) { store(p, x); }
+};
+
+void narrow(const float* x, size_t n, uint16_t* out) {
+    for (size_t i = 0; i < n; i += 16) store_bf16(out + i, load(x + i));
+}
+
+template <class As>
+inline float swiglu_backward_as(const typename As::Number* of_hidden, const typename As::Number* sums, size_t F,
+                                float weight, float alpha, float limit, typename As::Number* of_sums,
+                                typename As::Number* hidden) {
+    using Number = typename As::Number;
+    const F16 one = set1(1.0f), most = set1(limit), least = set1(-limit);
+    F16 total = zero();
+    size_t f = 0;
+    for (; f < F; f += 16, sums += 32, of_sums += 32) {
+        const size_t count = F - f < 16 ? F - f : 16;
+        Number rest[16] = {};
+        if (count < 16) std::memcpy(rest, of_hidden + f, count * sizeof(Number));
+        const F16 gradient = As::get(count < 16 ? rest : of_hidden + f);
+        const F16 gate = As::get(sums), up = As::get(sums + 16);
+        const F16 g = min(most, gate), u = add(max(least, min(most, up)), one);  // NaN stays NaN
+        const F16 sigmoid = div(one, add(one, exp(mul(g, set1(-alpha)))));
+        const F16 swish = mul(g, sigmoid), value = mul(swish, u);
+        total = fma(gradient, value, total);
+        const F16 weighted = mul(gradient, set1(weight));
+        const F16 slope = mul(sigmoid, fma(mul(g, set1(alpha)), sub(one, sigmoid), one));
+        const F16 of_gate = mul(weighted, mul(u, slope)), of_up = mul(weighted, swish);
+        As::put(of_sums, keep_above(of_gate, sub(zero(), gate), -limit));
+        As::put(of_sums + 16, keep_above(of_up, sub(zero(), abs(up)), -limit));
+        if (count < 16) {
+            As::put(rest, value);
+            std::memcpy(hidden + f, rest, count * sizeof(Number));
+        } else {
+            As::put(hidden + f, value);
+        }
+    }
+    for (; f % kBlock; f += 16, of_sums += 32) As::put(of_sums, zero()), As::put(of_sums + 16, zero());
+    return sum(total);
+}
+
+float swiglu_backward(const void* of_hidden, const void* sums, size_t F, float weight, float alpha, float limit,
+                      void* of_sums, void* hidden, bool narrow) {
+    if (narrow)
+        return swiglu_backward_as<Narrow>(static_cast<const uint16_t*>(of_hidden), static_cast<const uint16_t*>(sums),
+                                          F, weight, alpha, limit, static_cast<uint16_t*>(of_sums),
+                                          static_cast<uint16_t*>(hidden));
+    return swiglu_backward_as<Plain>(static_cast<const float*>(of_hidden), static_cast<const float*>(sums), F, weight,
+                                     alpha, limit, static_cast<float*>(of_sums), static_cast<float*>(hidden));
 }
 
 void rope(const float* x, const float* cos, const float* sin, float* out, size_t H) {
@@ -256,13 +333,6 @@ inline float greater(float a, float b) { return a < b ? b : a; }
 
 // --- attention -----------------------------------------------------------------------------------------------------
 
-inline uint16_t bf16_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);  // rounding could carry a NaN into infinity
-    return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
 void kv_store(const float* x, const KvPages& kv, bool is_value, size_t at, size_t row) {
     const size_t H = kv.H;
     void* target = is_value ? kv.values : kv.keys;
@@ -276,11 +346,11 @@ void kv_store(const float* x, const KvPages& kv, bool is_value, size_t at, size_
         case KvType::bf16: {
             uint16_t* page = static_cast<uint16_t*>(target) + at;
             if (is_value) {
-                for (size_t h = 0; h < H; ++h) page[first + h] = bf16_of(x[h]);
+                for (size_t h = 0; h < H; ++h) page[first + h] = narrowed_bf16(x[h]);
             } else {
                 uint16_t* pair = page + 2 * row;
                 for (size_t h = 0; h < H; h += 2, pair += 2 * kPage)
-                    pair[0] = bf16_of(x[h]), pair[1] = bf16_of(x[h + 1]);
+                    pair[0] = narrowed_bf16(x[h]), pair[1] = narrowed_bf16(x[h + 1]);
             }
             return;
         }
@@ -532,6 +602,118 @@ void attend(const AttentionPiece& piece, const KvPages& kv) {
             widen_values(kv, place(page), K, widened);
             multiply<kManyRows>(of_page, S, Floats{widened, padded}, K, piece.out, padded, rows, padded, true, ahead);
         }
+    }
+}
+
+// --- attention for training ------------------------------------------------------------------------------------------
+//
+// Scores lie with 16 queries side by side and keys below each other: so softmax needs no sums across lanes, and each
+// product is one from the left.
+
+// Up to 16 rows of n floats, side by side: (n, 16), lanes without a row are 0.
+inline void turn(const float* rows, size_t stride, size_t count, size_t n, float factor, float* out) {
+    for (size_t lane = 0; lane < kPanel; ++lane)
+        for (size_t i = 0; i < n; ++i) out[i * kPanel + lane] = lane < count ? rows[lane * stride + i] * factor : 0.0f;
+}
+
+inline void turn_back(const float* columns, size_t count, size_t n, float factor, float* rows, size_t stride) {
+    for (size_t lane = 0; lane < count; ++lane)
+        for (size_t i = 0; i < n; ++i) rows[lane * stride + i] = columns[i * kPanel + lane] * factor;
+}
+
+// 0 for the queries in sight of a key, 1 for the others. `at` are the queries' positions.
+inline F16 out_of_sight(F16 at, size_t key, size_t window) {
+    const F16 one = set1(1.0f);
+    F16 seen = keep_above(one, at, static_cast<float>(key));
+    if (window) seen = keep_above(seen, sub(zero(), at), -static_cast<float>(key + window - 1));
+    return sub(one, seen);
+}
+
+// Scores of a group of 16 queries from `first` on, with the keys from `low` to `high`, but -1e30 where out of sight.
+inline void turned_scores(const SelfAttentionPiece& piece, const float* q, size_t first, float* scores) {
+    const size_t keys = piece.last_key - piece.first_key;
+    multiply_left(piece.k + piece.first_key * piece.kv_stride, piece.kv_stride, keys, q, 0, 1, piece.H, scores, 0,
+                  false);
+    float positions[kPanel];
+    for (size_t i = 0; i < kPanel; ++i) positions[i] = static_cast<float>(first + i);
+    const F16 at = load(positions);
+    for (size_t j = 0; j < keys; ++j) {
+        const size_t key = piece.first_key + j;
+        if (key <= first && (!piece.window || first + kPanel <= key + piece.window)) continue;
+        float* row = scores + j * kPanel;
+        store(row, fma(out_of_sight(at, key, piece.window), set1(-1e30f), load(row)));
+    }
+}
+
+inline F16 exp_or_zero(F16 x) { return keep_above(exp(x), x, -87.0f); }  // exp clamps
+
+void self_attend(const SelfAttentionPiece& piece) {
+    const size_t H = piece.H, keys = piece.last_key - piece.first_key;
+    float* q = piece.scratch;
+    float* out = q + H * kPanel;
+    float* weights = out + H * kPanel;
+    for (size_t first = piece.first_query; first < piece.last_query; first += kPanel) {
+        const size_t count = piece.last_query - first < kPanel ? piece.last_query - first : kPanel;
+        turn(piece.q + first * piece.q_stride, piece.q_stride, count, H, piece.scale, q);
+        turned_scores(piece, q, first, weights);
+        F16 peak = set1(piece.sink);
+        for (size_t j = 0; j < keys; ++j) peak = max(peak, load(weights + j * kPanel));
+        F16 total = exp_or_zero(sub(set1(piece.sink), peak));
+        for (size_t j = 0; j < keys; ++j) {
+            const F16 weight = exp_or_zero(sub(load(weights + j * kPanel), peak));
+            total = add(total, weight);
+            store(weights + j * kPanel, weight);
+        }
+        multiply_left(piece.turned + piece.first_key, piece.turned_stride, H, weights, 0, 1, keys, out, 0, false);
+        float peaks[kPanel], totals[kPanel];
+        store(peaks, peak), store(totals, total);
+        for (size_t i = 0; i < H; ++i) store(out + i * kPanel, div(load(out + i * kPanel), total));
+        turn_back(out, count, H, 1.0f, piece.out + first * piece.q_stride, piece.q_stride);
+        for (size_t i = 0; i < count; ++i) piece.logsum[(first + i) * piece.logsum_stride] = peaks[i] + logf(totals[i]);
+    }
+}
+
+void self_attend_backward(const SelfAttentionPiece& piece) {
+    const size_t H = piece.H, keys = piece.last_key - piece.first_key, groups = ceil_div(H, kPanel);
+    const size_t padded = groups * kPanel;
+    float* q = piece.scratch;                // (H, 16)
+    float* gradient = q + H * kPanel;        // (H, 16)
+    float* of_q = gradient + H * kPanel;     // (H, 16)
+    float* q_rows = of_q + H * kPanel;       // (groups, 16, 16): 16 queries below each other
+    float* rows = q_rows + padded * kPanel;  // the same of the gradient
+    float* weights = rows + padded * kPanel;
+    float* of_scores = weights + keys * kPanel;
+    for (size_t first = piece.first_query; first < piece.last_query; first += kPanel) {
+        const size_t count = piece.last_query - first < kPanel ? piece.last_query - first : kPanel;
+        turn(piece.q + first * piece.q_stride, piece.q_stride, count, H, piece.scale, q);
+        turn(piece.gradient + first * piece.q_stride, piece.q_stride, count, H, 1.0f, gradient);
+        for (size_t i = 0; i < padded; ++i)
+            for (size_t lane = 0; lane < kPanel; ++lane) {
+                const size_t to = (i / kPanel * kPanel + lane) * kPanel + i % kPanel;
+                q_rows[to] = i < H ? q[i * kPanel + lane] : 0.0f;
+                rows[to] = i < H ? gradient[i * kPanel + lane] : 0.0f;
+            }
+        float logsums[kPanel], common[kPanel];
+        for (size_t i = 0; i < kPanel; ++i) {
+            logsums[i] = i < count ? piece.logsum[(first + i) * piece.logsum_stride] : 0.0f;
+            common[i] = i < count ? piece.common[(first + i) * piece.logsum_stride] : 0.0f;
+        }
+        turned_scores(piece, q, first, weights);
+        multiply_left(piece.v + piece.first_key * piece.kv_stride, piece.kv_stride, keys, gradient, 0, 1, H, of_scores,
+                      0, false);
+        const F16 logsum = load(logsums), shift = load(common);
+        for (size_t j = 0; j < keys; ++j) {
+            const F16 weight = exp_or_zero(sub(load(weights + j * kPanel), logsum));
+            store(weights + j * kPanel, weight);
+            store(of_scores + j * kPanel, mul(weight, sub(load(of_scores + j * kPanel), shift)));
+        }
+        multiply_left(piece.turned + piece.first_key, piece.turned_stride, H, of_scores, 0, 1, keys, of_q, 0, false);
+        turn_back(of_q, count, H, piece.scale, piece.of_q + first * piece.q_stride, piece.q_stride);
+        const size_t offset = piece.first_key * kPanel;
+        multiply_left(of_scores, kPanel, keys, q_rows, kPanel * kPanel, groups, kPanel, piece.of_k + offset,
+                      piece.of_kv_group, true);
+        multiply_left(weights, kPanel, keys, rows, kPanel * kPanel, groups, kPanel, piece.of_v + offset,
+                      piece.of_kv_group, true);
     }
 }
 

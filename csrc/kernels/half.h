@@ -19,6 +19,13 @@ static inline uint32_t bits_of_float(float value) {
 
 static inline float widened_bf16(uint16_t bits) { return float_of_bits(uint32_t{bits} << 16); }
 
+// Round to nearest, ties to even.
+static inline uint16_t narrowed_bf16(float value) {
+    const uint32_t bits = bits_of_float(value);
+    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);  // rounding could carry it into infinity
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 // Half of an E8M0 scale, 2^(s - 128): kernels multiply by twice the weights. 0 and 1 give 0 and 2^-127, 255 infinity.
 static inline float half_scale(uint8_t scale) { return float_of_bits(uint32_t{scale} << 23) * 0.5f; }
 

@@ -113,6 +113,19 @@ inline void store_i8(int8_t* p, F16 x) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+inline __m256i rounded_bf16x8(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    // Rounding could carry a NaN into infinity.
+    const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, nan, is_nan), 16);
+}
+inline void store_bf16(uint16_t* p, F16 x) {
+    const __m256i halves = _mm256_packus_epi32(rounded_bf16x8(x.a), rounded_bf16x8(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xD8));
+}
 
 // Activations for q8 weights: up to so many tokens of a tile are kept as 32 magnitudes and 32 values, more as 32 values
 // of 16 bits each, where of every four inputs the middle ones have changed places.

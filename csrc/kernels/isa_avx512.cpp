@@ -75,6 +75,16 @@ inline float largest(F16 x) {
 inline void store_i8(int8_t* p, F16 x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+inline void store_bf16(uint16_t* p, F16 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    // Rounding could carry a NaN into infinity.
+    const __m512i kept =
+        _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
 constexpr int32_t kMxfp4Bias = 12, kQ8Bias = 128;
 inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
     store_i8(tile.values + at * kBlock, low);

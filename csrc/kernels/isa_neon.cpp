@@ -121,6 +121,19 @@ inline void store_i8(int8_t* p, F16 x) {
     const int16x8_t high = vqmovn_high_s32(vqmovn_s32(vcvtq_s32_f32(x.c)), vcvtq_s32_f32(x.d));
     vst1q_s8(p, vqmovn_high_s16(vqmovn_s16(low), high));
 }
+inline uint16x4_t narrowed_bf16x4(float32x4_t x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+    // Rounding could carry a NaN into infinity.
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000))), 16);
+}
+inline void store_bf16(uint16_t* p, F16 x) {
+    vst1_u16(p, narrowed_bf16x4(x.a));
+    vst1_u16(p + 4, narrowed_bf16x4(x.b));
+    vst1_u16(p + 8, narrowed_bf16x4(x.c));
+    vst1_u16(p + 12, narrowed_bf16x4(x.d));
+}
 inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
     store_i8(tile.values + at * kBlock, low);
     store_i8(tile.values + at * kBlock + 16, high);

@@ -116,6 +116,9 @@ inline void place(F16 low, F16 high, const Tile& tile, size_t at) {
     store_i8(tile.values + at * kBlock, low);
     store_i8(tile.values + at * kBlock + 16, high);
 }
+inline void store_bf16(uint16_t* p, F16 x) {
+    for (int i = 0; i < 16; ++i) p[i] = narrowed_bf16(x.lane[i]);
+}
 inline uint16_t to_f16(float x) { return narrowed_half(x); }
 inline float from_f16(uint16_t bits) { return widened_half(bits); }
 #include "kernels/common.h"

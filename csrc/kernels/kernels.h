@@ -44,9 +44,33 @@ struct AttentionPiece {
     float* scratch;  // attention_scratch(rows, H) floats
 };
 
+[[gnu::always_inline]] constexpr size_t padded_head(size_t H) { return ceil_div(H, kPanel) * kPanel; }
+
+// One piece of attention for training: one head's queries of one sequence, from `first_query` to `last_query`, over the
+// keys that one or the other of them sees. Queries and keys are counted from the sequence's start, which the pointers
+// are to; q_stride is that of q, out, gradient and of_q, kv_stride that of k and v.
+struct SelfAttentionPiece {
+    const float *q, *k, *v;
+    size_t q_stride, kv_stride, H, window;  // 0 for no window
+    float scale, sink;
+    const float* turned;  // (H, positions), `turned_stride` apart: values forward, keys backward
+    size_t turned_stride;
+    size_t first_query, last_query, first_key, last_key;
+    float* out;     // forward
+    float* logsum;  // logarithm of each softmax's sum, `logsum_stride` apart; written forward, read backward
+    size_t logsum_stride;
+    const float *gradient, *common;  // backward, as are all that follow; common: the sum of out * gradient
+    float* of_q;
+    float *of_k, *of_v;  // (H / 16, positions, 16), groups `of_kv_group` apart; added to
+    size_t of_kv_group;
+    float* scratch;  // self_attention_scratch floats
+};
+
+inline constexpr size_t kQueries = 64;  // of a piece
+constexpr size_t self_attention_scratch(size_t keys, size_t H) { return (5 * padded_head(H) + 2 * keys) * kPanel; }
+
 inline constexpr int64_t kSplit = 512;  // keys whose partial result is merged as a whole
 
-[[gnu::always_inline]] constexpr size_t padded_head(size_t H) { return ceil_div(H, kPanel) * kPanel; }
 constexpr size_t attention_scratch(size_t rows, size_t H) { return kPage * padded_head(H) + rows * kSplit; }
 
 struct Kernels {
@@ -68,6 +92,9 @@ struct Kernels {
     void (*multiply_left)(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group,
                           size_t groups, size_t K, float* c, size_t c_group, bool accumulate);
 
+    // n floats, a multiple of 16, as bfloat16.
+    void (*narrow)(const float* x, size_t n, uint16_t* out);
+
     // Quantise x (n floats, padded with zeros to whole blocks) as token t of a tile.
     void (*quantise)(const float* x, size_t n, const Tile& tile, size_t t);
     // The same for one block b; x has 32 floats.
@@ -75,14 +102,25 @@ struct Kernels {
 
     // out = weight * x / sqrt(mean x^2 + eps), D floats; out may be x.
     void (*rms_norm)(const float* x, const float* weight, float* out, size_t D, float eps);
+    // Its gradient for x; of_x may be of_out.
+    void (*rms_norm_backward)(const float* x, const float* weight, const float* of_out, float* of_x, size_t D,
+                              float eps);
     // out (16) = min(gate, limit) * sigmoid(alpha * that) * (clamp(up) + 1), gate and up with their biases added.
     void (*swiglu)(const float* gate, const float* up, const float* gate_bias, const float* up_bias, float* out,
                    float alpha, float limit);
+    // Its gradient for one row of F hidden values. sums: 16 gates, their 16 ups, and so on, biases added, padded to
+    // whole units with whatever; of_sums likewise, padded with zeros. hidden is computed again. What was clamped gets
+    // no gradient; a value at the limit does. of_sums is multiplied by `weight`; returned is the sum of hidden *
+    // of_hidden. All rows are in bfloat16 where `narrow`, else in float32.
+    float (*swiglu_backward)(const void* of_hidden, const void* sums, size_t F, float weight, float alpha, float limit,
+                             void* of_sums, void* hidden, bool narrow);
     // One head: rotate the pairs (i, i + H/2).
     void (*rope)(const float* x, const float* cos, const float* sin, float* out, size_t H);
     // Store one head of one position, row `row` of the page's head that begins at element `at`.
     void (*kv_store)(const float* x, const KvPages& kv, bool is_value, size_t at, size_t row);
     void (*attend)(const AttentionPiece& piece, const KvPages& kv);
+    void (*self_attend)(const SelfAttentionPiece& piece);
+    void (*self_attend_backward)(const SelfAttentionPiece& piece);
     // exp(x[i] - peak), for merging.
     float (*exp1)(float x);
     // out[i] = exp((x[i] - peak) * factor), 0 below e^-87; out has room for n rounded up to 16, and gets zeros there.

@@ -120,6 +120,16 @@ void Engine::rms_norm(const float* x, const float* weight, float* out, size_t T,
     });
 }
 
+void Engine::rms_norm_backward(const float* x, const float* weight, const float* of_out, float* of_x, size_t T,
+                               size_t D, float eps) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    pool_.split(T, 8, [&](size_t first, size_t last, unsigned) {
+        for (size_t t = first; t < last; ++t)
+            k.rms_norm_backward(x + t * D, weight, of_out + t * D, of_x + t * D, D, eps);
+    });
+}
+
 void Engine::linear(const Matrix& w, const LinearArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
@@ -184,6 +194,14 @@ constexpr size_t kDepthPanels = 8;   // whose rows are widened at once; with the
 constexpr size_t kTurnTokens = 512;  // these two bound the workspace: so many gradients,
 constexpr size_t kTurnPanels = 512;  // of so many panels' rows, are turned at once
 
+// Of a panel: how far apart columns' weights lie, and blocks' scales.
+size_t column_bytes(const Matrix& w) {
+    return w.panel_bytes() / std::max<size_t>(1, w.quantised() ? w.blocks() * kBlock : w.C);
+}
+size_t block_scale_bytes(const Matrix& w) {
+    return w.quantised() ? w.panel_scale_bytes() / std::max<size_t>(1, w.blocks()) : 0;
+}
+
 }  // namespace
 
 void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
@@ -201,11 +219,6 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
     float* turned = workspace_.take<float>(most_groups * most_panels * kPanel * kPanel);  // (groups, rows, 16 tokens)
     float* all_sums = workspace_.take<float>(threads() * sums_floats);
     float* all_weights = workspace_.take<float>(threads() * kStrip * depth);
-
-    // Of strip and panel: where the first column's weights and scales lie.
-    const size_t padded_columns = std::max<size_t>(1, w.quantised() ? w.blocks() * kBlock : w.C);
-    const size_t column_bytes = w.panel_bytes() / padded_columns;
-    const size_t block_scales = w.quantised() ? w.panel_scale_bytes() / std::max<size_t>(1, w.blocks()) : 0;
 
     for (size_t first_token = 0; first_token < args.T; first_token += kTurnTokens) {
         const size_t tokens = std::min(kTurnTokens, args.T - first_token), groups = ceil_div(tokens, kPanel);
@@ -239,9 +252,9 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
                         const size_t count = std::min(kDepthPanels, panels - panel);
                         for (size_t p = 0; p < count; ++p) {
                             const size_t at = first_panel + panel + p;
-                            k.widen(w.form, w.panel_data(at) + column * column_bytes,
-                                    w.panel_scales(at) + column / kBlock * block_scales, columns, weights + p * kPanel,
-                                    depth);
+                            k.widen(w.form, w.panel_data(at) + column * column_bytes(w),
+                                    w.panel_scales(at) + column / kBlock * block_scale_bytes(w), columns,
+                                    weights + p * kPanel, depth);
                         }
                         k.multiply_left(weights, depth, columns, turned + panel * kPanel * kPanel, group_floats, groups,
                                         count * kPanel, sums, kStrip * kPanel, first_panel + panel > 0);
@@ -253,6 +266,38 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
             });
         }
     }
+}
+
+void Engine::widen(const Matrix& w, bool narrow, void* out) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t row = w.panels * kPanel;
+    pool_.split(ceil_div(w.C, kStrip), 1, [&](size_t first, size_t last, unsigned) {
+        alignas(64) float wide[kStrip * kPanel];
+        for (size_t strip = first; strip < last; ++strip) {
+            const size_t column = strip * kStrip, columns = std::min(kStrip, w.C - column);
+            for (size_t panel = 0; panel < w.panels; ++panel) {
+                const uint8_t* data = w.panel_data(panel) + column * column_bytes(w);
+                const uint8_t* scales = w.panel_scales(panel) + column / kBlock * block_scale_bytes(w);
+                // A quantised panel fills whole blocks, which may be more than the matrix has columns.
+                if (narrow || columns % kBlock) {
+                    k.widen(w.form, data, scales, columns, wide, kPanel);
+                } else {
+                    k.widen(w.form, data, scales, columns, static_cast<float*>(out) + column * row + panel * kPanel,
+                            row);
+                    continue;
+                }
+                for (size_t c = 0; c < columns; ++c) {
+                    const size_t to = (column + c) * row + panel * kPanel;
+                    if (narrow) {
+                        k.narrow(wide + c * kPanel, kPanel, static_cast<uint16_t*>(out) + to);
+                    } else {
+                        std::memcpy(static_cast<float*>(out) + to, wide + c * kPanel, kPanel * sizeof(float));
+                    }
+                }
+            }
+        }
+    });
 }
 
 void Engine::rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
@@ -464,6 +509,127 @@ void Engine::attention(const KvPages& kv, const Sequences& sequences, const Atte
             merge(total, totals + next * partial, items[i].count * group);
         finish(items[i], total);
     }
+}
+
+namespace {
+
+size_t longest_of(const SelfAttentionArgs& args) {
+    int64_t longest = 0;
+    for (size_t b = 0; b < args.count; ++b) longest = std::max(longest, args.starts[b + 1] - args.starts[b]);
+    return static_cast<size_t>(longest);
+}
+
+// (T, K, H) to (K, H, T).
+void turn_heads(ThreadPool& pool, const float* x, size_t T, size_t K, size_t H, float* out) {
+    pool.split(T, 64, [&](size_t first, size_t last, unsigned) {
+        for (size_t at = 0; at < K * H; ++at)
+            for (size_t t = first; t < last; ++t) out[at * T + t] = x[t * K * H + at];
+    });
+}
+
+// A head's part of a sequence.
+SelfAttentionPiece piece_of(const SelfAttentionArgs& args, size_t b, size_t head) {
+    const size_t kv_head = head / (args.N / args.K), H = args.H, token = static_cast<size_t>(args.starts[b]);
+    const size_t q = (token * args.N + head) * H, kv = (token * args.K + kv_head) * H;
+    SelfAttentionPiece piece{};
+    piece.q = args.q + q, piece.k = args.k + kv, piece.v = args.v + kv;
+    piece.q_stride = args.N * H, piece.kv_stride = args.K * H, piece.H = H, piece.window = args.window;
+    piece.scale = args.scale, piece.sink = args.sinks[head];
+    piece.logsum = args.logsum + token * args.N + head, piece.logsum_stride = args.N;
+    if (args.gradient) {
+        piece.gradient = args.gradient + q, piece.of_q = args.of_q + q;
+        piece.common = args.common + token * args.N + head;
+    } else {
+        piece.out = args.out + q;
+    }
+    return piece;
+}
+
+void choose_queries(SelfAttentionPiece& piece, size_t first, size_t last) {
+    piece.first_query = first, piece.last_query = last, piece.last_key = last;
+    piece.first_key = piece.window && first + 1 > piece.window ? first + 1 - piece.window : 0;
+}
+
+}  // namespace
+
+void Engine::self_attention(const SelfAttentionArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    struct Item {
+        size_t sequence, head, first, last;
+    };
+    std::vector<Item> items;
+    for (size_t b = 0; b < args.count; ++b) {
+        const auto count = static_cast<size_t>(args.starts[b + 1] - args.starts[b]);
+        for (size_t head = 0; head < args.N; ++head)
+            for (size_t first = 0; first < count; first += kQueries)
+                items.push_back({b, head, first, std::min(count, first + kQueries)});
+    }
+    if (items.empty()) return;
+    const auto T = static_cast<size_t>(args.starts[args.count]);
+    const size_t scratch = self_attention_scratch(longest_of(args), args.H);
+    workspace_.reset(Workspace::size_of<float>(T * args.K * args.H) + threads() * Workspace::size_of<float>(scratch));
+    float* turned = workspace_.take<float>(T * args.K * args.H);
+    float* all_scratch = workspace_.take<float>(threads() * scratch);
+    turn_heads(pool_, args.v, T, args.K, args.H, turned);
+    pool_.split(items.size(), 1, [&](size_t begin, size_t end, unsigned thread) {
+        for (size_t i = begin; i < end; ++i) {
+            const Item& item = items[i];
+            SelfAttentionPiece piece = piece_of(args, item.sequence, item.head);
+            choose_queries(piece, item.first, item.last);
+            piece.turned = turned + item.head / (args.N / args.K) * args.H * T + args.starts[item.sequence];
+            piece.turned_stride = T;
+            piece.scratch = all_scratch + thread * scratch;
+            k.self_attend(piece);
+        }
+    });
+}
+
+void Engine::self_attention_backward(const SelfAttentionArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t longest = longest_of(args), N = args.N, K = args.K, H = args.H, padded = padded_head(H);
+    if (longest == 0) return;
+    const auto T = static_cast<size_t>(args.starts[args.count]);
+    const size_t scratch = self_attention_scratch(longest, H), sums = longest * padded;
+    workspace_.reset(Workspace::size_of<float>(T * K * H) + Workspace::size_of<float>(threads() * scratch) +
+                     Workspace::size_of<float>(threads() * 2 * sums));
+    float* turned = workspace_.take<float>(T * K * H);
+    float* all_scratch = workspace_.take<float>(threads() * scratch);
+    float* all_sums = workspace_.take<float>(threads() * 2 * sums);
+    turn_heads(pool_, args.k, T, K, H, turned);
+    pool_.split(T * N, 64, [&](size_t first, size_t last, unsigned) {
+        for (size_t i = first; i < last; ++i) {
+            float sum = 0.0f;
+            for (size_t h = 0; h < H; ++h) sum += args.out[i * H + h] * args.gradient[i * H + h];
+            args.common[i] = sum;
+        }
+    });
+    pool_.split(args.count * K, 1, [&](size_t begin, size_t end, unsigned thread) {
+        float* of_k = all_sums + thread * 2 * sums;
+        float* of_v = of_k + sums;
+        for (size_t i = begin; i < end; ++i) {
+            const size_t b = i / K, kv_head = i % K, token = static_cast<size_t>(args.starts[b]);
+            const size_t count = static_cast<size_t>(args.starts[b + 1]) - token;
+            std::fill(of_k, of_k + 2 * sums, 0.0f);
+            for (size_t head = kv_head * (N / K); head < (kv_head + 1) * (N / K); ++head) {
+                SelfAttentionPiece piece = piece_of(args, b, head);
+                piece.turned = turned + kv_head * H * T + token, piece.turned_stride = T;
+                piece.of_k = of_k, piece.of_v = of_v, piece.of_kv_group = longest * kPanel;
+                piece.scratch = all_scratch + thread * scratch;
+                for (size_t first = 0; first < count; first += kQueries) {
+                    choose_queries(piece, first, std::min(count, first + kQueries));
+                    k.self_attend_backward(piece);
+                }
+            }
+            for (size_t t = 0; t < count; ++t)
+                for (size_t h = 0; h < H; ++h) {
+                    const size_t from = (h / kPanel * longest + t) * kPanel + h % kPanel;
+                    args.of_k[((token + t) * K + kv_head) * H + h] = of_k[from];
+                    args.of_v[((token + t) * K + kv_head) * H + h] = of_v[from];
+                }
+        }
+    });
 }
 
 void Engine::route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts) {
@@ -762,6 +928,271 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
                 }
             }
         }
+    });
+}
+
+namespace {
+
+// Which tokens visit which expert: visits sorted by expert, and within one by token. A caller may name an expert twice
+// for a token; `route` never does.
+struct Visits {
+    struct Visit {
+        size_t token, slot;
+    };
+    struct ExpertTile {
+        size_t expert, first, m;
+    };
+    std::vector<size_t> used;  // experts that somebody visits, in order
+    std::vector<Visit> sorted;
+    std::vector<ExpertTile> tiles;
+    std::vector<size_t> first_tile, tile_of;  // of each used expert, and of each visit
+
+    Visits(const int64_t* experts, size_t T, size_t A, size_t E) : sorted(T * A), tile_of(T * A) {
+        std::vector<size_t> starts(E + 1, 0);
+        for (size_t i = 0; i < T * A; ++i)
+            if (static_cast<uint64_t>(experts[i]) >= E)
+                throw std::out_of_range("[moe] an expert's number is not below the number of experts");
+        for (size_t i = 0; i < T * A; ++i) ++starts[static_cast<size_t>(experts[i]) + 1];
+        for (size_t e = 0; e < E; ++e) {
+            if (starts[e + 1]) used.push_back(e);
+            starts[e + 1] += starts[e];
+        }
+        std::vector<size_t> next(starts.begin(), starts.end() - 1);
+        for (size_t i = 0; i < T * A; ++i) sorted[next[static_cast<size_t>(experts[i])]++] = {i / A, i % A};
+        first_tile.assign(used.size() + 1, 0);
+        for (size_t u = 0; u < used.size(); ++u) {
+            const size_t e = used[u], count = starts[e + 1] - starts[e];
+            for (size_t i = 0; i < tile_count(count); ++i) {
+                const TileRange range = tile_range(count, i);
+                for (size_t j = 0; j < range.m; ++j) tile_of[starts[e] + range.first + j] = tiles.size();
+                tiles.push_back({e, starts[e] + range.first, range.m});
+            }
+            first_tile[u + 1] = tiles.size();
+        }
+    }
+};
+
+// What the experts' first product reads: of each visit its token's row, quantised or plain; or one row for all of them.
+struct ExpertInputs {
+    Quantised quantised;
+    float* rows = nullptr;
+    const float* shared = nullptr;
+    size_t row_floats = 0;
+    bool is_shared = false;
+
+    static size_t floats(const Matrix& w) { return w.quantised() ? 0 : ceil_div(w.C, kPanel) * kPanel; }
+    static size_t bytes(const Kernels& k, const Matrix& w, size_t inputs, size_t visits, size_t normed) {
+        return (w.quantised() ? Quantised::bytes(k, w, inputs) : 0) + Workspace::size_of<float>(visits * floats(w)) +
+               Workspace::size_of<float>(normed * w.C);
+    }
+
+    // `norm` may be null. The workspace has room for `bytes`.
+    void take(Workspace& workspace, ThreadPool& pool, const Kernels& k, const Matrix& w, const Visits& visits,
+              const float* x, size_t T, const float* norm, float eps) {
+        const size_t D = w.C, count = visits.sorted.size();
+        is_shared = T == 1 && visits.used.size() == count;
+        row_floats = floats(w);
+        if (w.quantised()) quantised.take(workspace, k, w, is_shared ? 1 : count);
+        rows = workspace.take<float>(count * row_floats);
+        if (norm) {
+            float* normed = workspace.take<float>(T * D);
+            pool.split(T, 8, [&](size_t first, size_t last, unsigned) {
+                for (size_t t = first; t < last; ++t) k.rms_norm(x + t * D, norm, normed + t * D, D, eps);
+            });
+            x = normed;
+        }
+        shared = x;
+        if (is_shared) {
+            if (quantised.values) k.quantise(x, D, quantised.tile(0, 1), 0);
+            return;
+        }
+        pool.split(count, 16, [&](size_t first, size_t last, unsigned) {
+            for (size_t i = first; i < last; ++i) {
+                const Visits::ExpertTile& tile = visits.tiles[visits.tile_of[i]];
+                const float* row = x + visits.sorted[i].token * D;
+                if (quantised.values) {
+                    k.quantise(row, D, quantised.tile(tile.first, tile.m), i - tile.first);
+                } else {
+                    std::memcpy(rows + i * row_floats, row, D * sizeof(float));
+                }
+            }
+        });
+    }
+
+    Tile tile(const Visits::ExpertTile& at) const {
+        if (quantised.values) return is_shared ? quantised.tile(0, 1) : quantised.tile(at.first, at.m);
+        Tile plain;
+        plain.m = at.m;
+        plain.rows = is_shared ? shared : rows + at.first * row_floats;
+        plain.stride = row_floats;
+        return plain;
+    }
+};
+
+// What adapters add to the sums of some panels of an expert's matrix.
+void add_lora(const Kernels& k, const LoraArgs& lora, size_t all_panels, const Visits::ExpertTile& at, size_t first,
+              size_t count, PanelSums& sums) {
+    if (!lora.rows) return;
+    alignas(64) PanelSums more;
+    Tile tile;
+    tile.m = at.m;
+    tile.rows = lora.rows + at.first * lora.R;
+    tile.stride = lora.R;
+    const float* b = lora.b + (at.expert * all_panels + first) * lora.R * kPanel;
+    k.dot_f32(reinterpret_cast<const uint8_t*>(b), lora.R, count, tile, more[0]);
+    for (size_t p = 0; p < count; ++p)
+        for (size_t i = 0; i < at.m * kPanel; ++i) sums[p][i] += more[p][i];
+}
+
+// The experts' first product and its activation, as blocks of 32 hidden values: `keep(tile, t, unit, values)` of each.
+// `before(tile, t, unit, sums, biases)` sees what the activation is made from, panels of gates and ups in turn.
+template <class Before, class Keep>
+void gate_and_up(ThreadPool& pool, const Kernels& k, const Matrix& gate_up, const Visits& visits,
+                 const ExpertInputs& inputs, const float* all_biases, const LoraArgs& lora, float alpha, float limit,
+                 const Before& before, const Keep& keep) {
+    const size_t F = gate_up.R / 2, units = ceil_div(F, kBlock);
+    pool.split(visits.used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
+        alignas(64) PanelSums acc;
+        alignas(64) float biases[kUnitPanels][kPanel];
+        alignas(64) float values[kBlock];
+        for (size_t item = begin; item < end; ++item) {
+            const size_t u = item / units, unit = item % units, e = visits.used[u];
+            const Matrix w = gate_up.of_stack(e);
+            const float* bias = all_biases + e * 2 * F;
+            for (size_t i = 0; i < kBlock; ++i) {  // gate, up, gate, up: as the panels come
+                const size_t f = unit * kBlock + i, panel = i / kPanel * 2, lane = i % kPanel;
+                biases[panel][lane] = f < F ? bias[2 * f] : 0.0f;
+                biases[panel + 1][lane] = f < F ? bias[2 * f + 1] : 0.0f;
+            }
+            for (size_t n = visits.first_tile[u]; n < visits.first_tile[u + 1]; ++n) {
+                const Visits::ExpertTile& at = visits.tiles[n];
+                dot_panels(k, w, unit * kUnitPanels, kUnitPanels, inputs.tile(at), acc);
+                add_lora(k, lora, w.panels, at, unit * kUnitPanels, kUnitPanels, acc);
+                for (size_t t = 0; t < at.m; ++t) {
+                    before(at, t, unit, acc, biases);
+                    for (size_t p = 0; p < kUnitPanels; p += 2)
+                        k.swiglu(acc[p] + t * kPanel, acc[p + 1] + t * kPanel, biases[p], biases[p + 1],
+                                 values + p / 2 * kPanel, alpha, limit);
+                    for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
+                    keep(at, t, unit, values);
+                }
+            }
+        }
+    });
+}
+
+// The experts' second product, weighted and summed up by token. `hidden(tile)` is its input.
+template <class Hidden>
+void mix(ThreadPool& pool, const Kernels& k, const Matrix& down, const Visits& visits, size_t T, size_t A,
+         const float* weights, const float* all_biases, const float* residual, const LoraArgs& lora, float* all_out,
+         const Hidden& hidden) {
+    const size_t D = down.R;
+    pool.split(down.panels, kPanelsAtOnce, [&](size_t begin, size_t end, unsigned) {
+        alignas(64) PanelSums sums;
+        for (size_t panel = begin; panel < end; panel += kPanelsAtOnce) {
+            const size_t count = std::min(kPanelsAtOnce, end - panel);
+            const size_t row = panel * kPanel, num_rows = std::min(count * kPanel, D - row);
+            for (size_t t = 0; t < T; ++t)
+                for (size_t r = 0; r < num_rows; ++r)
+                    all_out[t * D + row + r] = residual ? residual[t * D + row + r] : 0.0f;
+            for (const Visits::ExpertTile& at :
+                 visits.tiles) {  // by expert, so that every token sums in the same order
+                dot_panels(k, down.of_stack(at.expert), panel, count, hidden(at), sums);
+                add_lora(k, lora, down.panels, at, panel, count, sums);
+                const float* bias = all_biases + at.expert * D + row;
+                for (size_t t = 0; t < at.m; ++t) {
+                    const Visits::Visit visit = visits.sorted[at.first + t];
+                    const float weight = weights[visit.token * A + visit.slot];
+                    float* out = all_out + visit.token * D + row;
+                    for (size_t r = 0; r < num_rows; ++r)
+                        out[r] += weight * (sums[r / kPanel][t * kPanel + r % kPanel] + bias[r]);
+                }
+            }
+        }
+    });
+}
+
+constexpr auto kNothingBefore = [](const Visits::ExpertTile&, size_t, size_t, const PanelSums&, const auto&) {};
+
+Tile plain_tile(const float* rows, size_t stride, const Visits::ExpertTile& at) {
+    Tile tile;
+    tile.m = at.m;
+    tile.rows = rows + at.first * stride;
+    tile.stride = stride;
+    return tile;
+}
+
+}  // namespace
+
+void Engine::moe_hidden(const Matrix& gate_up, const MoeHiddenArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, count = T * args.A, F = gate_up.R / 2;
+    if (T == 0) return;
+    const Visits visits(args.experts, T, args.A, args.E);
+    workspace_.reset(ExpertInputs::bytes(k, gate_up, count, count, 0));
+    ExpertInputs inputs;
+    inputs.take(workspace_, pool_, k, gate_up, visits, args.x, T, nullptr, 0.0f);
+
+    constexpr size_t unit_floats = kUnitPanels * kPanel;
+    const size_t width = ceil_div(F, kBlock) * unit_floats;
+    const auto before = [&](const Visits::ExpertTile& at, size_t t, size_t unit, const PanelSums& sums,
+                            const float (&biases)[kUnitPanels][kPanel]) {
+        if (!args.sums) return;
+        alignas(64) float values[unit_floats];
+        for (size_t p = 0; p < kUnitPanels; ++p)
+            for (size_t r = 0; r < kPanel; ++r) values[p * kPanel + r] = sums[p][t * kPanel + r] + biases[p][r];
+        const size_t to = (at.first + t) * width + unit * unit_floats;
+        if (args.narrow) {
+            k.narrow(values, unit_floats, static_cast<uint16_t*>(args.sums) + to);
+        } else {
+            std::memcpy(static_cast<float*>(args.sums) + to, values, sizeof values);
+        }
+    };
+    const auto keep = [&](const Visits::ExpertTile& at, size_t t, size_t unit, const float* values) {
+        const size_t first = unit * kBlock;
+        std::memcpy(args.hidden + (at.first + t) * F + first, values, std::min(kBlock, F - first) * sizeof(float));
+    };
+    gate_and_up(pool_, k, gate_up, visits, inputs, args.bias, args.lora, args.alpha, args.limit, before, keep);
+}
+
+void Engine::moe_mix(const Matrix& down, const MoeMixArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, count = T * args.A, F = down.C;
+    if (T == 0) return;
+    const Visits visits(args.experts, T, args.A, args.E);
+    workspace_.reset(down.quantised() ? Quantised::bytes(k, down, count) : 0);
+    Quantised hidden;
+    if (down.quantised()) {
+        hidden.take(workspace_, k, down, count);
+        pool_.split(count, 16, [&](size_t first, size_t last, unsigned) {
+            for (size_t i = first; i < last; ++i) {
+                const Visits::ExpertTile& at = visits.tiles[visits.tile_of[i]];
+                k.quantise(args.hidden + i * F, F, hidden.tile(at.first, at.m), i - at.first);
+            }
+        });
+    }
+    mix(pool_, k, down, visits, T, args.A, args.weights, args.bias, args.residual, args.lora, args.out,
+        [&](const Visits::ExpertTile& at) {
+            return hidden.values ? hidden.tile(at.first, at.m) : plain_tile(args.hidden, F, at);
+        });
+}
+
+void Engine::swiglu_backward(const SwigluBackwardArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t number = args.narrow ? sizeof(uint16_t) : sizeof(float), F = args.F;
+    const size_t row = F * number, wide_row = ceil_div(F, kBlock) * 2 * kBlock * number;
+    const auto* of_hidden = static_cast<const uint8_t*>(args.of_hidden);
+    const auto* sums = static_cast<const uint8_t*>(args.sums);
+    auto* of_sums = static_cast<uint8_t*>(args.of_sums);
+    auto* hidden = static_cast<uint8_t*>(args.hidden);
+    pool_.split(args.count, 8, [&](size_t first, size_t last, unsigned) {
+        for (size_t i = first; i < last; ++i)
+            args.of_weights[i] =
+                k.swiglu_backward(of_hidden + i * row, sums + i * wide_row, F, args.weights[i], args.alpha, args.limit,
+                                  of_sums + i * wide_row, hidden + i * row, args.narrow);
     });
 }
 

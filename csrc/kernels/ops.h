@@ -103,6 +103,54 @@ struct MoeArgs {
     const int64_t* rows = nullptr;  // (T), below num_loras: each token's in `loras`, none where negative
 };
 
+// What adapters add to the experts' products: rows * b, where visits are sorted by expert and then by token.
+struct LoraArgs {
+    const float* rows =
+        nullptr;               // (visits, R), what their first factors make of the input, scaled; null for no adapter
+    const float* b = nullptr;  // (E, panels, R, 16), their second factors, packed as the matrix is
+    size_t R = 0;
+};
+
+// The first half of moe, for those who want to add to it, or to come back: `hidden` is what the activation leaves.
+struct MoeHiddenArgs {
+    const float* x;  // (T, D), normed
+    size_t T, A;
+    const int64_t* experts;  // (T, A)
+    size_t E;
+    const float* bias;  // (E, 2F), gate and up in turn
+    LoraArgs lora;
+    float alpha, limit;
+    float* hidden;  // (T * A, F), visits sorted
+    void* sums;     // (T * A, 16 * panels) or null: what the activation is made from, panels of gates and ups in turn
+    bool narrow;    // sums in bfloat16, else in float32
+};
+
+// And the second half.
+struct MoeMixArgs {
+    const float* hidden;  // (T * A, F)
+    size_t T, A;
+    const float* weights;    // (T, A)
+    const int64_t* experts;  // (T, A)
+    size_t E;
+    const float* bias;  // (E, D)
+    LoraArgs lora;
+    const float* residual;  // (T, D) or null
+    float* out;             // (T, D), not the residual
+};
+
+// The activation's gradient. All but the weights are in bfloat16 where `narrow`, else in float32.
+struct SwigluBackwardArgs {
+    size_t count, F;
+    const void* of_hidden;  // (count, F), before the weights
+    const void* sums;       // (count, 64 for each 32 hidden values), as moe_hidden leaves them
+    const float* weights;   // (count)
+    float alpha, limit;
+    void* of_sums;      // as sums
+    void* hidden;       // (count, F), computed again
+    float* of_weights;  // (count): the sum of hidden * of_hidden
+    bool narrow;
+};
+
 // cos and sin (T, H / 2) of each token's position, for who turns its heads along the way; null for heads as they are.
 struct Rotation {
     const float* cos = nullptr;
@@ -133,6 +181,23 @@ struct AttentionArgs {
     Rotation rotation = {};
 };
 
+// Attention of `count` sequences without a cache, one after the other: sequence b has tokens starts[b] … starts[b+1]
+// - 1. q, out, gradient, of_q are (T, N, H), k, v, of_k, of_v (T, K, H), all contiguous.
+struct SelfAttentionArgs {
+    const float *q, *k, *v;
+    size_t N, K, H, count;
+    const int64_t* starts;
+    const float* sinks;  // (N)
+    float scale;
+    size_t window;  // 0 for all
+    float* out;     // written forward, read backward
+    float* logsum;  // (T, N): the same
+    // Backward alone:
+    const float* gradient;
+    float *of_q, *of_k, *of_v;
+    float* common;  // (T, N): the sum of out * gradient
+};
+
 // The thread pool with its workspace.
 class Engine {
   public:
@@ -142,9 +207,14 @@ class Engine {
     size_t workspace_bytes() const { return workspace_.capacity(); }
 
     void rms_norm(const float* x, const float* weight, float* out, size_t T, size_t D, float eps);
+    void rms_norm_backward(const float* x, const float* weight, const float* of_out, float* of_x, size_t T, size_t D,
+                           float eps);
     void linear(const Matrix& w, const LinearArgs& args);
     // gradient * w, in float32 throughout. A few rows of w at a time are widened, by each thread for itself.
     void linear_backward(const Matrix& w, const LinearBackwardArgs& args);
+    // The values that a matrix stands for, turned round: out (C, 16 * panels), rows as they lie, in bfloat16 where
+    // `narrow`, else in float32.
+    void widen(const Matrix& w, bool narrow, void* out);
     void rope(const float* x, size_t stride, const float* cos, const float* sin, float* out, size_t T, size_t N,
               size_t H);
     // Write the batch's tokens, the keys turned. k and v are (T, K, H) with rows `k_stride` and `v_stride` apart. This
@@ -152,12 +222,17 @@ class Engine {
     void kv_write(const KvPages& kv, const Sequences& sequences, const float* k, size_t k_stride, const float* v,
                   size_t v_stride, Rotation rotation = {});
     void attention(const KvPages& kv, const Sequences& sequences, const AttentionArgs& args);
+    void self_attention(const SelfAttentionArgs& args);
+    void self_attention_backward(const SelfAttentionArgs& args);
     void route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts);
     // Tokens that no part is for are left as they are.
     void add_lora(const AddLoraArgs& args);
     // gate_up and down are the first of E packed matrices each; gate_up is paired. Tokens without an adapter get the
     // same numbers whether or not others have one.
     void moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args);
+    void moe_hidden(const Matrix& gate_up, const MoeHiddenArgs& args);
+    void moe_mix(const Matrix& down, const MoeMixArgs& args);
+    void swiglu_backward(const SwigluBackwardArgs& args);
     size_t argmax(const float* logits, size_t V);
     // Draw a token: keep the top_k largest (0: all), of these the likeliest that reach top_p, of these what has at
     // least min_p of the largest's probability; then take the one where the cumulated probability, in order of ids,

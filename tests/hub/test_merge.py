@@ -229,13 +229,13 @@ def test_failures_leave_nothing(
         with pytest.raises(DiskSpaceError, match="merged needs"):
             merge(packed_model, adapter, tmp_path / "merged")
     with monkeypatch.context() as full:
-        full.setattr(mxfp4, "round_by_chance", no_room)
+        full.setattr(mxfp4, "pack_dithered", no_room)
         with pytest.raises(DiskSpaceError, match="the disk is full"):
             merge(packed_model, adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "wider"]
 
 
-def no_room(*_: object) -> None:
+def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "no room")
 
 

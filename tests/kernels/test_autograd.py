@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freehold.kernels import backends, ops, reference
+from freehold.kernels.lora import ExpertLora, Lora
 from freehold.kernels.ops import Norm, Routing
 from freehold.weights import mxfp4
 from freehold.weights.mxfp4 import Mxfp4Tensor
@@ -96,6 +97,53 @@ def differences(function: Callable[..., Tensor], inputs: list[Tensor], which: in
         values[i] = before
         found.view(-1)[i] = (sides[0] - sides[1]) / (2 * step)
     return found
+
+
+# --- what surrounds products ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.skipif(not SETS, reason="the native kernels are not built")
+def test_a_widened_matrix_is_what_it_stands_for(form: Form) -> None:
+    for name in SETS:
+        assert _native.use_instruction_set(name)
+        for R, C in ((1, 32), (17, 96), (70, 160), (150, 64 if form == "mxfp4" else 67)):
+            weight, plain = packed_and_plain(form, R, C)
+            for dtype in (torch.float32, torch.bfloat16):
+                out_CR = torch.full((C, len(weight.data) * 16), torch.nan, dtype=dtype)
+                native.widen(weight, out_CR)
+                assert torch.equal(out_CR.T[:R], plain.to(dtype)), (name, R, C, dtype)
+                assert not out_CR.T[R:].any()
+
+
+def test_norms_and_rotations_have_the_gradients_of_the_reference(kernels: str) -> None:
+    for T, D in ((1, 7), (5, 64), (19, 100)):
+        x, weight = draw(T, D).requires_grad_(), draw(D, seed=4).requires_grad_()
+        found = gradients(ops.rms_norm(x, weight, eps=EPS), [x, weight])
+        expected = gradients(reference.rms_norm(x, weight, EPS), [x, weight])
+        assert max(map(error, found, expected)) < EXACT
+        angles = draw(T, D // 2, seed=5)
+        heads = draw(T, 3, D // 2 * 2).requires_grad_()
+        (turned,) = gradients(ops.rope(heads, angles.cos(), angles.sin()), [heads])
+        (plainly,) = gradients(reference.rope(heads, angles.cos(), angles.sin()), [heads])
+        assert error(turned, plainly) < EXACT
+
+
+@pytest.mark.parametrize(("counts", "window"), [((1,), None), ((70, 1, 33), None), ((70, 0, 200), 20), ((40, 17), 16)])
+@pytest.mark.parametrize("H", [6, 64])
+def test_attention_has_the_gradients_of_the_reference(
+    counts: tuple[int, ...], window: int | None, H: int, kernels: str
+) -> None:
+    T, N, K = sum(counts), 6, 2
+    inputs = [draw(T, N, H).requires_grad_(), *(draw(T, K, H, seed=i).requires_grad_() for i in (1, 2))]
+    inputs.append(draw(N, seed=3).requires_grad_())
+    q, k, v, sinks = inputs
+    ours = ops.self_attention(q, k, v, counts, sinks, scale=0.6, window=window)
+    with backends.reference_only():
+        theirs = ops.self_attention(q, k, v, counts, sinks, scale=0.6, window=window)
+    assert error(ours.detach(), theirs.detach()) < 3e-6
+    for name, one, other in zip("qkvs", gradients(ours, inputs), gradients(theirs, inputs), strict=True):
+        assert error(one, other) < 3e-6, name
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -190,7 +238,9 @@ def mixture(forms: tuple[Form, Form], T: int, E: int, A: int, D: int, F: int) ->
     return gate_up, down, choice, inputs
 
 
-def mixed(op: Any, inputs: list[Tensor], choice: Tensor, gate_up: Any, down: Any, limit: float = LIMIT) -> Tensor:
+def mixed(
+    op: Any, inputs: list[Tensor], choice: Tensor, gate_up: Any, down: Any, limit: float = LIMIT, **more: Any
+) -> Tensor:
     x, weights, gate_up_bias, down_bias, norm, residual = inputs
     out: Tensor = op(
         x,
@@ -203,6 +253,7 @@ def mixed(op: Any, inputs: list[Tensor], choice: Tensor, gate_up: Any, down: Any
         limit=limit,
         norm=Norm(norm, EPS),
         residual_TD=residual,
+        **more,
     )
     return out
 
@@ -249,6 +300,45 @@ def test_moe_against_float64_differences(form: Form, kernels: str) -> None:
         assert error(one, differences(twin, inputs, which)) < 1e-5, which
 
 
+def adapters(T: int, E: int, D: int, F: int) -> list[ExpertLora]:
+    """One for all tokens' gate_up and down, one for some tokens' down alone."""
+
+    def lora(outputs: int, inputs: int, rank: int, seed: int) -> Lora:
+        a, b = draw(E, rank, inputs, seed=seed) * 0.2, draw(E, outputs, rank, seed=seed + 1) * 0.2
+        return Lora(a.requires_grad_(), b.requires_grad_(), 0.7)
+
+    some = torch.arange(T) % 3 == 1
+    return [
+        ExpertLora(lora(2 * F, D, 3, 20), lora(D, F, 2, 22)),
+        ExpertLora(None, lora(D, F, 5, 24), some),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("form", "dense"), [("f32", False), ("f32", True), ("mxfp4", True)])
+def test_adapters_have_the_gradients_of_the_reference(
+    form: Form, dense: bool, dtype: torch.dtype, kernels: str
+) -> None:
+    T, E, A, D, F = 37, 4, 4 if dense else 2, 96, 64 if form == "mxfp4" else 43
+    gate_up, down, choice, tensors = mixture((form, form), T, E, A, D, F)
+    if dense:
+        choice = torch.arange(E).expand(T, E)
+    sides = []
+    for weights in (0, 1):
+        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+        loras = adapters(T, E, D, F)
+        with backends.gradients_in(dtype if weights == 0 else torch.float32):
+            out = mixed(ops.moe, inputs, choice, gate_up[weights], down[weights], 100.0, loras=loras)
+        factors = [factor for lora in loras for pair in (lora.gate_up, lora.down) if pair for factor in pair[:2]]
+        sides.append((out.detach(), gradients(out, [*inputs, *factors])))
+    (ours, found), (theirs, expected) = sides
+    rounded = ROUNDED["f32"] if kernels == "reference" else ROUNDED[form]
+    narrow = 1e-2 if dtype == torch.bfloat16 and kernels != "reference" else 0.0
+    assert error(ours, theirs) < rounded
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert error(one, other) < max(rounded, narrow), number
+
+
 class LargestResult(TorchDispatchMode):
     """How many numbers the largest float32 tensor has that torch makes anew."""
 
@@ -276,6 +366,17 @@ def test_no_matrix_is_ever_widened_as_a_whole(form: Form, kernels: str) -> None:
     with LargestResult() as seen:  # type: ignore[no-untyped-call]
         gradients(mixed(ops.moe, inputs, choice, gate_up[0], down[0]), inputs)
     assert 0 < seen.largest <= 2 * 288 * 256 // 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_linear_layers_gradient_in_bfloat16_is_near(form: Form, kernels: str) -> None:
+    weight, plain = packed_and_plain(form, 150, 96)
+    x, gradient = draw(33, 96).requires_grad_(), draw(33, 150, seed=2)
+    with backends.gradients_in(torch.bfloat16):
+        out = ops.linear(x, weight)
+    (ours,) = torch.autograd.grad(out, x, gradient)
+    assert ours.dtype == torch.float32
+    assert error(ours, gradient @ plain) < 5e-3
 
 
 def test_second_derivatives_are_refused() -> None:

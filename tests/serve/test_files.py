@@ -15,6 +15,7 @@ from openai import BadRequestError, NotFoundError
 from openai.types import FileDeleted, FileObject
 
 from freehold.serve.tuning.workshop import Workshop
+from tests.serve.fortress import Fortress
 from tests.serve.sdk import check
 from tests.serve.tuned import LINES, Tuned, run
 
@@ -184,32 +185,60 @@ async def _in_pieces(body: bytes) -> AsyncIterator[bytes]:
         yield body[at : at + 1000]
 
 
+async def _send_by_hand(server: Tuned, receive: Any) -> int:
+    """An upload of which `receive` gives the pieces; the status that it gets."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = {"host": "127.0.0.1", "transfer-encoding": "chunked", **BOUNDARY}
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/files", "raw_path": b"/v1/files", "root_path": "", "query_string": b"", "client": None,
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    await server._door(scope, receive, send)
+    return int(sent[0]["status"])
+
+
 def test_a_client_that_goes_away_leaves_nothing_behind(tmp_path: Path) -> None:
     async def use(server: Tuned) -> None:
-        came, sent = asyncio.Event(), []
         pieces = [form(FILE, PURPOSE)[:100], b"x" * (3 << 20)]
 
         async def receive() -> dict[str, Any]:
             if pieces:
                 return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
             assert any(name.startswith(".") for name in server.files)  # it is on its way
-            came.set()
             return {"type": "http.disconnect"}
 
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"host", b"127.0.0.1"), *((name.encode(), value.encode()) for name, value in BOUNDARY.items())]
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": "/v1/files", "raw_path": b"/v1/files", "root_path": "", "query_string": b"",
-            "headers": [*headers, (b"transfer-encoding", b"chunked")], "client": None, "server": ("127.0.0.1", 80),
-        }  # fmt: skip
-        await server._door(scope, receive, send)
-        assert came.is_set() and server.files == []
-        assert sent[0]["status"] == 499
+        assert await _send_by_hand(server, receive) == 499
+        assert not pieces and server.files == []
 
     _with(tmp_path, use, max_upload_bytes=1 << 23)
+
+
+def test_uploads_that_stand_still_are_few_and_not_waited_for(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        def stalled() -> Any:
+            pieces = [form(FILE, PURPOSE)[:100]]
+
+            async def receive() -> dict[str, Any]:
+                if pieces:
+                    return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
+                await asyncio.Event().wait()
+                raise AssertionError
+
+            return receive
+
+        standing = [asyncio.create_task(_send_by_hand(server, stalled())) for _ in range(8)]
+        await server.until(lambda: len(server.files) == 8)
+        assert await _send_by_hand(server, stalled()) == 429
+        assert await asyncio.gather(*standing) == [408] * 8
+        assert server.files == []
+        await server.upload()
+
+    _with(tmp_path, use, read_seconds=1)
 
 
 def test_a_disk_that_is_full_is_said_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +283,21 @@ def test_a_folder_is_one_servers_at_a_time_and_is_known_again(tmp_path: Path) ->
         assert workshop.place == place
     with Workshop.open(tmp_path / "another") as another:
         assert another.place != place
+
+
+def test_no_web_page_and_nobody_without_a_key_uploads_anything(tmp_path: Path) -> None:
+    with Fortress(tmp_path, {"match": "", "answer": "ok"}) as fortress:
+        body = form(FILE, PURPOSE)
+        # A page can have a browser send forms without asking first.
+        evil = fortress.ask("/v1/files", body, headers={**BOUNDARY, "origin": "https://evil.example"})
+        stranger = fortress.ask("/v1/files", body, headers=BOUNDARY, key="fh-nobody")
+        assert (evil.status, stranger.status) == (403, 401)
+        assert [*(fortress.workshop.root / "files").iterdir()] == []
+        made = fortress.ask("/v1/files", body, headers=BOUNDARY)
+        assert made.status == 200
+        path = f"/v1/files/{made.json['id']}"
+        assert fortress.ask(path, method="GET", key=fortress.bob).status == 404
+        assert fortress.ask(f"{path}/content", method="GET").body == LINES
 
 
 def test_a_server_without_tuning_says_so(tmp_path: Path) -> None:

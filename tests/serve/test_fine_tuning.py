@@ -8,6 +8,8 @@ import asyncio
 import json
 import os
 import signal
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from freehold.errors import StoreError
 from tests.serve.sdk import check
 from tests.serve.tuned import DONE, LINES, STARTED, WELL, Tuned, run, step
 
-WAITS: tuple[dict[str, Any], ...] = (STARTED, step(1, 2.0), {"wait": True})
+WAITS: tuple[dict[str, Any], ...] = (STARTED, step(1, 2.0), {"event": "checkpoint", "step": 1}, {"wait": True})
 
 
 def with_server(path: Path, use: Any, *lines: Any, **options: Any) -> None:
@@ -228,6 +230,10 @@ def test_one_job_trains_at_a_time_and_cancelling_ends_it_wherever_it_is(tmp_path
         first, second, third = [await jobs.create(model="default", training_file=training) for _ in range(3)]
         await server.waits(first.id)
         await server.until_status(first.id, "running")
+        (checkpoint,) = (await jobs.checkpoints.list(first.id)).data
+        with pytest.raises(APIStatusError, match="goes on from its checkpoints") as caught:
+            await server.sdk.models.delete(checkpoint.fine_tuned_model_checkpoint)
+        assert caught.value.status_code == 409
         assert [(await jobs.retrieve(job.id)).status for job in (second, third)] == ["queued", "queued"]
         with pytest.raises(APIStatusError, match=f"{first.id} reads {training}|reads") as caught:
             await server.sdk.files.delete(training)
@@ -372,6 +378,44 @@ def test_dpo_is_asked_of_the_training(tmp_path: Path) -> None:
     with_server(tmp_path, use)
 
 
+def test_a_file_whose_time_is_over_is_read_all_the_same_by_the_job_that_waits_for_it(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        short = await server.sdk.files.create(
+            file=("a.txt", b"text"), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+        made = await server.sdk.fine_tuning.jobs.create(model="default", training_file=short.id)
+        server.store._clock = lambda: time.time() + 3601
+        await server.tuning.sweep(max_age_seconds=None)
+        queue = asyncio.create_task(server.tuning.run())
+        assert (await server.ended(made.id))["status"] == "succeeded"
+        await server.tuning.sweep(max_age_seconds=None)
+        assert f"{short.id}.txt" not in server.files
+        lost = await server.upload()
+        server.workshop.find(lost).unlink()
+        job = await server.ended((await server.sdk.fine_tuning.jobs.create(model="default", training_file=lost)).id)
+        assert job["error"]["message"] == f"the content of {lost} is not there any more"
+        await server.tuning.stop()
+        await queue
+
+    with_server(tmp_path, use, runs=False)
+
+
+def test_a_bug_fails_its_job_and_the_queue_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("a secret")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.tuning, "_command", broken)
+            job = await server.ended((await jobs.create(model="default", training_file=training)).id)
+        assert job["error"] == {"code": "server_error", "message": "the training could not be run", "param": None}
+        assert (await server.ended((await jobs.create(model="default", training_file=training)).id))["error"] is None
+
+    with_server(tmp_path, use)
+
+
 # --- restarts ---------------------------------------------------------------------------------------------------
 
 
@@ -416,10 +460,13 @@ def test_a_training_that_outlived_its_server_is_ended_before_another_begins(tmp_
     lock = tmp_path / "tuning" / "jobs" / job_id / "child.lock"
 
     async def go_on() -> None:
+        holds = (
+            "import fcntl, os, sys, time; lock = open(sys.argv[1], 'r+'); fcntl.flock(lock, fcntl.LOCK_EX);"
+            "print(os.getpid(), file=lock, flush=True); print(flush=True); time.sleep(600)"
+        )
         left = await asyncio.create_subprocess_exec(
-            "flock", str(lock), "sh", "-c", 'echo $PPID > "$0"; echo; exec sleep 600', str(lock),
-            stdout=asyncio.subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            sys.executable, "-c", holds, str(lock), stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
         assert left.stdout is not None
         await left.stdout.readline()
         async with Tuned(tmp_path, (STARTED, *DONE)) as server:

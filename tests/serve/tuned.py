@@ -71,7 +71,7 @@ class Tuned:
         trainer = None if lines is None else Trainer(model="/models/m", learning_rate=1e-4, command=command)
         threads = Threads("tuning", 2)
         models = TunedModels(self.workshop.root, threads, self._add_adapter)
-        most = limits.pop("max_upload_bytes", 1 << 20)
+        most, seconds = limits.pop("max_upload_bytes", 1 << 20), limits.pop("read_seconds", 30)
         self.tuning = Tuning(
             self.workshop, self.store, models, trainer=trainer, limits=TuningLimits(**limits), threads=threads,
             poll_seconds=0.02, stop_seconds=0.5, retry_seconds=0.05,
@@ -79,7 +79,7 @@ class Tuned:
         served = replace(scripted({"match": "", "answer": "ok"}), add_adapter=self._add_adapter)
         self.app = create_app(served, store=self.store, tuning=self.tuning)
         self.server: Server = self.app.state.server
-        self._door = Named(Bodies(self.app, max_upload_bytes=most))
+        self._door = Named(Bodies(self.app, max_upload_bytes=most, read_seconds=seconds))
         self._runs = runs
         self._queue: asyncio.Task[None] | None = None
         self._open = AsyncExitStack()

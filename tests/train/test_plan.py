@@ -8,9 +8,9 @@ from freehold.config import NAMED_CONFIGS, ExpertFormat
 from freehold.errors import OutOfMemoryError
 from freehold.model.lora import AdapterSpec
 from freehold.session.policy import Policy
+from freehold.train.adapting import adapter_spec
 from freehold.train.options import LoraOptions, lora_targets
 from freehold.train.plan import RowShape, TrainingPlan, fitting_lora_plan, plan_lora
-from freehold.train.sft import adapter_spec
 from tests.checkpoints import CPU
 
 BIG = NAMED_CONFIGS["gpt-oss-20b"]
@@ -49,7 +49,7 @@ def test_activations_are_computed_twice_where_they_do_not_fit(monkeypatch: pytes
     def fitting(free: int, checkpointing: str = "auto") -> TrainingPlan:
         monkeypatch.setattr(machine, "available_memory", lambda: free)
         return fitting_lora_plan(
-            BIG, ExpertFormat.MXFP4, NATIVE, spec_of(), row, dropout=False, checkpointing=checkpointing
+            BIG, ExpertFormat.MXFP4, NATIVE, spec_of(), row, dropout=False, qat=False, checkpointing=checkpointing
         )
 
     kept, twice = plan_of(2048).needed, plan_of(2048, checkpointing=True).needed

@@ -12,6 +12,7 @@ from freehold.disk import exclusive
 from freehold.errors import BackendError, CheckpointError, TrainingDataError, UsageError
 from freehold.model.peft_files import read_peft
 from freehold.train import curves
+from freehold.train.data import TrainingData
 from freehold.train.loop import End, Outcome
 from freehold.train.metrics import read_metrics
 from freehold.train.options import LoopOptions, LoraOptions, lora_targets
@@ -89,6 +90,7 @@ def test_the_validation_loss_is_the_engine_s(request_for: TuneRequest, model: Pa
     prepared = prepare(request)
     loaded = freehold.load(model, kv_dtype="f32")
     total = 0.0
+    assert isinstance(prepared.data, TrainingData)
     for example in prepared.data.validation:
         targets = [target for target in example.targets if target != -100]
         [asked] = [index for index, target in enumerate(example.targets) if target == targets[0]][:1]

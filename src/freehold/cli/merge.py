@@ -116,6 +116,7 @@ def _examples(
     from freehold.formats.harmony.vocabulary import speaks_harmony
     from freehold.hub.folder import open_folder
     from freehold.train.data import DataOptions, read_examples
+    from freehold.train.examples import Pairs
     from freehold.train.run import RUN_FILE, prepare, recorded_request
 
     if most_tokens < 0:
@@ -129,7 +130,8 @@ def _examples(
         elif request.validation_file is None and not request.validation_share:
             return _nothing_to_measure("the adapter's run held nothing out")
         data = prepare(request, progress).data
-        return _first_tokens(data.training if measure is not None else data.validation, most_tokens)
+        side = data.training if measure is not None else data.validation
+        return _first_tokens(side.chosen if isinstance(side, Pairs) else side, most_tokens)
     if measure is None:
         return _nothing_to_measure(f"{adapter} has no {RUN_FILE}")
     model = open_folder(folder)

@@ -13,10 +13,25 @@ import typer
 from freehold.cli import terminal
 from freehold.cli.options import Dense, Device, Dtype, ModelOption, Threads
 from freehold.errors import UsageError
-from freehold.train.options import DEFAULT_RANK, DEFAULT_TARGETS, LoopOptions, LoraOptions, lora_targets
+from freehold.train.options import (
+    DEFAULT_RANK,
+    DEFAULT_TARGETS,
+    LEARNING_RATES,
+    DpoOptions,
+    FullOptions,
+    LoopOptions,
+    LoraOptions,
+    lora_targets,
+    option_name,
+    trained_groups,
+)
 
-_LOOP = LoopOptions()
+_LOOP, _DPO = LoopOptions(), DpoOptions()
 _TENTH = "ten times in all"
+
+
+def _learning_rates() -> str:
+    return ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
 
 
 def command(
@@ -47,6 +62,28 @@ def command(
         str | None,
         typer.Option(metavar="YYYY-MM-DD", help="The day that Harmony's system message names.", show_default="today"),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="lora|dpo|full",
+            help="An adapter learns what examples say; or from preference pairs which of two answers is better; or all "
+            "weights learn.",
+        ),
+    ] = "lora",
+    beta: Annotated[float, typer.Option(help="DPO's: the higher, the nearer to the model as it was.")] = _DPO.beta,
+    label_smoothing: Annotated[
+        float, typer.Option(help="DPO's: the share of pairs that are taken to be the wrong way round.")
+    ] = _DPO.label_smoothing,
+    qat: Annotated[
+        bool,
+        typer.Option("--qat", help="Train on weights that are merged and rounded: `freehold merge` loses nothing."),
+    ] = False,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What learns with --method full: attention, router, experts, norms, embedding.", show_default="all"
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,8 +107,9 @@ def command(
     ] = _LOOP.max_length,
     batch_size: Annotated[int, typer.Option(help="Rows of a step, computed one after another.")] = _LOOP.batch_size,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--lr", help="At its highest.")
-    ] = _LOOP.learning_rate,
+        float | None,
+        typer.Option("--learning-rate", "--lr", help="At its highest.", show_default=_learning_rates()),
+    ] = None,
     warmup_ratio: Annotated[float, typer.Option(help="The share of the steps in which it rises.")] = _LOOP.warmup_ratio,
     min_lr_ratio: Annotated[
         float, typer.Option(help="Where the cosine ends, as a share of the highest.")
@@ -113,6 +151,8 @@ def command(
     freehold tune chats.jsonl --dry-run
     freehold tune chats.jsonl --output my-adapter
     freehold tune chats.jsonl book.txt --validation-share 0.05 --patience 3 --output my-adapter
+    freehold tune pairs.jsonl --method dpo --beta 0.1 --output my-adapter
+    freehold tune chats.jsonl --method full --output my-model
     freehold tune --resume my-adapter
     """
     if dry_run and resume is not None:
@@ -121,18 +161,23 @@ def command(
         raise UsageError("there is no --output; name a folder for the adapter, or look first with --dry-run")
     if resume is not None and output is not None and output.absolute() != resume.absolute():
         raise UsageError(f"--resume goes on in {resume}; leave --output {output} out")
+    for_adapters = [name for name in _FOR_ADAPTERS if _is_typed(context, name)]
+    if method == "full" and for_adapters:
+        raise UsageError(f"{option_name(for_adapters[0])} is for adapters, and --method full has none; leave one out")
     lora = LoraOptions(
         targets=lora_targets(target or (), rank or (), alpha or (), router=router),
         rslora=rslora,
         dropout=dropout,
         balance=balance,
+        qat=qat,
     )
+    full = FullOptions(train=trained_groups(train or ()), balance=balance if method == "full" else 0.0)
     loop = LoopOptions(
         epochs=epochs,
         max_steps=max_steps,
         max_length=max_length,
         batch_size=batch_size,
-        learning_rate=learning_rate,
+        learning_rate=LEARNING_RATES.get(method, _LOOP.learning_rate) if learning_rate is None else learning_rate,
         warmup_ratio=warmup_ratio,
         min_lr_ratio=min_lr_ratio,
         weight_decay=weight_decay,
@@ -158,12 +203,15 @@ def command(
         request = run.TuneRequest(
             model=model,
             files=tuple(files or ()),
+            method=method,
             validation_file=validation,
             validation_share=validation_share,
             harmony=harmony,
             date=date,
             loop=loop,
             lora=lora,
+            full=full,
+            dpo=DpoOptions(beta=beta, label_smoothing=label_smoothing),
             device=device,
             dtype=dtype,
             dense=dense,
@@ -174,6 +222,7 @@ def command(
             "files": [str(path.absolute()) for path in files or ()],
             "validation_file": None if validation is None else str(validation.absolute()),
             "targets": [list(each) for each in lora.targets],
+            "train": list(full.train),
             **{name: context.params[name] for name in _AS_THEY_ARE},
         }
         request = run.resumed_request(resume, {name: asked[name] for name in _given(context)})
@@ -204,18 +253,24 @@ def command(
         sys.exit(128 + should_stop[0])
     if not curves.can_draw():
         terminal.say(curves.NO_CHART)
+    if request.method == "full":
+        terminal.say(f"{folder / run.MODEL_FOLDER} holds the model; {folder / 'README.md'} says what it is")
+        terminal.say(f"  freehold chat --model {folder / run.MODEL_FOLDER}")
+        return
     terminal.say(f"{folder} holds the adapter; its README.md says what it is")
     terminal.say(f"  freehold chat --adapter {folder}{_model_option(request.model)}")
     terminal.say(f"  freehold merge {request.model} {folder} NEW-MODEL")
 
 
 _AS_THEY_ARE = (
-    "model", "validation_share", "harmony", "date", "rslora", "dropout", "balance", "device", "dtype", "dense",
+    "model", "method", "beta", "label_smoothing",
+    "validation_share", "harmony", "date", "qat", "rslora", "dropout", "balance", "device", "dtype", "dense",
     "threads", *(field.name for field in dataclasses.fields(LoopOptions)),
 )  # fmt: skip
+_FOR_ADAPTERS = ("target", "rank", "alpha", "router", "rslora", "dropout")
 _MADE_OF = {
     "target": "targets", "rank": "targets", "alpha": "targets", "router": "targets", "validation": "validation_file",
-    "files": "files",
+    "files": "files", "train": "train",
 }  # fmt: skip
 """Parameters that a run's folder keeps under another name, or together."""
 
@@ -225,10 +280,14 @@ def _given(context: typer.Context) -> list[str]:
     known = _MADE_OF | {name: name for name in _AS_THEY_ARE}
     names = []
     for parameter, name in known.items():
-        source = context.get_parameter_source(parameter)
-        if source is not None and source.name == "COMMANDLINE" and name not in names:
+        if _is_typed(context, parameter) and name not in names:
             names.append(name)
     return names
+
+
+def _is_typed(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _model_option(model: str) -> str:

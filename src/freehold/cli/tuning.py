@@ -16,7 +16,7 @@ from freehold.cli import terminal
 from freehold.errors import OutOfMemoryError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.session.memory import free_memory
-from freehold.train.examples import NO_TARGET, Example
+from freehold.train.examples import NO_TARGET, Example, Pair
 from freehold.train.run import Prepared
 
 _EXAMPLES_SHOWN = 3
@@ -34,34 +34,45 @@ def print_dry_run(prepared: Prepared) -> None:
         _print(f"{name:<11}{text}\n")
     examples = prepared.data.training
     for index in range(min(_EXAMPLES_SHOWN, len(examples))):
-        example = examples[index]
-        _print(f"\nexample {index + 1} of {len(examples):,}: {_learnt(len(example.tokens), example.num_targets)}\n")
-        _print(shown_example(example, prepared.tokenizer, colours=_wants_colours()) + "\n")
+        for name, example in _examples(examples[index]):
+            _print(f"\n{name} {index + 1} of {len(examples):,}: {_learnt(len(example.tokens), example.num_targets)}\n")
+            _print(shown_example(example, prepared.tokenizer, colours=_wants_colours()) + "\n")
     prepared.plan()
+
+
+def _examples(shown: Example | Pair) -> list[tuple[str, Example]]:
+    if isinstance(shown, Pair):
+        return [("better answer", shown.chosen), ("worse answer", shown.rejected)]
+    return [("example", shown)]
 
 
 def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
     data, loop, lora = prepared.data, prepared.request.loop, prepared.request.lora
+    kind = "pairs" if prepared.request.method == "dpo" else "examples"
     yield "model", f"{prepared.request.model}: {prepared.facts['how']}"
     yield (
         "data",
-        f"{_lines(data.num_lines)}: {len(data.training):,} examples, "
+        f"{_lines(data.num_lines)}: {len(data.training):,} {kind}, "
         f"{_learnt(data.training.num_tokens, data.training.num_targets)}",
     )
     if len(data.validation):
         yield (
             "validation",
-            f"{len(data.validation):,} examples, {_learnt(data.validation.num_tokens, data.validation.num_targets)}",
+            f"{len(data.validation):,} {kind}, {_learnt(data.validation.num_tokens, data.validation.num_targets)}",
         )
     yield from _truncations(prepared)
-    room = prepared.rows_per_epoch * loop.max_length
+    rows = f"{prepared.rows_per_epoch:,} of a pair each"
+    if prepared.request.method != "dpo":
+        room = prepared.rows_per_epoch * loop.max_length
+        rows = f"{prepared.rows_per_epoch:,} of {loop.max_length:,} tokens, {data.training.num_tokens / room:.0%} full"
+    yield "rows", f"{rows}; {loop.batch_size} a step: {prepared.num_steps:,} steps"
+    learns = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in lora.targets)
+    if prepared.spec is None:
+        learns = ", ".join(prepared.request.full.train)
     yield (
-        "rows",
-        f"{prepared.rows_per_epoch:,} of {loop.max_length:,} tokens, {data.training.num_tokens / room:.0%} full; "
-        f"{loop.batch_size} a step: {prepared.num_steps:,} steps",
+        "adapter" if prepared.spec else "trained",
+        f"{learns}: {prepared.num_parameters:,} parameters, {terminal.gib(4 * prepared.num_parameters)}",
     )
-    targets = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in lora.targets)
-    yield "adapter", f"{targets}: {prepared.num_parameters:,} parameters, {terminal.gib(4 * prepared.num_parameters)}"
     try:
         plan = prepared.plan()
         yield "memory", f"{plan.describe()} of {terminal.gib(free_memory(prepared.policy))} free"

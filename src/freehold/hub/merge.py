@@ -44,6 +44,11 @@ def merge(
     checkpoint = open_checkpoint(source)
     experts = experts or checkpoint.experts
     factors = read_peft(adapter, checkpoint.config)
+    if factors.dithered and rounding is not Rounding.RANDOM:
+        raise UsageError(
+            f"{adapter} was trained with --qat for one way of rounding, and would lose by {rounding.value}; leave "
+            "--rounding out"
+        )
     at_random = experts is ExpertFormat.MXFP4 and rounding is Rounding.RANDOM
     weights = (RandomlyRounded if at_random else MergedSource)(
         checkpoint.table(), factors, origin=f"{source} with {adapter}"

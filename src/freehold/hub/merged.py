@@ -63,12 +63,16 @@ class MergedSource:
         return (base.float() + self.adapter.weight_delta(self._targets[name])).to(base.dtype)
 
     def expert(self, name: str, expert: int) -> Mxfp4Tensor | Tensor:
-        """The stored matrix where the adapter leaves it alone, otherwise the sum in float32."""
+        """The stored matrix where the adapter leaves it alone, otherwise the sum: in float32, or where the adapter was
+        trained on rounded weights, rounded in the very same way."""
         base = self._table[name][expert]
         if not self.touches(name, expert):
             return base
-        values = mxfp4.unpack(base) if isinstance(base, Mxfp4Tensor) else base.float()
-        return values + self.adapter.weight_delta(self._targets[name], expert)
+        gained = self.adapter.weight_delta(self._targets[name], expert)
+        if not isinstance(base, Mxfp4Tensor):
+            return base.float() + gained
+        values = mxfp4.unpack(base) + gained
+        return mxfp4.pack_dithered(values, base, seed=dither_seed(name, expert)) if self.adapter.dithered else values
 
     def layer(self, number: int) -> WeightTable:
         """One layer's tensors: dense ones as they are to be stored, experts as they were."""
@@ -110,17 +114,23 @@ class RandomlyRounded(MergedSource):
         for expert in range(self._table[name].shape[0]):
             base, matrix = self._table[name][expert], self.expert(name, expert)
             if isinstance(base, Mxfp4Tensor) and isinstance(matrix, Tensor):
-                matrix = self._rounded(base, matrix, f"{name}.{expert}")
+                matrix = self._rounded(base, matrix, name, expert)
             yield matrix
 
-    def _rounded(self, base: Mxfp4Tensor, matrix: Tensor, what: str) -> Mxfp4Tensor:
+    def _rounded(self, base: Mxfp4Tensor, matrix: Tensor, name: str, expert: int) -> Mxfp4Tensor:
         try:
             nearest = mxfp4.pack(matrix)
         except UsageError as error:
-            raise CheckpointError(f"{self.origin}: {what}: {error}; train the adapter again") from None
+            raise CheckpointError(
+                f"{self.origin}: {name} of expert {expert}: {error}; train the adapter again"
+            ) from None
         before = mxfp4.unpack(base)
         wanted, made = (matrix - before).flatten().double(), (mxfp4.unpack(nearest) - before).flatten().double()
         if wanted @ made >= _KEPT_BY_NEAREST * (wanted @ wanted):
             return nearest
-        generator = torch.Generator().manual_seed(zlib.crc32(what.encode()))
-        return mxfp4.round_by_chance(matrix, nearest.scales, generator)
+        return mxfp4.pack_dithered(matrix, base, seed=dither_seed(name, expert))
+
+
+def dither_seed(name: str, expert: int) -> int:
+    """Of the thresholds for one expert's matrix, by its canonical name: for mxfp4.pack_dithered."""
+    return zlib.crc32(f"{name}.{expert}".encode())

@@ -7,6 +7,7 @@ activations to int8, the gradient is that of the product without the rounding. W
 derivatives are refused. Called by freehold.kernels.ops alone, which has checked the arguments.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from freehold.kernels import backends, lora, reference
+from freehold.kernels import backends, lora, products, reference
 from freehold.kernels.lora import ExpertLora, Gradients
+from freehold.kernels.native_moe import NativeMoe
 from freehold.weights import mxfp4
 from freehold.weights.mxfp4 import Mxfp4Tensor
 from freehold.weights.packed import PANEL, PackedMatrix
@@ -33,6 +35,20 @@ class Experts(NamedTuple):
     down: Matrix
     alpha: float
     limit: float
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    with torch.no_grad():
+        module = backends.for_op("rms_norm", x_TD)
+    out: Tensor = (reference.rms_norm if module is reference else _RmsNorm.apply)(x_TD, weight_D, eps)
+    return out
+
+
+def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    with torch.no_grad():
+        module = backends.for_op("rope", x_TNH)
+    out: Tensor = (reference.rope if module is reference else _Rope.apply)(x_TNH, cos_TH, sin_TH)
+    return out
 
 
 def linear(
@@ -61,9 +77,15 @@ def moe(
 ) -> Tensor:
     """Expert by expert where adapters add to them. Gradients reach the adapters' factors."""
     factors = [factor for lora in loras for pair in (lora.gate_up, lora.down) for factor in (pair or _NO_LORA)[:2]]
+    with torch.no_grad():
+        packed = isinstance(experts.gate_up, PackedMatrix) and backends.for_op("moe", x_TD) is not reference
     # Drawn from torch's own generator, which gradient checkpointing sets back for its second forward pass.
     seed = int(torch.randint(1 << 62, ())) if any(lora.dropout for lora in loras) else 0
-    out: Tensor = _Moe.apply(  # type: ignore[no-untyped-call]
+    if packed and (loras or backends.needs_gradient(x_TD, weights_TA, gate_up_bias, down_bias, norm_D)):
+        function: Any = NativeMoe
+    else:
+        function = _Moe
+    out: Tensor = function.apply(
         x_TD, weights_TA, gate_up_bias, down_bias, norm_D, residual_TD, experts_TA, experts, eps, loras, seed, *factors
     )
     return out
@@ -81,8 +103,44 @@ def self_attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    out: Tensor = _SelfAttention.apply(q_TNH, k_TKH, v_TKH, sinks_N, counts, scale, window)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        native = backends.for_op("self_attention", q_TNH) is not reference
+    function: Any = _NativeSelfAttention if native else _SelfAttention
+    out: Tensor = function.apply(q_TNH, k_TKH, v_TKH, sinks_N, counts, scale, window)
     return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_D)
+        ctx.eps = eps
+        out: Tensor = backends.for_op("rms_norm", x_TD).rms_norm(x_TD, weight_D, eps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        return *products.rms_norm_backward(gradient_TD, x_TD, weight_D, ctx.eps, needs_weight=needs_weight), None
+
+
+class _Rope(torch.autograd.Function):
+    """The gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TH, sin_TH)
+        out: Tensor = backends.for_op("rope", x_TNH).rope(x_TNH, cos_TH, sin_TH)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        cos_TH, sin_TH = ctx.saved_tensors
+        of_x: Tensor = backends.for_op("rope", gradient_TNH).rope(gradient_TNH, cos_TH, -sin_TH)
+        return of_x, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -97,7 +155,7 @@ class _Linear(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         ctx.save_for_backward(None if norm_D is None else x_TD, norm_D)
-        ctx.weight, ctx.eps = weight, eps
+        ctx.weight, ctx.eps, ctx.dtype = weight, eps, backends.gradient_type()
         return _linear(x_TD, weight, bias_O, norm_D, eps, residual_TO)
 
     @staticmethod
@@ -107,9 +165,9 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_bias, needs_norm, needs_residual, *_ = ctx.needs_input_grad
         of_x = of_norm = None
         if needs_x or needs_norm:
-            of_x = _linear_backward(gradient_TO, ctx.weight)
+            of_x = products.linear_backward(gradient_TO, ctx.weight, ctx.dtype, products.Scratch())
             if norm_D is not None:
-                of_x, of_norm = _rms_norm_backward(of_x, x_TD, norm_D, ctx.eps)
+                of_x, of_norm = products.rms_norm_backward(of_x, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
         of_bias = gradient_TO.sum(0) if needs_bias else None
         return of_x, of_bias, of_norm, gradient_TO if needs_residual else None, None, None
 
@@ -134,7 +192,7 @@ class _Moe(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weights_TA, gate_up_bias, down_bias, norm_D, experts_TA)
         ctx.experts, ctx.eps, ctx.loras, ctx.seed = experts, eps, loras, seed
         gate_up, down, alpha, limit = experts
-        if not loras and isinstance(gate_up, PackedMatrix):
+        if all(lora.folded for lora in loras) and isinstance(gate_up, PackedMatrix):
             module = backends.for_op("moe", x_TD)
             if module is not reference:
                 out: Tensor = module.moe(
@@ -200,7 +258,7 @@ class _Moe(torch.autograd.Function):
                 of_down_bias[expert] = (of_mixed * weights).sum(0)
         of_x, of_norm = of_normed, None
         if norm_D is not None:
-            of_x, of_norm = _rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps)
+            of_x, of_norm = products.rms_norm_backward(of_normed, x_TD, norm_D, ctx.eps, needs_weight=needs_norm)
         of_residual = gradient_TD if needs_residual else None
         first = (of_x, of_weights, of_gate_up_bias, of_down_bias, of_norm, of_residual)
         return *first, *(None,) * 5, *(factor for pair in of_factors for factor in pair)
@@ -253,6 +311,38 @@ class _SelfAttention(torch.autograd.Function):
             of_q[block.queries] = _by_token(of_scores @ k)
             of_k[block.keys] += (of_scores.transpose(-1, -2) @ q).sum(1).transpose(0, 1)
         of_sinks = -(torch.exp(_wide(sinks_N) - logsum_TN) * common_TN).sum(0).to(sinks_N.dtype)
+        return of_q, of_k, of_v, of_sinks, None, None, None
+
+
+class _NativeSelfAttention(torch.autograd.Function):
+    """The same by the native kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TNH: Tensor,
+        k_TKH: Tensor,
+        v_TKH: Tensor,
+        sinks_N: Tensor,
+        counts: Sequence[int],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        starts_B1 = torch.tensor([0, *itertools.accumulate(counts)])
+        out_TNH: Tensor
+        out_TNH, logsum_TN = backends.built().self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, out_TNH, logsum_TN)
+        ctx.scale, ctx.window = scale, window
+        return out_TNH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, out_TNH, logsum_TN = ctx.saved_tensors
+        of_q, of_k, of_v, common_TN = backends.built().self_attention_backward(
+            gradient_TNH, q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, ctx.scale, ctx.window, out_TNH, logsum_TN
+        )
+        of_sinks = -(torch.exp(sinks_N - logsum_TN) * common_TN).sum(0)
         return of_q, of_k, of_v, of_sinks, None, None, None
 
 
@@ -366,14 +456,14 @@ class _Piece(NamedTuple):
     seed: int
 
     def add_to_gate_and_up(self, gate: Tensor, up: Tensor, x_SD: Tensor) -> None:
-        if self.lora.gate_up is not None:
+        if self.lora.gate_up is not None and not self.lora.folded:
             x = self._of(x_SD)
             both = lora.added(x, self.lora.gate_up, self.expert, self._kept(x, 0))
             self._add(gate, both[:, 0::2])
             self._add(up, both[:, 1::2])
 
     def add_to_mixed(self, mixed: Tensor, hidden_SF: Tensor) -> None:
-        if self.lora.down is not None:
+        if self.lora.down is not None and not self.lora.folded:
             hidden = self._of(hidden_SF)
             self._add(mixed, lora.added(hidden, self.lora.down, self.expert, self._kept(hidden, 1)))
 
@@ -390,7 +480,8 @@ class _Piece(NamedTuple):
             return
         hidden, of_mixed = self._of(hidden), self._of(of_mixed)
         kept = self._kept(hidden, 1)
-        self._add(of_hidden, lora.input_gradient(of_mixed, self.lora.down, self.expert, kept))
+        if not self.lora.folded:
+            self._add(of_hidden, lora.input_gradient(of_mixed, self.lora.down, self.expert, kept))
         found = lora.gradients(of_mixed * self._of(weights), hidden, self.lora.down, self.expert, kept)
         self._keep(found, of_factors)
 
@@ -406,7 +497,8 @@ class _Piece(NamedTuple):
             return
         of_both, x = self._of(torch.stack((of_gate, of_up), dim=-1).flatten(1)), self._of(x_SD)
         found = lora.gradients(of_both, x, self.lora.gate_up, self.expert, self._kept(x, 0))
-        self._add(of_x, found.of_x)
+        if not self.lora.folded:
+            self._add(of_x, found.of_x)
         self._keep(found, of_factors)
 
     def _keep(self, found: Gradients, of_factors: tuple[Tensor | None, Tensor | None]) -> None:
@@ -486,12 +578,3 @@ def _linear(
 def _linear_backward(gradient_TO: Tensor, weight: PackedMatrix) -> Tensor:
     out: Tensor = backends.for_op("linear_backward", gradient_TO).linear_backward(gradient_TO, weight)
     return out
-
-
-def _rms_norm_backward(of_out: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the norm's weight."""
-    scale_T1 = torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps)
-    unit_TD = x_TD * scale_T1
-    of_unit = of_out * weight_D
-    of_x = scale_T1 * (of_unit - unit_TD * (of_unit * unit_TD).mean(-1, keepdim=True))
-    return of_x, (of_out * unit_TD).sum(0)

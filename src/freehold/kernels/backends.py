@@ -15,12 +15,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from freehold import machine
 from freehold.errors import BackendError, UsageError
 from freehold.kernels import reference
 from freehold.log import info_once, warn_once
 
 CHOICES = ("auto", "native", "reference")
-OPS = ("rms_norm", "linear", "linear_backward", "add_lora", "rope", "kv_write", "attention", "route", "moe", "sample")
+OPS = (
+    "rms_norm", "rms_norm_backward", "linear", "linear_backward", "add_lora", "rope", "kv_write", "attention",
+    "self_attention", "route", "moe", "sample",
+)  # fmt: skip
 
 _NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"
 _REMEDY = "install g++ and python3-dev, then install Freehold again"
@@ -48,6 +52,13 @@ def native() -> ModuleType | None:
     return module
 
 
+def built() -> ModuleType:
+    """The native ops, for those who know that they are there."""
+    module = native()
+    assert module is not None
+    return module
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Within the block, and on this thread, every op is the reference: for what is measured against it."""
@@ -59,6 +70,29 @@ def reference_only() -> Iterator[None]:
 
 
 _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
+
+
+def gradient_type() -> torch.dtype:
+    """In which gradients meet packed weights: float32 unless `gradients_in` says otherwise."""
+    return _gradient_type.get()
+
+
+@contextmanager
+def gradients_in(dtype: torch.dtype) -> Iterator[None]:
+    """Ops that run forward within the block, on this thread, multiply their gradients in float32 or bfloat16."""
+    token = _gradient_type.set(dtype)
+    try:
+        yield
+    finally:
+        _gradient_type.reset(token)
+
+
+_gradient_type: ContextVar[torch.dtype] = ContextVar("gradient_type", default=torch.float32)
+
+
+def quick_gradient_type() -> torch.dtype:
+    """The one that this processor multiplies faster."""
+    return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(machine.vector_features()) else torch.float32
 
 
 @contextmanager

@@ -24,13 +24,15 @@ class ExpertLora(NamedTuple):
     """What one adapter adds inside a mixture, None where it leaves a matrix alone.
 
     It concerns the tokens that are True in `tokens_T`, all where that is None. `dropout` is the share of inputs that
-    the factors do not see, for training alone.
+    the factors do not see, for training alone. `folded`: the matrices have it in already, so that nothing is added;
+    only the factors' gradients are asked for, as if it were.
     """
 
     gate_up: Lora | None
     down: Lora | None
     tokens_T: Tensor | None = None
     dropout: float = 0.0
+    folded: bool = False
 
 
 class Gradients(NamedTuple):

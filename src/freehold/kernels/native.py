@@ -12,7 +12,7 @@ from freehold import _native, machine
 from freehold.errors import BackendError
 from freehold.kernels.kv import KV_TYPES, KvPages, PagedSequences
 from freehold.kernels.packed_lora import LoraParts, PackedExpertLora, PackedLora, PackedLoras
-from freehold.weights.packed import PackedMatrix
+from freehold.weights.packed import PANEL, PackedMatrix
 
 _engine: "_native.Engine | None" = None
 _threads: int | None = None  # as set; a forked child keeps it
@@ -64,6 +64,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return out_TD
 
 
+def rms_norm_backward(of_out_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    of_out_TD, x_TD, weight_D, (T, D) = of_out_TD.contiguous(), x_TD.contiguous(), weight_D.contiguous(), x_TD.shape
+    of_x = torch.empty_like(x_TD)
+    _start().rms_norm_backward(x_TD.data_ptr(), weight_D.data_ptr(), of_out_TD.data_ptr(), of_x.data_ptr(), T, D, eps)
+    return of_x
+
+
 def linear(
     x_TD: Tensor,
     weight: PackedMatrix,
@@ -94,6 +101,11 @@ def linear_backward(gradient_TO: Tensor, weight: PackedMatrix) -> Tensor:
     out_TD = torch.empty((T, weight.shape[1]), dtype=torch.float32)
     _start().linear_backward(_matrix(weight), gradient_TO.data_ptr(), T, gradient_TO.stride(0), out_TD.data_ptr())
     return out_TD
+
+
+def widen(weight: PackedMatrix, out_CR: Tensor) -> None:
+    """The values that a matrix stands for, turned round: into (C, 16 · panels), bfloat16 or float32."""
+    _start().widen(_matrix(weight), out_CR.dtype == torch.bfloat16, out_CR.data_ptr())
 
 
 def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, norm_D: Tensor | None, eps: float) -> None:
@@ -174,6 +186,63 @@ def attention(
     return out_TNH
 
 
+def self_attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    starts_B1: Tensor,
+    sinks_N: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention without a cache, and the logarithm of each softmax's sum, (T, N)."""
+    q_TNH, k_TKH, v_TKH, sinks_N = q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous(), sinks_N.contiguous()
+    out_TNH, logsum_TN = torch.empty_like(q_TNH), torch.empty(q_TNH.shape[:2])
+    _start().self_attention(
+        *_self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window),
+        out_TNH.data_ptr(),
+        logsum_TN.data_ptr(),
+    )
+    return out_TNH, logsum_TN
+
+
+def self_attention_backward(
+    gradient_TNH: Tensor,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    starts_B1: Tensor,
+    sinks_N: Tensor,
+    scale: float,
+    window: int | None,
+    out_TNH: Tensor,
+    logsum_TN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, and the sums of out · gradient, (T, N)."""
+    gradient_TNH, sinks_N = gradient_TNH.contiguous(), sinks_N.contiguous()
+    q_TNH, k_TKH, v_TKH = q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous()
+    of_q, of_k, of_v, common_TN = (torch.empty_like(x) for x in (q_TNH, k_TKH, v_TKH, logsum_TN))
+    _start().self_attention_backward(
+        *_self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window),
+        out_TNH.data_ptr(),
+        logsum_TN.data_ptr(),
+        gradient_TNH.data_ptr(),
+        of_q.data_ptr(),
+        of_k.data_ptr(),
+        of_v.data_ptr(),
+        common_TN.data_ptr(),
+    )
+    return of_q, of_k, of_v, common_TN
+
+
+def _self_attention(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_B1: Tensor, sinks_N: Tensor, scale: float, window: int | None
+) -> tuple[float, ...]:
+    (_, N, H), K, count = q_TNH.shape, k_TKH.shape[1], len(starts_B1) - 1
+    addresses = (q_TNH.data_ptr(), k_TKH.data_ptr(), v_TKH.data_ptr())
+    return (*addresses, N, K, H, count, starts_B1.data_ptr(), sinks_N.data_ptr(), scale, window or 0)
+
+
 def route(logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
     logits_TE, (T, E) = logits_TE.contiguous(), logits_TE.shape
     weights_TA = torch.empty((T, num_active), dtype=torch.float32)
@@ -225,6 +294,100 @@ def moe(
         *of_adapters,
     )
     return out_TD
+
+
+def moe_hidden(
+    x_TD: Tensor,
+    experts_TA: Tensor,
+    gate_up: PackedMatrix,
+    bias: Tensor,
+    lora_rows_VR: Tensor | None,
+    lora_b: Tensor | None,
+    alpha: float,
+    limit: float,
+    kept: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The first half of `moe`, of x after the norm: hidden values of all visits, sorted by expert and then by token,
+    (V, F) float32; and, if it is to be kept in some type, what they were made from (V, 16 · panels), panels of gates
+    and ups in turn. To the sums are added lora_rows · lora_b, (V, R) and (E, P, R, 16)."""
+    x_TD, experts_TA, bias = x_TD.contiguous(), experts_TA.contiguous(), bias.contiguous()
+    (T, A), (E, num_rows, _) = experts_TA.shape, gate_up.shape
+    hidden_VF = torch.empty((T * A, num_rows // 2), dtype=torch.float32)
+    sums = None if kept is None else torch.empty((T * A, gate_up.data.shape[1] * PANEL), dtype=kept)
+    _start().moe_hidden(
+        _matrix(gate_up),
+        x_TD.data_ptr(),
+        T,
+        A,
+        experts_TA.data_ptr(),
+        E,
+        bias.data_ptr(),
+        _address(lora_rows_VR),
+        _address(lora_b),
+        0 if lora_rows_VR is None else lora_rows_VR.shape[1],
+        alpha,
+        limit,
+        hidden_VF.data_ptr(),
+        _address(sums),
+        kept == torch.bfloat16,
+    )
+    return hidden_VF, sums
+
+
+def moe_mix(
+    hidden_VF: Tensor,
+    weights_TA: Tensor,
+    experts_TA: Tensor,
+    down: PackedMatrix,
+    bias: Tensor,
+    lora_rows_VR: Tensor | None,
+    lora_b: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """The second half of `moe`."""
+    weights_TA, experts_TA, bias = weights_TA.contiguous(), experts_TA.contiguous(), bias.contiguous()
+    residual, (T, A), (E, D, _) = _contiguous(residual), experts_TA.shape, down.shape
+    out_TD = torch.empty((T, D), dtype=torch.float32)
+    _start().moe_mix(
+        _matrix(down),
+        hidden_VF.data_ptr(),
+        T,
+        A,
+        weights_TA.data_ptr(),
+        experts_TA.data_ptr(),
+        E,
+        bias.data_ptr(),
+        _address(lora_rows_VR),
+        _address(lora_b),
+        0 if lora_rows_VR is None else lora_rows_VR.shape[1],
+        _address(residual),
+        out_TD.data_ptr(),
+    )
+    return out_TD
+
+
+def swiglu_backward(
+    of_hidden_SF: Tensor, sums: Tensor, weights_S: Tensor, alpha: float, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of `sums` as `moe_hidden` keeps them, times the routing weights; the hidden values again; and the
+    routing weights' own gradient but for the bias. All but the weights are of one type, float32 or bfloat16."""
+    of_hidden_SF, sums, weights_S = of_hidden_SF.contiguous(), sums.contiguous(), weights_S.contiguous()
+    S, F = of_hidden_SF.shape
+    of_sums, hidden_SF, of_weights_S = torch.empty_like(sums), torch.empty_like(of_hidden_SF), torch.empty(S)
+    _start().swiglu_backward(
+        S,
+        F,
+        of_hidden_SF.data_ptr(),
+        sums.data_ptr(),
+        weights_S.data_ptr(),
+        alpha,
+        limit,
+        of_sums.data_ptr(),
+        hidden_SF.data_ptr(),
+        of_weights_S.data_ptr(),
+        sums.dtype == torch.bfloat16,
+    )
+    return of_sums, hidden_SF, of_weights_S
 
 
 def largest(logits_V: Tensor) -> float:

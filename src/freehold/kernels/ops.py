@@ -54,7 +54,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
     _check_rank("rms_norm", "x", x_TD, 2)
     _check_shape("rms_norm", "weight", weight_D, (x_TD.shape[1],))
     _check_alike("rms_norm", x_TD, weight_D)
-    out: Tensor = backends.for_op("rms_norm", x_TD, weight_D).rms_norm(x_TD, weight_D, eps)
+    if backends.needs_gradient(x_TD, weight_D):
+        return autograd.rms_norm(x_TD, weight_D, eps)
+    out: Tensor = backends.for_op("rms_norm", x_TD).rms_norm(x_TD, weight_D, eps)
     return out
 
 
@@ -121,6 +123,8 @@ def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate the half-split pairs (i, i + H/2) of every head. cos and sin are (T, H/2), float32."""
     _check_rank("rope", "x", x_TNH, 3)
     _check_rotation("rope", x_TNH, Rotation(cos_TH, sin_TH))
+    if backends.needs_gradient(x_TNH):
+        return autograd.rope(x_TNH, cos_TH, sin_TH)
     out: Tensor = backends.for_op("rope", x_TNH).rope(x_TNH, cos_TH, sin_TH)
     return out
 
@@ -206,7 +210,7 @@ def self_attention(
     _check_heads("self_attention", N, K, window)
     if rotation is not None:
         _check_rotation("self_attention", q_TNH, rotation)
-        q_TNH, k_TKH = (reference.rope(x, *rotation) for x in (q_TNH, k_TKH))
+        q_TNH, k_TKH = (rope(x, *rotation) for x in (q_TNH, k_TKH))
     return autograd.self_attention(q_TNH, k_TKH, v_TKH, counts, sinks_N, scale, window)
 
 

@@ -28,6 +28,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (x * weight_D).to(x_TD.dtype)
 
 
+def rms_norm_backward(of_out_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The gradient of x, of x's type."""
+    x, of_unit = x_TD.float(), of_out_TD.float() * weight_D
+    scale_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit_TD = x * scale_T1
+    of_x = scale_T1 * (of_unit - unit_TD * (of_unit * unit_TD).mean(-1, keepdim=True))
+    return of_x.to(x_TD.dtype)
+
+
 def linear(
     x_TD: Tensor,
     weight_OD: Tensor | PackedMatrix,

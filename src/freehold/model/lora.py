@@ -8,6 +8,7 @@ adapter for all tokens, dropout) as in serving (an adapter, or none, for each to
 model/peft_files.py. Shape legend: T tokens, S rows of one expert, I input, O output, R rank, E experts.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import UsageError
-from freehold.kernels import ops
+from freehold.kernels import low_rank, ops
 from freehold.kernels.lora import ExpertLora, Lora
 from freehold.kernels.ops import Norm
 from freehold.kernels.packed_lora import PackedLoras
@@ -117,7 +118,8 @@ def adapter_bytes(config: ModelConfig, spec: AdapterSpec, dtype: torch.dtype) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
-    """Trained or trainable factors for a model of these sizes, all of one type and on one device.
+    """Trained or trainable factors for a model of these sizes, all of one type and on one device. A `dithered` one was
+    trained on weights that had it in them by mxfp4.pack_dithered: that is how it is to be merged.
 
     Raises UsageError where factors are missing, surplus or of another shape than spec and model ask for.
     """
@@ -125,6 +127,7 @@ class Adapter:
     config: ModelConfig
     spec: AdapterSpec
     factors: Mapping[str, Factors]
+    dithered: bool = False
 
     def __post_init__(self) -> None:
         shapes = factor_shapes(self.config, self.spec)
@@ -169,6 +172,7 @@ def new_adapter(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    dithered: bool = False,
 ) -> Adapter:
     """An adapter that changes nothing yet: A uniform in ±1/√I as PEFT draws it, B zero.
 
@@ -183,7 +187,7 @@ def new_adapter(
             a.to(dtype=dtype, device=device).requires_grad_(), torch.zeros(b_shape, dtype=dtype, device=device)
         )
         factors[name].b.requires_grad_()
-    return Adapter(config=config, spec=spec, factors=factors)
+    return Adapter(config=config, spec=spec, factors=factors, dithered=dithered)
 
 
 def delta(x_SI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
@@ -215,10 +219,13 @@ class TokenAdapters:
 
     `rows_T[t]` is an index into `adapters`, or -1 for the model as it is. `dropout` is for training alone. Every
     method returns a new sum and leaves its arguments as they are; tokens without an adapter keep their numbers to the
-    last bit.
+    last bit. `folded`: the model's weights have the adapter in them already, so that nothing is added, and the factors
+    get the gradients that they would have if it were.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], rows_T: Tensor, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, adapters: Sequence[Adapter], rows_T: Tensor, *, dropout: float = 0.0, folded: bool = False
+    ) -> None:
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout {dropout} is not a share; give a number from 0 up to, but not, 1")
         if rows_T.ndim != 1 or rows_T.dtype not in (torch.int32, torch.int64):
@@ -227,11 +234,14 @@ class TokenAdapters:
         self._used: list[int] = [row for row in torch.unique(rows_T).tolist() if row != -1]
         if self._used and not 0 <= self._used[0] <= self._used[-1] < len(adapters):
             raise UsageError(f"adapter rows {self._used} go beyond the {len(adapters)} adapters given; -1 is none")
+        if folded and not torch.is_grad_enabled():
+            self._used = []  # nothing is added, and nothing is asked for
         self._adapters = list(adapters)
         self._rows_T = rows_T
         self._uniform = bool(self._used) and bool((rows_T == self._used[0]).all())
         self._tokens = {} if self._uniform else {row: torch.where(rows_T == row)[0] for row in self._used}
         self._dropout = dropout
+        self._folded = folded
 
     def touches(self, *names: str) -> bool:
         """Whether any token's adapter has one of these targets."""
@@ -245,7 +255,9 @@ class TokenAdapters:
             adapter = self._adapters[row]
             if name not in adapter.factors:
                 continue
-            if self._uniform:
+            if self._uniform and not self._dropout and low_rank.suits(x_TI):
+                out_TO = low_rank.add(out_TO, x_TI, [self._part(adapter, name, 0)])
+            elif self._uniform:
                 out_TO = out_TO + self._delta(adapter, name, x_TI)
             else:
                 tokens = self._tokens[row]
@@ -261,6 +273,10 @@ class TokenAdapters:
             x_TD = ops.rms_norm(x_TD, norm.weight_D, eps=norm.eps)
         config = self._adapters[self._used[0]].config
         sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        if self._uniform and not self._dropout and low_rank.suits(x_TD):
+            adapter, columns = self._adapters[self._used[0]], itertools.accumulate(sizes, initial=0)
+            own = [(name, column) for name, column in zip(names, columns, strict=False) if name in adapter.factors]
+            return low_rank.add(out_TO, x_TD, [self._part(adapter, name, column) for name, column in own])
         parts = torch.split_with_sizes(out_TO, sizes, 1)
         return torch.cat([self.linear(name, x_TD, part) for name, part in zip(names, parts, strict=True)], dim=1)
 
@@ -271,7 +287,7 @@ class TokenAdapters:
             gate_up, down = (self._lora(self._adapters[row], f"{layer}.{kind}") for kind in EXPERT_KINDS)
             if gate_up is not None or down is not None:
                 tokens_T = None if self._uniform else self._rows_T == row
-                loras.append(ExpertLora(gate_up, down, tokens_T, self._dropout))
+                loras.append(ExpertLora(gate_up, down, tokens_T, self._dropout, self._folded))
         return loras
 
     @staticmethod
@@ -279,6 +295,14 @@ class TokenAdapters:
         factors = adapter.factors.get(name)
         return None if factors is None else Lora(*factors, adapter.spec.scaling(name))
 
+    @staticmethod
+    def _part(adapter: Adapter, name: str, column: int) -> low_rank.Part:
+        return low_rank.Part(*adapter.factors[name], adapter.spec.scaling(name), column)
+
     def _delta(self, adapter: Adapter, name: str, x_SI: Tensor) -> Tensor:
         a, b = adapter.factors[name]
-        return delta(x_SI, a, b, scaling=adapter.spec.scaling(name), dropout=self._dropout)
+        scaling = adapter.spec.scaling(name)
+        if self._folded:
+            share = delta(x_SI.detach(), a, b, scaling=scaling)
+            return share - share.detach()
+        return delta(x_SI, a, b, scaling=scaling, dropout=self._dropout)

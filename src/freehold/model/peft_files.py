@@ -73,6 +73,9 @@ _REFUSED = {
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+# In the tensors' file, of which every reader but this one ignores it.
+_DITHERED = {"freehold_merge": "dithered"}
+
 _TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d{1,5})\.([a-z_.]+)\.lora_([AB])\.weight")
 
 
@@ -93,7 +96,7 @@ def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None =
     raw = _config_json(adapter, base_model)
     specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
     with new_file(folder / TENSOR_FILE) as file:
-        file.write(header_bytes(specs, {"format": "pt"}))
+        file.write(header_bytes(specs, {"format": "pt"} | (_DITHERED if adapter.dithered else {})))
         for _ in write_data(file, specs):
             pass
     write_text(folder / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
@@ -211,7 +214,7 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
     factors = {
         name: _canonical(path, name, stored[place], *shapes[name], dtype) for name, place in found.places.items()
     }
-    return Adapter(config=config, spec=found.spec, factors=factors)
+    return Adapter(config=config, spec=found.spec, factors=factors, dithered=_is_dithered(path))
 
 
 def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:
@@ -345,6 +348,12 @@ def _placed(path: Path, names: Iterable[str]) -> dict[tuple[int, str], dict[str,
     if not placed:
         raise CheckpointError(f"{path} holds no tensors; download or copy the adapter again")
     return placed
+
+
+def _is_dithered(path: Path) -> bool:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return _DITHERED.items() <= metadata.items()
 
 
 def _read_config(path: Path) -> _PeftConfig:

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from openai.types import Model
 from starlette.requests import Request
 
-from freehold.errors import NotFoundError
+from freehold.errors import NotFoundError, UsageError
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import caller_of
 from freehold.serve.errors import ApiError, api_error
@@ -49,6 +49,8 @@ def router(server: Server) -> APIRouter:
             await server.tuning.delete_model(tuned)
         except NotFoundError as error:
             raise api_error(error, param="model") from None
+        except UsageError as error:
+            raise ApiError(409, str(error), param="model") from None
         return {"id": name, "object": "model", "deleted": True}
 
     return routes

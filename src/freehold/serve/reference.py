@@ -55,7 +55,7 @@ _ERRORS = (
     (403, "not with this key, or not from this host"),
     (404, "a path, model or id that is not here"),
     (408, "the body did not come in time"),
-    (409, "a file that a fine-tuning job still reads is not deleted"),
+    (409, "a file or checkpoint that a fine-tuning job still needs is not deleted"),
     (413, "the body is too large"),
     (415, "the body is not JSON; for `/v1/files`, no form"),
     (429, "the queue is full, or a key's limit is reached"),

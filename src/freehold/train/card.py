@@ -16,43 +16,89 @@ license: # say under which licence you pass this on; it depends on the base mode
 """
 
 
+_QAT = """\
+It was trained on weights in which it was merged and rounded to MXFP4 (QAT): `freehold merge` gives the very model that
+was trained. Beside weights that are not merged it acts almost the same.
+
+"""
+
+
 def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, result_step: int) -> str:
     """`run` is what run.json says."""
-    data, lora, loop = run["data"], run["request"]["lora"], run["request"]["loop"]
-    files = "\n".join(f"| `{file['name']}` | {file['bytes']:,} | `{file['sha256']}` |" for file in data["files"])
+    if run["method"] == "full":
+        return _full_card(name, run, state, result_step)
+    lora, loop = run["request"]["lora"], run["request"]["loop"]
     targets = "\n".join(f"| {kind} | {rank} | {alpha:g} |" for kind, rank, alpha in lora["targets"])
-    options = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in loop.items() if value is not None)
     return (
         _HEADER.format(base=run["model"]["name"])
         + f"\n# {name}\n\n"
         + f"A LoRA adapter for `{run['model']['name']}`, made by Freehold {run['freehold']}. It changes nothing of the "
         "model's weights, and is read by Freehold and by PEFT.\n\n"
         "```\nfreehold chat --adapter <this folder>\n```\n\n"
-        "## Data\n\n| file | bytes | SHA-256 |\n|---|---|---|\n"
-        + files
-        + f"\n\n{data['examples']:,} examples, {data['tokens']:,} tokens, of which {data['targets']:,} are learnt"
-        + f"; {data['validation_examples']:,} examples ({data['validation_targets']:,} tokens) are for validation. "
-        + f"{data['truncated']:,} were cut to {loop['max_length']:,} tokens.\n\n"
-        "Say here where they come from, and what they may be used for.\n\n"
-        "## Training\n\n| target | rank | alpha |\n|---|---|---|\n"
+        + _data(run, "pairs" if run["method"] == "dpo" else "examples")
+        + "## Training\n\n| target | rank | alpha |\n|---|---|---|\n"
         + targets
         + f"\n\nrsLoRA: {'yes' if lora['rslora'] else 'no'}; dropout {lora['dropout']:g}; balance {lora['balance']:g}; "
+        + _method(run["request"])
         + f"{run['how']}\n\n"
-        + options
+        + (_QAT if lora["qat"] else "")
+        + _options(loop)
         + "\n\n## Result\n\n"
-        + _result(state, result_step)
+        + _result(state, result_step, "pair" if run["method"] == "dpo" else "token")
     )
 
 
-def _result(state: TrainingState, result_step: int) -> str:
+def _full_card(name: str, run: Mapping[str, Any], state: TrainingState, result_step: int) -> str:
+    header = _HEADER.replace("library_name: peft\n", "").replace("lora, ", "")
+    request = run["request"]
+    return (
+        header.format(base=run["model"]["name"])
+        + f"\n# {name}\n\n"
+        + f"`{run['model']['name']}` tuned by Freehold {run['freehold']}: {run['parameters']:,} parameters learnt. "
+        "They were computed with as they are stored here (QAT).\n\n"
+        "```\nfreehold chat --model <this folder>/model\n```\n\n"
+        + _data(run, "examples")
+        + "## Training\n\n"
+        + f"Trained: {', '.join(request['full']['train'])}; balance {request['full']['balance']:g}; {run['how']}\n\n"
+        + _options(request["loop"])
+        + "\n\n## Result\n\n"
+        + _result(state, result_step, "token")
+    )
+
+
+def _data(run: Mapping[str, Any], what: str) -> str:
+    data = run["data"]
+    files = "\n".join(f"| `{file['name']}` | {file['bytes']:,} | `{file['sha256']}` |" for file in data["files"])
+    return (
+        "## Data\n\n| file | bytes | SHA-256 |\n|---|---|---|\n"
+        + files
+        + f"\n\n{data['examples']:,} {what}, {data['tokens']:,} tokens, of which {data['targets']:,} are learnt"
+        + f"; {data['validation_examples']:,} {what} ({data['validation_targets']:,} tokens) are for validation. "
+        + f"{data['truncated']:,} were cut to {run['request']['loop']['max_length']:,} tokens.\n\n"
+        "Say here where they come from, and what they may be used for.\n\n"
+    )
+
+
+def _options(loop: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in loop.items() if value is not None)
+
+
+def _method(request: Mapping[str, Any]) -> str:
+    if request["method"] != "dpo":
+        return ""
+    beta, smoothing = request["dpo"]["beta"], request["dpo"]["label_smoothing"]
+    return f"DPO on preference pairs with beta {beta:g} and label smoothing {smoothing:g}; "
+
+
+def _result(state: TrainingState, result_step: int, unit: str) -> str:
     lines = [f"{state.step:,} steps over {state.tokens:,} tokens in {state.seconds:,.0f} seconds of computing."]
     if state.loss is not None:
-        lines.append(f"The last step's loss was {state.loss:.4f} a token.")
+        lines.append(f"The last step's loss was {state.loss:.4f} a {unit}.")
     if state.best_validation_loss is not None and state.first_validation_loss is not None:
         lines.append(
             f"The validation loss was {state.first_validation_loss:.4f} before and is "
-            f"{state.best_validation_loss:.4f} after step {result_step:,}, whose adapter this is."
+            f"{state.best_validation_loss:.4f} after step {result_step:,}, whose weights these are."
         )
     else:
-        lines.append(f"The adapter is that of step {result_step:,}. There was no validation.")
+        lines.append(f"The weights are those of step {result_step:,}. There was no validation.")
     return " ".join(lines) + "\n"

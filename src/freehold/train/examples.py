@@ -170,3 +170,17 @@ class Pairs:
 
     def __getitem__(self, index: int) -> Pair:
         return Pair(self.chosen[index], self.rejected[index])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.chosen.num_tokens + self.rejected.num_tokens
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens of the answers."""
+        return self.chosen.num_targets + self.rejected.num_targets
+
+    @property
+    def lengths(self) -> list[int]:
+        """In tokens, of both answers with their prompts."""
+        return [sum(pair) for pair in zip(self.chosen.lengths, self.rejected.lengths, strict=True)]

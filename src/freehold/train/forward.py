@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from freehold.kernels import backends
 from freehold.kernels.ops import Routing
 from freehold.model.batch import Batch
 from freehold.model.lora import Adapter, TokenAdapters
 from freehold.model.transformer import Transformer
 from freehold.train.examples import NO_TARGET
 from freehold.train.packing import PackedRow
+from freehold.weights.packed import PackedMatrix
 
 _LOGITS_AT_ONCE = 1 << 24  # numbers, of which there are two such pieces at a time
 
@@ -38,26 +40,32 @@ def taught(
     row: PackedRow,
     *,
     adapter: Adapter | None = None,
+    folded: bool = False,
     dropout: float = 0.0,
     checkpointing: bool = False,
     balance: bool = False,
+    gradient_type: torch.dtype | None = None,
 ) -> Taught:
     """Differentiable in the adapter's factors, and in weights of the model that want a gradient.
 
-    `dropout` draws from torch's own generator. The row's targets may be none: then so are the log-probabilities.
+    `folded`: the transformer's weights have the adapter in them already (qat.py). `dropout` draws from torch's own
+    generator. Where weights are packed, `gradient_type` is the type in which gradients are multiplied, sums aside:
+    float32, bfloat16, or None for what is faster on this processor. The row's targets may be none: then so are the
+    log-probabilities.
     """
-    device = transformer.device
+    device, gradient_type = transformer.device, gradient_type or _quick_gradient_type(transformer)
     tokens_T = torch.tensor(row.tokens, device=device)
     adapters = None
     if adapter is not None:
-        adapters = TokenAdapters([adapter], torch.zeros_like(tokens_T), dropout=dropout)
+        adapters = TokenAdapters([adapter], torch.zeros_like(tokens_T), dropout=dropout, folded=folded)
     batch = Batch.whole(row.counts, num_layers=len(transformer.layers), device=device, adapters=adapters)
     x_TD, rotation = transformer.embed(tokens_T), transformer.rotation(batch)
     balances = [torch.zeros((), device=device)]
     for index in range(len(transformer.layers)):
 
         def layer(x_TD: Tensor, index: int = index) -> tuple[Tensor, Tensor]:
-            return _watched_layer(transformer, x_TD, index, batch, rotation, balance)
+            with backends.gradients_in(gradient_type):
+                return _watched_layer(transformer, x_TD, index, batch, rotation, balance)
 
         if checkpointing and torch.is_grad_enabled():
             x_TD, of_layer = checkpoint(layer, x_TD, use_reentrant=False)
@@ -66,7 +74,8 @@ def taught(
         balances.append(of_layer)
     targets_T = torch.tensor(row.targets, device=device)
     places = torch.where(targets_T != NO_TARGET)[0]
-    log_probs_S = log_probs(transformer, x_TD[places], targets_T[places])
+    with backends.gradients_in(gradient_type):
+        log_probs_S = log_probs(transformer, x_TD[places], targets_T[places])
     return Taught(log_probs_S, torch.stack(balances).sum() / len(transformer.layers))
 
 
@@ -90,6 +99,11 @@ def balance_term(logits_TE: Tensor, routing: Routing) -> Tensor:
     num_experts = logits_TE.shape[1]
     share_E = torch.bincount(routing.experts_TA.flatten(), minlength=num_experts) / routing.experts_TA.numel()
     return num_experts * (share_E * torch.softmax(logits_TE.float(), dim=-1).mean(0)).sum()
+
+
+def _quick_gradient_type(transformer: Transformer) -> torch.dtype:
+    packed = any(isinstance(layer.experts.gate_up, PackedMatrix) for layer in transformer.layers)
+    return backends.quick_gradient_type() if packed else torch.float32
 
 
 def _watched_layer(

@@ -13,6 +13,9 @@ from freehold.errors import UsageError
 
 DEFAULT_TARGETS = ("q", "k", "v", "o", "gate_up", "down")
 DEFAULT_RANK = 16
+METHODS = ("lora", "dpo", "full")
+GROUPS = ("attention", "router", "experts", "norms", "embedding")
+LEARNING_RATES = {"lora": 2e-4, "dpo": 5e-5, "full": 2e-5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +90,14 @@ class LoraTarget(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions:
-    """What an adapter changes. `balance` is the weight of the term that keeps experts evenly used."""
+    """What an adapter changes. `balance` is the weight of the term that keeps experts evenly used. `qat`: the model
+    computes with the adapter merged and rounded (qat.py), so that merging loses nothing."""
 
     targets: tuple[LoraTarget, ...]
     rslora: bool = False
     dropout: float = 0.0
     balance: float = 0.0
+    qat: bool = False
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -106,7 +111,48 @@ class LoraOptions:
             _check_whole(f"rank of {kind}", rank, 1)
             _check_number(f"alpha of {kind}", alpha, above=0)
         _check_number("dropout", self.dropout, below=1)
+        if self.qat and self.dropout:
+            raise UsageError("--dropout leaves out what adapters read, and with --qat they are merged; leave one out")
         _check_number("balance", self.balance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoOptions:
+    """How preferences are learnt: `beta` is how dear it is to leave the model as it was, `label_smoothing` the share of
+    pairs that are taken to be the wrong way round."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_number("beta", self.beta, above=0)
+        _check_number("label_smoothing", self.label_smoothing, below=0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullOptions:
+    """Which of GROUPS learn where there is no adapter, biases with their weights and sinks with attention. `balance` as
+    in LoraOptions."""
+
+    train: tuple[str, ...] = GROUPS
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.train:
+            if name not in GROUPS:
+                raise UsageError(f"--train {name!r}: there are {', '.join(GROUPS)}, and all")
+        if not self.train:
+            raise UsageError(f"there is nothing to train; name one or more of {', '.join(GROUPS)}")
+        _check_number("balance", self.balance)
+
+
+def trained_groups(given: Sequence[str]) -> tuple[str, ...]:
+    """Of what is typed: `attention,experts`; `all`, or nothing, is all of them."""
+    names = [name.strip() for words in given for name in words.split(",")]
+    if "all" in names or not names:
+        return GROUPS
+    known = [name for name in GROUPS if name in names]
+    return (*known, *(name for name in names if name not in GROUPS))
 
 
 def lora_targets(

@@ -6,15 +6,18 @@ layer and the residual stream between them. Called by run.py.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.engine.options import EngineOptions
 from freehold.errors import OutOfMemoryError
-from freehold.model.lora import EXPERT_KINDS, AdapterSpec, factor_shapes
+from freehold.model.lora import EXPERT_KINDS, AdapterSpec, factor_shapes, weight_name
 from freehold.session.memory import free_memory, gib, plan_memory
 from freehold.session.policy import Policy
+from freehold.weights.layouts import canonical_shapes
+from freehold.weights.packed import packed_bytes
 
 _QUERIES_AT_ONCE = 256  # rows of attention whose scores are there together
 _LOGITS_AT_ONCE = 3 * 4 << 24  # bytes: pieces of logits, what becomes of them, and their gradient
@@ -45,11 +48,21 @@ class TrainingPlan:
     scratch: int
     program: int
     checkpointing: bool
+    merged: int = 0
+    is_full: bool = False
 
     @property
     def needed(self) -> int:
         """What has to be free now."""
-        return self.weights + self.factors + self.gradients + self.optimizer + self.activations + self.scratch
+        return (
+            self.weights
+            + self.factors
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.scratch
+            + self.merged
+        )
 
     @property
     def total(self) -> int:
@@ -57,9 +70,11 @@ class TrainingPlan:
         return self.needed + self.program
 
     def describe(self) -> str:
+        merged = f"{gib(self.merged)} merged weights + " if self.merged else ""
         twice = ", computed twice" if self.checkpointing else ""
+        learns = "masters" if self.is_full else "factors"
         return (
-            f"{gib(self.weights)} weights + {gib(self.factors)} factors + {gib(self.gradients)} gradients + "
+            f"{gib(self.weights)} weights + {merged}{gib(self.factors)} {learns} + {gib(self.gradients)} gradients + "
             f"{gib(self.optimizer)} optimizer + {gib(self.activations)} activations{twice} + "
             f"{gib(self.scratch)} scratch = {gib(self.needed)}"
         )
@@ -73,6 +88,7 @@ def plan_lora(
     row: RowShape,
     *,
     dropout: bool = False,
+    qat: bool = False,
     checkpointing: bool = False,
 ) -> TrainingPlan:
     """What a step of LoRA needs with rows of this shape. Peak resident memory stays below."""
@@ -112,6 +128,7 @@ def plan_lora(
         + _TRAINER,
         program=machine.process_status().get("VmRSS", 0),
         checkpointing=checkpointing,
+        merged=_merged_bytes(config, experts, policy, spec) if qat else 0,
     )
 
 
@@ -123,6 +140,7 @@ def fitting_lora_plan(
     row: RowShape,
     *,
     dropout: bool,
+    qat: bool,
     checkpointing: str,
 ) -> TrainingPlan:
     """The plan that fits: activations are kept if they can be, where `checkpointing` is auto.
@@ -130,12 +148,101 @@ def fitting_lora_plan(
     Raises OutOfMemoryError, with the numbers and a remedy.
     """
     free = free_memory(policy)
-    plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, checkpointing=checkpointing == "on")
+    twice = checkpointing == "on"
+    plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, qat=qat, checkpointing=twice)
     if plan.needed > free and checkpointing == "auto":
-        plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, checkpointing=True)
+        plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, qat=qat, checkpointing=True)
     if plan.needed <= free:
         return plan
     raise OutOfMemoryError(f"{plan.describe()} are needed, and {gib(free)} are free; {_remedy(plan, row, policy)}")
+
+
+def plan_full(
+    config: ModelConfig,
+    experts: ExpertFormat,
+    policy: Policy,
+    names: Collection[str],
+    row: RowShape,
+    *,
+    checkpointing: bool = False,
+) -> TrainingPlan:
+    """What a step of full fine-tuning needs: of each parameter that learns a master, a gradient, what the optimizer
+    keeps of it, and the rounded number; what the model is made from stays mapped."""
+    shapes = canonical_shapes(config)
+    masters = sum(4 * math.prod(shapes[name]) for name in names)
+    of_mxfp4 = config.num_expert_weights * 17 // 32
+    mapped = 2 * (config.num_parameters - config.num_expert_weights)
+    mapped += of_mxfp4 if experts is ExpertFormat.MXFP4 else 2 * config.num_expert_weights
+    layer_weights = max(
+        sum(math.prod(shapes[name]) for name in names if name.startswith(f"layers.{i}."))
+        for i in range(config.num_layers)
+    )
+    width = policy.dtype.itemsize
+    layer = row.tokens * _kept_of_plain_layer(config, width)
+    stream = row.tokens * config.hidden_size * width
+    kept = config.num_layers * stream + layer if checkpointing else config.num_layers * layer
+    joined = 4 * config.num_layers * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.hidden_size
+    logits = _LOGITS_AT_ONCE + 2 * 4 * config.vocab_size * config.hidden_size
+    return TrainingPlan(
+        weights=masters + joined + mapped,
+        factors=masters,
+        gradients=masters + 2 * 4 * layer_weights,
+        optimizer=2 * masters,
+        activations=kept + 2 * stream,
+        scratch=_expert_scratch(config, row, width) + _attention_scratch(config, row) + logits,
+        program=machine.process_status().get("VmRSS", 0),
+        checkpointing=checkpointing,
+        is_full=True,
+    )
+
+
+def fitting_full_plan(
+    config: ModelConfig,
+    experts: ExpertFormat,
+    policy: Policy,
+    names: Collection[str],
+    row: RowShape,
+    *,
+    checkpointing: str,
+) -> TrainingPlan:
+    """The plan that fits, as in fitting_lora_plan. Raises OutOfMemoryError, which says what LoRA would take."""
+    free = free_memory(policy)
+    plan = plan_full(config, experts, policy, names, row, checkpointing=checkpointing == "on")
+    if plan.needed > free and checkpointing == "auto":
+        plan = plan_full(config, experts, policy, names, row, checkpointing=True)
+    if plan.needed <= free:
+        return plan
+    raise OutOfMemoryError(
+        f"{plan.describe()} are needed, and {gib(free)} are free; full fine-tuning takes 20 bytes for each parameter "
+        "that learns: tune an adapter instead (--method lora, and --qat), which learns against the packed weights, or "
+        "--train less"
+    )
+
+
+def _kept_of_plain_layer(config: ModelConfig, width: int) -> int:
+    """Bytes that a layer keeps for each token where plain torch computes it: of each active expert its input, its
+    hidden values with all that they are made of, and its output."""
+    D, F, A = config.hidden_size, config.expert_width, config.num_active_experts
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return width * (16 * D + 4 * heads + A * (4 * D + 14 * F) + 8 * config.num_experts)
+
+
+def _merged_bytes(config: ModelConfig, experts: ExpertFormat, policy: Policy, spec: AdapterSpec) -> int:
+    """What QAT adds: the weights that are adapted once more, as they are computed with; what they are made from, which
+    stays mapped; and one matrix while it is rounded."""
+    shapes = canonical_shapes(config)
+    total = largest = 0
+    for name in spec.targets:
+        shape = shapes[weight_name(name)]
+        numel = math.prod(shape)
+        is_mxfp4 = name.endswith(EXPERT_KINDS) and experts is ExpertFormat.MXFP4
+        stored = numel * 17 // 32 if is_mxfp4 else 2 * numel
+        own = stored if is_mxfp4 else numel * policy.dtype.itemsize
+        if policy.dense is not None:
+            own = packed_bytes("mxfp4" if is_mxfp4 else policy.dense, shape, paired=name.endswith("gate_up"))
+        total += stored + own
+        largest = max(largest, math.prod(shape[-2:]))
+    return total + 4 * 4 * largest
 
 
 def _kept_of_layer(config: ModelConfig, spec: AdapterSpec, width: int, dropout: bool) -> int:
@@ -167,7 +274,7 @@ def _attention_scratch(config: ModelConfig, row: RowShape) -> int:
 
 
 def _remedy(plan: TrainingPlan, row: RowShape, policy: Policy) -> str:
-    remedies = []
+    remedies = ["training without --qat"] if plan.merged > plan.needed // 20 else []
     if not plan.checkpointing:
         remedies.append("activations that are computed twice (--checkpointing auto)")
     if row.tokens > 256 and plan.activations + plan.scratch > plan.needed // 20:

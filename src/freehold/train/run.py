@@ -3,7 +3,8 @@
     DIR/run.json            everything that decides what comes out: model, data, options, how it is computed
     DIR/metrics.jsonl       as it goes on (metrics.py), and curves.png where matplotlib is there
     DIR/checkpoints/        where it can go on (checkpoints.py)
-    DIR/adapter_config.json, adapter_model.safetensors, README.md     the result, when it is done
+    DIR/adapter_config.json, adapter_model.safetensors, README.md     the result, when it is done; of full fine-tuning
+    DIR/model/              a checkpoint
 
 `prepare` reads and checks all that can be known without the model's weights. A run that goes on is refused where its
 data, its model or its options are no longer those that it began with.
@@ -15,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from freehold import __version__, machine
+from freehold.config import ModelConfig
 from freehold.disk import check_space, exclusive, write_text, written_to
 from freehold.errors import CheckpointError, UnsupportedError, UsageError
 from freehold.formats import chat
@@ -36,21 +38,27 @@ from freehold.log import Progress, logger, no_progress
 from freehold.model.lora import AdapterSpec, factor_shapes
 from freehold.model.peft_files import check_storable
 from freehold.session.model import load_transformer
-from freehold.session.policy import Policy, decide
+from freehold.session.policy import DTYPES, Policy, decide
 from freehold.train import curves
+from freehold.train.adapting import adapter_spec
 from freehold.train.card import model_card
 from freehold.train.checkpoints import Checkpoints
-from freehold.train.data import DataOptions, TrainingData, read_examples
+from freehold.train.data import DataOptions, PreferenceData, TrainingData, read_examples, read_preferences
+from freehold.train.dpo import DpoTuning
+from freehold.train.examples import Examples, Pairs
+from freehold.train.full import FullTuning, trained_names
 from freehold.train.loop import Loop, Outcome
 from freehold.train.metrics import Report, read_metrics
-from freehold.train.options import LoopOptions, LoraOptions, LoraTarget, differences
+from freehold.train.options import METHODS, DpoOptions, FullOptions, LoopOptions, LoraOptions, LoraTarget, differences
 from freehold.train.packing import pack
-from freehold.train.plan import RowShape, TrainingPlan, fitting_lora_plan
-from freehold.train.sft import LoraTuning, adapter_spec
+from freehold.train.plan import RowShape, TrainingPlan, fitting_full_plan, fitting_lora_plan
+from freehold.train.sft import LoraTuning
 from freehold.weights.files import read_json
+from freehold.weights.layouts import Checkpoint, canonical_shapes
 from freehold.weights.pack_file import source_fingerprint
 
 RUN_FILE = "run.json"
+MODEL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "curves.png"
 _FORMAT = 1
@@ -59,23 +67,38 @@ _SECONDS_BETWEEN_CHARTS = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneRequest:
-    """What somebody wants tuned. `harmony` as in `freehold chat`; `date` is what Harmony's system message says, None is
-    today. A share of the lines is for validation, or a file is. The rest as in freehold.session.model.load."""
+    """What somebody wants tuned. `method` is one of METHODS; `dpo` and `full` are for those alone. `harmony` as in
+    `freehold chat`; `date` is what Harmony's system message says, None is today. A share of the lines is for
+    validation, or a file is. The rest as in freehold.session.model.load."""
 
     model: str
     files: tuple[Path, ...]
+    method: str = "lora"
     validation_file: Path | None = None
     validation_share: float = 0.0
     harmony: bool | None = None
     date: str | None = None
     loop: LoopOptions
     lora: LoraOptions
+    dpo: DpoOptions = field(default_factory=DpoOptions)
+    full: FullOptions = field(default_factory=FullOptions)
     device: str | None = None
     dtype: str | None = None
     dense: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method is one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method != "dpo" and self.dpo != DpoOptions():
+            raise UsageError("--beta and --label-smoothing are for preference pairs; add --method dpo")
+        if self.method != "full" and self.full != FullOptions():
+            raise UsageError("--train is for full fine-tuning, and adapters have --target; add --method full")
+        if self.method == "full":
+            if self.lora.qat:
+                raise UsageError("--qat is for adapters; full fine-tuning computes with rounded weights anyway")
+            if self.dense is not None:
+                raise UsageError("--dense is for packed weights, and full fine-tuning computes with plain ones")
         if not self.files:
             raise UsageError("there is nothing to train on; name one or more .jsonl or .txt files")
         if self.validation_file is not None and self.validation_share:
@@ -94,6 +117,7 @@ class TuneRequest:
         raw["files"] = [str(path.absolute()) for path in self.files]
         raw["validation_file"] = None if self.validation_file is None else str(self.validation_file.absolute())
         raw["lora"]["targets"] = [list(target) for target in self.lora.targets]
+        raw["full"]["train"] = list(self.full.train)
         return raw
 
     @classmethod
@@ -104,6 +128,9 @@ class TuneRequest:
         lora = dict(raw["lora"])
         lora["targets"] = tuple(LoraTarget(*target) for target in lora["targets"])
         fields["lora"], fields["loop"] = LoraOptions(**lora), LoopOptions(**raw["loop"])
+        if "dpo" in raw:  # runs that began before there was anything but LoRA have neither
+            fields["dpo"] = DpoOptions(**raw["dpo"])
+            fields["full"] = FullOptions(**{**raw["full"], "train": tuple(raw["full"]["train"])})
         return cls(**fields)
 
 
@@ -115,8 +142,8 @@ class Prepared:
     folder: ModelFolder
     policy: Policy
     tokenizer: Tokenizer
-    data: TrainingData
-    spec: AdapterSpec
+    data: TrainingData | PreferenceData
+    spec: AdapterSpec | None
     row: RowShape
     rows_per_epoch: int
     facts: Mapping[str, Any]
@@ -127,11 +154,21 @@ class Prepared:
 
     @property
     def num_parameters(self) -> int:
-        """Of the adapter."""
+        """That learn."""
         return int(self.facts["parameters"])
 
     def plan(self) -> TrainingPlan:
         """Raises OutOfMemoryError where a step would not fit."""
+        checkpoint = self.folder.checkpoint
+        if self.spec is None:
+            return fitting_full_plan(
+                checkpoint.config,
+                checkpoint.experts,
+                self.policy,
+                trained_names(checkpoint, self.request.full),
+                self.row,
+                checkpointing=self.request.loop.checkpointing,
+            )
         return fitting_lora_plan(
             self.folder.checkpoint.config,
             self.folder.checkpoint.experts,
@@ -139,6 +176,7 @@ class Prepared:
             self.spec,
             self.row,
             dropout=self.request.lora.dropout > 0,
+            qat=self.request.lora.qat,
             checkpointing=self.request.loop.checkpointing,
         )
 
@@ -147,9 +185,7 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     """Raises UsageError and other FreeholdErrors that name the option, the file or the lines, and the remedy."""
     folder = open_folder(find_model(request.model, progress))
     config = folder.checkpoint.config
-    policy = decide(config, device=request.device, dtype=request.dtype, dense=request.dense, threads=request.threads)
-    spec = adapter_spec(config, request.lora)
-    check_storable(config, spec)
+    spec, policy = _learning(request, config)
     max_length = request.loop.max_length
     if max_length > config.max_context:
         raise UsageError(f"--max-length {max_length} is more than this model's context of {config.max_context}")
@@ -159,11 +195,12 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     request = _resolved(request, policy)
     chat_format = _chat_format(folder, tokenizer, request)
     options = DataOptions(max_length=max_length, validation_share=request.validation_share, seed=request.loop.seed)
-    data = read_examples(request.files, chat_format, tokenizer, options, progress)
+    data = _read(request, request.files, chat_format, tokenizer, options, progress)
     if request.validation_file is not None:
         options = DataOptions(max_length=max_length, seed=request.loop.seed)
-        data.validation = read_examples([request.validation_file], chat_format, tokenizer, options, progress).training
-    rows = pack(data.training.lengths, max_length, seed=0)
+        measured = _read(request, [request.validation_file], chat_format, tokenizer, options, progress)
+        data = replace(data, validation=measured.training)  # type: ignore[arg-type]
+    rows = _rows(data.training, max_length)
     return Prepared(
         request=request,
         folder=folder,
@@ -175,6 +212,44 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         rows_per_epoch=len(rows),
         facts=_facts(request, folder, policy, data, spec),
     )
+
+
+def _learning(request: TuneRequest, config: ModelConfig) -> tuple[AdapterSpec | None, Policy]:
+    """What an adapter targets, if one is trained; and how the model runs."""
+    is_full = request.method == "full"
+    # Asked for in bfloat16, plain weights may have that on a CPU, too.
+    dtype = None if is_full else request.dtype
+    policy = decide(config, device=request.device, dtype=dtype, dense=request.dense, threads=request.threads)
+    if is_full:
+        chosen = torch.float32 if request.dtype is None else DTYPES.get(request.dtype.removeprefix("torch."))
+        if chosen is None:
+            raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, got {request.dtype!r}")
+        return None, replace(policy, dense=None, dtype=chosen)
+    spec = adapter_spec(config, request.lora)
+    check_storable(config, spec)
+    return spec, policy
+
+
+def _read(
+    request: TuneRequest,
+    files: Sequence[Path],
+    chat_format: ChatFormat | None,
+    tokenizer: Tokenizer,
+    options: DataOptions,
+    progress: Progress,
+) -> TrainingData | PreferenceData:
+    if request.method != "dpo":
+        return read_examples(files, chat_format, tokenizer, options, progress)
+    if chat_format is None:
+        raise UnsupportedError("preference pairs are chats, and this model has no chat format; choose another model")
+    return read_preferences(files, chat_format, options, progress)
+
+
+def _rows(training: Examples | Pairs, max_length: int) -> list[list[int]]:
+    """What comes into one row. A pair has one of its own."""
+    if isinstance(training, Pairs):
+        return [[index] for index in range(len(training))]
+    return pack(training.lengths, max_length, seed=0)
 
 
 def _resolved(request: TuneRequest, policy: Policy) -> TuneRequest:
@@ -203,27 +278,34 @@ def _chat_format(folder: ModelFolder, tokenizer: Tokenizer, request: TuneRequest
     )
 
 
-def _row_shape(data: TrainingData, rows: Sequence[Sequence[int]], max_length: int) -> RowShape:
-    lengths = data.training.lengths
-    of_validation = data.validation.lengths
+def _row_shape(data: TrainingData | PreferenceData, rows: Sequence[Sequence[int]], max_length: int) -> RowShape:
+    lengths, of_validation = data.training.lengths, data.validation.lengths
+    longest = max(sum(lengths[index] for index in indices) for indices in rows)
+    if isinstance(data, PreferenceData):
+        answers = (data.training.chosen, data.training.rejected, data.validation.chosen, data.validation.rejected)
+        return RowShape(
+            tokens=max(longest, *of_validation, 0),
+            example=max(length for examples in answers for length in examples.lengths),
+        )
     return RowShape(
-        tokens=max(
-            max(sum(lengths[index] for index in indices) for indices in rows), min(max_length, sum(of_validation))
-        ),
+        tokens=max(longest, min(max_length, sum(of_validation))),
         example=max([*lengths, *of_validation]),
     )
 
 
 def _facts(
-    request: TuneRequest, folder: ModelFolder, policy: Policy, data: TrainingData, spec: AdapterSpec
+    request: TuneRequest,
+    folder: ModelFolder,
+    policy: Policy,
+    data: TrainingData | PreferenceData,
+    spec: AdapterSpec | None,
 ) -> dict[str, Any]:
     """What run.json says."""
     checkpoint = folder.checkpoint
-    shapes = factor_shapes(checkpoint.config, spec)
     validation = [] if request.validation_file is None else [request.validation_file]
     return {
         "format": _FORMAT,
-        "method": "lora",
+        "method": request.method,
         "freehold": __version__,
         "torch": torch.__version__,
         "model": {"name": request.model, "fingerprint": source_fingerprint(checkpoint)},
@@ -237,10 +319,17 @@ def _facts(
             "validation_targets": data.validation.num_targets,
             "truncated": data.truncations.count,
         },
-        "parameters": sum(math.prod(a) + math.prod(b) for a, b in shapes.values()),
+        "parameters": _num_parameters(request, checkpoint, spec),
         "how": policy.describe(checkpoint.experts.value),
         "request": request.to_json(),
     }
+
+
+def _num_parameters(request: TuneRequest, checkpoint: Checkpoint, spec: AdapterSpec | None) -> int:
+    if spec is None:
+        shapes = canonical_shapes(checkpoint.config)
+        return sum(math.prod(shapes[name]) for name in trained_names(checkpoint, request.full))
+    return sum(math.prod(a) + math.prod(b) for a, b in factor_shapes(checkpoint.config, spec).values())
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
@@ -289,7 +378,7 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
     if facts.get("format") != _FORMAT:
         raise UnsupportedError(f"{output / RUN_FILE} is of another version of Freehold; resume with that one")
     raw = facts["request"]
-    before = {**raw, **raw["loop"], **raw["lora"]}
+    before = {**raw, **raw["loop"], **raw["lora"], **raw.get("dpo", {}), "train": raw.get("full", {}).get("train")}
     if changed := differences({name: before[name] for name in given}, given):
         raise UsageError(
             f"a run goes on as it began, and {'; '.join(changed)}: leave that out, or begin anew with another --output"
@@ -354,16 +443,7 @@ def train(
         check_space(output / RUN_FILE, (request.loop.save_total_limit + 2) * per_checkpoint)
         if plan.checkpointing:
             machine.return_large_memory()
-        transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
-        objective = LoraTuning(
-            transformer,
-            request.lora,
-            prepared.data,
-            max_length=request.loop.max_length,
-            seed=request.loop.seed,
-            checkpointing=plan.checkpointing,
-            base_model=request.model,
-        )
+        objective = _objective(prepared, checkpointing=plan.checkpointing, progress=progress)
 
         drawn = time.monotonic()
 
@@ -375,7 +455,9 @@ def train(
             for each in reports:
                 each(line)
 
-        loop = Loop(objective, request.loop, output, report=report, progress=progress, should_stop=should_stop)
+        loop: Loop[Any] = Loop(
+            objective, request.loop, output, report=report, progress=progress, should_stop=should_stop
+        )
         loop.resume()
 
         def finish(outcome: Outcome) -> None:
@@ -385,11 +467,53 @@ def train(
             step = outcome.state.step if best is None else best
             name = output.absolute().name
             write_text(output / "README.md", model_card(name, prepared.facts, outcome.state, result_step=step))
-            objective.save(output)
+            if isinstance(objective, FullTuning):
+                objective.export(prepared.folder.path, output / MODEL_FOLDER)
+            else:
+                objective.save(output)
 
         outcome = loop.run(finish)
         _draw(output)
         return outcome
+
+
+def _objective(prepared: Prepared, *, checkpointing: bool, progress: Progress) -> LoraTuning | DpoTuning | FullTuning:
+    request, data = prepared.request, prepared.data
+    if request.method == "full":
+        assert isinstance(data, TrainingData)
+        return FullTuning(
+            prepared.folder.checkpoint,
+            request.full,
+            data,
+            dtype=prepared.policy.dtype,
+            device=prepared.policy.device,
+            max_length=request.loop.max_length,
+            seed=request.loop.seed,
+            checkpointing=checkpointing,
+        )
+    transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
+    table = prepared.folder.checkpoint.table() if request.lora.qat else None
+    if isinstance(data, PreferenceData):
+        return DpoTuning(
+            transformer,
+            request.lora,
+            request.dpo,
+            data,
+            seed=request.loop.seed,
+            checkpointing=checkpointing,
+            base_model=request.model,
+            table=table,
+        )
+    return LoraTuning(
+        transformer,
+        request.lora,
+        data,
+        max_length=request.loop.max_length,
+        seed=request.loop.seed,
+        checkpointing=checkpointing,
+        base_model=request.model,
+        table=table,
+    )
 
 
 def newest_checkpoint(output: Path) -> Path | None:

@@ -1,28 +1,21 @@
 """Supervised LoRA: an adapter learns what examples say, on the model as it is served.
 
 Examples lie side by side in rows of one length, anew for each epoch. The loss is the cross entropy of the targets; the
-balance term comes to it where it is asked for. What is kept is the adapter, as PEFT has it. An objective of loop.py.
+balance term comes to it where it is asked for. An objective of loop.py.
 """
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import overload
 
-import torch
-from torch import Tensor
-
-from freehold.config import ModelConfig
-from freehold.errors import CheckpointError, UsageError
-from freehold.model.lora import KINDS, AdapterSpec, Target, new_adapter
-from freehold.model.peft_files import read_peft, write_peft_files
 from freehold.model.transformer import Transformer
+from freehold.train.adapting import AdapterTuning
 from freehold.train.data import TrainingData
 from freehold.train.examples import Examples
-from freehold.train.forward import taught
 from freehold.train.objective import RowLoss, RowSize
 from freehold.train.options import LoraOptions
 from freehold.train.packing import PackedRow, pack, packed_row
+from freehold.weights.layouts import WeightTable
 
 
 class PackedRows(Sequence[PackedRow]):
@@ -47,8 +40,8 @@ class PackedRows(Sequence[PackedRow]):
         return packed_row(self._examples, self._rows[index])
 
 
-class LoraTuning:
-    """An adapter and what it learns from. `base_model` is the name that PEFT may look for."""
+class LoraTuning(AdapterTuning):
+    """An adapter and the examples that it learns from."""
 
     def __init__(
         self,
@@ -60,22 +53,15 @@ class LoraTuning:
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        table: WeightTable | None = None,
     ) -> None:
-        self._transformer = transformer
-        self._options = options
+        super().__init__(
+            transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model, table=table
+        )
         self._data = data
         self._max_length = max_length
         self._seed = seed
-        self._checkpointing = checkpointing
-        self._base_model = base_model
-        spec = adapter_spec(transformer.config, options)
-        self.adapter = new_adapter(transformer.config, spec, seed=seed, device=transformer.device)
-        self._parameters = self.adapter.parameters
         self._rows_per_epoch = len(self.rows(0))
-
-    @property
-    def parameters(self) -> Sequence[Tensor]:
-        return self._parameters
 
     @property
     def rows_per_epoch(self) -> int:
@@ -83,55 +69,20 @@ class LoraTuning:
 
     def rows(self, epoch: int) -> PackedRows:
         """First-fit decreasing has as many rows for the same lengths, whatever the seed."""
-        return _packed(self._data.training, self._max_length, f"{self._seed} {epoch}")
+        return packed_rows(self._data.training, self._max_length, f"{self._seed} {epoch}")
 
     def validation_rows(self) -> PackedRows:
-        return _packed(self._data.validation, self._max_length, f"{self._seed} validation")
+        return packed_rows(self._data.validation, self._max_length, f"{self._seed} validation")
 
     def size(self, row: PackedRow) -> RowSize:
         return RowSize(row.num_targets, len(row.tokens))
 
     def loss(self, row: PackedRow, *, training: bool) -> RowLoss:
-        balance = self._options.balance if training else 0.0
-        learnt = taught(
-            self._transformer,
-            row,
-            adapter=self.adapter,
-            dropout=self._options.dropout if training else 0.0,
-            checkpointing=self._checkpointing and training,
-            balance=bool(balance),
-        )
-        total = -learnt.log_probs_S.sum()
-        if not balance:
-            return RowLoss(total)
-        return RowLoss(total, learnt.balance * balance, {"balance": float(learnt.balance.detach()) * row.num_targets})
-
-    def save(self, folder: Path) -> None:
-        write_peft_files(folder, self.adapter, base_model=self._base_model)
-
-    def restore(self, folder: Path) -> None:
-        kept = read_peft(folder, self.adapter.config)
-        if kept.spec != self.adapter.spec:
-            raise CheckpointError(f"{folder} holds an adapter of other targets or ranks than this run's; remove it")
-        with torch.no_grad():
-            for name, factors in self.adapter.factors.items():
-                for parameter, factor in zip(factors, kept.factors[name], strict=True):
-                    parameter.copy_(factor)
-
-    @property
-    def save_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self._parameters)
+        said = self._taught(row, training=training)
+        return self._loss(-said.log_probs_S.sum(), said.balance, num_targets=row.num_targets, training=training)
 
 
-def adapter_spec(config: ModelConfig, options: LoraOptions) -> AdapterSpec:
-    """For a model of these sizes. Raises UsageError for a kind of target that there is not."""
-    for target in options.targets:
-        if target.kind not in KINDS:
-            raise UsageError(f"--target {target.kind!r}: there are {', '.join(KINDS)}")
-    kinds = {target.kind: Target(rank=target.rank, alpha=target.alpha) for target in options.targets}
-    return AdapterSpec.of_kinds(config, kinds, rslora=options.rslora)
-
-
-def _packed(examples: Examples, max_length: int, seed: str) -> PackedRows:
+def packed_rows(examples: Examples, max_length: int, seed: str) -> PackedRows:
+    """All of them, in an order and in company that are a function of the seed."""
     number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest())
     return PackedRows(examples, pack(examples.lengths, max_length, seed=number))

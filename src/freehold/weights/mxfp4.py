@@ -100,18 +100,57 @@ def pack(values: Tensor) -> Mxfp4Tensor:
     return Mxfp4Tensor(blocks.view(*leading, num_blocks, BLOCK // 2), scales.view(*leading, num_blocks))
 
 
-def round_by_chance(values: Tensor, scales: Tensor, generator: torch.Generator) -> Mxfp4Tensor:
-    """Quantise (…, R, C) at the scales (…, R, C/32) of its blocks, up or down by chance, so that the mean is the value
-    itself: stochastic rounding. What a block can hold as it is stays; what is beyond its largest number becomes that.
-    """
-    blocks = values.unflatten(-1, (-1, BLOCK))
-    magnitudes = (blocks.abs() / _scale_values(scales, torch.float32).unsqueeze(-1)).clamp_(max=_E2M1_MAGNITUDES[-1])
-    spacing = _spacing(magnitudes)
-    steps = magnitudes / spacing
-    below = steps.floor()
-    below += steps - below > torch.rand(steps.shape, generator=generator)
-    return Mxfp4Tensor(_codes(below * spacing, torch.signbit(blocks)), scales)
+def pack_dithered(values: Tensor, base: Mxfp4Tensor, *, seed: int) -> Mxfp4Tensor:
+    """Quantise (…, R, C), values a little away from those that `base` holds, so that on average nothing is lost.
 
+    Each is rounded up or down with the odds of where it lies between the two, by thresholds that are a function of the
+    seed and its place alone: what changes by a hundredth of a step moves a hundredth of the numbers by a whole one. The
+    nearest number would nearly always be the old one. Blocks keep their scales while those are good for what is in them
+    now, and get `pack`'s otherwise. What `base` holds exactly stays as it is.
+    """
+    if values.shape != base.shape:
+        raise UsageError(f"values of shape {tuple(values.shape)} are not near a tensor of {tuple(base.shape)}")
+    flat, scales = values.detach().reshape(-1, BLOCK), base.scales.flatten().clone()
+    blocks = torch.empty((len(flat), BLOCK // 2), dtype=torch.uint8, device=values.device)
+    for start in range(0, len(flat), _DITHERED_AT_ONCE):
+        chunk = slice(start, start + _DITHERED_AT_ONCE)
+        blocks[chunk] = _dithered(flat[chunk].to(torch.float32), scales[chunk], start, seed)
+    return Mxfp4Tensor(blocks.view_as(base.blocks), scales.view_as(base.scales))
+
+
+_DITHERED_AT_ONCE = 1 << 11  # 256 KiB of float32
+
+
+def _dithered(blocks: Tensor, scales: Tensor, first: int, seed: int) -> Tensor:
+    """Codes (B, 16) of float32 blocks (B, 32); scales (B,) that do not fit are replaced."""
+    magnitudes = blocks.abs()
+    amax = magnitudes.amax(dim=-1)
+    ratio = amax * _scale_values(2 * SCALE_BIAS - scales.int(), torch.float32)
+    # Beyond 7 steps a coarser scale is nearer on the whole, below 2 a finer one has all numbers that this one has.
+    foreign = ~((ratio >= 2) & (ratio <= 7))
+    if foreign.any():
+        scales[foreign] = _pack_blocks(blocks[foreign])[1]
+    magnitudes *= _scale_values(2 * SCALE_BIAS - scales.int(), torch.float32).unsqueeze(-1)
+    # Two binades of the format lie above 2, in which steps are twice and four times as long; codes count steps.
+    binade = (magnitudes >= 2).to(torch.float32).add_(magnitudes >= 4)
+    magnitudes *= torch.exp2(1 - binade)
+    magnitudes += _thresholds(len(blocks), first, seed, blocks.device)
+    codes = magnitudes.floor_().add_(binade, alpha=2).clamp_(max=7).to(torch.uint8)
+    codes |= torch.signbit(blocks).to(torch.uint8) << 3
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _thresholds(count: int, first: int, seed: int, device: torch.device) -> Tensor:
+    """(B, 32) numbers from 0 up to 1, of 20 bits: a hash of the place, the same on every machine."""
+    start = (first * BLOCK * _ODD + seed) % (1 << 32)
+    place = torch.arange(count * BLOCK, dtype=torch.int32, device=device)
+    place.mul_(_ODD - (1 << 32)).add_(start - (start >> 31 << 32))
+    for multiplier in (0x7FEB352D, 0x846CA68B - (1 << 32)):  # lowbias32 of https://github.com/skeeto/hash-prospector
+        place.bitwise_xor_((place >> 15).bitwise_and_(0x1FFFF)).mul_(multiplier)
+    return ((place >> 12).bitwise_and_(0xFFFFF).to(torch.float32) * 2.0**-20).view(count, BLOCK)
+
+
+_ODD = 0x9E3779B1
 
 _BLOCKS_AT_ONCE = 1 << 14  # 2 MiB of float32: the working set of a chunk stays in cache
 

@@ -56,7 +56,7 @@ def _said(lines: Sequence[str], standing: Standing, hide: Iterable[str]) -> str:
     else:
         text = standing.failure or "\n".join(lines[-_MOST_LINES:])
     for path in sorted(hide, key=len, reverse=True):
-        if len(path) > 1:
+        if "/" in path and len(path) > 1:  # a model's name may be any word
             text = text.replace(f"{path}/", "").replace(path, "…")
     text = _CONTROL.sub("", text)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"

@@ -20,6 +20,7 @@ from typing import Any
 from freehold import disk
 from freehold.errors import DiskError, FreeholdError, NotFoundError, StoreError, UsageError
 from freehold.log import logger
+from freehold.serve.journal import log_failure
 from freehold.serve.threads import Threads
 from freehold.serve.tuning import report
 from freehold.serve.tuning.models import TunedModels
@@ -104,7 +105,13 @@ class Tuning:
         return record
 
     async def delete_model(self, record: ModelRecord) -> None:
-        """Its files, and itself. Its checkpoints are models of their own."""
+        """Its files, and itself. Its checkpoints are models of their own. Raises UsageError for a checkpoint of a job
+        that may yet go on from it."""
+        job = await self.threads.run(self._store.job, record.job_id, record.owner, self.place)
+        if not job.finished:
+            raise UsageError(
+                f"the fine-tuning job {job.id} goes on from its checkpoints; cancel it, or wait for its end"
+            )
         remove = partial(_remove_model, self.models.folder(record))
         await self.threads.run(
             partial(self._store.delete_model, record.name, record.owner, self.place, remove=lambda _: remove())
@@ -117,7 +124,7 @@ class Tuning:
         self.workshop.tell_strays(await self.threads.run(self._store.file_ids, self.place))
 
     async def run(self) -> None:
-        """Do what is in the queue, until cancelled. `aclose` afterwards."""
+        """Do what is in the queue, until `stop`."""
         if self.trainer is None:
             return
         while not self._stopping:
@@ -170,12 +177,18 @@ class Tuning:
         record = current.record
         try:
             await self._train(current, trainer)
-        except FreeholdError as error:
-            logger.warning("the fine-tuning job %s failed: %s", record.id, error)
+        except StoreError:  # it could not be written down that it begins: it goes on waiting
+            if current.run is not None:
+                await current.run.kill()
+            raise
+        except NotFoundError as error:
+            await self._fail(current.record, Failure("invalid_training_file", str(error), "training_file"))
+        except Exception as error:  # noqa: BLE001 — whatever it is, the queue goes on
+            log_failure(f"the fine-tuning job {record.id} failed", error)
             if current.run is not None:
                 await current.run.kill()
             if not self._stopping:
-                await self._fail(current.record, Failure("server_error", "the training could not be started"))
+                await self._fail(current.record, Failure("server_error", "the training could not be run"))
         finally:
             self._current = None
             current.over.set()
@@ -227,12 +240,7 @@ class Tuning:
 
     def _command(self, record: JobRecord, trainer: Trainer, output: Path) -> list[str]:
         """Raises NotFoundError where a file is gone, DiskError."""
-        paths = []
-        for name in record.reads:
-            path = self.workshop.file(name, self._store.file(name, record.owner, self.place).filename)
-            if not path.is_file():
-                raise NotFoundError(f"the content of {name} is not there any more")
-            paths.append(path)
+        paths = [self.workshop.find(name) for name in record.reads]
         resume = (output / _RUN).is_file()
         if not output.parent.is_dir():
             with disk.new_folder(output.parent):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from freehold import disk
-from freehold.errors import DiskError, StoreError, UsageError
+from freehold.errors import DiskError, NotFoundError, StoreError, UsageError
 from freehold.log import NOTICE, logger
 
 _PLACE = "place.json"
@@ -72,6 +72,13 @@ class Workshop:
     def file(self, file_id: str, filename: str) -> Path:
         """Where the bytes of a file lie. Its ending, of two that there are, is what training goes by."""
         return self.root / "files" / f"{file_id}{'.txt' if filename.lower().endswith('.txt') else '.jsonl'}"
+
+    def find(self, file_id: str) -> Path:
+        """The same, whatever it was called. Raises NotFoundError where it is gone."""
+        for path in (self.file(file_id, ""), self.file(file_id, ".txt")):
+            if path.is_file():
+                return path
+        raise NotFoundError(f"the content of {file_id} is not there any more")
 
     def job(self, job_id: str) -> Path:
         """Where a job's run lies."""
