@@ -1,0 +1,168 @@
+"""Freehold's LoRA training beside transformers with PEFT: tokens a second, and peak memory, of the default model.
+
+    python bench/tuning.py [--rounds 3] [--steps 4] [--tokens 1024] [--example 128] [--rank 16] [--threads 2]
+
+Both train adapters of one rank on q, k, v, o and on all experts, with AdamW, on the same tokens: examples of one
+length, of which the last third is learnt. Freehold trains on its packed MXFP4 weights as `freehold tune` does, a row
+of examples side by side; PEFT trains on the same weights written out in bfloat16, which is what it can train on, a
+batch of examples. Both compute activations once (no gradient checkpointing). A round starts one process for each, one
+after the other; the first step warms up, a median of the others counts. Random tokens: nothing is learnt from them.
+Needs transformers and peft. Linux only.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contest import machine_line, markdown, positive, spread
+
+_NAMES = ("freehold", "peft")
+_KINDS = ("q", "k", "v", "o", "gate_up", "down")
+
+
+def tokens_of(arguments: argparse.Namespace) -> tuple[list[list[int]], int]:
+    """Examples, and how many tokens at the end of each are learnt."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    count = arguments.tokens // arguments.example
+    drawn = torch.randint(17, 49_000, (count, arguments.example), generator=generator)
+    return drawn.tolist(), arguments.example // 3
+
+
+def freehold_step(arguments: argparse.Namespace) -> Callable[[], object]:
+    import torch
+
+    import freehold
+    from freehold.model.lora import AdapterSpec, Target, new_adapter
+    from freehold.train.examples import NO_TARGET
+    from freehold.train.forward import taught
+    from freehold.train.packing import PackedRow
+
+    # As `freehold tune` has it: the native kernels' threads and torch's would get in each other's way.
+    model = freehold.load("default", context=arguments.tokens, threads=arguments.threads)
+    torch.set_num_threads(1)
+    examples, num_taught = tokens_of(arguments)
+    untaught = arguments.example - 1 - num_taught
+    row = PackedRow(
+        [token for example in examples for token in example],
+        [t for example in examples for t in (*[NO_TARGET] * untaught, *example[-num_taught:], NO_TARGET)],
+        [len(example) for example in examples],
+    )
+    target = Target(rank=arguments.rank, alpha=2 * arguments.rank)
+    spec = AdapterSpec.of_kinds(model.config, dict.fromkeys(_KINDS, target))
+    adapter = new_adapter(model.config, spec, seed=0)
+    optimizer = torch.optim.AdamW(adapter.parameters, lr=1e-4)
+
+    def step() -> None:
+        (-taught(model.transformer, row, adapter=adapter).log_probs_S.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peft_step(arguments: argparse.Namespace) -> Callable[[], object]:
+    import warnings
+
+    import peft
+    import torch
+    from transformers import GptOssForCausalLM
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    base = GptOssForCausalLM.from_pretrained(arguments.folder, dtype=torch.bfloat16, attn_implementation="eager")
+    settings = peft.LoraConfig(
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        target_modules=[f"{kind}_proj" for kind in "qkvo"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model: Any = peft.get_peft_model(base, settings).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    examples, num_taught = tokens_of(arguments)
+    tokens = torch.tensor(examples)
+    labels = tokens.clone()
+    labels[:, :-num_taught] = -100
+
+    def step() -> None:
+        model(input_ids=tokens, labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One contestant's process: prints its steps' seconds and its peak of memory."""
+    step = {"freehold": freehold_step, "peft": peft_step}[arguments.worker](arguments)
+    seconds = []
+    for _ in range(1 + arguments.steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sys.stdout.write(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": peak}) + "\n")
+
+
+def measure(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("steps", "tokens", "example", "rank", "threads")]
+    command = [sys.executable, __file__, "--worker", name, "--folder", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option, default in (("rounds", 3), ("steps", 4), ("tokens", 1024), ("example", 128), ("rank", 16)):
+        parser.add_argument(f"--{option}", type=positive, default=default)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--worker", choices=_NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+        return
+    if arguments.tokens % arguments.example:
+        parser.error(f"--tokens {arguments.tokens} is no multiple of --example {arguments.example}")
+
+    from freehold.config import ExpertFormat, Layout
+    from freehold.hub.convert import convert
+    from freehold.hub.default_model import ensure
+
+    with tempfile.TemporaryDirectory(prefix="freehold-") as temporary:
+        folder = Path(temporary) / "bfloat16"
+        convert(ensure(), folder, layout=Layout.HF, experts=ExpertFormat.BF16)
+        rounds = []
+        for round_ in range(arguments.rounds):
+            rounds.append({name: measure(arguments, name, folder) for name in _NAMES})
+            said = ", ".join(f"{n} {arguments.tokens / rounds[-1][n]['seconds']:.0f} tokens/s" for n in _NAMES)
+            sys.stderr.write(f"round {round_ + 1}: {said}\n")
+    ours, theirs = _NAMES
+    faster = statistics.median(r[theirs]["seconds"] / r[ours]["seconds"] for r in rounds)
+    smaller = statistics.median(r[ours]["peak"] / r[theirs]["peak"] for r in rounds)
+    rates = {name: [arguments.tokens / r[name]["seconds"] for r in rounds] for name in _NAMES}
+    peaks = {name: statistics.median(r[name]["peak"] for r in rounds) / (1 << 30) for name in _NAMES}
+    rows = [
+        ["", *_NAMES, "freehold ÷ peft"],
+        ["tokens/s: median (lowest to highest)", *(spread(rates[name]) for name in _NAMES), f"{faster:.2f}"],
+        ["peak memory, GiB", *(f"{peaks[name]:.2f}" for name in _NAMES), f"{smaller:.2f}"],
+    ]
+    shape = f"{arguments.tokens // arguments.example} examples of {arguments.example} tokens, rank {arguments.rank}"
+    sys.stdout.write("\n".join([*markdown(rows), "", shape, machine_line(arguments.threads), ""]))
+
+
+if __name__ == "__main__":
+    main()
