@@ -27,27 +27,30 @@ def suits(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32
 
 
-def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part]) -> Tensor:
-    """A new sum."""
+def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part], *, folded: bool = False) -> Tensor:
+    """A new sum. `folded`: `out_TO` has it in already, and only the factors' gradients are asked for."""
     factors = [factor for part in parts for factor in (part.a_RI, part.b_OR)]
     places = [(part.scaling, slice(part.column, part.column + len(part.b_OR))) for part in parts]
-    sum_TO: Tensor = _Add.apply(out_TO, x_TI, places, *factors)  # type: ignore[no-untyped-call]
+    sum_TO: Tensor = _Add.apply(out_TO, x_TI, places, folded, *factors)  # type: ignore[no-untyped-call]
     return sum_TO
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], folded: bool, *factors: Tensor
+    ) -> Tensor:
         dtype = backends.gradient_type()
         a_RI = torch.cat(factors[0::2]).float()
         rows_TR = x_TI @ a_RI.T
         sum_TO, start = out_TO.clone(), 0
         for (scaling, columns), b_OR in zip(places, factors[1::2], strict=True):
             rank = b_OR.shape[1]
-            sum_TO[:, columns].addmm_(rows_TR[:, start : start + rank], b_OR.float().T, alpha=scaling)
+            if not folded:
+                sum_TO[:, columns].addmm_(rows_TR[:, start : start + rank], b_OR.float().T, alpha=scaling)
             start += rank
         ctx.save_for_backward(x_TI.to(dtype), rows_TR.to(dtype), *factors)
-        ctx.places = places
+        ctx.places, ctx.folded = places, folded
         return sum_TO
 
     @staticmethod
@@ -63,5 +66,5 @@ class _Add(torch.autograd.Function):
             of_factors += [(middle.T @ x_TI).to(a_RI.dtype), of_b]
             middles.append(middle)
             start += rank
-        of_x = (torch.cat(middles, dim=1) @ torch.cat(factors[0::2]).to(dtype)).float()
-        return gradient_TO, of_x, None, *of_factors
+        of_x = None if ctx.folded else (torch.cat(middles, dim=1) @ torch.cat(factors[0::2]).to(dtype)).float()
+        return gradient_TO, of_x, None, None, *of_factors

@@ -51,12 +51,12 @@ class NativeMoe(torch.autograd.Function):
         first, second = (_Adapters.of(loras, which, seed) for which in range(2))
         first_rows = first.rows(normed_TD, visits)
         hidden_VF, sums = backends.built().moe_hidden(
-            normed_TD, experts_TA, experts.gate_up, gate_up_bias, first_rows, first.packed(paired=True), experts.alpha,
+            normed_TD, experts_TA, experts.gate_up, gate_up_bias, *first.added(first_rows, paired=True), experts.alpha,
             experts.limit, kept,
         )  # fmt: skip
         second_rows = second.rows(hidden_VF, visits)
         out: Tensor = backends.built().moe_mix(
-            hidden_VF, weights_TA, experts_TA, experts.down, down_bias, second_rows, second.packed(paired=False),
+            hidden_VF, weights_TA, experts_TA, experts.down, down_bias, *second.added(second_rows, paired=False),
             residual_TD,
         )  # fmt: skip
         if kept is not None:
@@ -178,10 +178,12 @@ class _Pair(NamedTuple):
 class _Adapters:
     """What all adapters add to one of the two matrices, their ranks side by side: rows · b.
 
-    Rows are (V, R) float32, x · Aᵀ of each adapter times its scaling; zero where a token is not its own.
+    Rows are (V, R) float32, x · Aᵀ of each adapter times its scaling; zero where a token is not its own. `folded`: the
+    matrix has it in already; nothing is added, and there are gradients of the factors alone.
     """
 
-    def __init__(self, pairs: list[_Pair | None], which: int, seed: int) -> None:
+    def __init__(self, pairs: list[_Pair | None], which: int, seed: int, *, folded: bool) -> None:
+        self._folded = folded
         self._all = pairs
         self.pairs = [pair for pair in pairs if pair is not None]
         self._which, self._seed = which, seed
@@ -199,7 +201,13 @@ class _Adapters:
             rank = factors.a.shape[1]
             pairs.append(_Pair(factors, slice(start, start + rank), each.tokens_T, each.dropout))
             start += rank
-        return cls(pairs, which, seed)
+        folded = [each.folded for each in loras]
+        assert all(folded) or not any(folded)
+        return cls(pairs, which, seed, folded=any(folded))
+
+    def added(self, rows_VR: Tensor | None, *, paired: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the kernels add: rows and second factors."""
+        return (None, None) if self._folded else (rows_VR, self.packed(paired=paired))
 
     def rows(self, x: Tensor, visits: _Visits) -> Tensor | None:
         """Of all visits. `x` is by token for gate_up, by visit for down."""
@@ -252,6 +260,8 @@ class _Adapters:
 
     def add_input_gradient(self, of_x: Tensor, middles: list[Tensor], expert: int) -> None:
         """To that of the frozen product."""
+        if self._folded:
+            return
         for pair, a, middle in zip(self.pairs, self._a, middles, strict=True):
             kept = self._kept(of_x, pair, expert)
             if kept is None:
