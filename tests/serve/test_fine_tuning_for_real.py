@@ -130,7 +130,7 @@ def _learns(client: OpenAI) -> str:
         seed=1,
         method={
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 30, "batch_size": 1, "learning_rate_multiplier": 100}},
+            "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1, "learning_rate_multiplier": 40}},
         },
     )
     job = ended(client, made.id)
