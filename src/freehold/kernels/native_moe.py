@@ -177,7 +177,9 @@ def _seen_shares(visits: _Visits, width: int, adapter: ExpertLora, seed: int) ->
     """What dropout multiplies each visit's input by."""
     shares_VI = torch.empty((len(visits.order), width))
     for expert, rows in visits.by_expert():
-        shares_VI[rows] = lora.dropout_factors(shares_VI[rows], adapter.dropout, seed + 2 * expert)
+        shares = lora.dropout_factors(shares_VI[rows], adapter.dropout, seed + 2 * expert)
+        assert shares is not None
+        shares_VI[rows] = shares
     return shares_VI
 
 
