@@ -85,9 +85,9 @@ struct AddLoraArgs {
     size_t out_stride;
 };
 
-// What a gradient asks `moe` to leave behind, null for what it does not. Visits are pairs of a token and an expert, sorted
-// by expert, by adapter and by token. The rows are what the adapters' first factors make of the input, scaled: of one
-// adapter alone, and as wide as its panels.
+// What a gradient asks `moe` to leave behind, null for what it does not. Visits are pairs of a token and an expert,
+// sorted by expert, by adapter and by token. The rows are what the adapters' first factors make of the input, scaled:
+// of one adapter alone, and as wide as its panels.
 struct MoeKept {
     void* sums = nullptr;  // (visits, 64 for each 32 hidden values): panels of gates and ups in turn, biases added
     bool narrow = false;   // these in bfloat16, else in float32

@@ -340,43 +340,44 @@ void check_attention_backward() {
                         const double weight = weights[s] / sum, of_score = weight * (of_weight - common) * scale;
                         for (size_t h = 0; h < H; ++h) {
                             add(of_v[at(s) + h], weight * gradient[row + h], std::abs(weight * gradient[row + h]));
-                            add(of_q[row + h], of_score * k[at(s) + h], std::abs(weight * terms * scale * k[at(s) + h]));
+                            add(of_q[row + h], of_score * k[at(s) + h],
+                                std::abs(weight * terms * scale * k[at(s) + h]));
                             add(of_k[at(s) + h], of_score * q[row + h], std::abs(weight * terms * scale * q[row + h]));
                         }
                     }
                 }
-        on_each_set(text("attention_backward K=%zu N=%zu H=%zu T=%zu window=%zu", c.K, N, H, T, c.window),
-                    [&](const Kernels&) {
-                        const size_t of_queries = T * N * H, of_keys = T * c.K * H;
-                        const Buffer<float> got = on_any_threads(of_queries + 2 * of_keys, [&](Engine& engine, float* to) {
-                            Buffer<float> common(T * N);
-                            engine.self_attention_backward({.q = q.data(),
-                                                            .k = k.data(),
-                                                            .v = v.data(),
-                                                            .N = N,
-                                                            .K = c.K,
-                                                            .H = H,
-                                                            .count = c.counts.size(),
-                                                            .starts = starts.data(),
-                                                            .scale = static_cast<float>(scale),
-                                                            .window = c.window,
-                                                            .out = out.data(),
-                                                            .logsum = logsum.data(),
-                                                            .gradient = gradient.data(),
-                                                            .of_q = to,
-                                                            .of_k = to + of_queries,
-                                                            .of_v = to + of_queries + of_keys,
-                                                            .common = common.data()});
-                        });
-                        auto compare = [&](size_t from, const std::vector<Sum>& expected, const char* what) {
-                            for (size_t i = 0; i < expected.size(); ++i)
-                                expect_near(got[from + i], expected[i].value, 1e-5 * expected[i].terms + 1e-7, what,
-                                            i / H, i % H);
-                        };
-                        compare(0, of_q, "of q");
-                        compare(of_queries, of_k, "of k");
-                        compare(of_queries + of_keys, of_v, "of v");
-                    });
+        on_each_set(
+            text("attention_backward K=%zu N=%zu H=%zu T=%zu window=%zu", c.K, N, H, T, c.window), [&](const Kernels&) {
+                const size_t of_queries = T * N * H, of_keys = T * c.K * H;
+                const Buffer<float> got = on_any_threads(of_queries + 2 * of_keys, [&](Engine& engine, float* to) {
+                    Buffer<float> common(T * N);
+                    engine.self_attention_backward({.q = q.data(),
+                                                    .k = k.data(),
+                                                    .v = v.data(),
+                                                    .N = N,
+                                                    .K = c.K,
+                                                    .H = H,
+                                                    .count = c.counts.size(),
+                                                    .starts = starts.data(),
+                                                    .scale = static_cast<float>(scale),
+                                                    .window = c.window,
+                                                    .out = out.data(),
+                                                    .logsum = logsum.data(),
+                                                    .gradient = gradient.data(),
+                                                    .of_q = to,
+                                                    .of_k = to + of_queries,
+                                                    .of_v = to + of_queries + of_keys,
+                                                    .common = common.data()});
+                });
+                auto compare = [&](size_t from, const std::vector<Sum>& expected, const char* what) {
+                    for (size_t i = 0; i < expected.size(); ++i)
+                        expect_near(got[from + i], expected[i].value, 1e-5 * expected[i].terms + 1e-7, what, i / H,
+                                    i % H);
+                };
+                compare(0, of_q, "of q");
+                compare(of_queries, of_k, "of k");
+                compare(of_queries + of_keys, of_v, "of v");
+            });
     }
     report("attention_backward");
 }

@@ -204,57 +204,48 @@ void check_swiglu_backward() {
                     of_hidden[i] = of_bf16(narrow_of_hidden[i] = to_bf16(of_hidden[i]));
                 for (size_t i = 0; narrow && i < count * width; ++i)
                     sums[i] = of_bf16(narrow_sums[i] = to_bf16(sums[i]));
-                on_each_set(text("swiglu_backward F=%zu of %zu%s", F, count, narrow ? " narrow" : ""),
-                            [&](const Kernels&) {
-                                Buffer<float> of_sums(count * width), hidden(count * F), of_weights(count);
-                                Buffer<uint16_t> narrow_of_sums(count * width), narrow_hidden(count * F);
-                                SwigluBackwardArgs args{count,
-                                                        F,
-                                                        of_hidden.data(),
-                                                        sums.data(),
-                                                        weights.data(),
-                                                        kAlpha,
-                                                        kLimit,
-                                                        of_sums.data(),
-                                                        hidden.data(),
-                                                        of_weights.data(),
-                                                        narrow};
-                                if (narrow) {
-                                    args.of_hidden = narrow_of_hidden.data(), args.sums = narrow_sums.data();
-                                    args.of_sums = narrow_of_sums.data(), args.hidden = narrow_hidden.data();
+                on_each_set(
+                    text("swiglu_backward F=%zu of %zu%s", F, count, narrow ? " narrow" : ""), [&](const Kernels&) {
+                        Buffer<float> of_sums(count * width), hidden(count * F), of_weights(count);
+                        Buffer<uint16_t> narrow_of_sums(count * width), narrow_hidden(count * F);
+                        SwigluBackwardArgs args{count,  F,      of_hidden.data(), sums.data(),   weights.data(),
+                                                kAlpha, kLimit, of_sums.data(),   hidden.data(), of_weights.data(),
+                                                narrow};
+                        if (narrow) {
+                            args.of_hidden = narrow_of_hidden.data(), args.sums = narrow_sums.data();
+                            args.of_sums = narrow_of_sums.data(), args.hidden = narrow_hidden.data();
+                        }
+                        engine_of(2).swiglu_backward(args);
+                        for (size_t i = 0; narrow && i < count * width; ++i) of_sums[i] = of_bf16(narrow_of_sums[i]);
+                        for (size_t i = 0; narrow && i < count * F; ++i) hidden[i] = of_bf16(narrow_hidden[i]);
+                        const double precision = narrow ? 0x1p-8 : 4e-6;
+                        for (size_t i = 0; i < count; ++i) {
+                            double of_weight = 0, terms = 0;
+                            for (size_t f = 0; f < width / 2; ++f) {
+                                const size_t at = i * width + f / 16 * 32 + f % 16;
+                                if (f >= F) {
+                                    expect(of_sums[at] == 0 && of_sums[at + 16] == 0, "zeros as padding");
+                                    continue;
                                 }
-                                engine_of(2).swiglu_backward(args);
-                                for (size_t i = 0; narrow && i < count * width; ++i)
-                                    of_sums[i] = of_bf16(narrow_of_sums[i]);
-                                for (size_t i = 0; narrow && i < count * F; ++i) hidden[i] = of_bf16(narrow_hidden[i]);
-                                const double precision = narrow ? 0x1p-8 : 4e-6;
-                                for (size_t i = 0; i < count; ++i) {
-                                    double of_weight = 0, terms = 0;
-                                    for (size_t f = 0; f < width / 2; ++f) {
-                                        const size_t at = i * width + f / 16 * 32 + f % 16;
-                                        if (f >= F) {
-                                            expect(of_sums[at] == 0 && of_sums[at + 16] == 0, "zeros as padding");
-                                            continue;
-                                        }
-                                        const double gate = sums[at], up = sums[at + 16];
-                                        const double g = std::min<double>(gate, kLimit);
-                                        const double u = std::clamp<double>(up, -kLimit, kLimit);
-                                        const double sigmoid = 1 / (1 + std::exp(-kAlpha * g));
-                                        const double of = of_hidden[i * F + f] * static_cast<double>(weights[i]);
-                                        const double value = g * sigmoid * (u + 1);
-                                        const double slope = (u + 1) * sigmoid * (1 + kAlpha * g * (1 - sigmoid));
-                                        const double of_gate = gate <= kLimit ? of * slope : 0;
-                                        const double of_up = std::abs(up) <= kLimit ? of * g * sigmoid : 0;
-                                        const double tolerance = precision * (std::abs(of) * 4);
-                                        expect_near(of_sums[at], of_gate, tolerance, "of gate", i, f);
-                                        expect_near(of_sums[at + 16], of_up, tolerance, "of up", i, f);
-                                        expect_near(hidden[i * F + f], value, precision * 4, "hidden", i, f);
-                                        of_weight += value * of_hidden[i * F + f];
-                                        terms += std::abs(4 * of_hidden[i * F + f]);
-                                    }
-                                    expect_near(of_weights[i], of_weight, precision * terms, "of weight", i, 0);
-                                }
-                            });
+                                const double gate = sums[at], up = sums[at + 16];
+                                const double g = std::min<double>(gate, kLimit);
+                                const double u = std::clamp<double>(up, -kLimit, kLimit);
+                                const double sigmoid = 1 / (1 + std::exp(-kAlpha * g));
+                                const double of = of_hidden[i * F + f] * static_cast<double>(weights[i]);
+                                const double value = g * sigmoid * (u + 1);
+                                const double slope = (u + 1) * sigmoid * (1 + kAlpha * g * (1 - sigmoid));
+                                const double of_gate = gate <= kLimit ? of * slope : 0;
+                                const double of_up = std::abs(up) <= kLimit ? of * g * sigmoid : 0;
+                                const double tolerance = precision * (std::abs(of) * 4);
+                                expect_near(of_sums[at], of_gate, tolerance, "of gate", i, f);
+                                expect_near(of_sums[at + 16], of_up, tolerance, "of up", i, f);
+                                expect_near(hidden[i * F + f], value, precision * 4, "hidden", i, f);
+                                of_weight += value * of_hidden[i * F + f];
+                                terms += std::abs(4 * of_hidden[i * F + f]);
+                            }
+                            expect_near(of_weights[i], of_weight, precision * terms, "of weight", i, 0);
+                        }
+                    });
             }
     report("swiglu_backward");
 }
@@ -365,48 +356,47 @@ void visit_plainly(const MoeCase& c, size_t e, const float* x, const ExpertFacto
 // What is left for a gradient, and that asking for it changes nothing. With one adapter for all tokens, or none.
 void check_kept(const MoeCase& c, const Factors* of_gate_up, const Factors* of_down) {
     const size_t visits = c.args.T * c.args.A, D = c.D(), F = c.F(), width = (F + 31) / 32 * 64;
-    on_each_set(text("moe kept %s/%s T=%zu D=%zu F=%zu", name_of(c.gate_up_form), name_of(c.down_form), c.args.T, D, F),
-                [&](const Kernels&) {
-                    const size_t low = of_gate_up ? of_gate_up->lora.a.panels * 16 : 0;
-                    Buffer<float> out(c.args.T * D), same(c.args.T * D), sums(visits * width), rows(visits * low);
-                    Buffer<float> down_rows(visits * (of_down ? of_down->lora.a.panels * 16 : 0));
-                    Buffer<uint16_t> narrow(visits * width);
-                    MoeArgs mine = c.args;
-                    mine.out = out.data();
-                    engine_of(2).moe(c.gate_up.matrix(), c.down.matrix(), mine);
-                    mine.out = same.data();
-                    mine.kept = {sums.data(), false, of_gate_up ? rows.data() : nullptr,
-                                 of_down ? down_rows.data() : nullptr};
-                    engine_of(3).moe(c.gate_up.matrix(), c.down.matrix(), mine);
-                    expect_same_bits(same.data(), out.data(), out.size(), "out");
-                    mine.kept = {narrow.data(), true, nullptr, nullptr};
-                    engine_of(1).moe(c.gate_up.matrix(), c.down.matrix(), mine);
-                    expect_same_bits(same.data(), out.data(), out.size(), "out");
-                    size_t visit = 0;
-                    for (size_t e = 0; e < c.args.E; ++e)
-                        for (size_t i = 0; i < visits; ++i) {
-                            if (static_cast<size_t>(c.args.experts[i]) != e) continue;
-                            const float* x = c.args.x + i / c.args.A * D;
-                            const std::vector<double> seen = seen_by(c.gate_up_form, x, D);
-                            for (size_t r = 0; r < 2 * F; ++r) {
-                                const size_t f = r / 2, at = visit * width + f / 16 * 32 + f % 16 + (r % 2 ? 16 : 0);
-                                const Sum sum = dot(c.gate_up.row(e, r), seen.data(), D);
-                                const Sum added = of_gate_up ? of_gate_up->added(e, r, x) : Sum{0, 0};
-                                const double bias = c.args.gate_up_bias[e * 2 * F + r];
-                                expect_near(sums[at], sum.value + added.value + bias,
-                                            2e-6 * (sum.terms + added.terms + std::abs(bias)) + kTiny, "sum", visit, r);
-                                expect_near(of_bf16(narrow[at]), of_bf16(to_bf16(sums[at])), 0, "narrow", visit, r);
-                            }
-                            for (size_t r = 0; of_gate_up && r < of_gate_up->a.rows(); ++r) {
-                                const std::vector<double> plain(x, x + D);
-                                const Sum sum = dot(of_gate_up->a.row(e, r), plain.data(), D);
-                                expect_near(rows[visit * low + r], 0.7 * sum.value, 2e-6 * sum.terms + kTiny, "row",
-                                            visit, r);
-                            }
-                            ++visit;
-                        }
-                    for (float value : down_rows) expect(std::isfinite(value), "rows of down are there");
-                });
+    on_each_set(
+        text("moe kept %s/%s T=%zu D=%zu F=%zu", name_of(c.gate_up_form), name_of(c.down_form), c.args.T, D, F),
+        [&](const Kernels&) {
+            const size_t low = of_gate_up ? of_gate_up->lora.a.panels * 16 : 0;
+            Buffer<float> out(c.args.T * D), same(c.args.T * D), sums(visits * width), rows(visits * low);
+            Buffer<float> down_rows(visits * (of_down ? of_down->lora.a.panels * 16 : 0));
+            Buffer<uint16_t> narrow(visits * width);
+            MoeArgs mine = c.args;
+            mine.out = out.data();
+            engine_of(2).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            mine.out = same.data();
+            mine.kept = {sums.data(), false, of_gate_up ? rows.data() : nullptr, of_down ? down_rows.data() : nullptr};
+            engine_of(3).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            expect_same_bits(same.data(), out.data(), out.size(), "out");
+            mine.kept = {narrow.data(), true, nullptr, nullptr};
+            engine_of(1).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            expect_same_bits(same.data(), out.data(), out.size(), "out");
+            size_t visit = 0;
+            for (size_t e = 0; e < c.args.E; ++e)
+                for (size_t i = 0; i < visits; ++i) {
+                    if (static_cast<size_t>(c.args.experts[i]) != e) continue;
+                    const float* x = c.args.x + i / c.args.A * D;
+                    const std::vector<double> seen = seen_by(c.gate_up_form, x, D);
+                    for (size_t r = 0; r < 2 * F; ++r) {
+                        const size_t f = r / 2, at = visit * width + f / 16 * 32 + f % 16 + (r % 2 ? 16 : 0);
+                        const Sum sum = dot(c.gate_up.row(e, r), seen.data(), D);
+                        const Sum added = of_gate_up ? of_gate_up->added(e, r, x) : Sum{0, 0};
+                        const double bias = c.args.gate_up_bias[e * 2 * F + r];
+                        expect_near(sums[at], sum.value + added.value + bias,
+                                    2e-6 * (sum.terms + added.terms + std::abs(bias)) + kTiny, "sum", visit, r);
+                        expect_near(of_bf16(narrow[at]), of_bf16(to_bf16(sums[at])), 0, "narrow", visit, r);
+                    }
+                    for (size_t r = 0; of_gate_up && r < of_gate_up->a.rows(); ++r) {
+                        const std::vector<double> plain(x, x + D);
+                        const Sum sum = dot(of_gate_up->a.row(e, r), plain.data(), D);
+                        expect_near(rows[visit * low + r], 0.7 * sum.value, 2e-6 * sum.terms + kTiny, "row", visit, r);
+                    }
+                    ++visit;
+                }
+            for (float value : down_rows) expect(std::isfinite(value), "rows of down are there");
+        });
 }
 
 void check_moe_case(const MoeCase& c) {
