@@ -34,7 +34,7 @@ class ExpertFormat(Enum):
 
 
 class Rounding(Enum):
-    """How numbers that MXFP4 does not have become such as it has: by chance, with the right mean, or the nearest."""
+    """How numbers that MXFP4 lacks become numbers that it has: by chance, with the right mean, or the nearest."""
 
     RANDOM = "random"
     NEAREST = "nearest"

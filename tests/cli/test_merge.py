@@ -96,6 +96,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     cases: list[tuple[list[str | Path], type[FreeholdError], str]] = [
         ([model, run, tmp_path / "out", "--dense", "q8"], UsageError, "--dense is for .gguf files"),
         ([model, run, tmp_path / "out.gguf", "--layout", "hf"], UsageError, "--layout is for folders"),
+        ([model, run, tmp_path / "out", "--measure-tokens", "-1"], UsageError, "--measure-tokens must be"),
         ([model, run, tmp_path / "out", "--measure", bad], TrainingDataError, "bad.jsonl line 1"),
         ([make_tiny_model(tmp_path / "other"), run, tmp_path / "out"], UsageError, "--any-base"),
     ]

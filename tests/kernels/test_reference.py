@@ -366,5 +366,5 @@ def test_gradients_through_packed_experts_reach_the_activations() -> None:
 
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_has_a_reference(op: str) -> None:
-    assert op == "linear_backward" or callable(getattr(ops, op))  # which only autograd calls
+    assert op.endswith("_backward") or callable(getattr(ops, op))  # which only autograd calls
     assert callable(getattr(reference, op))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -104,6 +105,7 @@ def test_what_is_uploaded_is_learnt_and_said_and_nothing_that_dies_takes_it_alon
         checkpoint = client.fine_tuning.jobs.checkpoints.list(running).data[0]
         assert says(client, checkpoint.fine_tuned_model_checkpoint, "Ada") != says(client, "tiny", "Ada")
 
+        assert _learns_preferences(client).status == "succeeded"
         refused = _is_told_of_bad_lines(client)
         assert refused.status == "failed" and refused.error is not None
         assert refused.error.to_dict() == {
@@ -128,7 +130,7 @@ def _learns(client: OpenAI) -> str:
         seed=1,
         method={
             "type": "supervised",
-            "supervised": {"hyperparameters": {"n_epochs": 30, "batch_size": 1, "learning_rate_multiplier": 100}},
+            "supervised": {"hyperparameters": {"n_epochs": 50, "batch_size": 1, "learning_rate_multiplier": 40}},
         },
     )
     job = ended(client, made.id)
@@ -162,6 +164,22 @@ def _begins_to_learn_for_long(client: OpenAI) -> str:
     )
     until(lambda: bool(client.fine_tuning.jobs.checkpoints.list(job.id).data))
     return job.id
+
+
+def _learns_preferences(client: OpenAI) -> FineTuningJob:
+    pairs = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"Who is {name}?"}]},
+            "preferred_output": [{"role": "assistant", "content": f"The {trade}."}],
+            "non_preferred_output": [{"role": "assistant", "content": "No idea."}],
+        }
+        for name, trade in TRADES.items()
+    ]
+    training = client.files.create(file=lines(*pairs), purpose="fine-tune").id
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
+    made = client.fine_tuning.jobs.create(model="tiny", training_file=training, method=method)
+    check(type(made), made.to_dict())
+    return ended(client, made.id)
 
 
 def _is_told_of_bad_lines(client: OpenAI) -> FineTuningJob:

@@ -1,6 +1,7 @@
 """LoRA on weights that are merged and rounded: straight-through gradients, and that merging changes nothing at all."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_gradients_go_straight_through_the_rounding(checkpoint: Path) -> None:
     for one, other in zip(gradients, expected, strict=True):
         assert other.abs().max() > 1e-4
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+@needs_native
+def test_the_native_kernels_compute_with_the_merged_weights_alone(checkpoint: Path) -> None:
+    """In training as in the engine: the adapter is not there a second time, nor in the gradient."""
+    found = []
+    for load in (native, published):
+        ours = tuning(load(checkpoint), checkpoint, replace(QAT, balance=0.0))
+        stir(ours.adapter, 0.3)
+        row = ours.rows(0)[0]
+        total = ours.loss(row, training=True).total
+        assert float(total.detach()) == pytest.approx(measured(ours, row), rel=1e-4)
+        found.append(torch.autograd.grad(total, ours.parameters))
+    for one, exact in zip(*found, strict=True):
+        assert (one - exact).norm() < 0.25 * exact.norm() + 1e-4  # activations are int8 there
 
 
 def _values(matrix: Tensor | Mxfp4Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_a_tiny_model_learns_facts_by_heart(request_for: TuneRequest, tmp_path: 
     request = replace(
         request_for,
         loop=replace(
-            LOOP, max_steps=50, max_length=256, batch_size=1, eval_steps=50, save_steps=50, learning_rate=0.03
+            LOOP, max_steps=80, max_length=256, batch_size=1, eval_steps=80, save_steps=80, learning_rate=0.03
         ),
         lora=LoraOptions(targets=lora_targets((), ("8",), ())),
     )

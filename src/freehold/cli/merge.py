@@ -14,7 +14,7 @@ from freehold.cli import terminal
 from freehold.cli.convert import check_format
 from freehold.cli.options import Json, ModelArgument
 from freehold.config import DenseFormat, ExpertFormat, Layout, Rounding
-from freehold.errors import CheckpointError
+from freehold.errors import CheckpointError, UsageError
 from freehold.log import Progress
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def command(
         typer.Option(help="How a .gguf stores all large matrices that are not MXFP4, bf16 experts too. Default: q8."),
     ] = None,
     rounding: Annotated[
-        Rounding, typer.Option(help="How sums become MXFP4: at random with the right mean, or to the nearest.")
+        Rounding,
+        typer.Option(
+            help="Changes too small for MXFP4 are kept in the mean, at random, or lost to the nearest number."
+        ),
     ] = Rounding.RANDOM,
     measure: Annotated[
         Path | None,
@@ -114,13 +117,13 @@ def _examples(
     from freehold.hub.folder import open_folder
     from freehold.train.data import DataOptions, read_examples
     from freehold.train.examples import Pairs
-    from freehold.train.run import RUN_FILE, TuneRequest, prepare
-    from freehold.weights.files import read_json
+    from freehold.train.run import RUN_FILE, prepare, recorded_request
 
+    if most_tokens < 0:
+        raise UsageError(f"--measure-tokens must be 0 or more, got {most_tokens}")
     if not most_tokens:
         return []
-    if (adapter / RUN_FILE).is_file():
-        request = TuneRequest.from_json(read_json(adapter / RUN_FILE)["request"])
+    if (request := recorded_request(adapter)) is not None:
         request = replace(request, model=str(folder), loop=replace(request.loop, patience=None))
         if measure is not None:
             request = replace(request, files=(measure,), validation_file=None, validation_share=0.0)

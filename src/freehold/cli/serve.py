@@ -248,7 +248,6 @@ def command(
             learning_rate=loop.learning_rate,
             max_length=loop.max_length,
             options=tuple(options),
-            methods=("supervised",),
         )
 
     start_logging(as_json=log_json)

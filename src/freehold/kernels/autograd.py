@@ -79,7 +79,7 @@ def moe(
     factors = [factor for lora in loras for pair in (lora.gate_up, lora.down) for factor in (pair or _NO_LORA)[:2]]
     with torch.no_grad():
         packed = isinstance(experts.gate_up, PackedMatrix) and backends.for_op("moe", x_TD) is not reference
-    everywhere = all(lora.tokens_T is None and not lora.folded for lora in loras)
+    everywhere = all(lora.tokens_T is None for lora in loras)
     # Drawn from torch's own generator, which gradient checkpointing sets back for its second forward pass.
     seed = int(torch.randint(1 << 62, ())) if any(lora.dropout for lora in loras) else 0
     if packed and everywhere and len(loras) <= 1:

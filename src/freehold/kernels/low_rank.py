@@ -30,28 +30,31 @@ def suits(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32
 
 
-def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part]) -> Tensor:
-    """A new sum."""
+def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part], *, folded: bool = False) -> Tensor:
+    """A new sum. `folded`: `out_TO` has it in already, and only the factors' gradients are asked for."""
     factors = [factor for part in parts for factor in (part.a_RI, part.b_OR)]
     places = [(part.scaling, slice(part.column, part.column + len(part.b_OR))) for part in parts]
-    sum_TO: Tensor = _Add.apply(out_TO, x_TI, places, *factors)  # type: ignore[no-untyped-call]
+    sum_TO: Tensor = _Add.apply(out_TO, x_TI, places, folded, *factors)  # type: ignore[no-untyped-call]
     return sum_TO
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], folded: bool, *factors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_TI.to(backends.gradient_type()), *factors)
+        ctx.places, ctx.folded = places, folded
+        sum_TO = out_TO.clone(memory_format=torch.contiguous_format)
+        if folded:
+            return sum_TO
         loras = [
             PackedLora(pack(a_RI.float(), "f32"), pack(b_OR.float(), "f32"), scaling)
             for (scaling, _), a_RI, b_OR in zip(places, factors[0::2], factors[1::2], strict=True)
         ]
         columns = [place.start for _, place in places]
-        rows_T = torch.zeros(len(x_TI), dtype=torch.int64)
-        sum_TO = out_TO.contiguous().clone()
-        parts = LoraParts(loras, [0] * len(loras), columns, rows_T)
+        parts = LoraParts(loras, [0] * len(loras), columns, torch.zeros(len(x_TI), dtype=torch.int64))
         backends.for_op("add_lora", x_TI).add_lora(sum_TO, x_TI, parts, None, 0.0)
-        ctx.save_for_backward(x_TI.to(backends.gradient_type()), *factors)
-        ctx.places = places
         return sum_TO
 
     @staticmethod
@@ -69,5 +72,5 @@ class _Add(torch.autograd.Function):
             of_factors += [(middle.T @ x_TI).to(a_RI.dtype), of_b]
             middles.append(middle)
             start += rank
-        of_x = (torch.cat(middles, dim=1) @ joined_RI).float()
-        return gradient_TO, of_x, None, *of_factors
+        of_x = None if ctx.folded else (torch.cat(middles, dim=1) @ joined_RI).float()
+        return gradient_TO, of_x, None, None, *of_factors

@@ -48,9 +48,9 @@ class NativeMoe(torch.autograd.Function):
     ) -> Tensor:
         """`loras` are one for all tokens, or none."""
         native, adapter = backends.built(), loras[0] if loras else _NO_LORA
-        packed = _packed(adapter) if loras else None
+        packed = _packed(adapter) if loras and not adapter.folded else None
         dtype, visits, seen = backends.gradient_type(), _Visits(experts_TA, gate_up_bias.shape[0]), None
-        if adapter.dropout:
+        if adapter.dropout and packed is not None:
             widths = (x_TD.shape[1], experts.down.shape[2])
             seen = native.MoeSeen(*(_seen_shares(visits, width, adapter, seed + i) for i, width in enumerate(widths)))
         out: Tensor
@@ -71,8 +71,7 @@ class NativeMoe(torch.autograd.Function):
             ctx.needs_input_grad
         )
         experts, visits, adapter, dtype = ctx.experts, ctx.visits, ctx.adapter, sums.dtype
-        first = _Half(adapter.gate_up, adapter.dropout, ctx.seed, dtype, paired=True)
-        second = _Half(adapter.down, adapter.dropout, ctx.seed + 1, dtype, paired=False)
+        first, second = (_Half(adapter, which, ctx.seed + which, dtype) for which in range(2))
         needs_inner = needs_x or needs_norm
         weights_V = weights_TA.flatten()[visits.order]
         normed_TD = x_TD if norm_D is None else backends.built().rms_norm(x_TD, norm_D, ctx.eps)
@@ -91,11 +90,11 @@ class NativeMoe(torch.autograd.Function):
             of_sums, hidden, of_weights_V[rows] = backends.built().swiglu_backward(
                 of_hidden, sums[rows], weights, experts.alpha, experts.limit
             )
-            if second_rows is not None:
-                second.keep_gradients(of_mixed, middle, hidden, second_rows[rows], expert, weights)
+            if middle is not None:
+                second.keep_gradients(of_mixed, middle, hidden, _some(second_rows, rows), expert, weights)
             middle = first.middle(of_sums, expert)
-            if first_rows is not None:
-                first.keep_gradients(of_sums, middle, visits.take(x, tokens), first_rows[rows], expert, None)
+            if middle is not None:
+                first.keep_gradients(of_sums, middle, visits.take(x, tokens), _some(first_rows, rows), expert, None)
             if of_normed is not None:
                 of_x = _times(of_sums, experts.gate_up[expert], dtype, scratch)
                 first.add_input_gradient(of_x, middle, expert)
@@ -157,6 +156,10 @@ class _Visits:
             to_TD.index_add_(0, tokens, what_SD.to(to_TD.dtype))
 
 
+def _some(rows_VR: Tensor | None, rows: slice) -> Tensor | None:
+    return None if rows_VR is None else rows_VR[rows]
+
+
 _NO_LORA = ExpertLora(None, None)
 
 
@@ -184,13 +187,17 @@ def _seen_shares(visits: _Visits, width: int, adapter: ExpertLora, seed: int) ->
 
 
 class _Half:
-    """What an adapter adds to one of the two matrices, backward: nothing where it leaves that alone."""
+    """What an adapter adds to one of the two matrices, backward: nothing where it leaves that alone. Where the matrix
+    has it in already, there are gradients of the factors alone."""
 
-    def __init__(self, factors: Lora | None, dropout: float, seed: int, dtype: torch.dtype, *, paired: bool) -> None:
-        self._factors, self._dropout, self._seed, self._paired = factors, dropout, seed, paired
+    def __init__(self, adapter: ExpertLora, which: int, seed: int, dtype: torch.dtype) -> None:
+        """`which` is 0 for gate_up, 1 for down."""
+        factors = (adapter.gate_up, adapter.down)[which]
+        self._factors, self._dropout, self._folded = factors, adapter.dropout, adapter.folded
+        self._seed, self._paired = seed, which == 0
         if factors is not None:
             self._a = factors.a.to(dtype)
-            self._b = _paired(factors.b).to(dtype) if paired else factors.b.to(dtype)
+            self._b = _paired(factors.b).to(dtype) if self._paired else factors.b.to(dtype)
             self._of_a = torch.zeros_like(factors.a)
             self._of_b = torch.zeros(self._b.shape, dtype=factors.b.dtype)
 
@@ -200,7 +207,7 @@ class _Half:
 
     def add_input_gradient(self, of_x: Tensor, middle: Tensor | None, expert: int) -> None:
         """To that of the frozen product."""
-        if middle is None:
+        if middle is None or self._folded:
             return
         kept = self._kept(of_x, expert)
         if kept is None:
@@ -211,19 +218,25 @@ class _Half:
     def keep_gradients(
         self,
         of_out: Tensor,
-        middle: Tensor | None,
+        middle: Tensor,
         x: Tensor,
-        rows_SR: Tensor,
+        rows_SR: Tensor | None,
         expert: int,
         weights_S: Tensor | None,
     ) -> None:
-        """Of an expert's factors. `of_out` is before the routing weights where those are given."""
-        assert middle is not None
-        through, kept = rows_SR[:, : middle.shape[1]], self._kept(x, expert)
+        """Of an expert's factors. `of_out` is before the routing weights where those are given; rows that the forward
+        pass did not need are computed here."""
+        assert self._factors is not None
+        kept = self._kept(x, expert)
+        seen = (x if kept is None else x * kept).to(middle.dtype)
+        if rows_SR is None:
+            through = (seen @ self._a[expert].T).mul_(self._factors.scaling)
+        else:
+            through = rows_SR[:, : middle.shape[1]]
         if weights_S is not None:
             weights = weights_S.unsqueeze(-1)
             middle, through = middle * weights.to(middle.dtype), through * weights
-        self._of_a[expert] = middle.T @ (x if kept is None else x * kept).to(middle.dtype)
+        self._of_a[expert] = middle.T @ seen
         self._of_b[expert] = of_out.T @ through.to(of_out.dtype)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:

@@ -256,7 +256,7 @@ class TokenAdapters:
             if name not in adapter.factors:
                 continue
             if self._uniform and not self._dropout and low_rank.suits(x_TI):
-                out_TO = low_rank.add(out_TO, x_TI, [self._part(adapter, name, 0)])
+                out_TO = low_rank.add(out_TO, x_TI, [self._part(adapter, name, 0)], folded=self._folded)
             elif self._uniform:
                 out_TO = out_TO + self._delta(adapter, name, x_TI)
             else:
@@ -276,7 +276,8 @@ class TokenAdapters:
         if self._uniform and not self._dropout and low_rank.suits(x_TD):
             adapter, columns = self._adapters[self._used[0]], itertools.accumulate(sizes, initial=0)
             own = [(name, column) for name, column in zip(names, columns, strict=False) if name in adapter.factors]
-            return low_rank.add(out_TO, x_TD, [self._part(adapter, name, column) for name, column in own])
+            added = [self._part(adapter, name, column) for name, column in own]
+            return low_rank.add(out_TO, x_TD, added, folded=self._folded)
         parts = torch.split_with_sizes(out_TO, sizes, 1)
         return torch.cat([self.linear(name, x_TD, part) for name, part in zip(names, parts, strict=True)], dim=1)
 

@@ -386,6 +386,14 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
     return TuneRequest.from_json(raw)
 
 
+def recorded_request(output: Path) -> TuneRequest | None:
+    """What the run in a folder was asked for, for whoever measures its adapter on the same data. None where no run says
+    so, or one of another version."""
+    path = output / RUN_FILE
+    facts = read_json(path) if path.is_file() else {}
+    return TuneRequest.from_json(facts["request"]) if facts.get("format") == _FORMAT else None
+
+
 def check_unchanged(prepared: Prepared, output: Path) -> None:
     """Raises UsageError where data or model are not those that the run in this folder began with."""
     before = read_json(output / RUN_FILE)

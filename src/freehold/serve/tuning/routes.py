@@ -40,9 +40,6 @@ def router(server: Server) -> APIRouter:
         if tuning.trainer is None:
             raise ApiError(400, "This server has no model that could be trained.", param="model")
         server.check_base_model(body.model, caller)
-        if body.the_method.type not in tuning.trainer.methods:
-            message = f"'method.type' is not supported: training here is {' or '.join(tuning.trainer.methods)}."
-            raise ApiError(400, message, param="method.type", code="unsupported_parameter")
         if len(tuning.models.of(owner)) >= tuning.limits.models:
             message = f"{tuning.limits.models} fine-tuned models of yours are kept; delete one first."
             raise ApiError(400, message, code="too_many_models")

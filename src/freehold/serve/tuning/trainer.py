@@ -15,15 +15,13 @@ TUNE = (sys.executable, "-m", "freehold", "tune")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
     """`model` is what is tuned, as `--model` takes it. A job's learning rate is a multiple of `learning_rate`, its rows
-    have `max_length` tokens. All trainings are given the `options`. `methods` are those that it knows, by OpenAI's
-    names."""
+    have `max_length` tokens. All trainings are given the `options`."""
 
     model: str
     learning_rate: float
     max_length: int = 2048
     command: tuple[str, ...] = TUNE
     options: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("supervised", "dpo")
 
     def arguments(
         self,
