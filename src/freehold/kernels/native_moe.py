@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from freehold.kernels import backends, lora, products
 from freehold.kernels.lora import ExpertLora, Lora
-from freehold.kernels.packed_lora import PackedExpertLora, PackedLora
+from freehold.kernels.packed_lora import PackedExpertLora, PackedLora, PackedLoras
 from freehold.weights.packed import PANEL, PackedMatrix, pack
 
 
@@ -49,11 +49,18 @@ class NativeMoe(torch.autograd.Function):
         """`loras` are one for all tokens, or none."""
         native, adapter = backends.built(), loras[0] if loras else _NO_LORA
         packed = _packed(adapter) if loras and not adapter.folded else None
+        out: Tensor
+        if not any(ctx.needs_input_grad) and not adapter.dropout:
+            of_all = None if packed is None else PackedLoras([packed], torch.zeros(len(x_TD), dtype=torch.int64))
+            out = native.moe(
+                x_TD, weights_TA, experts_TA, experts.gate_up, gate_up_bias, experts.down, down_bias, norm_D, eps,
+                residual_TD, alpha=experts.alpha, limit=experts.limit, loras=of_all,
+            )  # fmt: skip
+            return out
         dtype, visits, seen = backends.gradient_type(), _Visits(experts_TA, gate_up_bias.shape[0]), None
         if adapter.dropout and packed is not None:
             widths = (x_TD.shape[1], experts.down.shape[2])
             seen = native.MoeSeen(*(_seen_shares(visits, width, adapter, seed + i) for i, width in enumerate(widths)))
-        out: Tensor
         out, kept = native.moe_kept(
             x_TD, weights_TA, experts_TA, experts.gate_up, gate_up_bias, experts.down, down_bias, norm_D, eps,
             residual_TD, alpha=experts.alpha, limit=experts.limit, lora=packed, seen=seen, dtype=dtype,
