@@ -133,7 +133,8 @@ NB_MODULE(_native, module) {
         .def(
             "attention",
             [](Engine& self, const KvPages& kv, const Sequences& sequences, uintptr_t q, size_t N, size_t stride,
-               uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t cos, uintptr_t sin) {
+               uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t cos, uintptr_t sin,
+               uintptr_t logsum) {
                 self.attention(kv, sequences,
                                {at<float>(q),
                                 N,
@@ -142,38 +143,15 @@ NB_MODULE(_native, module) {
                                 scale,
                                 window,
                                 at<float>(out),
-                                {at<float>(cos), at<float>(sin)}});
-            },
-            Released())
-        .def(
-            "self_attention",
-            [](Engine& self, uintptr_t q, uintptr_t k, uintptr_t v, size_t N, size_t K, size_t H, size_t count,
-               uintptr_t starts, uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t logsum) {
-                self.self_attention({.q = at<float>(q),
-                                     .k = at<float>(k),
-                                     .v = at<float>(v),
-                                     .N = N,
-                                     .K = K,
-                                     .H = H,
-                                     .count = count,
-                                     .starts = at<int64_t>(starts),
-                                     .sinks = at<float>(sinks),
-                                     .scale = scale,
-                                     .window = window,
-                                     .out = at<float>(out),
-                                     .logsum = at<float>(logsum),
-                                     .gradient = nullptr,
-                                     .of_q = nullptr,
-                                     .of_k = nullptr,
-                                     .of_v = nullptr,
-                                     .common = nullptr});
+                                {at<float>(cos), at<float>(sin)},
+                                at<float>(logsum)});
             },
             Released())
         .def(
             "self_attention_backward",
             [](Engine& self, uintptr_t q, uintptr_t k, uintptr_t v, size_t N, size_t K, size_t H, size_t count,
-               uintptr_t starts, uintptr_t sinks, float scale, size_t window, uintptr_t out, uintptr_t logsum,
-               uintptr_t gradient, uintptr_t of_q, uintptr_t of_k, uintptr_t of_v, uintptr_t common) {
+               uintptr_t starts, float scale, size_t window, uintptr_t out, uintptr_t logsum, uintptr_t gradient,
+               uintptr_t of_q, uintptr_t of_k, uintptr_t of_v, uintptr_t common) {
                 self.self_attention_backward({.q = at<float>(q),
                                               .k = at<float>(k),
                                               .v = at<float>(v),
@@ -182,7 +160,6 @@ NB_MODULE(_native, module) {
                                               .H = H,
                                               .count = count,
                                               .starts = at<int64_t>(starts),
-                                              .sinks = at<float>(sinks),
                                               .scale = scale,
                                               .window = window,
                                               .out = at<float>(out),
@@ -212,42 +189,6 @@ NB_MODULE(_native, module) {
             },
             Released())
         .def(
-            "moe_hidden",
-            [](Engine& self, const Matrix& gate_up, uintptr_t x, size_t T, size_t A, uintptr_t experts, size_t E,
-               uintptr_t bias, uintptr_t lora_rows, uintptr_t lora_b, size_t R, float alpha, float limit,
-               uintptr_t hidden, uintptr_t sums, bool narrow) {
-                self.moe_hidden(gate_up, {at<float>(x),
-                                          T,
-                                          A,
-                                          at<int64_t>(experts),
-                                          E,
-                                          at<float>(bias),
-                                          {at<float>(lora_rows), at<float>(lora_b), R},
-                                          alpha,
-                                          limit,
-                                          at<float>(hidden),
-                                          at<void>(sums),
-                                          narrow});
-            },
-            Released())
-        .def(
-            "moe_mix",
-            [](Engine& self, const Matrix& down, uintptr_t hidden, size_t T, size_t A, uintptr_t weights,
-               uintptr_t experts, size_t E, uintptr_t bias, uintptr_t lora_rows, uintptr_t lora_b, size_t R,
-               uintptr_t residual, uintptr_t out) {
-                self.moe_mix(down, {at<float>(hidden),
-                                    T,
-                                    A,
-                                    at<float>(weights),
-                                    at<int64_t>(experts),
-                                    E,
-                                    at<float>(bias),
-                                    {at<float>(lora_rows), at<float>(lora_b), R},
-                                    at<float>(residual),
-                                    at<float>(out)});
-            },
-            Released())
-        .def(
             "swiglu_backward",
             [](Engine& self, size_t count, size_t F, uintptr_t of_hidden, uintptr_t sums, uintptr_t weights,
                float alpha, float limit, uintptr_t of_sums, uintptr_t hidden, uintptr_t of_weights, bool narrow) {
@@ -265,6 +206,35 @@ NB_MODULE(_native, module) {
                          {at<float>(x), T, A, at<float>(weights), at<int64_t>(experts), E, at<float>(gate_up_bias),
                           at<float>(down_bias), at<float>(residual), alpha, limit, at<float>(out), at<float>(norm), eps,
                           loras.size(), loras.data(), at<int64_t>(rows)});
+            },
+            Released())
+        .def(
+            "moe_kept",
+            [](Engine& self, const Matrix& gate_up, const Matrix& down, uintptr_t x, size_t T, size_t A,
+               uintptr_t weights, uintptr_t experts, size_t E, uintptr_t gate_up_bias, uintptr_t down_bias,
+               uintptr_t residual, float alpha, float limit, uintptr_t out, uintptr_t norm, float eps,
+               const std::vector<const ExpertLora*>& loras, uintptr_t rows, uintptr_t seen_x, uintptr_t seen_hidden,
+               uintptr_t sums, bool narrow, uintptr_t gate_up_rows, uintptr_t down_rows) {
+                self.moe(gate_up, down,
+                         {at<float>(x),
+                          T,
+                          A,
+                          at<float>(weights),
+                          at<int64_t>(experts),
+                          E,
+                          at<float>(gate_up_bias),
+                          at<float>(down_bias),
+                          at<float>(residual),
+                          alpha,
+                          limit,
+                          at<float>(out),
+                          at<float>(norm),
+                          eps,
+                          loras.size(),
+                          loras.data(),
+                          at<int64_t>(rows),
+                          {at<float>(seen_x), at<float>(seen_hidden)},
+                          {at<void>(sums), narrow, at<float>(gate_up_rows), at<float>(down_rows)}});
             },
             Released())
         .def(

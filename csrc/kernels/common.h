@@ -647,32 +647,6 @@ inline void turned_scores(const SelfAttentionPiece& piece, const float* q, size_
 
 inline F16 exp_or_zero(F16 x) { return keep_above(exp(x), x, -87.0f); }  // exp clamps
 
-void self_attend(const SelfAttentionPiece& piece) {
-    const size_t H = piece.H, keys = piece.last_key - piece.first_key;
-    float* q = piece.scratch;
-    float* out = q + H * kPanel;
-    float* weights = out + H * kPanel;
-    for (size_t first = piece.first_query; first < piece.last_query; first += kPanel) {
-        const size_t count = piece.last_query - first < kPanel ? piece.last_query - first : kPanel;
-        turn(piece.q + first * piece.q_stride, piece.q_stride, count, H, piece.scale, q);
-        turned_scores(piece, q, first, weights);
-        F16 peak = set1(piece.sink);
-        for (size_t j = 0; j < keys; ++j) peak = max(peak, load(weights + j * kPanel));
-        F16 total = exp_or_zero(sub(set1(piece.sink), peak));
-        for (size_t j = 0; j < keys; ++j) {
-            const F16 weight = exp_or_zero(sub(load(weights + j * kPanel), peak));
-            total = add(total, weight);
-            store(weights + j * kPanel, weight);
-        }
-        multiply_left(piece.turned + piece.first_key, piece.turned_stride, H, weights, 0, 1, keys, out, 0, false);
-        float peaks[kPanel], totals[kPanel];
-        store(peaks, peak), store(totals, total);
-        for (size_t i = 0; i < H; ++i) store(out + i * kPanel, div(load(out + i * kPanel), total));
-        turn_back(out, count, H, 1.0f, piece.out + first * piece.q_stride, piece.q_stride);
-        for (size_t i = 0; i < count; ++i) piece.logsum[(first + i) * piece.logsum_stride] = peaks[i] + logf(totals[i]);
-    }
-}
-
 void self_attend_backward(const SelfAttentionPiece& piece) {
     const size_t H = piece.H, keys = piece.last_key - piece.first_key, groups = ceil_div(H, kPanel);
     const size_t padded = groups * kPanel;

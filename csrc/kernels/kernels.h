@@ -46,20 +46,19 @@ struct AttentionPiece {
 
 [[gnu::always_inline]] constexpr size_t padded_head(size_t H) { return ceil_div(H, kPanel) * kPanel; }
 
-// One piece of attention for training: one head's queries of one sequence, from `first_query` to `last_query`, over the
+// One piece of attention's gradient: one head's queries of one sequence, from `first_query` to `last_query`, over the
 // keys that one or the other of them sees. Queries and keys are counted from the sequence's start, which the pointers
-// are to; q_stride is that of q, out, gradient and of_q, kv_stride that of k and v.
+// are to; q_stride is that of q, gradient and of_q, kv_stride that of k and v.
 struct SelfAttentionPiece {
     const float *q, *k, *v;
     size_t q_stride, kv_stride, H, window;  // 0 for no window
-    float scale, sink;
-    const float* turned;  // (H, positions), `turned_stride` apart: values forward, keys backward
+    float scale;
+    const float* turned;  // (H, positions), `turned_stride` apart: the keys
     size_t turned_stride;
     size_t first_query, last_query, first_key, last_key;
-    float* out;     // forward
-    float* logsum;  // logarithm of each softmax's sum, `logsum_stride` apart; written forward, read backward
+    const float* logsum;  // logarithm of each softmax's sum, `logsum_stride` apart
     size_t logsum_stride;
-    const float *gradient, *common;  // backward, as are all that follow; common: the sum of out * gradient
+    const float *gradient, *common;  // common: the sum of out * gradient
     float* of_q;
     float *of_k, *of_v;  // (H / 16, positions, 16), groups `of_kv_group` apart; added to
     size_t of_kv_group;
@@ -119,7 +118,6 @@ struct Kernels {
     // Store one head of one position, row `row` of the page's head that begins at element `at`.
     void (*kv_store)(const float* x, const KvPages& kv, bool is_value, size_t at, size_t row);
     void (*attend)(const AttentionPiece& piece, const KvPages& kv);
-    void (*self_attend)(const SelfAttentionPiece& piece);
     void (*self_attend_backward)(const SelfAttentionPiece& piece);
     // exp(x[i] - peak), for merging.
     float (*exp1)(float x);

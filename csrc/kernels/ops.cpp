@@ -473,8 +473,10 @@ void Engine::attention(const KvPages& kv, const Sequences& sequences, const Atte
             const size_t n = item.head * group + r % group;
             const float peak = total[rows * padded + r], sink = args.sinks[n], highest = std::max(peak, sink);
             const float mine = k.exp1(peak - highest);
-            const float factor = mine / (total[rows * (padded + 1) + r] * mine + k.exp1(sink - highest));
-            float* out = args.out + ((item.token + r / group) * N + n) * H;
+            const float sum = total[rows * (padded + 1) + r] * mine + k.exp1(sink - highest), factor = mine / sum;
+            const size_t at = (item.token + r / group) * N + n;
+            if (args.logsum) args.logsum[at] = highest + std::log(sum);
+            float* out = args.out + at * H;
             for (size_t h = 0; h < H; ++h) out[h] = total[r * padded + h] * factor;
         }
     };
@@ -513,7 +515,7 @@ void Engine::attention(const KvPages& kv, const Sequences& sequences, const Atte
 
 namespace {
 
-size_t longest_of(const SelfAttentionArgs& args) {
+size_t longest_of(const SelfAttentionBackwardArgs& args) {
     int64_t longest = 0;
     for (size_t b = 0; b < args.count; ++b) longest = std::max(longest, args.starts[b + 1] - args.starts[b]);
     return static_cast<size_t>(longest);
@@ -528,20 +530,16 @@ void turn_heads(ThreadPool& pool, const float* x, size_t T, size_t K, size_t H, 
 }
 
 // A head's part of a sequence.
-SelfAttentionPiece piece_of(const SelfAttentionArgs& args, size_t b, size_t head) {
+SelfAttentionPiece piece_of(const SelfAttentionBackwardArgs& args, size_t b, size_t head) {
     const size_t kv_head = head / (args.N / args.K), H = args.H, token = static_cast<size_t>(args.starts[b]);
     const size_t q = (token * args.N + head) * H, kv = (token * args.K + kv_head) * H;
     SelfAttentionPiece piece{};
     piece.q = args.q + q, piece.k = args.k + kv, piece.v = args.v + kv;
     piece.q_stride = args.N * H, piece.kv_stride = args.K * H, piece.H = H, piece.window = args.window;
-    piece.scale = args.scale, piece.sink = args.sinks[head];
+    piece.scale = args.scale;
     piece.logsum = args.logsum + token * args.N + head, piece.logsum_stride = args.N;
-    if (args.gradient) {
-        piece.gradient = args.gradient + q, piece.of_q = args.of_q + q;
-        piece.common = args.common + token * args.N + head;
-    } else {
-        piece.out = args.out + q;
-    }
+    piece.gradient = args.gradient + q, piece.of_q = args.of_q + q;
+    piece.common = args.common + token * args.N + head;
     return piece;
 }
 
@@ -552,40 +550,7 @@ void choose_queries(SelfAttentionPiece& piece, size_t first, size_t last) {
 
 }  // namespace
 
-void Engine::self_attention(const SelfAttentionArgs& args) {
-    std::lock_guard<std::mutex> lock(busy_);
-    const Kernels& k = kernels();
-    struct Item {
-        size_t sequence, head, first, last;
-    };
-    std::vector<Item> items;
-    for (size_t b = 0; b < args.count; ++b) {
-        const auto count = static_cast<size_t>(args.starts[b + 1] - args.starts[b]);
-        for (size_t head = 0; head < args.N; ++head)
-            for (size_t first = 0; first < count; first += kQueries)
-                items.push_back({b, head, first, std::min(count, first + kQueries)});
-    }
-    if (items.empty()) return;
-    const auto T = static_cast<size_t>(args.starts[args.count]);
-    const size_t scratch = self_attention_scratch(longest_of(args), args.H);
-    workspace_.reset(Workspace::size_of<float>(T * args.K * args.H) + threads() * Workspace::size_of<float>(scratch));
-    float* turned = workspace_.take<float>(T * args.K * args.H);
-    float* all_scratch = workspace_.take<float>(threads() * scratch);
-    turn_heads(pool_, args.v, T, args.K, args.H, turned);
-    pool_.split(items.size(), 1, [&](size_t begin, size_t end, unsigned thread) {
-        for (size_t i = begin; i < end; ++i) {
-            const Item& item = items[i];
-            SelfAttentionPiece piece = piece_of(args, item.sequence, item.head);
-            choose_queries(piece, item.first, item.last);
-            piece.turned = turned + item.head / (args.N / args.K) * args.H * T + args.starts[item.sequence];
-            piece.turned_stride = T;
-            piece.scratch = all_scratch + thread * scratch;
-            k.self_attend(piece);
-        }
-    });
-}
-
-void Engine::self_attention_backward(const SelfAttentionArgs& args) {
+void Engine::self_attention_backward(const SelfAttentionBackwardArgs& args) {
     std::lock_guard<std::mutex> lock(busy_);
     const Kernels& k = kernels();
     const size_t longest = longest_of(args), N = args.N, K = args.K, H = args.H, padded = padded_head(H);
@@ -743,14 +708,10 @@ void Engine::add_lora(const AddLoraArgs& args) {
     });
 }
 
-void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args) {
-    std::lock_guard<std::mutex> lock(busy_);
-    const Kernels& k = kernels();
-    const size_t T = args.T, A = args.A, E = args.E, D = gate_up.C, F = gate_up.R / 2, visits = T * A;
-    if (T == 0) return;
-    const size_t units = ceil_div(F, kBlock);  // a unit: 32 hidden values
-    const size_t hidden_floats = units * kBlock;
+namespace {
 
+// Who visits whom: visits sorted by expert, an expert's by adapter, those without one first, and an adapter's by token.
+struct Visits {
     struct Visit {
         size_t token, slot;
     };
@@ -758,46 +719,75 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         size_t expert, first, m;
         const ExpertLora* lora;  // null for none
     };
-    for (size_t i = 0; i < visits; ++i)
-        if (static_cast<uint64_t>(args.experts[i]) >= E)
-            throw std::out_of_range("[moe] an expert's number is not below the number of experts");
-    for (size_t t = 0; t < T && args.num_loras; ++t)
-        if (args.rows[t] >= static_cast<int64_t>(args.num_loras))
-            throw std::out_of_range("[moe] an adapter's number is not below the number of adapters");
-    // Visits are sorted by expert, and an expert's by adapter, those without one first.
-    const size_t kinds = args.num_loras + 1;
-    auto group = [&](size_t i) {
-        const size_t kind = args.num_loras ? static_cast<size_t>(std::max<int64_t>(args.rows[i / A], -1) + 1) : 0;
-        return static_cast<size_t>(args.experts[i]) * kinds + kind;
-    };
-    std::vector<size_t> starts(E * kinds + 1, 0);
-    for (size_t i = 0; i < visits; ++i) ++starts[group(i) + 1];
-    for (size_t g = 0; g < E * kinds; ++g) starts[g + 1] += starts[g];
     std::vector<size_t> used;  // experts that somebody visits, in order
-    for (size_t e = 0; e < E; ++e)
-        if (starts[e * kinds] < starts[(e + 1) * kinds]) used.push_back(e);
-    // One token: all its experts read the same activations. (A caller may name one of them twice; `route` never does.)
-    const bool shared = T == 1 && used.size() == A;
-    std::vector<Visit> sorted(visits);
-    std::vector<size_t> place(visits), next(starts.begin(), starts.end() - 1);
-    for (size_t i = 0; i < visits; ++i) {
-        place[i] = next[group(i)]++;
-        sorted[place[i]] = {i / A, i % A};
-    }
+    std::vector<Visit> sorted;
     std::vector<ExpertTile> tiles;
-    std::vector<size_t> first_tile(used.size() + 1, 0), tile_of(visits);
-    for (size_t u = 0; u < used.size(); ++u) {
-        const size_t e = used[u];
-        for (size_t kind = 0; kind < kinds; ++kind) {
-            const size_t start = starts[e * kinds + kind], count = starts[e * kinds + kind + 1] - start;
-            for (size_t i = 0; i < tile_count(count); ++i) {
-                const TileRange range = tile_range(count, i);
-                for (size_t j = 0; j < range.m; ++j) tile_of[start + range.first + j] = tiles.size();
-                tiles.push_back({e, start + range.first, range.m, kind ? args.loras[kind - 1] : nullptr});
+    std::vector<size_t> first_tile, tile_of;  // of each used expert, and of each visit
+
+    explicit Visits(const MoeArgs& args) : sorted(args.T * args.A), tile_of(args.T * args.A) {
+        const size_t A = args.A, E = args.E, visits = sorted.size();
+        for (size_t i = 0; i < visits; ++i)
+            if (static_cast<uint64_t>(args.experts[i]) >= E)
+                throw std::out_of_range("[moe] an expert's number is not below the number of experts");
+        for (size_t t = 0; t < args.T && args.num_loras; ++t)
+            if (args.rows[t] >= static_cast<int64_t>(args.num_loras))
+                throw std::out_of_range("[moe] an adapter's number is not below the number of adapters");
+        const size_t kinds = args.num_loras + 1;
+        auto group = [&](size_t i) {
+            const size_t kind = args.num_loras ? static_cast<size_t>(std::max<int64_t>(args.rows[i / A], -1) + 1) : 0;
+            return static_cast<size_t>(args.experts[i]) * kinds + kind;
+        };
+        std::vector<size_t> starts(E * kinds + 1, 0);
+        for (size_t i = 0; i < visits; ++i) ++starts[group(i) + 1];
+        for (size_t g = 0; g < E * kinds; ++g) starts[g + 1] += starts[g];
+        for (size_t e = 0; e < E; ++e)
+            if (starts[e * kinds] < starts[(e + 1) * kinds]) used.push_back(e);
+        std::vector<size_t> next(starts.begin(), starts.end() - 1);
+        for (size_t i = 0; i < visits; ++i) sorted[next[group(i)]++] = {i / A, i % A};
+        first_tile.assign(used.size() + 1, 0);
+        for (size_t u = 0; u < used.size(); ++u) {
+            for (size_t kind = 0; kind < kinds; ++kind) {
+                const size_t g = used[u] * kinds + kind, count = starts[g + 1] - starts[g];
+                for (size_t i = 0; i < tile_count(count); ++i) {
+                    const TileRange range = tile_range(count, i);
+                    for (size_t j = 0; j < range.m; ++j) tile_of[starts[g] + range.first + j] = tiles.size();
+                    tiles.push_back({used[u], starts[g] + range.first, range.m, kind ? args.loras[kind - 1] : nullptr});
+                }
             }
+            first_tile[u + 1] = tiles.size();
         }
-        first_tile[u + 1] = tiles.size();
     }
+};
+
+constexpr size_t kUnitFloats = kUnitPanels * kPanel;  // gates and ups of 32 hidden values
+
+// What the activation of one token's unit is made from.
+void keep_sums(const Kernels& k, const MoeKept& kept, const PanelSums& acc, size_t t,
+               const float (&biases)[kUnitPanels][kPanel], size_t at) {
+    alignas(64) float values[kUnitFloats];
+    for (size_t p = 0; p < kUnitPanels; ++p)
+        for (size_t r = 0; r < kPanel; ++r) values[p * kPanel + r] = acc[p][t * kPanel + r] + biases[p][r];
+    if (kept.narrow) {
+        k.narrow(values, kUnitFloats, static_cast<uint16_t*>(kept.sums) + at);
+    } else {
+        std::memcpy(static_cast<float*>(kept.sums) + at, values, sizeof values);
+    }
+}
+
+}  // namespace
+
+void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const size_t T = args.T, A = args.A, D = gate_up.C, F = gate_up.R / 2, count = T * A;
+    if (T == 0) return;
+    const size_t units = ceil_div(F, kBlock);  // a unit: 32 hidden values
+    const size_t hidden_floats = units * kBlock;
+    using ExpertTile = Visits::ExpertTile;
+    const Visits visits(args);
+    const std::vector<ExpertTile>& tiles = visits.tiles;
+    // One token: all its experts read the same activations. (A caller may name one of them twice; `route` never does.)
+    const bool shared = T == 1 && visits.used.size() == A;
 
     // Adapters read what matrices read, before it is quantised.
     size_t low_floats = 0;
@@ -809,19 +799,22 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         any_gate_up = any_gate_up || tile.lora->gate_up;
         any_down = any_down || tile.lora->down;
     }
-    const size_t inputs = shared ? 1 : visits;
+    const size_t inputs = shared ? 1 : count;
     const size_t row_floats = gate_up.quantised() && !any_gate_up ? 0 : ceil_div(D, kPanel) * kPanel;
-    const size_t kept_hidden = down.quantised() && !any_down ? 0 : visits * hidden_floats;
+    const size_t kept_hidden = down.quantised() && !any_down ? 0 : count * hidden_floats;
+    const size_t seen_floats = args.seen.x || args.seen.hidden ? kTile * std::max(D, hidden_floats) : 0;
     workspace_.reset((gate_up.quantised() ? Quantised::bytes(k, gate_up, inputs) : 0) +
-                     (down.quantised() ? Quantised::bytes(k, down, visits) : 0) +
-                     Workspace::size_of<float>(kept_hidden) + Workspace::size_of<float>(visits * row_floats) +
-                     Workspace::size_of<float>(args.norm ? T * D : 0) + Workspace::size_of<float>(visits * low_floats));
+                     (down.quantised() ? Quantised::bytes(k, down, count) : 0) +
+                     Workspace::size_of<float>(kept_hidden) + Workspace::size_of<float>(count * row_floats) +
+                     Workspace::size_of<float>(args.norm ? T * D : 0) + Workspace::size_of<float>(count * low_floats) +
+                     Workspace::size_of<float>(threads() * seen_floats));
     Quantised x, hidden;
     if (gate_up.quantised()) x.take(workspace_, k, gate_up, inputs);
-    if (down.quantised()) hidden.take(workspace_, k, down, visits);
+    if (down.quantised()) hidden.take(workspace_, k, down, count);
     float* hidden_rows = workspace_.take<float>(kept_hidden);
-    float* x_rows = workspace_.take<float>(visits * row_floats);
-    float* lows = workspace_.take<float>(visits * low_floats);
+    float* x_rows = workspace_.take<float>(count * row_floats);
+    float* lows = workspace_.take<float>(count * low_floats);
+    float* all_seen = workspace_.take<float>(threads() * seen_floats);
     const float* tokens = args.x;  // (T, D), normed if that is asked for
     if (args.norm) {
         float* normed = workspace_.take<float>(T * D);
@@ -844,22 +837,36 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
     auto low_tile = [&](const ExpertTile& tile) {
         return plain_tile(lows + tile.first * low_floats, low_floats, tile.m);
     };
-    auto narrow_all = [&](auto chosen, auto input) {
-        pool_.split(tiles.size(), 1, [&](size_t first, size_t last, unsigned) {
+    // `seen` are the factors that the C inputs of each visit are multiplied by, if any; `kept` is where its rows go.
+    auto narrow_all = [&](auto chosen, auto input, const float* seen, size_t C, float* kept) {
+        pool_.split(tiles.size(), 1, [&](size_t first, size_t last, unsigned thread) {
             for (size_t i = first; i < last; ++i) {
-                const Lora* lora = tiles[i].lora ? chosen(*tiles[i].lora) : nullptr;
-                float* low = lows + tiles[i].first * low_floats;
-                if (lora) narrow(k, lora->a.of_stack(tiles[i].expert), lora->scaling, input(tiles[i]), low, low_floats);
+                const ExpertTile& at = tiles[i];
+                const Lora* lora = at.lora ? chosen(*at.lora) : nullptr;
+                if (!lora) continue;
+                Tile tile = input(at);
+                if (seen) {
+                    float* to = all_seen + thread * seen_floats;
+                    for (size_t t = 0; t < at.m; ++t)
+                        for (size_t c = 0; c < C; ++c)
+                            to[t * C + c] = tile.rows[t * tile.stride + c] * seen[(at.first + t) * C + c];
+                    tile = plain_tile(to, C, at.m);
+                }
+                float* low = lows + at.first * low_floats;
+                narrow(k, lora->a.of_stack(at.expert), lora->scaling, tile, low, low_floats);
+                const size_t width = lora->a.panels * kPanel;
+                for (size_t t = 0; kept && t < at.m; ++t)
+                    std::memcpy(kept + (at.first + t) * width, low + t * low_floats, width * sizeof(float));
             }
         });
     };
     if (shared) {
         if (x.values) k.quantise(tokens, D, x.tile(0, 1), 0);
     } else {
-        pool_.split(visits, 16, [&](size_t first, size_t last, unsigned) {
+        pool_.split(count, 16, [&](size_t first, size_t last, unsigned) {
             for (size_t i = first; i < last; ++i) {
-                const ExpertTile& tile = tiles[tile_of[i]];
-                const float* row = tokens + sorted[i].token * D;
+                const ExpertTile& tile = tiles[visits.tile_of[i]];
+                const float* row = tokens + visits.sorted[i].token * D;
                 if (x.values) k.quantise(row, D, x.tile(tile.first, tile.m), i - tile.first);
                 if (!x.values || (tile.lora && tile.lora->gate_up))
                     std::memcpy(x_rows + i * row_floats, row, D * sizeof(float));
@@ -867,14 +874,16 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
         });
     }
 
-    if (any_gate_up) narrow_all([](const ExpertLora& lora) { return lora.gate_up; }, plain_input);
+    if (any_gate_up)
+        narrow_all([](const ExpertLora& lora) { return lora.gate_up; }, plain_input, args.seen.x, D,
+                   args.kept.gate_up_rows);
 
-    pool_.split(used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
+    pool_.split(visits.used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums acc;
         alignas(64) float biases[kUnitPanels][kPanel];
         alignas(64) float values[kBlock];
         for (size_t item = begin; item < end; ++item) {
-            const size_t u = item / units, unit = item % units, e = used[u];
+            const size_t u = item / units, unit = item % units, e = visits.used[u];
             const Matrix w = gate_up.of_stack(e);
             const float* bias = args.gate_up_bias + e * 2 * F;
             for (size_t i = 0; i < kBlock; ++i) {  // gate, up, gate, up: as the panels come
@@ -882,45 +891,48 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
                 biases[panel][lane] = f < F ? bias[2 * f] : 0.0f;
                 biases[panel + 1][lane] = f < F ? bias[2 * f + 1] : 0.0f;
             }
-            for (size_t at = first_tile[u]; at < first_tile[u + 1]; ++at) {
-                const Tile tile = input_tile(tiles[at]);
+            for (size_t n = visits.first_tile[u]; n < visits.first_tile[u + 1]; ++n) {
+                const ExpertTile& at = tiles[n];
+                const Tile tile = input_tile(at);
                 dot_panels(k, w, unit * kUnitPanels, kUnitPanels, tile, acc);
-                const ExpertLora* lora = tiles[at].lora;
-                if (lora && lora->gate_up)
-                    add_widened(k, lora->gate_up->b.of_stack(e), unit * kUnitPanels, kUnitPanels, low_tile(tiles[at]),
-                                acc);
+                if (at.lora && at.lora->gate_up)
+                    add_widened(k, at.lora->gate_up->b.of_stack(e), unit * kUnitPanels, kUnitPanels, low_tile(at), acc);
                 for (size_t t = 0; t < tile.m; ++t) {
+                    if (args.kept.sums)
+                        keep_sums(k, args.kept, acc, t, biases, ((at.first + t) * units + unit) * kUnitFloats);
                     for (size_t p = 0; p < kUnitPanels; p += 2)
                         k.swiglu(acc[p] + t * kPanel, acc[p + 1] + t * kPanel, biases[p], biases[p + 1],
                                  values + p / 2 * kPanel, args.alpha, args.limit);
                     for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
-                    if (hidden.values) k.quantise_block(values, hidden.tile(tiles[at].first, tiles[at].m), t, unit);
-                    if (!hidden.values || (lora && lora->down))
-                        std::memcpy(hidden_rows + (tiles[at].first + t) * hidden_floats + unit * kBlock, values,
+                    if (hidden.values) k.quantise_block(values, hidden.tile(at.first, at.m), t, unit);
+                    if (!hidden.values || (at.lora && at.lora->down))
+                        std::memcpy(hidden_rows + (at.first + t) * hidden_floats + unit * kBlock, values,
                                     sizeof values);
                 }
             }
         }
     });
 
-    if (any_down) narrow_all([](const ExpertLora& lora) { return lora.down; }, plain_hidden);
+    if (any_down)
+        narrow_all([](const ExpertLora& lora) { return lora.down; }, plain_hidden, args.seen.hidden, F,
+                   args.kept.down_rows);
 
     pool_.split(down.panels, kPanelsAtOnce, [&](size_t begin, size_t end, unsigned) {
         alignas(64) PanelSums sums;
         for (size_t panel = begin; panel < end; panel += kPanelsAtOnce) {
-            const size_t count = std::min(kPanelsAtOnce, end - panel);
-            const size_t row = panel * kPanel, num_rows = std::min(count * kPanel, D - row);
+            const size_t panels = std::min(kPanelsAtOnce, end - panel);
+            const size_t row = panel * kPanel, num_rows = std::min(panels * kPanel, D - row);
             for (size_t t = 0; t < T; ++t)
                 for (size_t r = 0; r < num_rows; ++r)
                     args.out[t * D + row + r] = args.residual ? args.residual[t * D + row + r] : 0.0f;
             for (const ExpertTile& at : tiles) {  // by expert, so that every token sums in the same order
                 const Tile tile = hidden.values ? hidden.tile(at.first, at.m) : plain_hidden(at);
-                dot_panels(k, down.of_stack(at.expert), panel, count, tile, sums);
+                dot_panels(k, down.of_stack(at.expert), panel, panels, tile, sums);
                 if (at.lora && at.lora->down)
-                    add_widened(k, at.lora->down->b.of_stack(at.expert), panel, count, low_tile(at), sums);
+                    add_widened(k, at.lora->down->b.of_stack(at.expert), panel, panels, low_tile(at), sums);
                 const float* bias = args.down_bias + at.expert * D + row;
                 for (size_t t = 0; t < at.m; ++t) {
-                    const Visit visit = sorted[at.first + t];
+                    const Visits::Visit visit = visits.sorted[at.first + t];
                     const float weight = args.weights[visit.token * A + visit.slot];
                     float* out = args.out + visit.token * D + row;
                     for (size_t r = 0; r < num_rows; ++r)
@@ -929,254 +941,6 @@ void Engine::moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args)
             }
         }
     });
-}
-
-namespace {
-
-// Which tokens visit which expert: visits sorted by expert, and within one by token. A caller may name an expert twice
-// for a token; `route` never does.
-struct Visits {
-    struct Visit {
-        size_t token, slot;
-    };
-    struct ExpertTile {
-        size_t expert, first, m;
-    };
-    std::vector<size_t> used;  // experts that somebody visits, in order
-    std::vector<Visit> sorted;
-    std::vector<ExpertTile> tiles;
-    std::vector<size_t> first_tile, tile_of;  // of each used expert, and of each visit
-
-    Visits(const int64_t* experts, size_t T, size_t A, size_t E) : sorted(T * A), tile_of(T * A) {
-        std::vector<size_t> starts(E + 1, 0);
-        for (size_t i = 0; i < T * A; ++i)
-            if (static_cast<uint64_t>(experts[i]) >= E)
-                throw std::out_of_range("[moe] an expert's number is not below the number of experts");
-        for (size_t i = 0; i < T * A; ++i) ++starts[static_cast<size_t>(experts[i]) + 1];
-        for (size_t e = 0; e < E; ++e) {
-            if (starts[e + 1]) used.push_back(e);
-            starts[e + 1] += starts[e];
-        }
-        std::vector<size_t> next(starts.begin(), starts.end() - 1);
-        for (size_t i = 0; i < T * A; ++i) sorted[next[static_cast<size_t>(experts[i])]++] = {i / A, i % A};
-        first_tile.assign(used.size() + 1, 0);
-        for (size_t u = 0; u < used.size(); ++u) {
-            const size_t e = used[u], count = starts[e + 1] - starts[e];
-            for (size_t i = 0; i < tile_count(count); ++i) {
-                const TileRange range = tile_range(count, i);
-                for (size_t j = 0; j < range.m; ++j) tile_of[starts[e] + range.first + j] = tiles.size();
-                tiles.push_back({e, starts[e] + range.first, range.m});
-            }
-            first_tile[u + 1] = tiles.size();
-        }
-    }
-};
-
-// What the experts' first product reads: of each visit its token's row, quantised or plain; or one row for all of them.
-struct ExpertInputs {
-    Quantised quantised;
-    float* rows = nullptr;
-    const float* shared = nullptr;
-    size_t row_floats = 0;
-    bool is_shared = false;
-
-    static size_t floats(const Matrix& w) { return w.quantised() ? 0 : ceil_div(w.C, kPanel) * kPanel; }
-    static size_t bytes(const Kernels& k, const Matrix& w, size_t inputs, size_t visits, size_t normed) {
-        return (w.quantised() ? Quantised::bytes(k, w, inputs) : 0) + Workspace::size_of<float>(visits * floats(w)) +
-               Workspace::size_of<float>(normed * w.C);
-    }
-
-    // `norm` may be null. The workspace has room for `bytes`.
-    void take(Workspace& workspace, ThreadPool& pool, const Kernels& k, const Matrix& w, const Visits& visits,
-              const float* x, size_t T, const float* norm, float eps) {
-        const size_t D = w.C, count = visits.sorted.size();
-        is_shared = T == 1 && visits.used.size() == count;
-        row_floats = floats(w);
-        if (w.quantised()) quantised.take(workspace, k, w, is_shared ? 1 : count);
-        rows = workspace.take<float>(count * row_floats);
-        if (norm) {
-            float* normed = workspace.take<float>(T * D);
-            pool.split(T, 8, [&](size_t first, size_t last, unsigned) {
-                for (size_t t = first; t < last; ++t) k.rms_norm(x + t * D, norm, normed + t * D, D, eps);
-            });
-            x = normed;
-        }
-        shared = x;
-        if (is_shared) {
-            if (quantised.values) k.quantise(x, D, quantised.tile(0, 1), 0);
-            return;
-        }
-        pool.split(count, 16, [&](size_t first, size_t last, unsigned) {
-            for (size_t i = first; i < last; ++i) {
-                const Visits::ExpertTile& tile = visits.tiles[visits.tile_of[i]];
-                const float* row = x + visits.sorted[i].token * D;
-                if (quantised.values) {
-                    k.quantise(row, D, quantised.tile(tile.first, tile.m), i - tile.first);
-                } else {
-                    std::memcpy(rows + i * row_floats, row, D * sizeof(float));
-                }
-            }
-        });
-    }
-
-    Tile tile(const Visits::ExpertTile& at) const {
-        if (quantised.values) return is_shared ? quantised.tile(0, 1) : quantised.tile(at.first, at.m);
-        Tile plain;
-        plain.m = at.m;
-        plain.rows = is_shared ? shared : rows + at.first * row_floats;
-        plain.stride = row_floats;
-        return plain;
-    }
-};
-
-// What adapters add to the sums of some panels of an expert's matrix.
-void add_lora(const Kernels& k, const LoraArgs& lora, size_t all_panels, const Visits::ExpertTile& at, size_t first,
-              size_t count, PanelSums& sums) {
-    if (!lora.rows) return;
-    alignas(64) PanelSums more;
-    Tile tile;
-    tile.m = at.m;
-    tile.rows = lora.rows + at.first * lora.R;
-    tile.stride = lora.R;
-    const float* b = lora.b + (at.expert * all_panels + first) * lora.R * kPanel;
-    k.dot_f32(reinterpret_cast<const uint8_t*>(b), lora.R, count, tile, more[0]);
-    for (size_t p = 0; p < count; ++p)
-        for (size_t i = 0; i < at.m * kPanel; ++i) sums[p][i] += more[p][i];
-}
-
-// The experts' first product and its activation, as blocks of 32 hidden values: `keep(tile, t, unit, values)` of each.
-// `before(tile, t, unit, sums, biases)` sees what the activation is made from, panels of gates and ups in turn.
-template <class Before, class Keep>
-void gate_and_up(ThreadPool& pool, const Kernels& k, const Matrix& gate_up, const Visits& visits,
-                 const ExpertInputs& inputs, const float* all_biases, const LoraArgs& lora, float alpha, float limit,
-                 const Before& before, const Keep& keep) {
-    const size_t F = gate_up.R / 2, units = ceil_div(F, kBlock);
-    pool.split(visits.used.size() * units, 1, [&](size_t begin, size_t end, unsigned) {
-        alignas(64) PanelSums acc;
-        alignas(64) float biases[kUnitPanels][kPanel];
-        alignas(64) float values[kBlock];
-        for (size_t item = begin; item < end; ++item) {
-            const size_t u = item / units, unit = item % units, e = visits.used[u];
-            const Matrix w = gate_up.of_stack(e);
-            const float* bias = all_biases + e * 2 * F;
-            for (size_t i = 0; i < kBlock; ++i) {  // gate, up, gate, up: as the panels come
-                const size_t f = unit * kBlock + i, panel = i / kPanel * 2, lane = i % kPanel;
-                biases[panel][lane] = f < F ? bias[2 * f] : 0.0f;
-                biases[panel + 1][lane] = f < F ? bias[2 * f + 1] : 0.0f;
-            }
-            for (size_t n = visits.first_tile[u]; n < visits.first_tile[u + 1]; ++n) {
-                const Visits::ExpertTile& at = visits.tiles[n];
-                dot_panels(k, w, unit * kUnitPanels, kUnitPanels, inputs.tile(at), acc);
-                add_lora(k, lora, w.panels, at, unit * kUnitPanels, kUnitPanels, acc);
-                for (size_t t = 0; t < at.m; ++t) {
-                    before(at, t, unit, acc, biases);
-                    for (size_t p = 0; p < kUnitPanels; p += 2)
-                        k.swiglu(acc[p] + t * kPanel, acc[p + 1] + t * kPanel, biases[p], biases[p + 1],
-                                 values + p / 2 * kPanel, alpha, limit);
-                    for (size_t i = F - std::min(F, unit * kBlock); i < kBlock; ++i) values[i] = 0.0f;
-                    keep(at, t, unit, values);
-                }
-            }
-        }
-    });
-}
-
-// The experts' second product, weighted and summed up by token. `hidden(tile)` is its input.
-template <class Hidden>
-void mix(ThreadPool& pool, const Kernels& k, const Matrix& down, const Visits& visits, size_t T, size_t A,
-         const float* weights, const float* all_biases, const float* residual, const LoraArgs& lora, float* all_out,
-         const Hidden& hidden) {
-    const size_t D = down.R;
-    pool.split(down.panels, kPanelsAtOnce, [&](size_t begin, size_t end, unsigned) {
-        alignas(64) PanelSums sums;
-        for (size_t panel = begin; panel < end; panel += kPanelsAtOnce) {
-            const size_t count = std::min(kPanelsAtOnce, end - panel);
-            const size_t row = panel * kPanel, num_rows = std::min(count * kPanel, D - row);
-            for (size_t t = 0; t < T; ++t)
-                for (size_t r = 0; r < num_rows; ++r)
-                    all_out[t * D + row + r] = residual ? residual[t * D + row + r] : 0.0f;
-            for (const Visits::ExpertTile& at :
-                 visits.tiles) {  // by expert, so that every token sums in the same order
-                dot_panels(k, down.of_stack(at.expert), panel, count, hidden(at), sums);
-                add_lora(k, lora, down.panels, at, panel, count, sums);
-                const float* bias = all_biases + at.expert * D + row;
-                for (size_t t = 0; t < at.m; ++t) {
-                    const Visits::Visit visit = visits.sorted[at.first + t];
-                    const float weight = weights[visit.token * A + visit.slot];
-                    float* out = all_out + visit.token * D + row;
-                    for (size_t r = 0; r < num_rows; ++r)
-                        out[r] += weight * (sums[r / kPanel][t * kPanel + r % kPanel] + bias[r]);
-                }
-            }
-        }
-    });
-}
-
-constexpr auto kNothingBefore = [](const Visits::ExpertTile&, size_t, size_t, const PanelSums&, const auto&) {};
-
-Tile plain_tile(const float* rows, size_t stride, const Visits::ExpertTile& at) {
-    Tile tile;
-    tile.m = at.m;
-    tile.rows = rows + at.first * stride;
-    tile.stride = stride;
-    return tile;
-}
-
-}  // namespace
-
-void Engine::moe_hidden(const Matrix& gate_up, const MoeHiddenArgs& args) {
-    std::lock_guard<std::mutex> lock(busy_);
-    const Kernels& k = kernels();
-    const size_t T = args.T, count = T * args.A, F = gate_up.R / 2;
-    if (T == 0) return;
-    const Visits visits(args.experts, T, args.A, args.E);
-    workspace_.reset(ExpertInputs::bytes(k, gate_up, count, count, 0));
-    ExpertInputs inputs;
-    inputs.take(workspace_, pool_, k, gate_up, visits, args.x, T, nullptr, 0.0f);
-
-    constexpr size_t unit_floats = kUnitPanels * kPanel;
-    const size_t width = ceil_div(F, kBlock) * unit_floats;
-    const auto before = [&](const Visits::ExpertTile& at, size_t t, size_t unit, const PanelSums& sums,
-                            const float (&biases)[kUnitPanels][kPanel]) {
-        if (!args.sums) return;
-        alignas(64) float values[unit_floats];
-        for (size_t p = 0; p < kUnitPanels; ++p)
-            for (size_t r = 0; r < kPanel; ++r) values[p * kPanel + r] = sums[p][t * kPanel + r] + biases[p][r];
-        const size_t to = (at.first + t) * width + unit * unit_floats;
-        if (args.narrow) {
-            k.narrow(values, unit_floats, static_cast<uint16_t*>(args.sums) + to);
-        } else {
-            std::memcpy(static_cast<float*>(args.sums) + to, values, sizeof values);
-        }
-    };
-    const auto keep = [&](const Visits::ExpertTile& at, size_t t, size_t unit, const float* values) {
-        const size_t first = unit * kBlock;
-        std::memcpy(args.hidden + (at.first + t) * F + first, values, std::min(kBlock, F - first) * sizeof(float));
-    };
-    gate_and_up(pool_, k, gate_up, visits, inputs, args.bias, args.lora, args.alpha, args.limit, before, keep);
-}
-
-void Engine::moe_mix(const Matrix& down, const MoeMixArgs& args) {
-    std::lock_guard<std::mutex> lock(busy_);
-    const Kernels& k = kernels();
-    const size_t T = args.T, count = T * args.A, F = down.C;
-    if (T == 0) return;
-    const Visits visits(args.experts, T, args.A, args.E);
-    workspace_.reset(down.quantised() ? Quantised::bytes(k, down, count) : 0);
-    Quantised hidden;
-    if (down.quantised()) {
-        hidden.take(workspace_, k, down, count);
-        pool_.split(count, 16, [&](size_t first, size_t last, unsigned) {
-            for (size_t i = first; i < last; ++i) {
-                const Visits::ExpertTile& at = visits.tiles[visits.tile_of[i]];
-                k.quantise(args.hidden + i * F, F, hidden.tile(at.first, at.m), i - at.first);
-            }
-        });
-    }
-    mix(pool_, k, down, visits, T, args.A, args.weights, args.bias, args.residual, args.lora, args.out,
-        [&](const Visits::ExpertTile& at) {
-            return hidden.values ? hidden.tile(at.first, at.m) : plain_tile(args.hidden, F, at);
-        });
 }
 
 void Engine::swiglu_backward(const SwigluBackwardArgs& args) {

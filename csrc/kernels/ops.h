@@ -85,6 +85,22 @@ struct AddLoraArgs {
     size_t out_stride;
 };
 
+// What a gradient asks `moe` to leave behind, null for what it does not. Visits are pairs of a token and an expert,
+// sorted by expert, by adapter and by token. The rows are what the adapters' first factors make of the input, scaled:
+// of one adapter alone, and as wide as its panels.
+struct MoeKept {
+    void* sums = nullptr;  // (visits, 64 for each 32 hidden values): panels of gates and ups in turn, biases added
+    bool narrow = false;   // these in bfloat16, else in float32
+    float* gate_up_rows = nullptr;  // (visits, 16 * panels of a)
+    float* down_rows = nullptr;
+};
+
+// Factors by which dropout multiplies what adapters see of the input, by visit; null for none.
+struct MoeSeen {
+    const float* x = nullptr;       // (visits, D)
+    const float* hidden = nullptr;  // (visits, F)
+};
+
 struct MoeArgs {
     const float* x;  // (T, D)
     size_t T, A;
@@ -101,48 +117,15 @@ struct MoeArgs {
     size_t num_loras = 0;
     const ExpertLora* const* loras = nullptr;
     const int64_t* rows = nullptr;  // (T), below num_loras: each token's in `loras`, none where negative
-};
-
-// What adapters add to the experts' products: rows * b, where visits are sorted by expert and then by token.
-struct LoraArgs {
-    const float* rows =
-        nullptr;               // (visits, R), what their first factors make of the input, scaled; null for no adapter
-    const float* b = nullptr;  // (E, panels, R, 16), their second factors, packed as the matrix is
-    size_t R = 0;
-};
-
-// The first half of moe, for those who want to add to it, or to come back: `hidden` is what the activation leaves.
-struct MoeHiddenArgs {
-    const float* x;  // (T, D), normed
-    size_t T, A;
-    const int64_t* experts;  // (T, A)
-    size_t E;
-    const float* bias;  // (E, 2F), gate and up in turn
-    LoraArgs lora;
-    float alpha, limit;
-    float* hidden;  // (T * A, F), visits sorted
-    void* sums;     // (T * A, 16 * panels) or null: what the activation is made from, panels of gates and ups in turn
-    bool narrow;    // sums in bfloat16, else in float32
-};
-
-// And the second half.
-struct MoeMixArgs {
-    const float* hidden;  // (T * A, F)
-    size_t T, A;
-    const float* weights;    // (T, A)
-    const int64_t* experts;  // (T, A)
-    size_t E;
-    const float* bias;  // (E, D)
-    LoraArgs lora;
-    const float* residual;  // (T, D) or null
-    float* out;             // (T, D), not the residual
+    MoeSeen seen = {};
+    MoeKept kept = {};
 };
 
 // The activation's gradient. All but the weights are in bfloat16 where `narrow`, else in float32.
 struct SwigluBackwardArgs {
     size_t count, F;
     const void* of_hidden;  // (count, F), before the weights
-    const void* sums;       // (count, 64 for each 32 hidden values), as moe_hidden leaves them
+    const void* sums;       // (count, 64 for each 32 hidden values), as moe leaves them
     const float* weights;   // (count)
     float alpha, limit;
     void* of_sums;      // as sums
@@ -179,20 +162,19 @@ struct AttentionArgs {
     size_t window;  // keys in sight, the query itself counted; 0 for all
     float* out;     // (T, N, H)
     Rotation rotation = {};
+    float* logsum = nullptr;  // (T, N) or null: the logarithm of each softmax's sum
 };
 
-// Attention of `count` sequences without a cache, one after the other: sequence b has tokens starts[b] … starts[b+1]
+// The gradient of `attention` for whole sequences, one after the other: sequence b has tokens starts[b] … starts[b + 1]
 // - 1. q, out, gradient, of_q are (T, N, H), k, v, of_k, of_v (T, K, H), all contiguous.
-struct SelfAttentionArgs {
+struct SelfAttentionBackwardArgs {
     const float *q, *k, *v;
     size_t N, K, H, count;
     const int64_t* starts;
-    const float* sinks;  // (N)
     float scale;
-    size_t window;  // 0 for all
-    float* out;     // written forward, read backward
-    float* logsum;  // (T, N): the same
-    // Backward alone:
+    size_t window;        // 0 for all
+    const float* out;     // as attention left it
+    const float* logsum;  // (T, N), and so this
     const float* gradient;
     float *of_q, *of_k, *of_v;
     float* common;  // (T, N): the sum of out * gradient
@@ -222,16 +204,13 @@ class Engine {
     void kv_write(const KvPages& kv, const Sequences& sequences, const float* k, size_t k_stride, const float* v,
                   size_t v_stride, Rotation rotation = {});
     void attention(const KvPages& kv, const Sequences& sequences, const AttentionArgs& args);
-    void self_attention(const SelfAttentionArgs& args);
-    void self_attention_backward(const SelfAttentionArgs& args);
+    void self_attention_backward(const SelfAttentionBackwardArgs& args);
     void route(const float* logits, size_t T, size_t E, size_t A, float* weights, int64_t* experts);
     // Tokens that no part is for are left as they are.
     void add_lora(const AddLoraArgs& args);
     // gate_up and down are the first of E packed matrices each; gate_up is paired. Tokens without an adapter get the
     // same numbers whether or not others have one.
     void moe(const Matrix& gate_up, const Matrix& down, const MoeArgs& args);
-    void moe_hidden(const Matrix& gate_up, const MoeHiddenArgs& args);
-    void moe_mix(const Matrix& down, const MoeMixArgs& args);
     void swiglu_backward(const SwigluBackwardArgs& args);
     size_t argmax(const float* logits, size_t V);
     // Draw a token: keep the top_k largest (0: all), of these the likeliest that reach top_p, of these what has at

@@ -16,7 +16,6 @@
     .rope = rope,
     .kv_store = kv_store,
     .attend = attend,
-    .self_attend = self_attend,
     .self_attend_backward = self_attend_backward,
     .exp1 = exp1,
     .exp_all = exp_all,

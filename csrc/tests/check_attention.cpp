@@ -194,8 +194,9 @@ std::vector<double> stored_in(const AttentionCase& c, const KvStore& store, size
 }
 
 // The (T, N, H) results, with how far off each may be in place of `terms`.
+// `logsums` (T, N): the logarithm of each softmax's sum.
 std::vector<Sum> attend_plainly(const AttentionCase& c, const KvStore& store, const std::vector<double>& q,
-                                size_t stride, const float* sinks, double scale) {
+                                size_t stride, const float* sinks, double scale, std::vector<Sum>& logsums) {
     const size_t N = c.K * c.group;
     const std::vector<double> keys = stored_in(c, store, 0), values = stored_in(c, store, 1);
     std::vector<Sum> results(c.T * N * c.H);
@@ -212,6 +213,7 @@ std::vector<Sum> attend_plainly(const AttentionCase& c, const KvStore& store, co
             }
             double sum = std::exp(sinks[n] - peak);
             for (size_t s = first; s <= position; ++s) sum += weights[s] = std::exp(weights[s] - peak);
+            logsums.push_back({peak + std::log(sum), 1e-6 * (1 + size + std::abs(peak))});
             Sum* result = results.data() + (t * N + n) * c.H;
             for (size_t s = first; s <= position; ++s)
                 for (size_t h = 0; h < c.H; ++h) {
@@ -251,7 +253,8 @@ void check_attention(KvType type) {
         const Angles angles(random, c.T, c.H);
         const bool turned = c.H % 2 == 0 && c.length % 3;
         const std::vector<double> seen = queries_of(c, q, stride, turned ? &angles : nullptr);
-        const std::vector<Sum> expected = attend_plainly(c, store, seen, stride, sinks.data(), scale);
+        std::vector<Sum> logsums;
+        const std::vector<Sum> expected = attend_plainly(c, store, seen, stride, sinks.data(), scale, logsums);
         const std::string what = text("attention %s K=%zu N=%zu H=%zu length=%zu T=%zu window=%zu%s", name_of(type),
                                       c.K, N, c.H, c.length, c.T, c.window, turned ? " turned" : "");
         on_each_set(what, [&](const Kernels&) {
@@ -264,6 +267,13 @@ void check_attention(KvType type) {
             });
             for (size_t i = 0; i < out.size(); ++i)
                 expect_near(out[i], expected[i].value, expected[i].terms, "out of (query, head)", i / c.H, i % c.H);
+            Buffer<float> logsum(c.T * N), same(out.size());
+            AttentionArgs both = args;
+            both.out = same.data(), both.logsum = logsum.data();
+            engine_of(2).attention(store.pages(), store.sequence(c.length, c.T), both);
+            expect_same_bits(same.data(), out.data(), out.size(), "with the sums and without");
+            for (size_t i = 0; i < logsum.size(); ++i)
+                expect_near(logsum[i], logsums[i].value, logsums[i].terms, "logsum", i / N, i % N);
             for (size_t t : loners(c.T)) {
                 AttentionArgs mine = args;
                 Buffer<float> alone(N * c.H);
@@ -275,6 +285,101 @@ void check_attention(KvType type) {
         });
     }
     report(std::string("attention ") + name_of(type));
+}
+
+void check_attention_backward() {
+    Random random(24);
+    struct Case {
+        size_t K, group, H, window;
+        std::vector<size_t> counts;
+    };
+    std::vector<Case> cases = {{1, 1, 16, 0, {1}},
+                               {2, 3, 18, 0, {70, 1, 17}},
+                               {2, 2, 64, 20, {65, 0, 130}},
+                               {1, 8, 6, 1, {40}},
+                               {2, 1, 32, 16, {17, 33}}};
+    if (quick) cases = {{2, 2, 18, 0, {17, 1}}, {1, 2, 32, 16, {40}}};
+    for (const Case& c : cases) {
+        const size_t N = c.K * c.group, H = c.H;
+        std::vector<int64_t> starts = {0};
+        for (size_t count : c.counts) starts.push_back(starts.back() + static_cast<int64_t>(count));
+        const auto T = static_cast<size_t>(starts.back());
+        const Buffer<float> q = normals(random, T * N * H), k = normals(random, T * c.K * H),
+                            v = normals(random, T * c.K * H), sinks = normals(random, N),
+                            gradient = normals(random, T * N * H);
+        const double scale = 1 / std::sqrt(static_cast<double>(H));
+        Buffer<float> out(T * N * H), logsum(T * N);
+        std::vector<Sum> of_q(T * N * H), of_k(T * c.K * H), of_v(T * c.K * H);
+        auto add = [](Sum& to, double value, double terms) { to.value += value, to.terms += terms; };
+        for (size_t b = 0; b < c.counts.size(); ++b)
+            for (size_t position = 0; position < c.counts[b]; ++position)
+                for (size_t n = 0; n < N; ++n) {
+                    const size_t start = static_cast<size_t>(starts[b]), row = ((start + position) * N + n) * H;
+                    const size_t first = c.window && position + 1 > c.window ? position + 1 - c.window : 0;
+                    auto at = [&](size_t s) { return ((start + s) * c.K + n / c.group) * H; };
+                    std::vector<double> weights(position + 1);
+                    double sum = std::exp(static_cast<double>(sinks[n]));
+                    for (size_t s = first; s <= position; ++s) {
+                        double score = 0;
+                        for (size_t h = 0; h < H; ++h) score += static_cast<double>(q[row + h]) * k[at(s) + h];
+                        sum += weights[s] = std::exp(score * scale);
+                    }
+                    logsum[(start + position) * N + n] = static_cast<float>(std::log(sum));
+                    double common = 0;
+                    for (size_t h = 0; h < H; ++h) {
+                        double value = 0;
+                        for (size_t s = first; s <= position; ++s) value += weights[s] / sum * v[at(s) + h];
+                        out[row + h] = static_cast<float>(value), common += value * gradient[row + h];
+                    }
+                    for (size_t s = first; s <= position; ++s) {
+                        double of_weight = 0, terms = std::abs(common);
+                        for (size_t h = 0; h < H; ++h) {
+                            const double term = static_cast<double>(gradient[row + h]) * v[at(s) + h];
+                            of_weight += term, terms += std::abs(term);
+                        }
+                        const double weight = weights[s] / sum, of_score = weight * (of_weight - common) * scale;
+                        for (size_t h = 0; h < H; ++h) {
+                            add(of_v[at(s) + h], weight * gradient[row + h], std::abs(weight * gradient[row + h]));
+                            add(of_q[row + h], of_score * k[at(s) + h],
+                                std::abs(weight * terms * scale * k[at(s) + h]));
+                            add(of_k[at(s) + h], of_score * q[row + h], std::abs(weight * terms * scale * q[row + h]));
+                        }
+                    }
+                }
+        on_each_set(
+            text("attention_backward K=%zu N=%zu H=%zu T=%zu window=%zu", c.K, N, H, T, c.window), [&](const Kernels&) {
+                const size_t of_queries = T * N * H, of_keys = T * c.K * H;
+                const Buffer<float> got = on_any_threads(of_queries + 2 * of_keys, [&](Engine& engine, float* to) {
+                    Buffer<float> common(T * N);
+                    engine.self_attention_backward({.q = q.data(),
+                                                    .k = k.data(),
+                                                    .v = v.data(),
+                                                    .N = N,
+                                                    .K = c.K,
+                                                    .H = H,
+                                                    .count = c.counts.size(),
+                                                    .starts = starts.data(),
+                                                    .scale = static_cast<float>(scale),
+                                                    .window = c.window,
+                                                    .out = out.data(),
+                                                    .logsum = logsum.data(),
+                                                    .gradient = gradient.data(),
+                                                    .of_q = to,
+                                                    .of_k = to + of_queries,
+                                                    .of_v = to + of_queries + of_keys,
+                                                    .common = common.data()});
+                });
+                auto compare = [&](size_t from, const std::vector<Sum>& expected, const char* what) {
+                    for (size_t i = 0; i < expected.size(); ++i)
+                        expect_near(got[from + i], expected[i].value, 1e-5 * expected[i].terms + 1e-7, what, i / H,
+                                    i % H);
+                };
+                compare(0, of_q, "of q");
+                compare(of_queries, of_k, "of k");
+                compare(of_queries + of_keys, of_v, "of v");
+            });
+    }
+    report("attention_backward");
 }
 
 // Sequences that share a batch and a pool of pages: each is written and read as if it were alone.

@@ -165,6 +165,91 @@ void check_linear_backward(Form form) {
     report(std::string("linear_backward ") + name_of(form));
 }
 
+void check_widen(Form form) {
+    Random random(22);
+    struct Shape {
+        size_t R, C;
+    };
+    for (const Shape& shape : sizes<Shape>({{1, 1}, {16, 32}, {17, 33}, {70, 7}, {100, 95}, {48, 160}}, {{17, 33}})) {
+        const size_t R = shape.R, C = shape.C, lies = (R + 15) / 16 * 16;
+        const Weights w(random, form, 1, R, C);
+        on_each_set(text("widen %s R=%zu C=%zu", name_of(form), R, C), [&](const Kernels&) {
+            Buffer<float> wide(C * lies);
+            Buffer<uint16_t> narrow(C * lies);
+            engine_of(3).widen(w.matrix(), false, wide.data());
+            engine_of(2).widen(w.matrix(), true, narrow.data());
+            for (size_t c = 0; c < C; ++c)
+                for (size_t r = 0; r < lies; ++r) {
+                    const auto value = static_cast<float>(r < R ? w.row(0, r)[c] : 0.0);
+                    expect_near(wide[c * lies + r], value, 0, "wide", c, r);
+                    expect_near(of_bf16(narrow[c * lies + r]), of_bf16(to_bf16(value)), 0, "narrow", c, r);
+                }
+        });
+    }
+    report(std::string("widen ") + name_of(form));
+}
+
+void check_swiglu_backward() {
+    Random random(23);
+    constexpr float kAlpha = 1.702f, kLimit = 1.5f;
+    for (size_t F : sizes<size_t>({1, 16, 31, 32, 33, 70, 96}, {1, 33, 64}))
+        for (size_t count : {size_t{1}, size_t{9}})
+            for (bool narrow : {false, true}) {
+                const size_t width = (F + 31) / 32 * 64;
+                Buffer<float> of_hidden = normals(random, count * F), sums = normals(random, count * width);
+                const Buffer<float> weights = normals(random, count);
+                sums[0] = kLimit;  // where the gradient still is that of what is not clamped
+                Buffer<uint16_t> narrow_of_hidden(count * F), narrow_sums(count * width);
+                for (size_t i = 0; narrow && i < count * F; ++i)
+                    of_hidden[i] = of_bf16(narrow_of_hidden[i] = to_bf16(of_hidden[i]));
+                for (size_t i = 0; narrow && i < count * width; ++i)
+                    sums[i] = of_bf16(narrow_sums[i] = to_bf16(sums[i]));
+                on_each_set(
+                    text("swiglu_backward F=%zu of %zu%s", F, count, narrow ? " narrow" : ""), [&](const Kernels&) {
+                        Buffer<float> of_sums(count * width), hidden(count * F), of_weights(count);
+                        Buffer<uint16_t> narrow_of_sums(count * width), narrow_hidden(count * F);
+                        SwigluBackwardArgs args{count,  F,      of_hidden.data(), sums.data(),   weights.data(),
+                                                kAlpha, kLimit, of_sums.data(),   hidden.data(), of_weights.data(),
+                                                narrow};
+                        if (narrow) {
+                            args.of_hidden = narrow_of_hidden.data(), args.sums = narrow_sums.data();
+                            args.of_sums = narrow_of_sums.data(), args.hidden = narrow_hidden.data();
+                        }
+                        engine_of(2).swiglu_backward(args);
+                        for (size_t i = 0; narrow && i < count * width; ++i) of_sums[i] = of_bf16(narrow_of_sums[i]);
+                        for (size_t i = 0; narrow && i < count * F; ++i) hidden[i] = of_bf16(narrow_hidden[i]);
+                        const double precision = narrow ? 0x1p-8 : 4e-6;
+                        for (size_t i = 0; i < count; ++i) {
+                            double of_weight = 0, terms = 0;
+                            for (size_t f = 0; f < width / 2; ++f) {
+                                const size_t at = i * width + f / 16 * 32 + f % 16;
+                                if (f >= F) {
+                                    expect(of_sums[at] == 0 && of_sums[at + 16] == 0, "zeros as padding");
+                                    continue;
+                                }
+                                const double gate = sums[at], up = sums[at + 16];
+                                const double g = std::min<double>(gate, kLimit);
+                                const double u = std::clamp<double>(up, -kLimit, kLimit);
+                                const double sigmoid = 1 / (1 + std::exp(-kAlpha * g));
+                                const double of = of_hidden[i * F + f] * static_cast<double>(weights[i]);
+                                const double value = g * sigmoid * (u + 1);
+                                const double slope = (u + 1) * sigmoid * (1 + kAlpha * g * (1 - sigmoid));
+                                const double of_gate = gate <= kLimit ? of * slope : 0;
+                                const double of_up = std::abs(up) <= kLimit ? of * g * sigmoid : 0;
+                                const double tolerance = precision * (std::abs(of) * 4);
+                                expect_near(of_sums[at], of_gate, tolerance, "of gate", i, f);
+                                expect_near(of_sums[at + 16], of_up, tolerance, "of up", i, f);
+                                expect_near(hidden[i * F + f], value, precision * 4, "hidden", i, f);
+                                of_weight += value * of_hidden[i * F + f];
+                                terms += std::abs(4 * of_hidden[i * F + f]);
+                            }
+                            expect_near(of_weights[i], of_weight, precision * terms, "of weight", i, 0);
+                        }
+                    });
+            }
+    report("swiglu_backward");
+}
+
 void check_route() {
     Random random(12);
     for (size_t T : token_counts())
@@ -268,6 +353,52 @@ void visit_plainly(const MoeCase& c, size_t e, const float* x, const ExpertFacto
     }
 }
 
+// What is left for a gradient, and that asking for it changes nothing. With one adapter for all tokens, or none.
+void check_kept(const MoeCase& c, const Factors* of_gate_up, const Factors* of_down) {
+    const size_t visits = c.args.T * c.args.A, D = c.D(), F = c.F(), width = (F + 31) / 32 * 64;
+    on_each_set(
+        text("moe kept %s/%s T=%zu D=%zu F=%zu", name_of(c.gate_up_form), name_of(c.down_form), c.args.T, D, F),
+        [&](const Kernels&) {
+            const size_t low = of_gate_up ? of_gate_up->lora.a.panels * 16 : 0;
+            Buffer<float> out(c.args.T * D), same(c.args.T * D), sums(visits * width), rows(visits * low);
+            Buffer<float> down_rows(visits * (of_down ? of_down->lora.a.panels * 16 : 0));
+            Buffer<uint16_t> narrow(visits * width);
+            MoeArgs mine = c.args;
+            mine.out = out.data();
+            engine_of(2).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            mine.out = same.data();
+            mine.kept = {sums.data(), false, of_gate_up ? rows.data() : nullptr, of_down ? down_rows.data() : nullptr};
+            engine_of(3).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            expect_same_bits(same.data(), out.data(), out.size(), "out");
+            mine.kept = {narrow.data(), true, nullptr, nullptr};
+            engine_of(1).moe(c.gate_up.matrix(), c.down.matrix(), mine);
+            expect_same_bits(same.data(), out.data(), out.size(), "out");
+            size_t visit = 0;
+            for (size_t e = 0; e < c.args.E; ++e)
+                for (size_t i = 0; i < visits; ++i) {
+                    if (static_cast<size_t>(c.args.experts[i]) != e) continue;
+                    const float* x = c.args.x + i / c.args.A * D;
+                    const std::vector<double> seen = seen_by(c.gate_up_form, x, D);
+                    for (size_t r = 0; r < 2 * F; ++r) {
+                        const size_t f = r / 2, at = visit * width + f / 16 * 32 + f % 16 + (r % 2 ? 16 : 0);
+                        const Sum sum = dot(c.gate_up.row(e, r), seen.data(), D);
+                        const Sum added = of_gate_up ? of_gate_up->added(e, r, x) : Sum{0, 0};
+                        const double bias = c.args.gate_up_bias[e * 2 * F + r];
+                        expect_near(sums[at], sum.value + added.value + bias,
+                                    2e-6 * (sum.terms + added.terms + std::abs(bias)) + kTiny, "sum", visit, r);
+                        expect_near(of_bf16(narrow[at]), of_bf16(to_bf16(sums[at])), 0, "narrow", visit, r);
+                    }
+                    for (size_t r = 0; of_gate_up && r < of_gate_up->a.rows(); ++r) {
+                        const std::vector<double> plain(x, x + D);
+                        const Sum sum = dot(of_gate_up->a.row(e, r), plain.data(), D);
+                        expect_near(rows[visit * low + r], 0.7 * sum.value, 2e-6 * sum.terms + kTiny, "row", visit, r);
+                    }
+                    ++visit;
+                }
+            for (float value : down_rows) expect(std::isfinite(value), "rows of down are there");
+        });
+}
+
 void check_moe_case(const MoeCase& c) {
     const size_t T = c.args.T, A = c.args.A, D = c.D();
     const std::string what =
@@ -354,6 +485,15 @@ void check_moe(Form gate_up_form, Form down_form) {
                          .out = nullptr};
             check_moe_case({gate_up, down, gate_up_form, down_form, args});
             if (T > 40) continue;
+            check_kept({gate_up, down, gate_up_form, down_form, args}, nullptr, nullptr);
+            const Buffer<int64_t> nought = [&] {
+                Buffer<int64_t> zeros(T);
+                std::fill(zeros.begin(), zeros.end(), 0);
+                return zeros;
+            }();
+            MoeArgs adapted = args;
+            adapted.num_loras = 1, adapted.loras = loras, adapted.rows = nought.data();
+            check_kept({gate_up, down, gate_up_form, down_form, adapted}, &of_gate_up, &of_down);
             args.norm = norm.data(), args.eps = 1e-5f;
             check_moe_case({gate_up, down, gate_up_form, down_form, args});
             Buffer<int64_t> rows(T);

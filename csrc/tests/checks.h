@@ -32,6 +32,8 @@ void check_rms_norm();
 void check_rope();
 void check_linear(Form form);
 void check_linear_backward(Form form);
+void check_widen(Form form);
+void check_swiglu_backward();
 void check_route();
 void check_moe(Form gate_up_form, Form down_form);
 void check_add_lora();
@@ -41,6 +43,7 @@ void check_nan();
 void check_kv_write(KvType type);
 void check_attend();
 void check_attention(KvType type);
+void check_attention_backward();
 void check_batches();
 void check_nan_in_attention();
 

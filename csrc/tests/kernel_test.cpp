@@ -43,8 +43,11 @@ int main(int count, char** arguments) {
     check_rope();
     for (Form form : kForms) check_linear(form);
     for (Form form : kForms) check_linear_backward(form);
+    for (Form form : kForms) check_widen(form);
+    check_swiglu_backward();
     for (KvType type : kKvTypes) check_kv_write(type);
     for (KvType type : kKvTypes) check_attention(type);
+    check_attention_backward();
     check_route();
     for (Form form : kForms) check_moe(form, form);
     check_moe(Form::mxfp4, Form::q8);

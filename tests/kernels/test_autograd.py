@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freehold.kernels import backends, ops, reference
+from freehold.kernels.kv import KvType
 from freehold.kernels.lora import ExpertLora, Lora
 from freehold.kernels.ops import Norm, Routing
 from freehold.weights import mxfp4
@@ -130,20 +131,28 @@ def test_norms_and_rotations_have_the_gradients_of_the_reference(kernels: str) -
 
 
 @pytest.mark.parametrize(("counts", "window"), [((1,), None), ((70, 1, 33), None), ((70, 0, 200), 20), ((40, 17), 16)])
-@pytest.mark.parametrize("H", [6, 64])
+@pytest.mark.parametrize(("H", "kv_type"), [(6, "f32"), (64, "bf16"), (64, "q8")])
 def test_attention_has_the_gradients_of_the_reference(
-    counts: tuple[int, ...], window: int | None, H: int, kernels: str
+    counts: tuple[int, ...], window: int | None, H: int, kv_type: KvType, kernels: str
 ) -> None:
     T, N, K = sum(counts), 6, 2
     inputs = [draw(T, N, H).requires_grad_(), *(draw(T, K, H, seed=i).requires_grad_() for i in (1, 2))]
     inputs.append(draw(N, seed=3).requires_grad_())
     q, k, v, sinks = inputs
-    ours = ops.self_attention(q, k, v, counts, sinks, scale=0.6, window=window)
+    ours = ops.self_attention(q, k, v, counts, sinks, scale=0.6, window=window, kv_type=kv_type)
     with backends.reference_only():
-        theirs = ops.self_attention(q, k, v, counts, sinks, scale=0.6, window=window)
+        theirs = ops.self_attention(q, k, v, counts, sinks, scale=0.6, window=window, kv_type=kv_type)
     assert error(ours.detach(), theirs.detach()) < 3e-6
     for name, one, other in zip("qkvs", gradients(ours, inputs), gradients(theirs, inputs), strict=True):
         assert error(one, other) < 3e-6, name
+
+
+def test_a_router_has_the_gradient_of_the_reference(kernels: str) -> None:
+    logits = draw(9, 7).requires_grad_()
+    ours = ops.route(logits, 3)
+    theirs = Routing(*reference.route(logits, 3))
+    assert torch.equal(ours.experts_TA, theirs.experts_TA)
+    assert error(*(gradients(routing.weights_TA, [logits])[0] for routing in (ours, theirs))) < EXACT
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -314,10 +323,19 @@ def adapters(T: int, E: int, D: int, F: int) -> list[ExpertLora]:
     ]
 
 
+CHOICES: dict[str, Callable[[list[ExpertLora]], list[ExpertLora]]] = {
+    "one": lambda loras: loras[:1],
+    "one with dropout": lambda loras: [loras[0]._replace(dropout=0.3)],
+    "one for down alone": lambda loras: [loras[1]._replace(tokens_T=None)],
+    "two, one of them for some tokens": lambda loras: loras,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("form", "dense"), [("f32", False), ("f32", True), ("mxfp4", True)])
+@pytest.mark.parametrize("chosen", CHOICES.values(), ids=CHOICES)
 def test_adapters_have_the_gradients_of_the_reference(
-    form: Form, dense: bool, dtype: torch.dtype, kernels: str
+    chosen: Callable[[list[ExpertLora]], list[ExpertLora]], form: Form, dense: bool, dtype: torch.dtype, kernels: str
 ) -> None:
     T, E, A, D, F = 37, 4, 4 if dense else 2, 96, 64 if form == "mxfp4" else 43
     gate_up, down, choice, tensors = mixture((form, form), T, E, A, D, F)
@@ -326,7 +344,8 @@ def test_adapters_have_the_gradients_of_the_reference(
     sides = []
     for weights in (0, 1):
         inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        loras = adapters(T, E, D, F)
+        loras = chosen(adapters(T, E, D, F))
+        torch.manual_seed(1)
         with backends.gradients_in(dtype if weights == 0 else torch.float32):
             out = mixed(ops.moe, inputs, choice, gate_up[weights], down[weights], 100.0, loras=loras)
         factors = [factor for lora in loras for pair in (lora.gate_up, lora.down) if pair for factor in pair[:2]]

@@ -142,7 +142,7 @@ def test_packed_weights_decide_where_matrices_are_multiplied(monkeypatch: pytest
     for op in ("linear", "moe"):
         watch(reference, op)
         watch(native, op)
-    watch(native, "moe_mix")  # where a gradient is wanted
+    watch(native, "moe_kept")  # where a gradient is wanted
 
     def runs(op: Any, *arguments: Any, **more: Any) -> str:
         ran.clear()

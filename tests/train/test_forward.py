@@ -1,6 +1,7 @@
 """What a packed row teaches: the log-probabilities that inference gives, no cross-talk between examples, and gradients
 against float64 differences and against transformers' and PEFT's autograd."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,12 @@ import torch
 from torch import Tensor
 
 from freehold.config import ModelConfig
-from freehold.kernels import ops
+from freehold.engine.adapters import Adapters
+from freehold.engine.core import Engine
+from freehold.engine.options import EngineOptions
+from freehold.engine.request import Request
+from freehold.kernels import backends, ops
+from freehold.kernels.kv import KV_TYPES, KvType
 from freehold.kernels.ops import Rotation, Routing
 from freehold.model.lora import KINDS, Adapter, AdapterSpec, Target, new_adapter
 from freehold.model.peft_files import read_peft, write_peft
@@ -19,14 +25,15 @@ from freehold.train.packing import PackedRow
 from freehold.weights import packed as packed_form
 from freehold.weights.layouts import WeightTable
 from tests.checkpoints import CPU, for_kernels, logits, oracle, packed, random_table, small_config, tokens_of
+from tests.engine.test_engine import run
 
 CONFIG = small_config(num_layers=3)
 SPEC = AdapterSpec.of_kinds(CONFIG, {kind: Target(rank=2 + i % 2, alpha=3) for i, kind in enumerate(KINDS)})
 COUNTS = (20, 1, 33, 9)
 
 
-def trained(spec: AdapterSpec = SPEC, seed: int = 1) -> Adapter:
-    adapter = new_adapter(CONFIG, spec, seed=seed)
+def trained(spec: AdapterSpec = SPEC, seed: int = 1, config: ModelConfig = CONFIG) -> Adapter:
+    adapter = new_adapter(config, spec, seed=seed)
     with torch.no_grad():
         for _, b in adapter.factors.values():
             b.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -72,6 +79,54 @@ def test_log_probabilities_are_those_of_inference_and_examples_do_not_see_each_o
         found = taught(model, row, adapter=adapter).log_probs_S
         torch.testing.assert_close(found, torch.cat(expected).squeeze(-1), atol=2e-3, rtol=0)
         assert (found - torch.cat(expected).squeeze(-1)).abs().mean() < 1e-4
+
+
+@pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
+@pytest.mark.usefixtures("native_settings")
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_the_kernels_give_in_training_what_they_give_in_inference_to_the_last_bit(kv_type: KvType) -> None:
+    from freehold import _native
+
+    config = small_config(num_layers=3, head_dim=32)
+    table = for_kernels(config, packed(random_table(config)), "q8")
+    model = Transformer(config, table, dtype=torch.float32, device=CPU, kv_type=kv_type)
+    adapter = trained(SPEC, config=config)
+    adapters = Adapters(packed=True)
+    adapters.add("it", adapter)
+    texts = [tokens_of(config, count, seed=count).tolist() for count in (100, 2, 31)]
+    row = PackedRow(
+        [token for text in texts for token in text[:-1]],
+        [token for text in texts for token in text[1:]],
+        [len(text) - 1 for text in texts],
+    )
+    engine = Engine(model, EngineOptions(context=128, kv_tokens=512, chunk=48), adapters=adapters)
+    for instruction_set in _native.instruction_sets():
+        assert _native.use_instruction_set(instruction_set)
+        for name, its in ((None, None), ("it", adapter)):
+            served = [
+                entry.logprob
+                for (sample,) in run(
+                    engine,
+                    *(Request(prompt=t, max_tokens=0, prompt_logprobs=0, adapter=name, cache=False) for t in texts),
+                )
+                for entry in sample.prompt_logprobs or ()
+                if entry is not None
+            ]
+            whole = []
+            for text in texts:
+                batch = replace(
+                    model.new_cache().extend(len(text)), adapters=adapters.of_tokens([(name, len(text))], CPU)
+                )
+                with torch.no_grad():
+                    every = model.unembed(model.forward(torch.tensor(text), batch)).log_softmax(-1)
+                whole.append(every[:-1].gather(1, torch.tensor(text[1:]).unsqueeze(-1)).squeeze(-1))
+            for with_gradient, checkpointing in ((False, False), (True, False), (True, True)):
+                with torch.set_grad_enabled(with_gradient):
+                    said = taught(model, row, adapter=its, checkpointing=checkpointing).log_probs_S
+                assert torch.equal(said, torch.cat(whole)), (instruction_set, name, with_gradient)
+            # The engine's sums of a softmax are its own; its logits are those of training, too.
+            torch.testing.assert_close(said.detach(), torch.tensor(served), atol=2e-6, rtol=0)
+    engine.close()
 
 
 def test_an_adapter_in_training_says_what_the_folded_weights_say() -> None:

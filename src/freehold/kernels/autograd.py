@@ -7,7 +7,6 @@ activations to int8, the gradient is that of the product without the rounding. W
 derivatives are refused. Called by freehold.kernels.ops alone, which has checked the arguments.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from freehold.kernels import backends, lora, products, reference
+from freehold.kernels import backends, kv, lora, products, reference
+from freehold.kernels.kv import KvPages, KvType, PagedSequences
 from freehold.kernels.lora import ExpertLora, Gradients
 from freehold.kernels.native_moe import NativeMoe
 from freehold.weights import mxfp4
@@ -79,9 +79,10 @@ def moe(
     factors = [factor for lora in loras for pair in (lora.gate_up, lora.down) for factor in (pair or _NO_LORA)[:2]]
     with torch.no_grad():
         packed = isinstance(experts.gate_up, PackedMatrix) and backends.for_op("moe", x_TD) is not reference
+    everywhere = all(lora.tokens_T is None for lora in loras)
     # Drawn from torch's own generator, which gradient checkpointing sets back for its second forward pass.
     seed = int(torch.randint(1 << 62, ())) if any(lora.dropout for lora in loras) else 0
-    if packed and (loras or backends.needs_gradient(x_TD, weights_TA, gate_up_bias, down_bias, norm_D)):
+    if packed and everywhere and len(loras) <= 1:
         function: Any = NativeMoe
     else:
         function = _Moe
@@ -102,12 +103,25 @@ def self_attention(
     sinks_N: Tensor,
     scale: float,
     window: int | None,
+    kv_type: KvType,
 ) -> Tensor:
+    out: Tensor
     with torch.no_grad():
-        native = backends.for_op("self_attention", q_TNH) is not reference
-    function: Any = _NativeSelfAttention if native else _SelfAttention
-    out: Tensor = function.apply(q_TNH, k_TKH, v_TKH, sinks_N, counts, scale, window)
+        native = backends.for_op("attention", q_TNH) is not reference
+    if native:
+        out = _NativeSelfAttention.apply(q_TNH, k_TKH, v_TKH, sinks_N, counts, scale, window, kv_type)  # type: ignore[no-untyped-call]
+        return out
+    if kv_type == "q8" or (kv_type == "bf16" and q_TNH.dtype != torch.bfloat16):
+        k_TKH, v_TKH = _AsKept.apply(k_TKH, v_TKH, counts, kv_type)  # type: ignore[no-untyped-call]
+    out = _SelfAttention.apply(q_TNH, k_TKH, v_TKH, sinks_N, counts, scale, window)  # type: ignore[no-untyped-call]
     return out
+
+
+def route(logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        module = backends.for_op("route", logits_TE)
+    weights_TA, experts_TA = (reference.route if module is reference else _Route.apply)(logits_TE, num_active)
+    return weights_TA, experts_TA
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -314,8 +328,29 @@ class _SelfAttention(torch.autograd.Function):
         return of_q, of_k, of_v, of_sinks, None, None, None
 
 
+class _AsKept(torch.autograd.Function):
+    """Keys and values as pages of some type give them back. Gradients go straight through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k_TKH: Tensor, v_TKH: Tensor, counts: Sequence[int], kv_type: KvType
+    ) -> tuple[Tensor, Tensor]:
+        sequences = kv.whole_sequences(counts)
+        pages = _pages_for(sequences, kv_type, k_TKH)
+        reference.kv_write(pages, sequences, k_TKH, v_TKH, None, None)
+        places = sequences.places(k_TKH.device)
+        keys, values = (kv.tokens_of(rows, places).to(k_TKH.dtype) for rows in pages.by_position())
+        return keys, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_k: Tensor, of_v: Tensor) -> tuple[Tensor | None, ...]:
+        return of_k, of_v, None, None
+
+
 class _NativeSelfAttention(torch.autograd.Function):
-    """The same by the native kernels."""
+    """By the kernels that run inference, over pages of its own. The gradient is that of attention over keys and values
+    as the pages give them back, and goes straight through what they are rounded by."""
 
     @staticmethod
     def forward(
@@ -327,23 +362,53 @@ class _NativeSelfAttention(torch.autograd.Function):
         counts: Sequence[int],
         scale: float,
         window: int | None,
+        kv_type: KvType,
     ) -> Tensor:
-        starts_B1 = torch.tensor([0, *itertools.accumulate(counts)])
-        out_TNH: Tensor
-        out_TNH, logsum_TN = backends.built().self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window)
-        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, out_TNH, logsum_TN)
-        ctx.scale, ctx.window = scale, window
+        native, sequences = backends.built(), kv.whole_sequences(counts)
+        pages = _pages_for(sequences, kv_type, k_TKH)
+        native.kv_write(pages, sequences, k_TKH, v_TKH, None, None)
+        logsum_TN = q_TNH.new_empty(q_TNH.shape[:2])
+        out_TNH: Tensor = native.attention(
+            q_TNH, pages, sequences, sinks_N, None, None, scale=scale, window=window, logsum_TN=logsum_TN
+        )
+        ctx.save_for_backward(q_TNH, sinks_N, out_TNH, logsum_TN, *pages.tensors())
+        ctx.sequences, ctx.scale, ctx.window, ctx.kv_type = sequences, scale, window, kv_type
         return out_TNH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, out_TNH, logsum_TN = ctx.saved_tensors
+        q_TNH, sinks_N, out_TNH, logsum_TN, *kept = ctx.saved_tensors
+        pages, places = KvPages(ctx.kv_type, *kept), ctx.sequences.places(q_TNH.device)
+        k_TKH, v_TKH = (kv.tokens_of(rows, places).float() for rows in pages.by_position())
         of_q, of_k, of_v, common_TN = backends.built().self_attention_backward(
-            gradient_TNH, q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, ctx.scale, ctx.window, out_TNH, logsum_TN
+            gradient_TNH, q_TNH, k_TKH, v_TKH, ctx.sequences.starts_B1, ctx.scale, ctx.window, out_TNH, logsum_TN
         )
         of_sinks = -(torch.exp(sinks_N - logsum_TN) * common_TN).sum(0)
-        return of_q, of_k, of_v, of_sinks, None, None, None
+        return of_q, of_k, of_v, of_sinks, None, None, None, None
+
+
+def _pages_for(sequences: PagedSequences, kv_type: KvType, k_TKH: Tensor) -> KvPages:
+    count = sum(map(kv.num_pages, sequences.lengths))
+    return kv.new_pages(kv_type, count, k_TKH.shape[1], k_TKH.shape[2], k_TKH.device)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
+        weights_TA, experts_TA = backends.built().route(logits_TE, num_active)
+        ctx.mark_non_differentiable(experts_TA)
+        ctx.save_for_backward(weights_TA, experts_TA)
+        ctx.num_experts = logits_TE.shape[1]
+        return weights_TA, experts_TA
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TA: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        weights_TA, experts_TA = ctx.saved_tensors
+        of_chosen = weights_TA * (gradient_TA - (gradient_TA * weights_TA).sum(-1, keepdim=True))
+        of_logits = weights_TA.new_zeros((len(weights_TA), ctx.num_experts))
+        return of_logits.scatter_(1, experts_TA, of_chosen), None
 
 
 class _Block(NamedTuple):

@@ -68,6 +68,13 @@ class KvPages:
         return [t for t in (self.keys, self.values, self.key_scales, self.value_scales) if t is not None]
 
 
+class Places(NamedTuple):
+    """Where each token's key and value are kept."""
+
+    pages_T: Tensor
+    rows_T: Tensor
+
+
 class PagedSequences:
     """Whose tokens a batch holds, and where their positions are kept.
 
@@ -103,6 +110,22 @@ class PagedSequences:
         pairs = zip(self.starts, self.starts[1:], self.lengths, strict=False)
         return [p for start, stop, length in pairs for p in range(length - (stop - start), length)]
 
+    def places(self, device: torch.device) -> "Places":
+        owner = torch.repeat_interleave(torch.diff(self.starts_B1)).to(device)
+        position = torch.tensor(self.positions(), dtype=torch.int64, device=device)
+        return Places(self.table_BP.to(device)[owner, position // PAGE].long(), position % PAGE)
+
+
+def whole_sequences(counts: Sequence[int]) -> PagedSequences:
+    """Sequences of which the batch holds every token, each in pages of its own, numbered from 0 on."""
+    pages = [num_pages(count) for count in counts]
+    table_BP = torch.zeros((len(pages), max(pages, default=0)), dtype=torch.int32)
+    first = 0
+    for row_P, count in zip(table_BP, pages, strict=True):
+        row_P[:count] = torch.arange(first, first + count)
+        first += count
+    return PagedSequences(counts, counts, table_BP)
+
 
 def num_pages(positions: int) -> int:
     """That so many positions of a sequence take."""
@@ -134,6 +157,15 @@ def new_pages(type: KvType, count: int, num_heads: int, head_dim: int, device: t
     key_scales = _room((count, num_heads, blocks, PAGE), torch.float16, device)
     value_scales = _room((count, num_heads, PAGE, blocks), torch.float16, device)
     return KvPages(type, keys, values, key_scales, value_scales)
+
+
+def tokens_of(stored: Rows, places: Places) -> Tensor:
+    """What is kept for tokens, (T, K, H): float32 where it is quantised, else as it is stored."""
+    numbers = stored.numbers[places.pages_T, :, places.rows_T].flatten(2)
+    if stored.scales is None:
+        return numbers
+    steps = stored.scales[places.pages_T, :, places.rows_T].float()
+    return (torch.unflatten(numbers.float(), -1, (-1, KV_BLOCK)) * steps.unsqueeze(-1)).flatten(-2)
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

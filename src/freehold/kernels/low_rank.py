@@ -1,7 +1,8 @@
 """What an adapter adds to a linear layer, with its gradient spelled out: parts of one input share a product.
 
-Forward in float32; backward in the type in which gradients are multiplied (backends.gradient_type). For float32
-activations on the CPU, without dropout; model/lora.py, which calls this, computes the rest in plain torch.
+Forward by the op that serves (ops.add_lora), so that what is trained is what will be served, to the last bit; backward
+in the type in which gradients are multiplied (backends.gradient_type). For float32 activations on the CPU, without
+dropout; model/lora.py, which calls this, computes the rest in plain torch.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from freehold.kernels import backends
+from freehold.kernels.packed_lora import LoraParts, PackedLora
+from freehold.weights.packed import pack
 
 
 class Part(NamedTuple):
@@ -40,24 +43,27 @@ class _Add(torch.autograd.Function):
     def forward(
         ctx: Any, out_TO: Tensor, x_TI: Tensor, places: list[tuple[float, slice]], folded: bool, *factors: Tensor
     ) -> Tensor:
-        dtype = backends.gradient_type()
-        a_RI = torch.cat(factors[0::2]).float()
-        rows_TR = x_TI @ a_RI.T
-        sum_TO, start = out_TO.clone(), 0
-        for (scaling, columns), b_OR in zip(places, factors[1::2], strict=True):
-            rank = b_OR.shape[1]
-            if not folded:
-                sum_TO[:, columns].addmm_(rows_TR[:, start : start + rank], b_OR.float().T, alpha=scaling)
-            start += rank
-        ctx.save_for_backward(x_TI.to(dtype), rows_TR.to(dtype), *factors)
+        ctx.save_for_backward(x_TI.to(backends.gradient_type()), *factors)
         ctx.places, ctx.folded = places, folded
+        sum_TO = out_TO.clone(memory_format=torch.contiguous_format)
+        if folded:
+            return sum_TO
+        loras = [
+            PackedLora(pack(a_RI.float(), "f32"), pack(b_OR.float(), "f32"), scaling)
+            for (scaling, _), a_RI, b_OR in zip(places, factors[0::2], factors[1::2], strict=True)
+        ]
+        columns = [place.start for _, place in places]
+        parts = LoraParts(loras, [0] * len(loras), columns, torch.zeros(len(x_TI), dtype=torch.int64))
+        backends.for_op("add_lora", x_TI).add_lora(sum_TO, x_TI, parts, None, 0.0)
         return sum_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, rows_TR, *factors = ctx.saved_tensors
+        x_TI, *factors = ctx.saved_tensors
         dtype, of_factors, middles, start = x_TI.dtype, [], [], 0
+        joined_RI = torch.cat(factors[0::2]).to(dtype)
+        rows_TR = x_TI @ joined_RI.T
         gradient = gradient_TO.to(dtype)
         for (scaling, columns), a_RI, b_OR in zip(ctx.places, factors[0::2], factors[1::2], strict=True):
             rank, mine = len(a_RI), gradient[:, columns]
@@ -66,5 +72,5 @@ class _Add(torch.autograd.Function):
             of_factors += [(middle.T @ x_TI).to(a_RI.dtype), of_b]
             middles.append(middle)
             start += rank
-        of_x = None if ctx.folded else (torch.cat(middles, dim=1) @ torch.cat(factors[0::2]).to(dtype)).float()
+        of_x = None if ctx.folded else (torch.cat(middles, dim=1) @ joined_RI).float()
         return gradient_TO, of_x, None, None, *of_factors

@@ -4,6 +4,7 @@ freehold.kernels.ops; here they become addresses.
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,7 +167,9 @@ def attention(
     *,
     scale: float,
     window: int | None,
+    logsum_TN: Tensor | None = None,
 ) -> Tensor:
+    """`logsum_TN`, contiguous, is given the logarithm of each softmax's sum."""
     q_TNH, (T, N, H) = _heads(q_TNH), q_TNH.shape
     sinks_N, cos_TH, sin_TH = sinks_N.contiguous(), _contiguous(cos_TH), _contiguous(sin_TH)
     out_TNH = torch.empty((T, N, H), dtype=torch.float32)
@@ -182,28 +185,9 @@ def attention(
         out_TNH.data_ptr(),
         _address(cos_TH),
         _address(sin_TH),
+        _address(logsum_TN),
     )
     return out_TNH
-
-
-def self_attention(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    starts_B1: Tensor,
-    sinks_N: Tensor,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention without a cache, and the logarithm of each softmax's sum, (T, N)."""
-    q_TNH, k_TKH, v_TKH, sinks_N = q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous(), sinks_N.contiguous()
-    out_TNH, logsum_TN = torch.empty_like(q_TNH), torch.empty(q_TNH.shape[:2])
-    _start().self_attention(
-        *_self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window),
-        out_TNH.data_ptr(),
-        logsum_TN.data_ptr(),
-    )
-    return out_TNH, logsum_TN
 
 
 def self_attention_backward(
@@ -212,18 +196,26 @@ def self_attention_backward(
     k_TKH: Tensor,
     v_TKH: Tensor,
     starts_B1: Tensor,
-    sinks_N: Tensor,
     scale: float,
     window: int | None,
     out_TNH: Tensor,
     logsum_TN: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, and the sums of out · gradient, (T, N)."""
-    gradient_TNH, sinks_N = gradient_TNH.contiguous(), sinks_N.contiguous()
-    q_TNH, k_TKH, v_TKH = q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous()
+    gradient_TNH, q_TNH, k_TKH, v_TKH = (x.contiguous() for x in (gradient_TNH, q_TNH, k_TKH, v_TKH))
+    (_, N, H), K = q_TNH.shape, k_TKH.shape[1]
     of_q, of_k, of_v, common_TN = (torch.empty_like(x) for x in (q_TNH, k_TKH, v_TKH, logsum_TN))
     _start().self_attention_backward(
-        *_self_attention(q_TNH, k_TKH, v_TKH, starts_B1, sinks_N, scale, window),
+        q_TNH.data_ptr(),
+        k_TKH.data_ptr(),
+        v_TKH.data_ptr(),
+        N,
+        K,
+        H,
+        len(starts_B1) - 1,
+        starts_B1.data_ptr(),
+        scale,
+        window or 0,
         out_TNH.data_ptr(),
         logsum_TN.data_ptr(),
         gradient_TNH.data_ptr(),
@@ -233,14 +225,6 @@ def self_attention_backward(
         common_TN.data_ptr(),
     )
     return of_q, of_k, of_v, common_TN
-
-
-def _self_attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, starts_B1: Tensor, sinks_N: Tensor, scale: float, window: int | None
-) -> tuple[float, ...]:
-    (_, N, H), K, count = q_TNH.shape, k_TKH.shape[1], len(starts_B1) - 1
-    addresses = (q_TNH.data_ptr(), k_TKH.data_ptr(), v_TKH.data_ptr())
-    return (*addresses, N, K, H, count, starts_B1.data_ptr(), sinks_N.data_ptr(), scale, window or 0)
 
 
 def route(logits_TE: Tensor, num_active: int) -> tuple[Tensor, Tensor]:
@@ -296,80 +280,85 @@ def moe(
     return out_TD
 
 
-def moe_hidden(
+class MoeKept(NamedTuple):
+    """What the gradient of `moe` reads, of visits sorted by expert and then by token: what the activation was made
+    from, (V, 16 · panels), panels of gates and ups in turn; and the rows of the adapter's first factors, scaled, (V, R
+    and what pads it to whole panels), None where it leaves a matrix alone."""
+
+    sums: Tensor
+    gate_up_rows: Tensor | None
+    down_rows: Tensor | None
+
+
+class MoeSeen(NamedTuple):
+    """Factors by which dropout multiplies what an adapter sees, (V, D) and (V, F)."""
+
+    x: Tensor
+    hidden: Tensor
+
+
+def moe_kept(
     x_TD: Tensor,
-    experts_TA: Tensor,
-    gate_up: PackedMatrix,
-    bias: Tensor,
-    lora_rows_VR: Tensor | None,
-    lora_b: Tensor | None,
-    alpha: float,
-    limit: float,
-    kept: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The first half of `moe`, of x after the norm: hidden values of all visits, sorted by expert and then by token,
-    (V, F) float32; and, if it is to be kept in some type, what they were made from (V, 16 · panels), panels of gates
-    and ups in turn. To the sums are added lora_rows · lora_b, (V, R) and (E, P, R, 16)."""
-    x_TD, experts_TA, bias = x_TD.contiguous(), experts_TA.contiguous(), bias.contiguous()
-    (T, A), (E, num_rows, _) = experts_TA.shape, gate_up.shape
-    hidden_VF = torch.empty((T * A, num_rows // 2), dtype=torch.float32)
-    sums = None if kept is None else torch.empty((T * A, gate_up.data.shape[1] * PANEL), dtype=kept)
-    _start().moe_hidden(
-        _matrix(gate_up),
-        x_TD.data_ptr(),
-        T,
-        A,
-        experts_TA.data_ptr(),
-        E,
-        bias.data_ptr(),
-        _address(lora_rows_VR),
-        _address(lora_b),
-        0 if lora_rows_VR is None else lora_rows_VR.shape[1],
-        alpha,
-        limit,
-        hidden_VF.data_ptr(),
-        _address(sums),
-        kept == torch.bfloat16,
-    )
-    return hidden_VF, sums
-
-
-def moe_mix(
-    hidden_VF: Tensor,
     weights_TA: Tensor,
     experts_TA: Tensor,
+    gate_up: PackedMatrix,
+    gate_up_bias: Tensor,
     down: PackedMatrix,
-    bias: Tensor,
-    lora_rows_VR: Tensor | None,
-    lora_b: Tensor | None,
+    down_bias: Tensor,
+    norm_D: Tensor | None,
+    eps: float,
     residual: Tensor | None,
-) -> Tensor:
-    """The second half of `moe`."""
-    weights_TA, experts_TA, bias = weights_TA.contiguous(), experts_TA.contiguous(), bias.contiguous()
-    residual, (T, A), (E, D, _) = _contiguous(residual), experts_TA.shape, down.shape
-    out_TD = torch.empty((T, D), dtype=torch.float32)
-    _start().moe_mix(
+    *,
+    alpha: float,
+    limit: float,
+    lora: PackedExpertLora | None,
+    seen: MoeSeen | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, MoeKept]:
+    """`moe` with one adapter for all tokens or none, and what its gradient reads, the sums in float32 or bfloat16."""
+    x_TD, weights_TA, experts_TA = x_TD.contiguous(), weights_TA.contiguous(), experts_TA.contiguous()
+    gate_up_bias, down_bias = gate_up_bias.contiguous(), down_bias.contiguous()
+    norm_D, residual = _contiguous(norm_D), _contiguous(residual)
+    out_TD, (T, A) = torch.empty_like(x_TD), experts_TA.shape
+    rows_T = torch.zeros(T, dtype=torch.int64)
+    pairs = (None, None) if lora is None else (lora.gate_up, lora.down)
+    gate_up_rows, down_rows = (
+        None if pair is None else torch.empty((T * A, pair.a.data.shape[1] * PANEL)) for pair in pairs
+    )
+    kept = MoeKept(torch.empty((T * A, gate_up.data.shape[1] * PANEL), dtype=dtype), gate_up_rows, down_rows)
+    _start().moe_kept(
+        _matrix(gate_up),
         _matrix(down),
-        hidden_VF.data_ptr(),
+        x_TD.data_ptr(),
         T,
         A,
         weights_TA.data_ptr(),
         experts_TA.data_ptr(),
-        E,
-        bias.data_ptr(),
-        _address(lora_rows_VR),
-        _address(lora_b),
-        0 if lora_rows_VR is None else lora_rows_VR.shape[1],
+        gate_up.shape[0],
+        gate_up_bias.data_ptr(),
+        down_bias.data_ptr(),
         _address(residual),
+        alpha,
+        limit,
         out_TD.data_ptr(),
+        _address(norm_D),
+        eps,
+        [] if lora is None else [_expert_lora(lora)],
+        rows_T.data_ptr(),
+        0 if seen is None else seen.x.data_ptr(),
+        0 if seen is None else seen.hidden.data_ptr(),
+        kept.sums.data_ptr(),
+        dtype == torch.bfloat16,
+        _address(gate_up_rows),
+        _address(down_rows),
     )
-    return out_TD
+    return out_TD, kept
 
 
 def swiglu_backward(
     of_hidden_SF: Tensor, sums: Tensor, weights_S: Tensor, alpha: float, limit: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `sums` as `moe_hidden` keeps them, times the routing weights; the hidden values again; and the
+    """The gradient of `sums` as `moe_kept` leaves them, times the routing weights; the hidden values again; and the
     routing weights' own gradient but for the bias. All but the weights are of one type, float32 or bfloat16."""
     of_hidden_SF, sums, weights_S = of_hidden_SF.contiguous(), sums.contiguous(), weights_S.contiguous()
     S, F = of_hidden_SF.shape

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freehold.errors import UsageError
 from freehold.kernels import autograd, backends, reference
-from freehold.kernels.kv import PAGE, KvPages, PagedSequences
+from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences
 from freehold.kernels.lora import ExpertLora
 from freehold.kernels.packed_lora import LoraParts, PackedLoras
 from freehold.sampling import check_filters
@@ -190,11 +190,13 @@ def self_attention(
     scale: float,
     window: int | None = None,
     rotation: Rotation | None = None,
+    kv_type: KvType = "f32",
 ) -> Tensor:
     """`attention` without a cache, for training: sequences of `counts` tokens, one after the other, each over itself.
 
-    Keys are rotated as queries are. Gradients reach queries, keys, values and sinks; what is kept for them grows with
-    T, not with its square.
+    Keys are rotated as queries are, and with the values rounded as pages of `kv_type` would: native kernels give
+    what `kv_write` and `attention` give, to the last bit. Gradients reach queries, keys, values and sinks, straight
+    through that rounding; what is kept for them grows with T, not with its square.
     """
     _check_rank("self_attention", "q", q_TNH, 3)
     T, N, H = q_TNH.shape
@@ -211,7 +213,7 @@ def self_attention(
     if rotation is not None:
         _check_rotation("self_attention", q_TNH, rotation)
         q_TNH, k_TKH = (rope(x, *rotation) for x in (q_TNH, k_TKH))
-    return autograd.self_attention(q_TNH, k_TKH, v_TKH, counts, sinks_N, scale, window)
+    return autograd.self_attention(q_TNH, k_TKH, v_TKH, counts, sinks_N, scale, window, kv_type)
 
 
 _NO_ROTATION = (None, None)
@@ -222,6 +224,8 @@ def route(logits_TE: Tensor, num_active: int) -> Routing:
     _check_rank("route", "logits", logits_TE, 2)
     if not 1 <= num_active <= logits_TE.shape[1]:
         raise UsageError(f"[route] expected 1 to {logits_TE.shape[1]} active experts, got {num_active}")
+    if backends.needs_gradient(logits_TE):
+        return Routing(*autograd.route(logits_TE, num_active))
     return Routing(*backends.for_op("route", logits_TE).route(logits_TE, num_active))
 
 

@@ -102,12 +102,8 @@ def kv_write(
     sin_TH: Tensor | None,
 ) -> None:
     k_TKH = _rotated(k_TKH, cos_TH, sin_TH)
-    device = kv.values.device
-    owner = torch.repeat_interleave(torch.diff(sequences.starts_B1)).to(device)
-    position = torch.tensor(sequences.positions(), dtype=torch.int64, device=device)
-    page = sequences.table_BP.to(device)[owner, position // PAGE].long()
+    page, row = sequences.places(kv.values.device)
     _check_pages("kv_write", kv, page)
-    row = position % PAGE
     for (target, scales), source_TKH in zip(kv.by_position(), (k_TKH, v_TKH), strict=True):
         if scales is None:
             target[page, :, row] = source_TKH.to(target.dtype).unflatten(-1, target.shape[3:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freehold.kernels import ops
-from freehold.kernels.kv import KvPages, PagedSequences
+from freehold.kernels.kv import KvPages, KvType, PagedSequences
 from freehold.kernels.ops import Rotation, Routing
 from freehold.model.lora import LayerAdapters
 
@@ -54,9 +54,11 @@ class LayerKv:
 
 @dataclass(frozen=True, slots=True)
 class OwnTokens:
-    """Whole sequences of so many tokens, one after the other, each over itself. Nothing is kept; gradients pass."""
+    """Whole sequences of so many tokens, one after the other, each over itself, with keys and values rounded as a cache
+    of this type would. Nothing is kept; gradients pass."""
 
     counts: Sequence[int]
+    kv_type: KvType
 
     def attend(
         self,
@@ -70,7 +72,15 @@ class OwnTokens:
         rotation: Rotation,
     ) -> Tensor:
         return ops.self_attention(
-            q_TNH, k_TKH, v_TKH, self.counts, sinks_N, scale=scale, window=window, rotation=rotation
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            self.counts,
+            sinks_N,
+            scale=scale,
+            window=window,
+            rotation=rotation,
+            kv_type=self.kv_type,
         )
 
 
@@ -89,8 +99,14 @@ class Batch:
 
     @classmethod
     def whole(
-        cls, counts: Sequence[int], *, num_layers: int, device: torch.device, adapters: LayerAdapters | None = None
+        cls,
+        counts: Sequence[int],
+        *,
+        num_layers: int,
+        device: torch.device,
+        kv_type: KvType = "f32",
+        adapters: LayerAdapters | None = None,
     ) -> "Batch":
         """Whole sequences of so many tokens, without a cache: for training."""
         positions = [position for count in counts for position in range(count)]
-        return cls(torch.tensor(positions, device=device), [OwnTokens(counts)] * num_layers, adapters)
+        return cls(torch.tensor(positions, device=device), [OwnTokens(counts, kv_type)] * num_layers, adapters)

@@ -58,7 +58,13 @@ def taught(
     adapters = None
     if adapter is not None:
         adapters = TokenAdapters([adapter], torch.zeros_like(tokens_T), dropout=dropout, folded=folded)
-    batch = Batch.whole(row.counts, num_layers=len(transformer.layers), device=device, adapters=adapters)
+    batch = Batch.whole(
+        row.counts,
+        num_layers=len(transformer.layers),
+        device=device,
+        kv_type=transformer.kv_type,
+        adapters=adapters,
+    )
     x_TD, rotation = transformer.embed(tokens_T), transformer.rotation(batch)
     balances = [torch.zeros((), device=device)]
     for index in range(len(transformer.layers)):
@@ -143,12 +149,12 @@ class _LogProbs(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 hidden = hidden_SD[piece].detach().requires_grad_(wanted)
                 logits = transformer.unembed(hidden)
-            numbers, targets = logits.detach(), targets_S[piece].unsqueeze(-1)
-            logsum = torch.logsumexp(numbers, dim=-1, keepdim=True)
-            out_S[piece] = (numbers.gather(1, targets) - logsum).squeeze(-1)
+            numbers, targets = torch.log_softmax(logits.detach(), dim=-1), targets_S[piece].unsqueeze(-1)
+            chosen_S1 = numbers.gather(1, targets)
+            out_S[piece] = chosen_S1.squeeze(-1)
             if gradient_SD is not None:
-                of_logits = numbers.sub_(logsum).exp_().neg_()
-                of_logits.scatter_add_(1, targets, torch.ones_like(logsum))
+                of_logits = numbers.exp_().neg_()
+                of_logits.scatter_add_(1, targets, torch.ones_like(chosen_S1))
                 (gradient_SD[piece],) = torch.autograd.grad(logits, hidden, of_logits)
         ctx.save_for_backward(gradient_SD)
         return out_S
