@@ -88,7 +88,7 @@ def test_the_validation_loss_is_the_engine_s(request_for: TuneRequest, model: Pa
     request = replace(request_for, loop=replace(LOOP, max_steps=1))
     tuned(request, tmp_path / "run")
     prepared = prepare(request)
-    loaded = freehold.load(model, kv_dtype="f32")
+    loaded = freehold.load(model)
     total = 0.0
     assert isinstance(prepared.data, TrainingData)
     for example in prepared.data.validation:
