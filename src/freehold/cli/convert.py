@@ -1,34 +1,19 @@
 """`freehold convert`: the same model in another layout or expert format, or as one GGUF file."""
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from freehold.cli import terminal
-from freehold.cli.options import ModelArgument
-from freehold.config import DenseFormat, ExpertFormat, Layout
+from freehold.cli.options import DenseOption, DestinationArgument, ExpertsOption, LayoutOption, ModelArgument
+from freehold.config import DenseFormat, Layout
 from freehold.errors import UsageError
 
 
 def command(
     source: ModelArgument,
-    destination: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DESTINATION",
-            help="A new folder, or a new file that ends in .gguf; it appears when it is complete.",
-        ),
-    ],
-    layout: Annotated[
-        Layout | None,
-        typer.Option(help="A folder's layout: Hugging Face's names, or OpenAI's original ones. Default: hf."),
-    ] = None,
-    experts: Annotated[ExpertFormat | None, typer.Option(help="How experts are stored. Default: as they are.")] = None,
-    dense: Annotated[
-        DenseFormat | None,
-        typer.Option(help="How a .gguf stores all large matrices that are not MXFP4, bf16 experts too. Default: q8."),
-    ] = None,
+    destination: DestinationArgument,
+    layout: LayoutOption = None,
+    experts: ExpertsOption = None,
+    dense: DenseOption = None,
 ) -> None:
     """Rewrite a model in another layout or expert format, or as a GGUF file for llama.cpp.
 

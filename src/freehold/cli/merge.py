@@ -12,8 +12,8 @@ import typer
 from freehold import __version__
 from freehold.cli import terminal
 from freehold.cli.convert import check_format
-from freehold.cli.options import Json, ModelArgument
-from freehold.config import DenseFormat, ExpertFormat, Layout, Rounding
+from freehold.cli.options import DenseOption, DestinationArgument, ExpertsOption, Json, LayoutOption, ModelArgument
+from freehold.config import DenseFormat, Layout, Rounding
 from freehold.errors import CheckpointError, UsageError
 from freehold.log import Progress
 
@@ -28,22 +28,10 @@ RECEIPT_FILE = "merge_receipt.json"
 def command(
     model: ModelArgument,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of an adapter, in PEFT's format.")],
-    destination: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DESTINATION",
-            help="A new folder, or a new file that ends in .gguf; it appears when it is complete.",
-        ),
-    ],
-    layout: Annotated[
-        Layout | None,
-        typer.Option(help="A folder's layout: Hugging Face's names, or OpenAI's original ones. Default: hf."),
-    ] = None,
-    experts: Annotated[ExpertFormat | None, typer.Option(help="How experts are stored. Default: as they are.")] = None,
-    dense: Annotated[
-        DenseFormat | None,
-        typer.Option(help="How a .gguf stores all large matrices that are not MXFP4, bf16 experts too. Default: q8."),
-    ] = None,
+    destination: DestinationArgument,
+    layout: LayoutOption = None,
+    experts: ExpertsOption = None,
+    dense: DenseOption = None,
     rounding: Annotated[
         Rounding,
         typer.Option(

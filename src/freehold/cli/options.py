@@ -5,12 +5,34 @@ from typing import Annotated
 
 import typer
 
+from freehold.config import DenseFormat, ExpertFormat, Layout
+
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="A model folder, a name in a cache, or 'default'.", show_default=True),
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a name in a cache, or 'default'.")]
 Destination = Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; it appears when it is complete.")]
+DestinationArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DESTINATION",
+        help="A new folder, or a new file that ends in .gguf; it appears when it is complete.",
+    ),
+]
+LayoutOption = Annotated[
+    Layout | None,
+    typer.Option("--layout", help="A folder's layout: Hugging Face's names, or OpenAI's original ones. Default: hf."),
+]
+ExpertsOption = Annotated[
+    ExpertFormat | None, typer.Option("--experts", help="How experts are stored. Default: as they are.")
+]
+DenseOption = Annotated[
+    DenseFormat | None,
+    typer.Option(
+        "--dense", help="How a .gguf stores all large matrices that are not MXFP4, bf16 experts too. Default: q8."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 StoreOption = Annotated[

@@ -6,7 +6,7 @@ command line reads its defaults here.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from freehold.errors import UsageError
@@ -203,12 +203,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
-
-
-def loop_options(raw: Mapping[str, Any]) -> LoopOptions:
-    """Of a dict that `dataclasses.asdict` made."""
-    known = {field.name for field in fields(LoopOptions)}
-    return LoopOptions(**{name: value for name, value in raw.items() if name in known})
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

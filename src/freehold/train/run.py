@@ -42,7 +42,6 @@ from freehold.session.policy import DTYPES, Policy, decide
 from freehold.train import curves
 from freehold.train.adapting import adapter_spec
 from freehold.train.card import model_card
-from freehold.train.checkpoints import Checkpoints
 from freehold.train.data import DataOptions, PreferenceData, TrainingData, read_examples, read_preferences
 from freehold.train.dpo import DpoTuning
 from freehold.train.examples import Examples, Pairs
@@ -514,11 +513,6 @@ def _objective(prepared: Prepared, *, checkpointing: bool, progress: Progress) -
         base_model=request.model,
         table=table,
     )
-
-
-def newest_checkpoint(output: Path) -> Path | None:
-    """Where the run in this folder would go on."""
-    return Checkpoints(output / "checkpoints").newest
 
 
 def _draw(output: Path) -> None:
