@@ -229,12 +229,89 @@ def test_divergence_ends_it(tmp_path: Path) -> None:
         trained(tmp_path, Fitting(), options)
 
 
+def test_a_checkpoint_of_a_run_that_diverges_is_not_called_good(tmp_path: Path) -> None:
+    """The loss rises from some step on, until that is divergence. Checkpoints are written meanwhile."""
+    for name, validation in (("by the loss of training", 0), ("by validation", 2)):
+
+        class Soon(Fitting):
+            steps = 0
+
+            def loss(self, row: fitting.Row, *, training: bool) -> RowLoss:
+                self.steps += training
+                if training and self.steps > 60:  # 30 steps of two rows
+                    with torch.no_grad():
+                        self.weight *= 1.1
+                return super().loss(row, training=training)
+
+        fit, folder = Soon(validation=validation, dropout=0), tmp_path / name
+        options = replace(OPTIONS, epochs=100, save_steps=3, eval_steps=3, save_total_limit=2)
+        with pytest.raises(TrainingError, match="diverges: .*; the last good checkpoint is .*; train anew") as caught:
+            trained(folder, fit, options)
+        good = str(caught.value).split("the last good checkpoint is ")[1].split(";")[0]
+        kept = checkpoints(folder)
+        assert (kept[0], len(kept)) == (Path(good).name, 3)
+        assert 9 <= int(kept[0].removeprefix("step-")) <= 30
+        before, best, newest = (_loss_of(path) for path in (None, Path(good), folder / "checkpoints" / kept[-1]))
+        assert best < before / 2
+        assert newest > before
+
+
+def _loss_of(checkpoint: Path | None) -> float:
+    fit = Fitting()
+    if checkpoint is not None:
+        fit.restore(checkpoint)
+    with torch.no_grad():
+        return float(sum(fit.loss(row, training=False).total for row in fit.training))
+
+
+def test_weights_that_the_last_step_spoilt_are_not_called_good(tmp_path: Path) -> None:
+    """A checkpoint is written right after the step; that its weights are of no use shows in the next one."""
+
+    class Spoilt(Fitting):
+        rows_seen = 0
+
+        def loss(self, row: fitting.Row, *, training: bool) -> RowLoss:
+            self.rows_seen += 1
+            if self.rows_seen == 19:
+                with torch.no_grad():
+                    self.weight += torch.inf
+            return super().loss(row, training=training)
+
+    options = replace(OPTIONS, save_steps=1, save_total_limit=1)
+    with pytest.raises(TrainingError, match=r"step 10 is (nan|inf); the last good checkpoint is .*step-00000008; "):
+        trained(tmp_path, Spoilt(validation=0), options)
+    assert checkpoints(tmp_path) == ["step-00000008", "step-00000009"]
+
+
+def test_where_no_checkpoint_is_known_to_be_good_none_is_called_so(tmp_path: Path) -> None:
+    fit = Fitting(validation=0)
+
+    def report(line: Mapping[str, Any]) -> None:
+        if line.get("event") == "checkpoint":
+            fit.training[0][1].fill_(torch.nan)
+            fit.training[1][1].fill_(torch.nan)
+
+    options = replace(OPTIONS, save_steps=1, batch_size=6)
+    with pytest.raises(TrainingError, match=r"step 2 is nan; no checkpoint is known to be good, .*step-00000001 and"):
+        Loop(fit, options, tmp_path, report=report).run()
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    newest = trained(tmp_path).last / "training_state.json"
+    raw = json.loads(newest.read_text())
+    del raw["good_until"]
+    newest.write_text(json.dumps(raw))
+    loop = Loop(Fitting(), OPTIONS, tmp_path)
+    loop.resume()
+    assert (loop.state.step, loop.state.good_until) == (12, 0)
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(line: Mapping[str, Any]) -> None:
         if line.get("event") == "checkpoint":
             monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 6})())
 
-    with pytest.raises(DiskSpaceError, match=r"step-00000004 needs .*; the last good checkpoint is .*step-00000003"):
+    with pytest.raises(DiskSpaceError, match=r"step-00000004 needs .*; the newest checkpoint is .*step-00000003"):
         Loop(Fitting(), OPTIONS, tmp_path, report=full).run()
     assert checkpoints(tmp_path) == ["step-00000003"]
     assert events(tmp_path)[-1] == ("failed", 4)

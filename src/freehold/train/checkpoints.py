@@ -10,7 +10,7 @@ from one says the numbers that it would have said. Called by the loop.
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ _REMEDY = "remove it, and resume from the one before"
 class TrainingState:
     """After `step` steps. `unsaid` is the step's line of metrics, as long as what is due after the step is not done.
     `smoothed` and `lowest_smoothed` are of the training loss, which was far above its lowest for
-    `num_beyond` steps; the validation loss has not fallen for `num_not_better` measurements."""
+    `num_beyond` steps. `good_until` is the last step that the next one's loss has shown to have done no harm. The
+    validation loss has not fallen for `num_not_better` measurements."""
 
     step: int = 0
     tokens: int = 0
@@ -44,6 +45,7 @@ class TrainingState:
     smoothed: float | None = None
     lowest_smoothed: float | None = None
     num_beyond: int = 0
+    good_until: int = 0
     first_validation_loss: float | None = None
     best_validation_loss: float | None = None
     best_step: int | None = None
@@ -97,11 +99,11 @@ class Checkpoints:
         _restore_optimizer(path / _TENSORS, objective.parameters, optimizer)
         return state
 
-    def prune(self, keep: int, best_step: int | None) -> None:
-        """All but the newest `keep`, and the best; what killed processes left goes too."""
+    def prune(self, num_newest: int, keep: Collection[int]) -> None:
+        """All but the newest, and those to `keep`; what killed processes left goes too."""
         remove_all_abandoned(self._folder)
-        for step in self.steps[:-keep]:
-            if step != best_step:
+        for step in self.steps[:-num_newest]:
+            if step not in keep:
                 remove(self.path(step))
 
 
@@ -135,6 +137,7 @@ def _restore_optimizer(path: Path, parameters: Sequence[Tensor], optimizer: torc
 
 def _read_state(path: Path) -> TrainingState:
     raw = read_json(path)
-    if raw.keys() != {field.name for field in fields(TrainingState)}:
+    # Versions before had no `good_until`: what they wrote counts as not known to be good.
+    if raw.keys() | {"good_until"} != {field.name for field in fields(TrainingState)}:
         raise CheckpointError(f"{path} is not what this version of Freehold writes; {_REMEDY}")
     return TrainingState(**raw)

@@ -2,7 +2,10 @@
 
 A step's rows, their order and the random numbers of dropout are functions of the seed and the step, never of what came
 before: a run that was killed goes on from its last checkpoint with the very losses of one that was not. What cannot go
-on (a loss that is no number, divergence, a full disk, no memory) ends with an error that names the last checkpoint.
+on (a loss that is no number, divergence, a full disk, no memory) ends with an error that names a checkpoint: the newest,
+where the run can go on from it, and else the last good one. Good is what measurements after it say: the checkpoint with
+the lowest validation loss, where that is no worse than the model's before; else the newest one whose weights gave the
+step after it a loss in line with the lowest so far.
 The loop knows objectives (objective.py) and nothing of models; called by run.py.
 """
 
@@ -32,6 +35,8 @@ _SMOOTHING = 0.9
 _BEYOND = 2.0  # times the lowest smoothed loss, and _BEYOND_MORE, is too far
 _BEYOND_MORE = 1.0
 _MOST_BEYOND = 20  # steps in a row
+_IN_LINE = 1.1  # times the lowest smoothed loss, and _IN_LINE_MORE: up to there it has not begun to rise
+_IN_LINE_MORE = 0.1
 
 
 class End(Enum):
@@ -103,7 +108,7 @@ class Loop(Generic[Row]):
 
     def run(self, finish: Callable[[Outcome], None] = lambda outcome: None) -> Outcome:
         """Train to the end and `finish`. When it was asked to stop it returns without, with a checkpoint of the last
-        whole step. Raises TrainingError, DiskError and OutOfMemoryError, which name the last checkpoint."""
+        whole step. Raises TrainingError, DiskError and OutOfMemoryError, which name a checkpoint."""
         try:
             self._journal.event("started", self.state.step)
             outcome = self._train()
@@ -277,6 +282,9 @@ class Loop(Generic[Row]):
         smoothed = loss if state.smoothed is None else _SMOOTHING * state.smoothed + (1 - _SMOOTHING) * loss
         lowest = smoothed if state.lowest_smoothed is None else min(smoothed, state.lowest_smoothed)
         state.smoothed, state.lowest_smoothed = smoothed, lowest
+        # One step's rows may be harder than others, so that its own loss is given more room than the smoothed one.
+        if smoothed <= _IN_LINE * lowest + _IN_LINE_MORE and loss <= _BEYOND * lowest + _BEYOND_MORE:
+            state.good_until = state.step - 1
         state.num_beyond = state.num_beyond + 1 if smoothed > _BEYOND * lowest + _BEYOND_MORE else 0
         if state.num_beyond >= _MOST_BEYOND:
             raise TrainingError(
@@ -288,14 +296,29 @@ class Loop(Generic[Row]):
         path = self._checkpoints.save(self._objective, self._optimizer, self.state)
         if is_new:
             self._journal.event("checkpoint", self.state.step, path=path)
-        self._checkpoints.prune(self._options.save_total_limit, self.state.best_step)
+        keep = {step for step in (self.state.best_step, self._good_step) if step is not None}
+        self._checkpoints.prune(self._options.save_total_limit, keep)
         return path
+
+    @property
+    def _good_step(self) -> int | None:
+        """Of the last good checkpoint."""
+        state = self.state
+        before, best = state.first_validation_loss, state.best_validation_loss
+        if best is not None and (before is None or best <= before):
+            return state.best_step
+        return max((step for step in self._checkpoints.steps if step <= state.good_until), default=None)
 
     def _typed(self, error: Exception) -> Exception:
         newest = self._checkpoints.newest
-        kept = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is {newest}"
+        kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
         match error:
             case TrainingError():
+                good = self._good_step
+                if good is not None:
+                    kept = f"the last good checkpoint is {self._checkpoints.path(good)}"
+                elif newest is not None:
+                    kept = f"no checkpoint is known to be good, {newest} and older ones may be spoilt"
                 return TrainingError(f"{error}; {kept}; train anew with a lower --learning-rate, or look at the data")
             case DiskError():
                 return type(error)(f"{error}; {kept}; resume from it when there is room")
