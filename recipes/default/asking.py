@@ -11,12 +11,18 @@ from freehold.session.model import Model, load
 from freehold.session.served import Served, serve_model
 
 _AT_ONCE = 16
+_ADAPTER = "adapter"
 
 
 def load_model(name: str, *, adapter: Path | None = None) -> Model:
-    """A model by name or folder, for sixteen short conversations at once."""
-    more = {} if adapter is None else {"adapter": adapter}
-    return load(name, kv_tokens=_AT_ONCE * 2048, max_num_seqs=_AT_ONCE, **more)  # type: ignore[arg-type]
+    """A model by name or folder, for sixteen short conversations at once, which is asked with the adapter, if any."""
+    adapters = {} if adapter is None else {_ADAPTER: adapter}
+    return load(name, kv_tokens=_AT_ONCE * 2048, max_num_seqs=_AT_ONCE, adapters=adapters)
+
+
+def the_adapter(model: Model) -> str | None:
+    """Of one that `load_model` has given one."""
+    return _ADAPTER if _ADAPTER in model.adapters else None
 
 
 def ask_all(model: Model, asks: Sequence[Ask], *, harmony: bool) -> list[SampleDone | None]:
@@ -26,6 +32,8 @@ def ask_all(model: Model, asks: Sequence[Ask], *, harmony: bool) -> list[SampleD
 
 async def _ask_all(model: Model, asks: Sequence[Ask], harmony: bool) -> list[SampleDone | None]:
     served = serve_model(model, name="model", harmony=harmony)
+    if (adapter := the_adapter(model)) is not None:
+        served = served.with_adapter(adapter)
     room = asyncio.Semaphore(_AT_ONCE)
     done = 0
 

@@ -8,8 +8,8 @@
   as it does for clients that do not ask for more; `strict` is the same with schemas enforced.
 - needless: 40 questions that need none of the functions offered; is it an answer, and no call.
 - questions: 100 short ones, whose answer is looked for in the reply.
-- python: 60 problems with values of their own, in the sentences of the training set; is the tool called, and is its
-  true result in the answer.
+- python: 60 problems with values of their own, in the sentences of the training set; is the tool called, and is what
+  the answer adds to the question the true result.
 - perplexity: on the Apache licence, as the model card has it.
 
 `--chatml` asks the questions in ChatML, for the model before it was tuned.
@@ -40,7 +40,7 @@ from freehold.session.served import Served
 from freehold.session.toolbox import Toolbox
 from freehold.session.turn import TurnLimits, prepare
 from freehold.tools.python import PythonTool
-from recipes.default.asking import ask_all, load_model
+from recipes.default.asking import ask_all, load_model, the_adapter
 from recipes.default.builtins import Sums
 from recipes.default.functions import ask, offer, read_functions
 from recipes.default.questions import questions
@@ -92,7 +92,8 @@ def score(turn: HeldOut, said: Sequence[Message]) -> Scored:
     last = said[-1] if said else None
     if last is None or last.recipient is None:
         return Scored(False, False, "" if last is None else f"{last.channel}: {last.text:.80}")
-    right = last.recipient == f"functions.{turn.name}"
+    only_one = sum(message.recipient is not None for message in said) == 1
+    right = only_one and last.recipient == f"functions.{turn.name}"
     try:
         arguments = json.loads(last.text)
     except ValueError:
@@ -112,15 +113,30 @@ def same(one: Any, other: Any) -> bool:
 
 
 def contains(answer: str, expected: str) -> bool:
-    """Whether one of the expected texts stands in an answer; one of digits as a whole number."""
-    answer = answer.lower().replace(",", "")
+    """Whether one of the expected texts begins a word of an answer; one of digits is a whole number there."""
+    answer = _without_separators(answer.lower())
     for text in expected.lower().split("|"):
-        if text.isdigit():
-            if re.search(rf"(?<![\d.])0*{text}(?![\d]|\.\d)", answer):
-                return True
-        elif text in answer:
+        pattern = rf"(?<![\w.−-])0*{text}(?!\w|\.\d)" if text.isdigit() else rf"(?<!\w){re.escape(text)}"
+        if re.search(pattern, answer):
             return True
     return False
+
+
+def states(answer: str, truth: str, question: str) -> bool:
+    """Whether an answer says a result, and not only what the question said: as a whole number or word, and once more
+    than the question does. One that it cannot be told from the question does not count."""
+    lines = truth.strip().splitlines()
+    if not lines:
+        return False
+    result = re.escape(_without_separators(lines[-1].strip()))
+    whole = re.compile(rf"(?<![\w.−-]){result}(?!\w|[.-]\w)")
+    said, asked = (len(whole.findall(_without_separators(text))) for text in (answer, question))
+    return said > asked
+
+
+def _without_separators(text: str) -> str:
+    """1,234 as 1234; numbers in a row stay apart."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
 
 # --- asking ---------------------------------------------------------------------------------------------------
@@ -211,7 +227,13 @@ def python(model: Model, count: int) -> dict[str, Any]:
 
 async def _python(model: Model, count: int) -> dict[str, Any]:
     tool = PythonTool()
-    served = Served(name="model", prompting=model.prompting, runner=LocalRunner(model.engine), harmony=True)
+    served = Served(
+        name="model",
+        prompting=model.prompting,
+        runner=LocalRunner(model.engine),
+        harmony=True,
+        adapter=the_adapter(model),
+    )
     sums = Sums(Values(random.Random(f"{_SEED} python"), held_out=True))
     each = []
     judge = await tool.open()
@@ -236,7 +258,7 @@ async def _python(model: Model, count: int) -> dict[str, Any]:
                     "truth": truth,
                     "called": called,
                     "answer": answer,
-                    "right": truth in answer,
+                    "right": called and states(answer, truth, problem.question),
                 }
             )
             sys.stderr.write(f"\r{len(each)} of {count} computed")
@@ -256,7 +278,7 @@ def perplexity(model: Model) -> float:
     assert model.tokenizer is not None
     text = (model.path / "LICENSE").read_text("utf-8")
     ids = model.tokenizer.encode(text)[:_PERPLEXITY_TOKENS]
-    logits_TV = model.logits(ids[:-1])
+    logits_TV = model.logits(ids[:-1], adapter=the_adapter(model))
     return math.exp(float(F.cross_entropy(logits_TV, torch.tensor(ids[1:]))))
 
 

@@ -14,14 +14,18 @@ from freehold.formats.conversation import Message, Text, text_message
 from freehold.formats.harmony.builtins import PYTHON
 from freehold.formats.tokenizer import Tokenizer
 from freehold.train.chats import Chat, read_example
+from freehold.weights.layouts import open_checkpoint
+from recipes.default.asking import ask_all, load_model, the_adapter
 from recipes.default.builtins import Builtins, Sum, Sums
 from recipes.default.calls import Calls, call_lines, plain_talk
-from recipes.default.evaluate import contains, held_out_turns, same, score
+from recipes.default.evaluate import _asking, contains, held_out_turns, perplexity, same, score, states
 from recipes.default.functions import ask, made_up, offer, read_functions, spoken
 from recipes.default.general import Answered, Prompt, general_lines, good_part
 from recipes.default.make_data import HERE, held_out_words, is_near, word_problems
 from recipes.default.questions import questions
 from recipes.default.values import Values, distinct_words
+from tests.checkpoints import write_adapter
+from tests.train.tiny import make_tiny_model
 
 TRAINING, HELD_OUT = (read_functions(HERE / name) for name in ("functions.txt", "heldout.txt"))
 
@@ -264,7 +268,51 @@ def test_a_call_counts_when_its_function_and_its_json_are_the_expected_ones() ->
         ("the Milky way", "Milky Way", True),
         ("It has seven.", "7|seven", True),
         ("Berlin", "Paris", False),
+        ("Nearly a million are known.", "lion", False),
+        ("They grow rice there.", "ice", False),
+        ("It is -2.", "2", False),
+        ("It is one of 1,2 and 3.", "12", False),
+        ("There are 1,200.", "1200", True),
+        ("Two pups.", "pup", True),
     ],
 )
 def test_an_answer_is_right_where_it_says_what_is_expected(answer: str, expected: str, is_right: bool) -> None:
     assert contains(answer, expected) is is_right
+
+
+@pytest.mark.parametrize(
+    ("question", "truth", "answer", "is_stated"),
+    [
+        ("What is 12 times 3?", "36\n", "12 * 3 = 36.", True),
+        ("What is 12 times 3?", "36\n", "12 * 3 = 136.", False),
+        ("What is 12 times 3?", "36\n", "12 * 3 = 36.5.", False),
+        ("What is 1234 + 1?", "1235\n", "It is 1,235.", True),
+        ('How many r\'s are in "strawberry 3"?', "3\n", 'The letter "r" occurs 2 times in "strawberry 3".', False),
+        ('How many r\'s are in "strawberry 3"?', "3\n", 'The letter "r" occurs 3 times in "strawberry 3".', True),
+        ("How many days are between 2031-05-03 and 2031-05-08?", "5\n", "There are 4 days until 2031-05-08.", False),
+        ("What is 3 minus 5?", "-2\n", "3 - 5 = -2.", True),
+        ("What is 5 minus 3?", "2\n", "5 - 3 = -2.", False),
+        ("Sort these numbers: 3, 1", "[1, 3]\n", "In order: [1, 3].", True),
+        ("Is 7919 a prime number?", "True\n", "Is 7919 prime: True.", True),
+        ("Is 7919 a prime number?", "True\n", "", False),
+        ("What is 1 / 0?", "", "It is 1.", False),
+    ],
+)
+def test_a_computed_result_is_stated_where_an_answer_adds_it(
+    question: str, truth: str, answer: str, is_stated: bool
+) -> None:
+    assert states(answer, truth, question) is is_stated
+
+
+def test_a_model_is_measured_with_its_adapter(tmp_path: Path) -> None:
+    own = make_tiny_model(tmp_path / "own")
+    (own / "LICENSE").write_text("You may do with this what you like.\n")
+    adapter = write_adapter(tmp_path / "adapter", open_checkpoint(own).config)
+    bare, tuned = load_model(str(own)), load_model(str(own), adapter=adapter)
+    assert (the_adapter(bare), the_adapter(tuned)) == (None, "adapter")
+    assert perplexity(bare) != perplexity(tuned)
+    asks = [_asking([{"role": "user", "content": "Who is Ada?"}])]
+    said = [ask_all(model, asks, harmony=False)[0] for model in (bare, tuned, load_model(str(own), adapter=adapter))]
+    assert all(each is not None for each in said)
+    texts = [each.messages[0].text for each in said if each is not None]
+    assert texts[0] != texts[1] == texts[2]
