@@ -3,10 +3,13 @@ against float64 differences and against transformers' and PEFT's autograd."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from freehold.config import ModelConfig
 from freehold.engine.adapters import Adapters
@@ -22,7 +25,6 @@ from freehold.model.transformer import Transformer
 from freehold.train.examples import NO_TARGET
 from freehold.train.forward import balance_term, taught
 from freehold.train.packing import PackedRow
-from freehold.weights import packed as packed_form
 from freehold.weights.layouts import WeightTable
 from tests.checkpoints import CPU, for_kernels, logits, oracle, packed, random_table, small_config, tokens_of
 from tests.engine.test_engine import run
@@ -272,14 +274,42 @@ def test_the_balance_term_is_that_of_transformers_and_has_its_gradient() -> None
     assert balance_term(even, Routing(torch.ones(8, 1), torch.arange(8).unsqueeze(-1))) == pytest.approx(1)
 
 
-def test_packed_weights_are_never_widened_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward and backward pass unpacks no stack of experts, in any form."""
-    model, row, adapter = MODELS["packed for the kernels"](), row_of(*COUNTS), trained()
-    unpack = packed_form.unpack
+class LargestMade(TorchDispatchMode):
+    """Of the floating-point tensors that operations make: the most numbers that one has. Views are not made."""
 
-    def small(matrix: packed_form.PackedMatrix) -> object:
-        assert len(matrix.shape) == 2, "a stack of experts was unpacked"
-        return unpack(matrix)
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
 
-    monkeypatch.setattr(packed_form, "unpack", small)
-    gradients(model, row, adapter)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {
+            tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)
+        }
+        for made in tree_leaves(out):
+            if torch.is_tensor(made) and made.is_floating_point() and made.untyped_storage().data_ptr() not in known:
+                self.numel = max(self.numel, made.untyped_storage().nbytes() // made.element_size())
+        return out
+
+
+@pytest.mark.parametrize("gradient_type", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["packed", "published", "published, in bfloat16"])
+def test_no_frozen_stack_of_experts_is_ever_widened_as_a_whole(form: str, gradient_type: torch.dtype) -> None:
+    """More than one expert's matrix is never there in floating point, whichever kernels run and in whatever type."""
+    if form == "packed" and backends.native() is None:
+        pytest.skip("the native kernels are not built")
+    config = small_config(num_layers=2, hidden_size=128, expert_width=128, num_experts=8)
+    table = packed(random_table(config))
+    if form == "packed":
+        table = for_kernels(config, table, "q8")  # type: ignore[assignment]
+    dtype = torch.bfloat16 if form == "published, in bfloat16" else torch.float32
+    model = Transformer(config, table, dtype=dtype, device=CPU)
+    spec = AdapterSpec.of_kinds(config, {kind: Target(rank=2, alpha=3) for kind in KINDS})
+    one_matrix = 2 * config.expert_width * config.hidden_size
+    adapter = trained(spec, config=config)
+    row = PackedRow(tokens_of(config, 40).tolist(), tokens_of(config, 40, seed=1).tolist(), [40])
+    for checkpointing in (False, True):
+        with LargestMade() as made:
+            said = taught(model, row, adapter=adapter, checkpointing=checkpointing, gradient_type=gradient_type)
+            torch.autograd.grad(-said.log_probs_S.mean(), adapter.parameters)
+        assert made.numel <= one_matrix

@@ -1,10 +1,13 @@
 """Gradients through packed weights, which stay as they are: the forward pass runs the kernels that inference runs, the
 backward pass multiplies by the packed numbers themselves.
 
-Of a frozen matrix no copy in full precision is made, whichever backend runs; a few rows at a time are widened. Only an
-op's inputs are kept for the backward pass: experts compute their hidden values again. Where the native kernels round
-activations to int8, the gradient is that of the product without the rounding. Weights get no gradients, and second
-derivatives are refused. Called by freehold.kernels.ops alone, which has checked the arguments.
+Of the frozen weights no copy in full precision is made, whichever backend runs: in float32 the packed numbers are
+widened a few rows at a time; where gradients are multiplied in bfloat16, and where the reference multiplies by MXFP4 as
+it is published, one expert's matrix at a time, or a part of a large dense one (products.py). Only an op's inputs are
+kept for the backward pass, and of packed experts what their activation was made from (native_moe.py); others compute
+their hidden values again. Where the native kernels round activations to int8, the gradient is that of the product
+without the rounding. Weights get no gradients, and second derivatives are refused. Called by freehold.kernels.ops
+alone, which has checked the arguments.
 """
 
 from collections.abc import Iterator, Sequence
