@@ -245,7 +245,7 @@ def test_a_checkpoint_of_a_run_that_diverges_is_not_called_good(tmp_path: Path) 
 
         fit, folder = Soon(validation=validation, dropout=0), tmp_path / name
         options = replace(OPTIONS, epochs=100, save_steps=3, eval_steps=3, save_total_limit=2)
-        with pytest.raises(TrainingError, match="diverges: .*; the last good checkpoint is .*; train anew") as caught:
+        with pytest.raises(TrainingError, match=r"diverges: .*; the last good checkpoint is .*; train anew") as caught:
             trained(folder, fit, options)
         good = str(caught.value).split("the last good checkpoint is ")[1].split(";")[0]
         kept = checkpoints(folder)

@@ -1,17 +1,27 @@
 """A run from files to an adapter, on a tiny model with the kernels that serve it."""
 
+import asyncio
 import json
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import freehold
 from freehold.disk import exclusive
-from freehold.errors import BackendError, CheckpointError, TrainingDataError, UsageError
+from freehold.errors import BackendError, CheckpointError, DiskError, TrainingDataError, TrainingError, UsageError
+from freehold.formats.chat import HarmonyFormat
+from freehold.formats.templates import CHATML
+from freehold.hub.folder import open_folder
+from freehold.hub.merge import merge
 from freehold.model.peft_files import read_peft
-from freehold.train import curves
+from freehold.session.served import serve_model
+from freehold.train import adapting, curves
 from freehold.train.data import TrainingData
 from freehold.train.loop import End, Outcome
 from freehold.train.metrics import read_metrics
@@ -21,6 +31,11 @@ from tests.train.tiny import chat, make_tiny_model, write_chats
 
 TRADES = {"Ada": "smith", "Bo": "cook", "Cy": "judge"}
 FACTS = [chat(f"Who is {name}?", f"The {trade}.") for name, trade in TRADES.items()]
+PAIR = {
+    "input": {"messages": [{"role": "user", "content": "Who is Ada?"}]},
+    "preferred_output": [{"role": "assistant", "content": "The smith."}],
+    "non_preferred_output": [{"role": "assistant", "content": "The cook."}],
+}
 LOOP = LoopOptions(max_steps=6, max_length=64, batch_size=2, learning_rate=0.01, save_steps=2, eval_steps=2)
 LORA = LoraOptions(targets=lora_targets((), ("4",), (), router=True), dropout=0.1, balance=0.01)
 
@@ -115,6 +130,102 @@ def test_the_card_and_the_run_say_what_was_done(request_for: TuneRequest, facts:
     assert (tmp_path / "polite" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("broken", ["nan", "disk", "stopped"])
+def test_whatever_ends_a_run_its_curves_are_drawn(
+    broken: str, request_for: TuneRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return broken == "stopped" and asked > 12
+
+    def report(line: Mapping[str, Any]) -> None:
+        if line["step"] == 3 and "loss" in line:
+            if broken == "nan":
+                for parameter in learning[0]:
+                    parameter.detach().fill_(torch.nan)
+            if broken == "disk":
+                monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 6})())
+
+    learning: list[Any] = []
+    adapter_of = adapting.new_adapter
+
+    def watched(*arguments: Any, **more: Any) -> Any:
+        made = adapter_of(*arguments, **more)
+        learning.append(made.parameters)
+        return made
+
+    monkeypatch.setattr(adapting, "new_adapter", watched)
+    ends = {"nan": pytest.raises(TrainingError, match="nan"), "disk": pytest.raises(DiskError, match="needs")}
+    with ends.get(broken, nullcontext()):
+        tuned(request_for, tmp_path / "run", reports=[report], should_stop=should_stop)
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_is_spoken_to_in_the_format_that_it_learnt(request_for: TuneRequest, tmp_path: Path) -> None:
+    own = make_tiny_model(tmp_path / "own", harmony=True)
+    asked = replace(
+        request_for,
+        model=str(own),
+        validation_file=None,
+        loop=replace(LOOP, max_steps=1, max_length=1024),
+        lora=LoraOptions(targets=lora_targets((), ("2",), ())),
+    )
+    text = tmp_path / "book.txt"
+    text.write_text("once upon a time\n" * 20)
+    requests = {
+        "harmony": replace(asked, harmony=True),
+        "template": asked,
+        "dpo": replace(asked, harmony=True, method="dpo", files=(write_chats(tmp_path / "pairs.jsonl", PAIR),)),
+        "text": replace(asked, files=(text,), loop=replace(asked.loop, max_length=32)),
+    }
+    for name, request in requests.items():
+        tuned(request, tmp_path / name)
+    loaded = freehold.load(own, adapters={name: tmp_path / name for name in requests})
+    served = serve_model(loaded, name="own")
+    try:
+        assert not served.speaks_harmony
+        found = {
+            name: (served.with_adapter(name).harmony, served.with_adapter(name).speaks_harmony) for name in requests
+        }
+        assert found == {
+            "harmony": (True, True), "template": (False, False), "dpo": (True, True), "text": (None, False),
+        }  # fmt: skip
+        for decided in (True, False):
+            for name in requests:
+                assert replace(served, harmony=decided).with_adapter(name).speaks_harmony is decided
+    finally:
+        asyncio.run(served.runner.drain())
+    messages = [{"role": "user", "content": "Who is Ada?"}]
+    for name, harmony in (("harmony", True), ("template", False)):
+        reply, same, other = (
+            loaded.stream_chat(messages, adapter=name, max_tokens=1, harmony=each).num_prompt_tokens
+            for each in (None, harmony, not harmony)
+        )
+        assert reply == same != other
+        merge(own, tmp_path / name, tmp_path / f"{name} merged")
+        merged = freehold.load(tmp_path / f"{name} merged")
+        assert isinstance(merged.prompting.chat_format(), HarmonyFormat) is (name == "harmony")
+
+
+def test_a_model_tuned_as_a_whole_is_spoken_to_in_the_format_that_it_learnt(
+    request_for: TuneRequest, tmp_path: Path
+) -> None:
+    own = make_tiny_model(tmp_path / "own", harmony=True)
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML, "eos_token": "<|im_end|>"}))
+    for harmony in (True, None):
+        request = TuneRequest(
+            model=str(own), files=request_for.files, method="full", harmony=harmony,
+            loop=replace(LOOP, max_steps=1, max_length=1024), lora=LoraOptions(targets=lora_targets((), (), ())),
+        )  # fmt: skip
+        tuned(request, tmp_path / f"run {harmony}")
+        folder = open_folder(tmp_path / f"run {harmony}" / "model")
+        assert (folder.chat_template is None) is bool(harmony)
+        assert folder.template_variables == {"eos_token": "<|im_end|>"}
+
+
 def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"--tensorboard needs .* pip install 'freehold\[tune\]'"):
@@ -173,14 +284,37 @@ def test_what_is_not_as_it_was_is_refused_by_name(request_for: TuneRequest, mode
         check_new(model)
 
 
-def test_a_model_that_changed_is_refused(request_for: TuneRequest, tmp_path: Path) -> None:
+def test_a_model_is_told_by_what_is_in_its_files(request_for: TuneRequest, tmp_path: Path) -> None:
     own = make_tiny_model(tmp_path / "own")
-    asked = iter([True])
     output = tmp_path / "run"
-    tuned(replace(request_for, model=str(own)), output, should_stop=lambda: next(asked))
-    (own / "model.safetensors").touch()
-    with pytest.raises(UsageError, match=r"the model .*own is not what it was"):
-        resumed(output)
+    tuned(replace(request_for, model=str(own)), output, should_stop=lambda: True)
+    tensors, template = own / "model.safetensors", own / "chat_template.jinja"
+    for path in (tensors, template):
+        whole, times = path.read_bytes(), path.stat()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(UsageError, match=rf"the model .*own is not what it was .*: {path.name} has changed"):
+            resumed(output)
+        path.write_bytes(whole)
+        path.touch()
+    (own / "README.md").write_text("Of no consequence.")
+    assert resumed(output).end is End.DONE
+
+
+def test_a_run_goes_on_from_another_folder(
+    request_for: TuneRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_model(tmp_path / "models" / "own")
+    write_chats(tmp_path / "facts.jsonl", *FACTS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    named = replace(request_for, model="models/own", files=(Path("facts.jsonl"),), validation_file=Path("facts.jsonl"))
+    tuned(named, tmp_path / "whole")
+    tuned(named, tmp_path / "run", should_stop=lambda: True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resumed(tmp_path / "run", model=str(tmp_path / "models" / "own")).end is End.DONE
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
+    assert "base_model: models/own" in (tmp_path / "run" / "README.md").read_text()
 
 
 # --- what cannot begin ------------------------------------------------------------------------------------------

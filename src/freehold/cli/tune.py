@@ -125,7 +125,7 @@ def command(
         int | None, typer.Option(help="Write a checkpoint every so many steps.", show_default=_TENTH)
     ] = _LOOP.save_steps,
     save_total_limit: Annotated[
-        int, typer.Option(help="Keep so many checkpoints, and the best.")
+        int, typer.Option(help="Keep so many checkpoints, the best, and the last good one.")
     ] = _LOOP.save_total_limit,
     patience: Annotated[
         int | None, typer.Option(help="Stop when the validation loss has not fallen so many times.")
@@ -224,6 +224,7 @@ def command(
             "targets": [list(each) for each in lora.targets],
             "train": list(full.train),
             **{name: context.params[name] for name in _AS_THEY_ARE},
+            "model": run.model_location(model),
         }
         request = run.resumed_request(resume, {name: asked[name] for name in _given(context)})
     folder = output if resume is None else resume
@@ -237,10 +238,11 @@ def command(
     assert folder is not None
     plan = prepared.plan()
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), terminal.gib(free_memory(prepared.policy)))
-    if resume is None:
-        run.new_run(prepared, folder)
-    else:
-        run.check_unchanged(prepared, folder)
+    with terminal.progress_bars() as progress:
+        if resume is None:
+            run.new_run(prepared, folder, progress)
+        else:
+            run.check_unchanged(prepared, folder, progress)
     with _stops() as should_stop, tuning_screen(prepared) as screen:
         reports = [screen.report]
         if tensorboard:

@@ -26,6 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class _Known(NamedTuple):
     adapter: Adapter | PackedAdapter
     digest: str
+    harmony: bool | None
 
 
 class Adapters:
@@ -58,7 +59,7 @@ class Adapters:
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Raises UsageError as `check_name` does."""
-        known = _Known(pack_adapter(adapter) if self._packed else adapter, _digest(adapter))
+        known = _Known(pack_adapter(adapter) if self._packed else adapter, _digest(adapter), adapter.harmony)
         with self._adding:
             self.check_name(name)
             self._known = {**self._known, name: known}
@@ -66,6 +67,10 @@ class Adapters:
     def digest(self, name: str | None) -> str:
         """Of everything that an adapter computes with; empty for the model as it is."""
         return "" if name is None else self._known[name].digest
+
+    def harmony(self, name: str | None) -> bool | None:
+        """Whether an adapter learnt from chats in Harmony; None where nothing says, and for the model as it is."""
+        return None if name is None or name not in self._known else self._known[name].harmony
 
     def of_step(self, works: Sequence[Work], device: torch.device) -> LayerAdapters | None:
         """What the forward pass of a step asks."""

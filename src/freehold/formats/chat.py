@@ -120,7 +120,7 @@ def choose(
     """
     stops = frozenset(stop_ids)
     if harmony is None:
-        harmony = START in template and MESSAGE in template if template is not None else speaks_harmony(tokenizer)
+        harmony = speaks_of_harmony(template) if template is not None else speaks_harmony(tokenizer)
     if harmony:
         return HarmonyFormat(tokenizer, system=system or SystemContent(), more_stop_ids=stops)
     if template is None:
@@ -133,6 +133,11 @@ def choose(
             "nothing says which token ends this model's replies; name it as eos_token_id in its generation_config.json"
         )
     return TemplateFormat(tokenizer, ChatTemplate(template, variables=variables), stop_ids=stops)
+
+
+def speaks_of_harmony(template: str) -> bool:
+    """Whether a chat template writes Harmony."""
+    return START in template and MESSAGE in template
 
 
 # --- Harmony ------------------------------------------------------------------------------------------------

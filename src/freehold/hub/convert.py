@@ -1,11 +1,13 @@
 """Rewrite a model in another published layout or expert format, whole or not at all."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout
 from freehold.disk import new_folder, write_bytes
 from freehold.errors import CheckpointError
+from freehold.formats.chat import speaks_of_harmony
 from freehold.hub.folder import SIDE_FILES
 from freehold.log import Progress, no_progress
 from freehold.weights.layouts import (
@@ -62,8 +64,9 @@ def write_folder(
             write_bytes(folder / name, content)
 
 
-def side_files(source: Path) -> dict[str, bytes]:
-    """What belongs to a model besides config.json and tensors: tokeniser, template, licence."""
+def side_files(source: Path, *, harmony: bool | None = None) -> dict[str, bytes]:
+    """What belongs to a model besides config.json and tensors: tokeniser, template, licence. Of one that has learnt
+    `harmony` since, no template that says otherwise: without one, the vocabulary says how it chats."""
     contents = {}
     for path in (source / name for name in SIDE_FILES):
         try:
@@ -71,4 +74,15 @@ def side_files(source: Path) -> dict[str, bytes]:
                 contents[path.name] = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    if harmony:
+        _drop_other_template(contents)
     return contents
+
+
+def _drop_other_template(contents: dict[str, bytes]) -> None:
+    if not speaks_of_harmony(contents.get("chat_template.jinja", b"").decode("utf-8", "replace")):
+        contents.pop("chat_template.jinja", None)
+    config = json.loads(contents.get("tokenizer_config.json", b"{}"))
+    if "chat_template" in config and not speaks_of_harmony(json.dumps(config["chat_template"])):
+        del config["chat_template"]
+        contents["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()

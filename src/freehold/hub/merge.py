@@ -38,7 +38,8 @@ def merge(
 ) -> Touched:
     """Write the model in `source` with the adapter in `adapter` folded in to the new folder `destination`.
 
-    `experts` None keeps their format. Raises what `read_peft` raises, and UnsupportedError where the layout cannot
+    `experts` None keeps their format. With an adapter that learnt Harmony, a template for something else stays behind.
+    Raises what `read_peft` raises, and UnsupportedError where the layout cannot
     express the model.
     """
     checkpoint = open_checkpoint(source)
@@ -59,7 +60,7 @@ def merge(
         destination,
         layout=layout,
         experts=experts,
-        side_files=_side_files(source, adapter),
+        side_files=_side_files(source, adapter, factors.harmony),
         progress=progress,
     )
     return weights.touched()
@@ -91,8 +92,8 @@ def _hub_name(part: str) -> str:
     return part.rpartition("--")[2].lower() if part.startswith("models--") else ""
 
 
-def _side_files(source: Path, adapter: Path) -> dict[str, bytes]:
-    files = side_files(source)
+def _side_files(source: Path, adapter: Path, harmony: bool | None) -> dict[str, bytes]:
+    files = side_files(source, harmony=harmony)
     if _CARD in files:
         note = f"\n\n**Merged.** `freehold merge` folded the adapter `{adapter.absolute().name}` into these weights.\n"
         files[_CARD] += note.encode()

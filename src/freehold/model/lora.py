@@ -119,7 +119,8 @@ def adapter_bytes(config: ModelConfig, spec: AdapterSpec, dtype: torch.dtype) ->
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Adapter:
     """Trained or trainable factors for a model of these sizes, all of one type and on one device. A `dithered` one was
-    trained on weights that had it in them by mxfp4.pack_dithered: that is how it is to be merged.
+    trained on weights that had it in them by mxfp4.pack_dithered: that is how it is to be merged. `harmony` is whether
+    the chats that it learnt from were written in Harmony or by the model's template; None where nothing says.
 
     Raises UsageError where factors are missing, surplus or of another shape than spec and model ask for.
     """
@@ -128,6 +129,7 @@ class Adapter:
     spec: AdapterSpec
     factors: Mapping[str, Factors]
     dithered: bool = False
+    harmony: bool | None = None
 
     def __post_init__(self) -> None:
         shapes = factor_shapes(self.config, self.spec)
@@ -173,6 +175,7 @@ def new_adapter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     dithered: bool = False,
+    harmony: bool | None = None,
 ) -> Adapter:
     """An adapter that changes nothing yet: A uniform in ±1/√I as PEFT draws it, B zero.
 
@@ -187,7 +190,7 @@ def new_adapter(
             a.to(dtype=dtype, device=device).requires_grad_(), torch.zeros(b_shape, dtype=dtype, device=device)
         )
         factors[name].b.requires_grad_()
-    return Adapter(config=config, spec=spec, factors=factors, dithered=dithered)
+    return Adapter(config=config, spec=spec, factors=factors, dithered=dithered, harmony=harmony)
 
 
 def delta(x_SI: Tensor, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:

@@ -73,8 +73,10 @@ _REFUSED = {
 }
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-# In the tensors' file, of which every reader but this one ignores it.
+# In the tensors' file, of which every reader but this one ignores them.
 _DITHERED = {"freehold_merge": "dithered"}
+_CHAT_FORMAT = "freehold_chat_format"
+_CHAT_FORMATS = {True: "harmony", False: "template"}
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d{1,5})\.([a-z_.]+)\.lora_([AB])\.weight")
 
@@ -96,7 +98,7 @@ def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None =
     raw = _config_json(adapter, base_model)
     specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
     with new_file(folder / TENSOR_FILE) as file:
-        file.write(header_bytes(specs, {"format": "pt"} | (_DITHERED if adapter.dithered else {})))
+        file.write(header_bytes(specs, {"format": "pt"} | _metadata(adapter)))
         for _ in write_data(file, specs):
             pass
     write_text(folder / CONFIG_FILE, json.dumps(raw, indent=2) + "\n")
@@ -106,6 +108,11 @@ def check_storable(config: ModelConfig, spec: AdapterSpec) -> None:
     """Raises UnsupportedError for an adapter that PEFT cannot hold: better before it is trained."""
     if config.num_experts == 1 and any(name.endswith(EXPERT_KINDS) for name in spec.targets):
         raise UnsupportedError("PEFT cannot adapt the experts of a model that has one; leave gate_up and down out")
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    said = dict(_DITHERED) if adapter.dithered else {}
+    return said if adapter.harmony is None else said | {_CHAT_FORMAT: _CHAT_FORMATS[adapter.harmony]}
 
 
 def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
@@ -214,7 +221,14 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
     factors = {
         name: _canonical(path, name, stored[place], *shapes[name], dtype) for name, place in found.places.items()
     }
-    return Adapter(config=config, spec=found.spec, factors=factors, dithered=_is_dithered(path))
+    said = _read_metadata(path)
+    return Adapter(
+        config=config,
+        spec=found.spec,
+        factors=factors,
+        dithered=_DITHERED.items() <= said.items(),
+        harmony={word: harmony for harmony, word in _CHAT_FORMATS.items()}.get(said.get(_CHAT_FORMAT, "")),
+    )
 
 
 def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:
@@ -350,10 +364,9 @@ def _placed(path: Path, names: Iterable[str]) -> dict[tuple[int, str], dict[str,
     return placed
 
 
-def _is_dithered(path: Path) -> bool:
+def _read_metadata(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    return _DITHERED.items() <= metadata.items()
+        return file.metadata() or {}
 
 
 def _read_config(path: Path) -> _PeftConfig:

@@ -321,6 +321,10 @@ class Model:
         done = answer(served, _ask(messages, described, options), ours)
         return "".join(message.text for message in done.messages if message.channel == "final")
 
+    def _harmony(self, options: ChatOptions) -> bool | None:
+        asked = options.get("harmony")
+        return self.adapter_set.harmony(options.get("adapter")) if asked is None else asked
+
     def stream_chat(
         self,
         messages: Conversation | Sequence[Mapping[str, Any]],
@@ -332,14 +336,15 @@ class Model:
 
         `tools` are those of OpenAI's chat API. `reasoning_effort` (low, medium, high) is for models that speak Harmony;
         the others refuse it. `harmony` makes a model speak Harmony whose template says otherwise, if it has the control
-        tokens. Harmony's structure is enforced by a `grammar`, which also keeps to the `choices`. An answer ends before
-        the first of the `stop` strings. The other options are what `generate` takes.
+        tokens; where it is left out, an adapter that says what it learnt speaks that. Harmony's structure is enforced
+        by a `grammar`, which also keeps to the `choices`. An answer ends before the first of the `stop` strings. The
+        other options are what `generate` takes.
         """
         ask = _ask(messages, tools, options)
         generation = prepare_now(
             self.prompting,
             ask,
-            harmony=options.get("harmony"),
+            harmony=self._harmony(options),
             grammar=options.get("grammar", True),
             adapter=options.get("adapter"),
         )

@@ -49,7 +49,8 @@ class AsyncRunner(Protocol):
 class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
     template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with; `add_adapter`
-    gives the running model one more, by a name and from a folder, and is None for what can have none."""
+    gives the running model one more, by a name and from a folder, and is None for what can have none. `harmony_of` is
+    what an adapter was trained to speak, where something says so."""
 
     name: str
     prompting: Prompting
@@ -58,11 +59,14 @@ class Served:
     grammar: bool = True
     adapter: str | None = None
     add_adapter: Callable[[str, Path], None] | None = None
+    harmony_of: Callable[[str], bool | None] = lambda name: None
 
     def with_adapter(self, name: str) -> "Served":
-        """The same model with one of its adapters. Raises UsageError for one that it does not have."""
+        """The same model with one of its adapters, which speaks as it was trained to where nobody has decided. Raises
+        UsageError for one that it does not have."""
         check_adapter(name, self.prompting.adapters)
-        return replace(self, adapter=name)
+        harmony = self.harmony_of(name) if self.harmony is None else self.harmony
+        return replace(self, adapter=name, harmony=harmony)
 
     @property
     def speaks_harmony(self) -> bool:
@@ -79,7 +83,8 @@ def serve_model(model: "Model", *, name: str, harmony: bool | None = None, gramm
     """A loaded model with an engine on a thread of its own, which runs until it is drained."""
     from freehold.engine.loop import AsyncEngine
 
-    if harmony and not _was_made_for_harmony(model.prompting):
+    tuned_for_it = any(model.adapter_set.harmony(each) for each in model.adapters)
+    if harmony and not tuned_for_it and not _was_made_for_harmony(model.prompting):
         logger.log(NOTICE, "%s was not made for Harmony: do not expect it to use tools well, or to reason", name)
     runner = AsyncEngine(model.new_engine())
     return Served(
@@ -89,6 +94,7 @@ def serve_model(model: "Model", *, name: str, harmony: bool | None = None, gramm
         harmony=harmony,
         grammar=grammar,
         add_adapter=model.add_adapter,
+        harmony_of=model.adapter_set.harmony,
     )
 
 

@@ -25,7 +25,8 @@ from freehold.weights.layouts import WeightTable
 
 class AdapterTuning:
     """The part of an objective (objective.py) that every way to train an adapter shares. `base_model` is the name that
-    PEFT may look for. For QAT, `table` are the checkpoint's own tensors."""
+    PEFT may look for, `harmony` whether its chats are written in that (model.lora.Adapter). For QAT, `table` are the
+    checkpoint's own tensors."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class AdapterTuning:
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        harmony: bool | None = None,
         table: WeightTable | None = None,
     ) -> None:
         self._transformer = transformer
@@ -42,7 +44,14 @@ class AdapterTuning:
         self._checkpointing = checkpointing
         self._base_model = base_model
         spec = adapter_spec(transformer.config, options)
-        self.adapter = new_adapter(transformer.config, spec, seed=seed, device=transformer.device, dithered=options.qat)
+        self.adapter = new_adapter(
+            transformer.config,
+            spec,
+            seed=seed,
+            device=transformer.device,
+            dithered=options.qat,
+            harmony=harmony,
+        )
         self._parameters = self.adapter.parameters
         self._nothing = _adding_nothing(self.adapter)
         self._folded: FoldedModel | None = None

@@ -82,6 +82,7 @@ class Truncations:
 @dataclass(slots=True, kw_only=True)
 class _Data:
     num_lines: int = 0
+    num_chats: int = 0
     truncations: Truncations = field(default_factory=Truncations)
 
 
@@ -124,6 +125,7 @@ def read_examples(
             return
         if chat_format is None:
             raise UnsupportedError("this model has no chat format; give plain text")
+        data.num_chats += 1
         for example in chat_examples(said, chat_format):
             if (kept := _cut(line, (example,), options, data.truncations)) is not None:
                 side.append(*kept)
@@ -141,6 +143,7 @@ def read_preferences(
 
     def take(line: Line, raw: Mapping[str, Any]) -> None:
         pair = preference_pair(read_preference(raw), chat_format)
+        data.num_chats += 1
         kept = _cut(line, pair, options, data.truncations)
         if kept is not None:
             (data.validation if _is_for_validation(raw, options) else data.training).append(Pair(*kept))

@@ -76,10 +76,17 @@ class DpoTuning(AdapterTuning):
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        harmony: bool | None = None,
         table: WeightTable | None = None,
     ) -> None:
         super().__init__(
-            transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model, table=table
+            transformer,
+            options,
+            seed=seed,
+            checkpointing=checkpointing,
+            base_model=base_model,
+            harmony=harmony,
+            table=table,
         )
         self._dpo = dpo
         self._data = data

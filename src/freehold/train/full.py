@@ -163,16 +163,16 @@ class FullTuning:
             matrix = self.expert(name, expert)
             out[expert] = mxfp4.unpack(matrix) if isinstance(matrix, Mxfp4Tensor) else matrix
 
-    def export(self, source: Path, destination: Path) -> None:
+    def export(self, source: Path, destination: Path, *, harmony: bool | None = None) -> None:
         """Write the model as a new folder that loads and serves, in Hugging Face's layout; `source` is the folder that
-        it was tuned from, whose tokeniser, template and licence go along."""
+        it was tuned from, whose tokeniser, template and licence go along; with `harmony`, no template of others."""
         write_folder(
             self._checkpoint,
             _Source(self),
             destination,
             layout=Layout.HF,
             experts=ExpertFormat.MXFP4 if self._checkpoint.config.supports_mxfp4 else ExpertFormat.BF16,
-            side_files=side_files(source),
+            side_files=side_files(source, harmony=harmony),
         )
 
     # --- checkpoints of the run ---------------------------------------------------------------------------------

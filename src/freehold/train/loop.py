@@ -2,10 +2,10 @@
 
 A step's rows, their order and the random numbers of dropout are functions of the seed and the step, never of what came
 before: a run that was killed goes on from its last checkpoint with the very losses of one that was not. What cannot go
-on (a loss that is no number, divergence, a full disk, no memory) ends with an error that names a checkpoint: the newest,
-where the run can go on from it, and else the last good one. Good is what measurements after it say: the checkpoint with
-the lowest validation loss, where that is no worse than the model's before; else the newest one whose weights gave the
-step after it a loss in line with the lowest so far.
+on (a loss that is no number, divergence, a full disk, no memory) ends with an error that names a checkpoint: the
+newest, where the run can go on from it, and else the last good one. Good is what measurements after it say: the
+checkpoint with the lowest validation loss, where that is no worse than the model's before; else the newest one whose
+weights gave the step after it a loss in line with the lowest so far.
 The loop knows objectives (objective.py) and nothing of models; called by run.py.
 """
 

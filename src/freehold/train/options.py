@@ -25,9 +25,10 @@ class LoopOptions:
     A step learns from `batch_size` rows of up to `max_length` tokens, computed one after another. `epochs` need not be
     whole; `max_steps` goes before them. The learning rate rises for `warmup_ratio` of the steps and falls along a
     cosine to `min_lr_ratio` of its height. Every `eval_steps` the validation loss is measured, every `save_steps` a
-    checkpoint written: None is ten times in all. The `save_total_limit` newest are kept, the best, and the last that is
-    known to be good (loop.py). Training stops early when the validation loss has not fallen for `patience` measurements; None is never. `checkpointing` computes
-    activations twice, to save memory: on, off, or auto, which is where they would not fit.
+    checkpoint written: None is ten times in all. The `save_total_limit` newest are kept, the best, and the last one
+    that is known to be good (loop.py). Training stops early when the validation loss has not fallen for `patience`
+    measurements; None is never. `checkpointing` computes activations twice, to save memory: on, off, or auto, which is
+    where they would not fit.
     """
 
     epochs: float = 1.0

@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -26,14 +26,15 @@ import torch
 from freehold import __version__, machine
 from freehold.config import ModelConfig
 from freehold.disk import check_space, exclusive, write_text, written_to
-from freehold.errors import CheckpointError, UnsupportedError, UsageError
+from freehold.errors import CheckpointError, FreeholdError, UnsupportedError, UsageError
 from freehold.formats import chat
-from freehold.formats.chat import ChatFormat
+from freehold.formats.chat import ChatFormat, HarmonyFormat
 from freehold.formats.conversation import SystemContent
 from freehold.formats.harmony.vocabulary import speaks_harmony
 from freehold.formats.tokenizer import Tokenizer
-from freehold.hub.find import find_model
+from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import ModelFolder, open_folder
+from freehold.kernels.kv import PAGE, num_pages
 from freehold.log import Progress, logger, no_progress
 from freehold.model.lora import AdapterSpec, factor_shapes
 from freehold.model.peft_files import check_storable
@@ -62,6 +63,11 @@ METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "curves.png"
 _FORMAT = 1
 _SECONDS_BETWEEN_CHARTS = 60.0
+_READ_BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+"""What of a model, besides config.json and tensors, decides what a run computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +119,7 @@ class TuneRequest:
     def to_json(self) -> dict[str, Any]:
         """For run.json."""
         raw = asdict(self)
+        raw["model"] = model_location(self.model)
         raw["files"] = [str(path.absolute()) for path in self.files]
         raw["validation_file"] = None if self.validation_file is None else str(self.validation_file.absolute())
         raw["lora"]["targets"] = [list(target) for target in self.lora.targets]
@@ -133,9 +140,15 @@ class TuneRequest:
         return cls(**fields)
 
 
+def model_location(name: str) -> str:
+    """A name, or the folder that it is, from wherever one looks."""
+    return str(Path(name).absolute()) if name != DEFAULT and Path(name).is_dir() else name
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A run that can begin, as far as one knows without the weights."""
+    """A run that can begin, as far as one knows without the weights. `harmony` is whether its chats are written in
+    Harmony, None where it has none."""
 
     request: TuneRequest
     folder: ModelFolder
@@ -145,6 +158,7 @@ class Prepared:
     spec: AdapterSpec | None
     row: RowShape
     rows_per_epoch: int
+    harmony: bool | None
     facts: Mapping[str, Any]
 
     @property
@@ -209,6 +223,7 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         spec=spec,
         row=_row_shape(data, rows, max_length),
         rows_per_epoch=len(rows),
+        harmony=isinstance(chat_format, HarmonyFormat) if data.num_chats else None,
         facts=_facts(request, folder, policy, data, spec),
     )
 
@@ -280,15 +295,22 @@ def _chat_format(folder: ModelFolder, tokenizer: Tokenizer, request: TuneRequest
 def _row_shape(data: TrainingData | PreferenceData, rows: Sequence[Sequence[int]], max_length: int) -> RowShape:
     lengths, of_validation = data.training.lengths, data.validation.lengths
     longest = max(sum(lengths[index] for index in indices) for indices in rows)
+
+    def paged(of_row: Iterable[int]) -> int:
+        return sum(num_pages(length) * PAGE for length in of_row)
+
     if isinstance(data, PreferenceData):
         answers = (data.training.chosen, data.training.rejected, data.validation.chosen, data.validation.rejected)
         return RowShape(
             tokens=max(longest, *of_validation, 0),
             example=max(length for examples in answers for length in examples.lengths),
+            paged=max(map(paged, zip(data.training.chosen.lengths, data.training.rejected.lengths, strict=True))),
         )
     return RowShape(
         tokens=max(longest, min(max_length, sum(of_validation))),
         example=max([*lengths, *of_validation]),
+        # The row with the most tokens need not be the one with the most pages. Validation keeps none.
+        paged=max(paged(lengths[index] for index in indices) for indices in rows),
     )
 
 
@@ -307,7 +329,7 @@ def _facts(
         "method": request.method,
         "freehold": __version__,
         "torch": torch.__version__,
-        "model": {"name": request.model, "fingerprint": source_fingerprint(checkpoint)},
+        "model": {"name": request.model},
         "data": {
             "files": [_file_facts(path) for path in request.files],
             "validation_files": [_file_facts(path) for path in validation],
@@ -331,6 +353,19 @@ def _num_parameters(request: TuneRequest, checkpoint: Checkpoint, spec: AdapterS
     return sum(math.prod(a) + math.prod(b) for a, b in factor_shapes(checkpoint.config, spec).values())
 
 
+def _model_facts(folder: ModelFolder, progress: Progress) -> dict[str, Any]:
+    """By what is in its files, whenever and wherever they were written: those that decide what it computes."""
+    tensors = {info.file for info in folder.checkpoint.files.infos.values()}
+    others = (folder.path / name for name in ("config.json", *_READ_BESIDE))
+    paths = sorted({*tensors, *(path for path in others if path.is_file())})
+    facts = []
+    for number, path in enumerate(paths):
+        progress("checking the model", number, len(paths))
+        facts.append(_file_facts(path))
+    progress("checking the model", len(paths), len(paths))
+    return {"files": facts}
+
+
 def _file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -340,12 +375,14 @@ def _file_facts(path: Path) -> dict[str, Any]:
 # --- a run's folder ---------------------------------------------------------------------------------------------
 
 
-def new_run(prepared: Prepared, output: Path) -> None:
+def new_run(prepared: Prepared, output: Path, progress: Progress = no_progress) -> None:
     """Make the folder of a run that begins. Raises UsageError where there is something already."""
     check_new(output)
+    facts = dict(prepared.facts)
+    facts["model"] = facts["model"] | _model_facts(prepared.folder, progress)
     with written_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    write_text(output / RUN_FILE, json.dumps(prepared.facts, indent=2) + "\n")
+    write_text(output / RUN_FILE, json.dumps(facts, indent=2) + "\n")
 
 
 def check_new(output: Path) -> None:
@@ -393,8 +430,9 @@ def recorded_request(output: Path) -> TuneRequest | None:
     return TuneRequest.from_json(facts["request"]) if facts.get("format") == _FORMAT else None
 
 
-def check_unchanged(prepared: Prepared, output: Path) -> None:
-    """Raises UsageError where data or model are not those that the run in this folder began with."""
+def check_unchanged(prepared: Prepared, output: Path, progress: Progress = no_progress) -> None:
+    """Raises UsageError where data or model are not those that the run in this folder began with: by what they hold, so
+    that copies will do."""
     before = read_json(output / RUN_FILE)
     now = prepared.facts
     for kind in ("files", "validation_files"):
@@ -404,10 +442,10 @@ def check_unchanged(prepared: Prepared, output: Path) -> None:
                     f"{new['name']} is not what it was when {output} began (SHA-256 {new['sha256'][:12]}…, then "
                     f"{old['sha256'][:12]}…); bring it back, or begin anew with another --output"
                 )
-    if before["model"] != now["model"]:
+    if (changed := _changed_file(before["model"], prepared.folder, progress)) is not None:
         raise UsageError(
-            f"the model {now['model']['name']} is not what it was when {output} began; bring it back, or begin anew "
-            "with another --output"
+            f"the model {now['model']['name']} is not what it was when {output} began: {changed} has changed; bring it "
+            "back, or begin anew with another --output"
         )
     if before["data"] != now["data"]:
         raise UsageError(f"the files of {output} are read in another way by now; begin anew with another --output")
@@ -417,6 +455,16 @@ def check_unchanged(prepared: Prepared, output: Path) -> None:
                 "%s was %r when %s began, and is %r: it goes on, but not to the last bit as it would have",
                 name, before[name], output, now[name],
             )  # fmt: skip
+
+
+def _changed_file(before: Mapping[str, Any], folder: ModelFolder, progress: Progress) -> str | None:
+    """The name of one, if any."""
+    if "files" not in before:  # a run that began when names, sizes and times were what it kept
+        return None if before["fingerprint"] == source_fingerprint(folder.checkpoint) else "one of its files"
+    then, now = (
+        {each["name"]: each for each in files} for files in (before["files"], _model_facts(folder, progress)["files"])
+    )
+    return min((name for name in {**then, **now} if then.get(name) != now.get(name)), default=None)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -437,12 +485,15 @@ def train(
     """
     request = prepared.request
     plan = prepared.plan()
+    run = read_json(output / RUN_FILE)
     with exclusive(output / RUN_FILE, wait=False), _torch_threads(prepared.policy):
         per_checkpoint = 3 * plan.factors
-        check_space(output / RUN_FILE, (request.loop.save_total_limit + 2) * per_checkpoint)
+        check_space(output / RUN_FILE, (request.loop.save_total_limit + 3) * per_checkpoint)
         if plan.checkpointing:
             machine.return_large_memory()
-        objective = _objective(prepared, checkpointing=plan.checkpointing, progress=progress)
+        # As it was typed in the beginning, from wherever the run goes on.
+        base_model = run["model"]["name"]
+        objective = _objective(prepared, base_model, checkpointing=plan.checkpointing, progress=progress)
 
         drawn = time.monotonic()
 
@@ -465,18 +516,25 @@ def train(
             best = outcome.state.best_step
             step = outcome.state.step if best is None else best
             name = output.absolute().name
-            write_text(output / "README.md", model_card(name, prepared.facts, outcome.state, result_step=step))
+            write_text(output / "README.md", model_card(name, run, outcome.state, result_step=step))
             if isinstance(objective, FullTuning):
-                objective.export(prepared.folder.path, output / MODEL_FOLDER)
+                objective.export(prepared.folder.path, output / MODEL_FOLDER, harmony=prepared.harmony)
             else:
                 objective.save(output)
 
-        outcome = loop.run(finish)
+        try:
+            outcome = loop.run(finish)
+        except Exception:
+            with suppress(FreeholdError, OSError):  # what went wrong is told; that there is no chart may have its cause
+                _draw(output)
+            raise
         _draw(output)
         return outcome
 
 
-def _objective(prepared: Prepared, *, checkpointing: bool, progress: Progress) -> LoraTuning | DpoTuning | FullTuning:
+def _objective(
+    prepared: Prepared, base_model: str, *, checkpointing: bool, progress: Progress
+) -> LoraTuning | DpoTuning | FullTuning:
     request, data = prepared.request, prepared.data
     if request.method == "full":
         assert isinstance(data, TrainingData)
@@ -500,7 +558,8 @@ def _objective(prepared: Prepared, *, checkpointing: bool, progress: Progress) -
             data,
             seed=request.loop.seed,
             checkpointing=checkpointing,
-            base_model=request.model,
+            base_model=base_model,
+            harmony=prepared.harmony,
             table=table,
         )
     return LoraTuning(
@@ -510,7 +569,7 @@ def _objective(prepared: Prepared, *, checkpointing: bool, progress: Progress) -
         max_length=request.loop.max_length,
         seed=request.loop.seed,
         checkpointing=checkpointing,
-        base_model=request.model,
+        base_model=base_model,
         table=table,
     )
 

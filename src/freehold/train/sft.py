@@ -53,10 +53,17 @@ class LoraTuning(AdapterTuning):
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
+        harmony: bool | None = None,
         table: WeightTable | None = None,
     ) -> None:
         super().__init__(
-            transformer, options, seed=seed, checkpointing=checkpointing, base_model=base_model, table=table
+            transformer,
+            options,
+            seed=seed,
+            checkpointing=checkpointing,
+            base_model=base_model,
+            harmony=harmony,
+            table=table,
         )
         self._data = data
         self._max_length = max_length
