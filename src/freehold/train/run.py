@@ -309,8 +309,8 @@ def _facts(
         "torch": torch.__version__,
         "model": {"name": request.model, "fingerprint": source_fingerprint(checkpoint)},
         "data": {
-            "files": [_file_facts(path) for path in request.files],
-            "validation_files": [_file_facts(path) for path in validation],
+            "files": [file_facts(path) for path in request.files],
+            "validation_files": [file_facts(path) for path in validation],
             "examples": len(data.training),
             "tokens": data.training.num_tokens,
             "targets": data.training.num_targets,
@@ -331,7 +331,7 @@ def _num_parameters(request: TuneRequest, checkpoint: Checkpoint, spec: AdapterS
     return sum(math.prod(a) + math.prod(b) for a, b in factor_shapes(checkpoint.config, spec).values())
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"name": path.name, "bytes": file.tell(), "sha256": digest}
@@ -393,17 +393,35 @@ def recorded_request(output: Path) -> TuneRequest | None:
     return TuneRequest.from_json(facts["request"]) if facts.get("format") == _FORMAT else None
 
 
+def check_held_out(prepared: Prepared, output: Path) -> None:
+    """Raises UsageError where what is held out is not what the run in this folder held out: its file has changed, or
+    the files that it was a share of; or they are read in another way by now."""
+    before, now = read_json(output / RUN_FILE)["data"], prepared.facts["data"]
+    kind = "files" if prepared.request.validation_file is None else "validation_files"
+    otherwise = "name a file with --measure"
+    _check_files(before[kind], now[kind], output, otherwise)
+    for name in ("validation_examples", "validation_targets"):
+        if before[name] != now[name]:
+            raise UsageError(f"what {output} held out is read in another way by now; {otherwise}")
+
+
+def _check_files(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], output: Path, otherwise: str
+) -> None:
+    for old, new in zip(before, now, strict=True):
+        if old != new:
+            raise UsageError(
+                f"{new['name']} is not what it was when {output} began (SHA-256 {new['sha256'][:12]}…, then "
+                f"{old['sha256'][:12]}…); bring it back, or {otherwise}"
+            )
+
+
 def check_unchanged(prepared: Prepared, output: Path) -> None:
     """Raises UsageError where data or model are not those that the run in this folder began with."""
     before = read_json(output / RUN_FILE)
     now = prepared.facts
     for kind in ("files", "validation_files"):
-        for old, new in zip(before["data"][kind], now["data"][kind], strict=True):
-            if old != new:
-                raise UsageError(
-                    f"{new['name']} is not what it was when {output} began (SHA-256 {new['sha256'][:12]}…, then "
-                    f"{old['sha256'][:12]}…); bring it back, or begin anew with another --output"
-                )
+        _check_files(before["data"][kind], now["data"][kind], output, "begin anew with another --output")
     if before["model"] != now["model"]:
         raise UsageError(
             f"the model {now['model']['name']} is not what it was when {output} began; bring it back, or begin anew "
