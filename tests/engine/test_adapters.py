@@ -195,7 +195,7 @@ def test_where_factors_are_not_packed_results_agree_within_rounding(
 
 def _num_packed() -> int:
     gc.collect()
-    return sum(isinstance(each, PackedAdapter) for each in gc.get_objects())
+    return sum(type(each) is PackedAdapter for each in gc.get_objects())
 
 
 @needs_native

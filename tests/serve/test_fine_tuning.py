@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from freehold.errors import CheckpointError, OutOfMemoryError, StoreError
 from freehold.formats.conversation import Conversation
 from freehold.serve.caller import Caller
+from freehold.serve.threads import Threads
 from freehold.serve.tuning.models import TunedModels
 from freehold.session.generation import Ask
+from freehold.session.store.records import ModelRecord
 from tests.serve.sdk import check
 from tests.serve.tuned import DONE, LINES, STARTED, WELL, Tuned, run, step
 
@@ -553,6 +556,45 @@ def test_a_bug_fails_its_job_and_the_queue_goes_on(tmp_path: Path, monkeypatch: 
         assert (await server.ended((await jobs.create(model="default", training_file=training)).id))["error"] is None
 
     with_server(tmp_path, use)
+
+
+def test_models_can_be_forgotten_while_they_are_listed(tmp_path: Path) -> None:
+    """Jobs are forgotten on another thread: here it has its turn at the worst moment."""
+
+    class Alice(str):
+        def __eq__(self, other: object) -> bool:
+            models.delete("first")
+            return other.__eq__(str(self)) is True
+
+        __hash__ = str.__hash__
+
+    record = ModelRecord(name="first", place="", owner="alice", job_id="", step=None, created_at=0.0, model={})
+    models = TunedModels(tmp_path, Threads("tuning", 1), None)
+    models.take([record, replace(record, name="second")])
+    assert [found.name for found in models.of(Alice("alice"))] == ["first", "second"]
+    assert [found.name for found in models.of("alice")] == ["second"]
+    assert models.is_tuned("first") and models.find("first", "alice") is None
+
+
+def test_a_job_is_cancelled_in_every_state_but_the_last(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        validating = await jobs.create(model="default", training_file=training)
+        await server.waits(validating.id)
+        assert (await jobs.retrieve(validating.id)).status == "validating_files"
+        assert (await jobs.cancel(validating.id)).status == "cancelled"
+        for lines, status in ((WELL, "succeeded"), (({"exit": 1},), "failed")):
+            _say(server, lines)
+            ended = await server.ended((await jobs.create(model="default", training_file=training)).id)
+            with pytest.raises(BadRequestError, match=f"has ended already: it has {status}"):
+                await jobs.cancel(ended["id"])
+            assert (await jobs.retrieve(ended["id"])).status == status
+            told = [said.message async for said in jobs.list_events(ended["id"])]
+            assert "The job was cancelled" not in told
+        with pytest.raises(NotFoundError):
+            await jobs.cancel("ftjob-x")
+
+    with_server(tmp_path, use, {"wait": True})
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ when the last answer by it is complete.
 """
 
 import asyncio
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -45,7 +46,8 @@ class TunedModels:
     ) -> None:
         self._root, self._threads, self._most_held = root, threads, most_held
         self._add_adapter, self._remove_adapter = add_adapter, remove_adapter
-        self._records: dict[str, ModelRecord] = {}
+        self._records: dict[str, ModelRecord] = {}  # never changed, only replaced: jobs are forgotten on a thread
+        self._changing = threading.Lock()
         self._held: dict[str, weakref.ref[Hold]] = {}  # the one that was asked for last is the last
         self._deleted: set[str] = set()
         self._loading = asyncio.Lock()
@@ -54,7 +56,8 @@ class TunedModels:
 
     def take(self, records: Sequence[ModelRecord]) -> None:
         """These are there, as the store has it."""
-        self._records |= {record.name: record for record in records}
+        with self._changing:
+            self._records = self._records | {record.name: record for record in records}
 
     def of(self, owner: str) -> list[ModelRecord]:
         """An owner's models without checkpoints, the oldest first."""
@@ -86,9 +89,12 @@ class TunedModels:
 
     def delete(self, name: str) -> None:
         """Nobody's any more."""
-        if self._records.pop(name, None) is not None:
-            self._deleted.add(name)
-            self._soon_let_go()
+        with self._changing:
+            if name not in self._records:
+                return
+            self._deleted.add(name)  # first: at no time is it the operator's
+            self._records = {other: record for other, record in self._records.items() if other != name}
+        self._soon_let_go()
 
     async def _load(self, add_adapter: AddAdapter, name: str, folder: Path) -> Hold:
         async with self._loading:

@@ -343,9 +343,8 @@ class Tuning:
         model = self._model(record, output)
         name = f"{record.job['model']}:{model.name}"
         events = [event(f"New fine-tuned model created: {name}", time.time())]
-        hold = None
         try:
-            hold = await self.models.load(model.name, output)
+            await self.models.load(model.name, output)
         except (CheckpointError, ModelNotFoundError, UnsupportedError) as error:
             logger.warning("the result of the fine-tuning job %s cannot be loaded: %s", record.id, error)
             await self._fail(
@@ -370,7 +369,6 @@ class Tuning:
         self.models.take([model])  # before anybody is told of it
         events.append(event("The job has successfully completed", time.time()))
         await self._end(record, done, events, models=[model])
-        del hold
 
     async def _results(self, record: JobRecord, output: Path) -> FileRecord | None:
         """The losses by step, as a file of the owner's; None where it cannot be written: that loses no training."""
