@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from freehold.cli.main import app
-from freehold.errors import FreeholdError, TrainingDataError, UsageError
+from freehold.errors import CheckpointError, FreeholdError, TrainingDataError, UsageError
 from freehold.weights import mxfp4
 from freehold.weights.gguf import GgufFile
 from freehold.weights.layouts import open_checkpoint
@@ -94,6 +95,26 @@ def test_what_a_run_held_out_is_not_measured_on_once_its_file_has_changed(
         invoke("merge", model, run, tmp_path / "merged", "--measure", chats)  # which says what it is
     finally:
         chats.write_bytes(before)
+
+
+def test_what_a_foreign_folder_says_of_its_run_is_not_trusted(
+    model: Path, run: Path, chats: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run, foreign)
+    facts = json.loads((run / "run.json").read_text())
+    for damaged in (
+        {"format": 1},
+        {"format": 1, "request": []},
+        {**facts, "request": {**facts["request"], "files": 7}},
+        {**facts, "request": {**facts["request"], "loop": {"no_such_option": 1}}},
+        {**facts, "data": None},
+        {**facts, "data": {**facts["data"], "files": []}},
+    ):
+        (foreign / "run.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=r"run.json is not what `freehold tune` writes"):
+            invoke("merge", model, foreign, tmp_path / "merged")
+        assert [path.name for path in tmp_path.iterdir()] == ["foreign"]
 
 
 def test_of_a_gguf_file_what_is_in_it_is_measured(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:

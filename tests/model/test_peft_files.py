@@ -157,6 +157,11 @@ def _rename(old: str, new: str) -> Callable[[Path], None]:
     return _tensors(renamed)
 
 
+def write_header(path: Path, header: dict[str, Any]) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSALS: dict[str, tuple[Callable[[Path], object], type[FreeholdError], str]] = {
     "DoRA": (_config(use_dora=True), UnsupportedError, "DoRA"),
@@ -207,6 +212,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], type[FreeholdError], str]] =
         lambda folder: (folder / TENSOR_FILE).write_bytes((1 << 26).to_bytes(8, "little")),
         CheckpointError,
         "header",
+    ),
+    "a shape beyond all numbers": (
+        lambda folder: write_header(
+            folder / TENSOR_FILE,
+            {f"{Q}.lora_A.weight": {"dtype": "F32", "shape": [10**4000] * 1000, "data_offsets": [0, 0]}},
+        ),
+        CheckpointError,
+        "malformed header entry",
     ),
     "a layer under two names": (
         _tensors(lambda t: t.update({name.replace("layers.0", "layers.00"): t[name].clone() for name in list(t)})),

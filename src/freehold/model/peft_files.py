@@ -226,6 +226,13 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
     return Adapter(config=config, spec=found.spec, factors=factors, dithered=_is_dithered(path))
 
 
+def base_model_of(folder: Path) -> str | None:
+    """What an adapter says it was trained on; None where it says nothing. Raises CheckpointError."""
+    path = folder / CONFIG_FILE
+    named = read_json(path, most_bytes=_MOST_CONFIG_BYTES).get("base_model_name_or_path") if path.is_file() else None
+    return named if isinstance(named, str) and named else None
+
+
 def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:
     """What an adapter targets, from its config and the names of its tensors; raises what `read_peft` does of that."""
     return _found(folder, _tensor_file(folder), config).spec

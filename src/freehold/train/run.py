@@ -26,7 +26,7 @@ import torch
 from freehold import __version__, machine
 from freehold.config import ModelConfig
 from freehold.disk import check_space, exclusive, write_text, written_to
-from freehold.errors import CheckpointError, UnsupportedError, UsageError
+from freehold.errors import CheckpointError, FreeholdError, UnsupportedError, UsageError
 from freehold.formats import chat
 from freehold.formats.chat import ChatFormat
 from freehold.formats.conversation import SystemContent
@@ -61,6 +61,7 @@ MODEL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "curves.png"
 _FORMAT = 1
+_MOST_RUN_BYTES = 16 << 20
 _SECONDS_BETWEEN_CHARTS = 60.0
 
 
@@ -387,21 +388,37 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
 
 def recorded_request(output: Path) -> TuneRequest | None:
     """What the run in a folder was asked for, for whoever measures its adapter on the same data. None where no run says
-    so, or one of another version."""
+    so, or one of another version. Raises CheckpointError where what says so is damaged: adapters come from anywhere."""
     path = output / RUN_FILE
-    facts = read_json(path) if path.is_file() else {}
-    return TuneRequest.from_json(facts["request"]) if facts.get("format") == _FORMAT else None
+    facts = read_json(path, most_bytes=_MOST_RUN_BYTES) if path.is_file() else {}
+    if facts.get("format") != _FORMAT:
+        return None
+    with _of_a_run(path):
+        return TuneRequest.from_json(facts["request"])
+
+
+@contextmanager
+def _of_a_run(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FreeholdError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not what `freehold tune` writes ({type(error).__name__}: {error!s:.80}); take it away, and "
+            "name a file with --measure"
+        ) from None
 
 
 def check_held_out(prepared: Prepared, output: Path) -> None:
     """Raises UsageError where what is held out is not what the run in this folder held out: its file has changed, or
     the files that it was a share of; or they are read in another way by now."""
-    before, now = read_json(output / RUN_FILE)["data"], prepared.facts["data"]
+    now, otherwise = prepared.facts["data"], "name a file with --measure"
     kind = "files" if prepared.request.validation_file is None else "validation_files"
-    otherwise = "name a file with --measure"
-    _check_files(before[kind], now[kind], output, otherwise)
-    for name in ("validation_examples", "validation_targets"):
-        if before[name] != now[name]:
+    with _of_a_run(output / RUN_FILE):
+        before = read_json(output / RUN_FILE, most_bytes=_MOST_RUN_BYTES)["data"]
+        _check_files(before[kind], now[kind], output, otherwise)
+        if any(before[name] != now[name] for name in ("validation_examples", "validation_targets")):
             raise UsageError(f"what {output} held out is read in another way by now; {otherwise}")
 
 

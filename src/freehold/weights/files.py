@@ -39,6 +39,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST_DIMENSIONS = 16  # of a tensor: a product of more, and larger, numbers than any has could take for ever
 _REMEDY = "download or copy it again"
 
 
@@ -227,7 +228,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInf
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
-        sound = all(isinstance(n, int) and n >= 0 for n in numbers) and begin <= end and isinstance(dtype_name, str)
+        sound = all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers) and len(shape) <= _MOST_DIMENSIONS
+        sound = sound and begin <= end and isinstance(dtype_name, str)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
