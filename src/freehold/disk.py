@@ -199,10 +199,10 @@ def remove_abandoned(destination: Path, *, settled: float = _SETTLED) -> int:
     return freed
 
 
-def remove_all_abandoned(folder: Path) -> int:
+def remove_all_abandoned(folder: Path, *, settled: float = _SETTLED) -> int:
     """`remove_abandoned` for every name in a folder."""
     names = {left.name[1:].rpartition(".")[0] for left in unfinished_in(folder)}
-    return sum(remove_abandoned(folder / name) for name in sorted(names))
+    return sum(remove_abandoned(folder / name, settled=settled) for name in sorted(names))
 
 
 def unfinished_in(folder: Path) -> list[Path]:

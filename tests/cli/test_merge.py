@@ -1,6 +1,8 @@
 """`freehold merge`, from an adapter that `freehold tune` has made to models that need none."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from freehold.cli.main import app
-from freehold.errors import FreeholdError, TrainingDataError, UsageError
+from freehold.errors import CheckpointError, FreeholdError, TrainingDataError, UsageError
 from freehold.weights import mxfp4
 from freehold.weights.gguf import GgufFile
 from freehold.weights.layouts import open_checkpoint
@@ -61,6 +63,75 @@ def test_an_adapter_becomes_a_model_and_a_receipt_says_what_that_kept(model: Pat
     assert measured["adapter_loss"] < measured["base_loss"]
     assert measured["stored_share"] > 0.9
     assert f"{measured['stored_share']:.1%}" in shown
+
+
+def test_the_receipt_says_by_hashes_what_was_measured_on(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:
+    def measured(name: str, *options: str | Path) -> dict[str, Any]:
+        invoke("merge", model, run, tmp_path / name, *options)
+        found: dict[str, Any] = receipt(tmp_path / name / "merge_receipt.json")["measured"]
+        return found
+
+    digest = hashlib.sha256(chats.read_bytes()).hexdigest()
+    file = {"name": "chats.jsonl", "bytes": chats.stat().st_size, "sha256": digest}
+    held_out, given = measured("held-out"), measured("given", "--measure", chats)
+    assert held_out["text"] == {"files": [file], "held_out": True}
+    assert given["text"] == {"files": [file], "held_out": False}
+    assert measured("again")["tokens_sha256"] == held_out["tokens_sha256"] != given["tokens_sha256"]
+    other = write_chats(tmp_path / "other.jsonl", *(chat(f"{n}?", f"{n}.") for n in range(20)))
+    other_measured = measured("other", "--measure", other)
+    assert other_measured["tokens_sha256"] != given["tokens_sha256"]
+    assert other_measured["text"]["files"][0]["sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
+
+
+def test_what_a_run_held_out_is_not_measured_on_once_its_file_has_changed(
+    model: Path, run: Path, chats: Path, tmp_path: Path
+) -> None:
+    before = chats.read_bytes()
+    try:
+        write_chats(chats, *(chat(f"{n}?", f"{n}.") for n in range(20)))  # as many lines, of other words
+        with pytest.raises(UsageError, match=r"chats.jsonl is not what it was when .* name a file with --measure"):
+            invoke("merge", model, run, tmp_path / "merged")
+        assert not [*tmp_path.iterdir()]
+        invoke("merge", model, run, tmp_path / "merged", "--measure", chats)  # which says what it is
+    finally:
+        chats.write_bytes(before)
+
+
+def test_what_a_foreign_folder_says_of_its_run_is_not_trusted(
+    model: Path, run: Path, chats: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run, foreign)
+    facts = json.loads((run / "run.json").read_text())
+    for damaged in (
+        {"format": 1},
+        {"format": 1, "request": []},
+        {**facts, "request": {**facts["request"], "files": 7}},
+        {**facts, "request": {**facts["request"], "loop": {"no_such_option": 1}}},
+        {**facts, "data": None},
+        {**facts, "data": {**facts["data"], "files": []}},
+    ):
+        (foreign / "run.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=r"run.json is not what `freehold tune` writes"):
+            invoke("merge", model, foreign, tmp_path / "merged")
+        assert [path.name for path in tmp_path.iterdir()] == ["foreign"]
+
+
+def test_of_a_gguf_file_what_is_in_it_is_measured(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:
+    def measured(name: str, *options: str) -> dict[str, Any]:
+        invoke("merge", model, run, tmp_path / name, "--measure", chats, *options)
+        path = tmp_path / name
+        path = path.with_name(f"{name}.merge_receipt.json") if path.suffix else path / "merge_receipt.json"
+        found: dict[str, Any] = receipt(path)["measured"]
+        return found
+
+    folder, exact = measured("merged"), measured("exact.gguf", "--dense", "f32")
+    assert exact == folder  # nothing was rounded on the way
+    assert measured("plain.gguf", "--dense", "bf16", "--experts", "bf16")["stored_loss"] != folder["stored_loss"]
+    rounded = measured("rounded.gguf", "--dense", "q8")
+    assert rounded["stored_loss"] != folder["stored_loss"] and rounded["stored_kl"] != folder["stored_kl"]
+    alike = ("tokens_sha256", "num_targets", "base_loss", "adapter_loss", "merged_loss", "merged_kl", "text")
+    assert {name: rounded[name] for name in alike} == {name: folder[name] for name in alike}
 
 
 def test_a_gguf_file_has_its_receipt_beside_it(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Several adapters in one engine: each request gets what it gets alone, and no cached prefix of another adapter."""
 
+import gc
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from freehold.engine.request import Request
 from freehold.errors import UsageError
 from freehold.kernels import backends
 from freehold.model.lora import EXPERT_KINDS, KINDS, Adapter, AdapterSpec, Target, new_adapter
+from freehold.model.packed_lora import PackedAdapter
 from freehold.model.transformer import Transformer
 from freehold.sampling import Sampling
 from tests.engine.conftest import CONTEXT
@@ -189,6 +191,38 @@ def test_where_factors_are_not_packed_results_agree_within_rounding(
             return transformer.unembed(transformer.forward(given, batch))
 
     torch.testing.assert_close(logits(plain, wanted, tokens), logits(adapters, wanted, tokens), atol=1e-3, rtol=1e-3)
+
+
+def _num_packed() -> int:
+    gc.collect()
+    return sum(type(each) is PackedAdapter for each in gc.get_objects())
+
+
+@needs_native
+def test_a_removed_adapter_is_kept_by_the_requests_that_have_it_and_by_nothing_else(
+    transformer: Transformer, adapters: Adapters
+) -> None:
+    known, text = Adapters(packed=True), prompts(1, seed=5)[0]
+    known.add("poet", trained(transformer, KINDS, 0))
+    engine = engine_of(transformer, known)
+    request = Request(prompt=text, max_tokens=8, sampling=GREEDY, adapter="poet")
+    there = _num_packed()
+    request_id = engine.submit(request)
+    said = [token for _ in range(3) for output in engine.step() for token in output.step.tokens]
+    known.remove("poet")
+    with pytest.raises(UsageError, match="there is no adapter 'poet'; none was loaded"):
+        engine.submit(request)
+    known.add("poet", trained(transformer, "q", 1))  # another one, of the same name
+    while engine.is_live(request_id):
+        said += [token for output in engine.step() for token in output.step.tokens]
+    assert said == alone(transformer, adapters, "all", text, 8)
+    assert _num_packed() == there + 1
+    engine.tend()
+    assert _num_packed() == there
+    ((completion,),) = run(engine, request)
+    assert completion.tokens == alone(transformer, known, "poet", text, 8)
+    with pytest.raises(UsageError, match="there is no adapter 'prose'"):
+        known.remove("prose")
 
 
 def test_names(transformer: Transformer, adapters: Adapters) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from freehold.config import ExpertFormat, Layout, ModelConfig, Rounding
-from freehold.errors import CheckpointError, DiskSpaceError, UsageError
+from freehold.errors import CheckpointError, DiskSpaceError, FreeholdError, UsageError
 from freehold.hub import default_model
 from freehold.hub.convert import convert
 from freehold.hub.merge import check_base, merge
 from freehold.hub.merged import Touched
 from freehold.model.batch import Batch
-from freehold.model.lora import Adapter, AdapterSpec, Target, TokenAdapters, new_adapter
+from freehold.model.lora import Adapter, AdapterSpec, Factors, Target, TokenAdapters, new_adapter
 from freehold.model.peft_files import CONFIG_FILE, read_peft, write_peft
 from freehold.model.transformer import Transformer
 from freehold.session.merge_receipt import MergeReceipt, measure_merge
@@ -235,6 +235,20 @@ def test_failures_leave_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "wider"]
 
 
+@pytest.mark.parametrize("target", ["layers.1.o", "layers.1.down"])
+def test_a_sum_beyond_all_numbers_is_not_written(
+    target: str, plain_model: Path, packed_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    factors = read_peft(adapter, CONFIG)
+    pair = factors.factors[target]
+    huge = {**factors.factors, target: Factors(pair.a.clone().fill_(1e30), pair.b.clone().fill_(1e30))}
+    write_peft(tmp_path / "huge", replace(factors, factors=huge))
+    for model in (plain_model, packed_model):
+        with pytest.raises(FreeholdError, match=r"beyond all numbers|NaN or infinity"):
+            merge(model, tmp_path / "huge", tmp_path / "merged")
+        assert [path.name for path in tmp_path.iterdir()] == ["huge"]
+
+
 def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "no room")
 
@@ -295,7 +309,8 @@ def test_the_receipt_tells_what_each_step_cost(packed_model: Path, adapter: Path
 
 def test_shares_are_of_what_the_adapter_gained() -> None:
     receipt = MergeReceipt(
-        num_targets=1, base_loss=3.0, adapter_loss=1.0, merged_loss=1.0, stored_loss=1.5, merged_kl=0.0, stored_kl=0.1
-    )
+        num_targets=1, tokens_sha256="", base_loss=3.0, adapter_loss=1.0, merged_loss=1.0, stored_loss=1.5,
+        merged_kl=0.0, stored_kl=0.1,
+    )  # fmt: skip
     assert (receipt.merged_share, receipt.stored_share) == (1.0, 0.75)
     assert replace(receipt, adapter_loss=3.0).stored_share is None

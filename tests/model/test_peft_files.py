@@ -14,7 +14,7 @@ from torch import Tensor
 from freehold.config import ModelConfig
 from freehold.errors import CheckpointError, FreeholdError, ModelNotFoundError, UnsupportedError, UsageError
 from freehold.model.lora import Adapter, AdapterSpec, Target, new_adapter, weight_name
-from freehold.model.peft_files import CONFIG_FILE, TENSOR_FILE, read_peft, write_peft
+from freehold.model.peft_files import CONFIG_FILE, TENSOR_FILE, read_peft, read_spec, write_peft
 from freehold.model.transformer import Transformer
 from freehold.weights.layouts import WeightTable
 from tests.checkpoints import CPU, logits, oracle, oracle_logits, random_table, small_config, tokens_of
@@ -158,6 +158,11 @@ def _rename(old: str, new: str) -> Callable[[Path], None]:
     return _tensors(renamed)
 
 
+def write_header(path: Path, header: dict[str, Any]) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 REFUSALS: dict[str, tuple[Callable[[Path], object], type[FreeholdError], str]] = {
     "DoRA": (_config(use_dora=True), UnsupportedError, "DoRA"),
@@ -173,6 +178,71 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], type[FreeholdError], str]] =
     "half a rank": (_config(r=1.5), CheckpointError, "not a whole number"),
     "true as alpha": (_config(lora_alpha=True), CheckpointError, "lora_alpha is True"),
     "another rank": (_config(r=7), CheckpointError, r"layers.0.q has shape \(2, 64\); rank 7"),
+    "a rank beyond all memory": (
+        _config(r=2**31 - 1),
+        CheckpointError,
+        r"layers.0.q has shape \(2, 64\); rank 2147483647",
+    ),
+    "a negative rank": (_config(r=-4), CheckpointError, "r is -4"),
+    "a rank that is no number": (_config(r=float("nan")), CheckpointError, "r is nan"),
+    "an infinite alpha": (_config(lora_alpha=float("inf")), CheckpointError, "lora_alpha is inf"),
+    "optional parts in a row": (_config(rank_pattern={".?" * 40 + "!": 3}), UnsupportedError, "may never end"),
+    "alternatives in a row": (_config(rank_pattern={"(.|.)" * 40 + "!": 3}), UnsupportedError, "may never end"),
+    "a count beyond all numbers": (
+        _config(rank_pattern={"a{99999999999999999999}": 3}),
+        UnsupportedError,
+        "rank_pattern has",
+    ),
+    "a million patterns": (
+        _config(alpha_pattern={f"n{number}": 3 for number in range(20_000)}),
+        UnsupportedError,
+        "may never end",
+    ),
+    "a config without end": (_config(target_modules=["q" * 2_000_000]), CheckpointError, "more than 1,048,576 bytes"),
+    "a config that is nested without end": (
+        lambda folder: (folder / CONFIG_FILE).write_text('{"r": ' + "[" * 100_000),
+        CheckpointError,
+        "cannot be read",
+    ),
+    "an option that fills the screen": (
+        _config(modules_to_save=["x" * 100_000]),
+        UnsupportedError,
+        r"modules_to_save is \['x{60,90} \(modules",
+    ),
+    "a header without end": (
+        lambda folder: (folder / TENSOR_FILE).write_bytes((1 << 26).to_bytes(8, "little")),
+        CheckpointError,
+        "header",
+    ),
+    "a shape beyond all numbers": (
+        lambda folder: write_header(
+            folder / TENSOR_FILE,
+            {f"{Q}.lora_A.weight": {"dtype": "F32", "shape": [10**4000] * 1000, "data_offsets": [0, 0]}},
+        ),
+        CheckpointError,
+        "malformed header entry",
+    ),
+    "a layer under two names": (
+        _tensors(lambda t: t.update({name.replace("layers.0", "layers.00"): t[name].clone() for name in list(t)})),
+        UnsupportedError,
+        r"layers\.00",
+    ),
+    "a layer in other digits": (_rename("layers.1.", "layers.\u0661."), UnsupportedError, "is no LoRA factor"),
+    "numbers of eight bits": (
+        _tensors(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].to(torch.float8_e4m3fn)})),
+        CheckpointError,
+        "lora_A of layers.0.q is stored as F8_E4M3",
+    ),
+    "whole numbers": (
+        _tensors(lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].to(torch.int32)})),
+        CheckpointError,
+        "lora_A of layers.0.q is stored as I32",
+    ),
+    "finite only in float64": (
+        _tensors(lambda t: t.update({f"{Q}.lora_B.weight": t[f"{Q}.lora_B.weight"].double() + 1e300})),
+        CheckpointError,
+        "lora_B of layers.0.q holds values that are not finite",
+    ),
     "parameters not named": (_config(target_parameters=None), CheckpointError, "targets none of them"),
     "a parameter without factors": (_config(target_parameters=["router.weight"]), CheckpointError, "none of them"),
     "embeddings": (_rename("self_attn.q_proj.lora_A", "embed.lora_embedding_A"), UnsupportedError, "lora_embedding"),
@@ -207,8 +277,12 @@ def test_what_cannot_be_used_is_refused_by_name(
     folder = tmp_path / "adapter"
     write_peft(folder, trained(CONFIG, AdapterSpec.of_kinds(CONFIG, {"q": SMALL, "gate_up": SMALL})))
     damage(folder)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as caught:
         read_peft(folder, CONFIG)
+    assert len(str(caught.value)) < 1000
+    if "finite" not in message:  # what the headers say is refused before memory is planned for it
+        with pytest.raises(kind, match=message):
+            read_spec(folder, CONFIG)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from openai import BadRequestError, NotFoundError
 from openai.types import FileDeleted, FileObject
 
+from freehold.disk import new_file
 from freehold.serve.tuning.workshop import Workshop
 from tests.serve.fortress import Fortress
 from tests.serve.sdk import check
@@ -185,14 +186,17 @@ async def _in_pieces(body: bytes) -> AsyncIterator[bytes]:
         yield body[at : at + 1000]
 
 
-async def _send_by_hand(server: Tuned, receive: Any) -> int:
+OWNERS = ("ada", "bob", "cy", "dan", "eve", "flo", "gus", "hal")
+
+
+async def _send_by_hand(server: Tuned, receive: Any, owner: str = "") -> int:
     """An upload of which `receive` gives the pieces; the status that it gets."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = {"host": "127.0.0.1", "transfer-encoding": "chunked", **BOUNDARY}
+    headers = {"host": "127.0.0.1", "transfer-encoding": "chunked", "x-owner": owner, **BOUNDARY}
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": "/v1/files", "raw_path": b"/v1/files", "root_path": "", "query_string": b"", "client": None,
@@ -231,14 +235,95 @@ def test_uploads_that_stand_still_are_few_and_not_waited_for(tmp_path: Path) -> 
 
             return receive
 
-        standing = [asyncio.create_task(_send_by_hand(server, stalled())) for _ in range(8)]
-        await server.until(lambda: len(server.files) == 8)
-        assert await _send_by_hand(server, stalled()) == 429
-        assert await asyncio.gather(*standing) == [408] * 8
+        standing = [asyncio.create_task(_send_by_hand(server, stalled(), owner)) for owner in OWNERS for _ in range(4)]
+        await server.until(lambda: len(server.files) == 32)
+        assert await _send_by_hand(server, stalled(), "ian") == 429
+        assert await asyncio.gather(*standing) == [408] * 32
         assert server.files == []
         await server.upload()
 
     _with(tmp_path, use, read_seconds=1)
+
+
+def test_one_caller_s_uploads_leave_room_for_others(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        ends = asyncio.Event()
+
+        def held_up() -> Any:
+            pieces = [form(FILE, PURPOSE)[:100]]
+
+            async def receive() -> dict[str, Any]:
+                if pieces:
+                    return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
+                await ends.wait()
+                return {"type": "http.disconnect"}
+
+            return receive
+
+        standing = [asyncio.create_task(_send_by_hand(server, held_up(), "bob")) for _ in range(4)]
+        await server.until(lambda: len(server.files) == 4)
+        assert await _send_by_hand(server, held_up(), "bob") == 429
+        await server.upload()  # alice's
+        ends.set()
+        assert await asyncio.gather(*standing) == [499] * 4
+        async with server.client("bob") as bob:
+            await bob.files.create(file=("a.jsonl", LINES), purpose="fine-tune")
+
+    _with(tmp_path, use)
+
+
+def test_an_upload_that_came_fast_and_stands_still_is_not_waited_for(tmp_path: Path) -> None:
+    """What comes at once is no credit to spend on doing nothing: 8 MiB would be two minutes of it."""
+
+    async def use(server: Tuned) -> None:
+        pieces = [form(FILE, PURPOSE)[:100], b"x" * (8 << 20)]
+
+        async def receive() -> dict[str, Any]:
+            if pieces:
+                return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        assert await asyncio.wait_for(_send_by_hand(server, receive), 100) == 408
+        assert server.files == []
+
+    _with(tmp_path, use, read_seconds=1, max_upload_bytes=1 << 24)
+
+
+def test_no_more_is_written_than_a_key_may_have(tmp_path: Path) -> None:
+    """Also of several at once, and before the end of any."""
+
+    async def use(server: Tuned) -> None:
+        most = 0
+
+        def endless() -> Any:
+            first = [form(FILE, PURPOSE)[:100]]
+
+            async def receive() -> dict[str, Any]:
+                nonlocal most
+                files = (server.workshop.root / "files").iterdir()
+                most = max(most, sum(path.stat().st_size for path in files))
+                body = first.pop() if first else b"x" * (1 << 20)
+                return {"type": "http.request", "body": body, "more_body": True}
+
+            return receive
+
+        assert await asyncio.gather(*(_send_by_hand(server, endless(), "bob") for _ in range(3))) == [400] * 3
+        assert 0 < most <= 8 << 20
+        assert server.files == [] and not +server.tuning.arriving
+        async with server.client("bob") as bob:
+            await bob.files.create(file=("a.jsonl", b"x" * (7 << 20)), purpose="fine-tune")
+
+    _with(tmp_path, use, max_upload_bytes=1 << 30, file_bytes=8 << 20)
+
+
+def test_what_a_kill_cut_off_is_gone_when_the_server_is_back(tmp_path: Path) -> None:
+    with Workshop.open(tmp_path / "tuning") as workshop:
+        with new_file(workshop.file("file-whole", "a.jsonl")) as file:
+            file.write(LINES)
+        (workshop.root / "files" / ".file-half.jsonl.partial-0123abcd").write_bytes(LINES)
+    with Workshop.open(tmp_path / "tuning") as workshop:
+        assert [path.name for path in (workshop.root / "files").iterdir()] == ["file-whole.jsonl"]
 
 
 def test_a_disk_that_is_full_is_said_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 The test's lines go into a file; `sys.argv` is that file and what a job asks of `freehold tune`. Each line is done in
 turn: a line of metrics is written (a checkpoint's folder is made) or `raw` text, or it is one of `say`, `exit`, `kill`,
-`wait`, `adapter`.
+`wait`, `wait_while` (a file is there), `adapter`.
 """
 
 import json
@@ -44,6 +44,10 @@ def _do(line: dict[str, Any], output: Path, resumed: bool) -> None:
             os.kill(os.getpid(), number)
         case {"ignore_sigterm": _}:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        case {"wait_while": name}:
+            (output.parent / name).touch()
+            while (output.parent / name).exists():
+                time.sleep(0.01)
         case {"wait": _}:
             (output.parent / "waits").touch()
             while True:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ import httpx
 import httpx2
 from openai import AsyncOpenAI
 
-from freehold.errors import CheckpointError
+from freehold.errors import FreeholdError
 from freehold.serve.app import create_app
 from freehold.serve.bodies import Bodies
 from freehold.serve.server import Server
@@ -55,10 +56,12 @@ class Tuned:
         lines: Sequence[Any] | None = WELL,
         *,
         runs: bool = True,
-        refuse_adapters: bool = False,
+        refuses: Sequence[FreeholdError] = (),
+        most_held: int = 16,
         **limits: int,
     ) -> None:
-        """`lines` are what a training does, None is a server without one. Its queue `runs`, or stands still."""
+        """`lines` are what a training does, None is a server without one. Its queue `runs`, or stands still. The model
+        refuses so many adapters, one after the other, before it takes any."""
         self.folder = folder
         self.script = folder / "script.jsonl"
         if lines is not None:
@@ -66,17 +69,22 @@ class Tuned:
         self.store = Store.open(f"sqlite:///{folder / 'freehold.db'}")
         self.workshop = Workshop.open(folder / "tuning")
         self.adapters: dict[str, Path] = {}
-        self._refuse = refuse_adapters
+        self._refuses = [*refuses]
+        self.adding, self.slow = False, threading.Event()  # an adapter is being read, for as long as this is not set
+        self.slow.set()
         command = (sys.executable, str(Path(__file__).with_name("trainer.py")), str(self.script))
         trainer = None if lines is None else Trainer(model="/models/m", learning_rate=1e-4, command=command)
         threads = Threads("tuning", 2)
-        models = TunedModels(self.workshop.root, threads, self._add_adapter)
+        models = TunedModels(
+            self.workshop.root, threads, self._add_adapter, self.adapters.__delitem__, most_held=most_held
+        )
         most, seconds = limits.pop("max_upload_bytes", 1 << 20), limits.pop("read_seconds", 30)
         self.tuning = Tuning(
             self.workshop, self.store, models, trainer=trainer, limits=TuningLimits(**limits), threads=threads,
             poll_seconds=0.02, stop_seconds=0.5, retry_seconds=0.05,
         )  # fmt: skip
-        served = replace(scripted({"match": "", "answer": "ok"}), add_adapter=self._add_adapter)
+        served = scripted({"match": "", "answer": "ok"})
+        served = replace(served, prompting=replace(served.prompting, adapters=self.adapters))
         self.app = create_app(served, store=self.store, tuning=self.tuning)
         self.server: Server = self.app.state.server
         self._door = Named(Bodies(self.app, max_upload_bytes=most, read_seconds=seconds))
@@ -85,9 +93,16 @@ class Tuned:
         self._open = AsyncExitStack()
 
     def _add_adapter(self, name: str, folder: Path) -> None:
-        if self._refuse:
-            raise CheckpointError(f"{folder} holds no adapter")
+        self.adding = True
+        self.slow.wait()
+        if self._refuses:
+            raise self._refuses.pop(0)
+        assert name not in self.adapters
         self.adapters[name] = folder
+
+    def refuse(self, error: FreeholdError) -> None:
+        """The next adapter."""
+        self._refuses.append(error)
 
     async def __aenter__(self) -> Self:
         await self.tuning.open()

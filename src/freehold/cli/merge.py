@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,17 +74,19 @@ def command(
         folder = find_model(model, progress)
         if not any_base:
             check_base(adapter, model, folder)
-        examples = _examples(folder, adapter, measure, measure_tokens, progress)
-        # llama.cpp's file is made of a checkpoint, which is also what can be measured.
+        text = _text(folder, adapter, measure, measure_tokens, progress)
+        # llama.cpp's file is made of a checkpoint. What is measured is what stays.
         merged = stack.enter_context(scratch_folder(destination)) / "merged" if to_gguf else destination
         touched = merge(
             folder, adapter, merged, layout=layout or Layout.HF, experts=experts, rounding=rounding, progress=progress
         )
         if to_gguf:
             gguf.export(merged, destination, dense=dense or DenseFormat.Q8, progress=progress)
-        receipt = measure_merge(folder, adapter, merged, examples, progress=progress) if examples else None
+        receipt = None
+        if text.examples:
+            receipt = measure_merge(folder, adapter, destination, text.examples, progress=progress)
     terminal.say(f"{destination} is complete")
-    facts = _facts(model, adapter, rounding, touched, receipt)
+    facts = _facts(model, adapter, rounding, touched, receipt, text)
     path = destination.with_name(f"{destination.name}.{RECEIPT_FILE}") if to_gguf else destination / RECEIPT_FILE
     write_text(path, json.dumps(facts, indent=2) + "\n")
     if as_json:
@@ -95,31 +97,44 @@ def command(
         terminal.write(_table(receipt))
 
 
-def _examples(
-    folder: Path, adapter: Path, measure: Path | None, most_tokens: int, progress: Progress
-) -> "list[Example]":
-    """What to measure on: a file that is given, or what the adapter's own run held out. None says so and measures
-    nothing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text:
+    """What is measured on, `held_out` of its files or the beginning of them all; without examples nothing is."""
+
+    examples: "list[Example]"
+    files: "list[dict[str, Any]]" = field(default_factory=list)
+    held_out: bool = False
+
+
+def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, progress: Progress) -> _Text:
+    """A file that is given, or what the adapter's own run held out; where there is neither it says so. Raises
+    UsageError where the latter has changed since."""
     from freehold.formats import chat
     from freehold.formats.harmony.vocabulary import speaks_harmony
     from freehold.hub.folder import open_folder
     from freehold.train.data import DataOptions, read_examples
     from freehold.train.examples import Pairs
-    from freehold.train.run import RUN_FILE, prepare, recorded_request
+    from freehold.train.run import RUN_FILE, check_held_out, file_facts, prepare, recorded_request
 
     if most_tokens < 0:
         raise UsageError(f"--measure-tokens must be 0 or more, got {most_tokens}")
     if not most_tokens:
-        return []
+        return _Text(examples=[])
     if (request := recorded_request(adapter)) is not None:
         request = replace(request, model=str(folder), loop=replace(request.loop, patience=None))
         if measure is not None:
             request = replace(request, files=(measure,), validation_file=None, validation_share=0.0)
         elif request.validation_file is None and not request.validation_share:
             return _nothing_to_measure("the adapter's run held nothing out")
-        data = prepare(request, progress).data
-        side = data.training if measure is not None else data.validation
-        return _first_tokens(side.chosen if isinstance(side, Pairs) else side, most_tokens)
+        prepared = prepare(request, progress)
+        if measure is None:
+            check_held_out(prepared, adapter)
+        side = prepared.data.training if measure is not None else prepared.data.validation
+        return _Text(
+            examples=_first_tokens(side.chosen if isinstance(side, Pairs) else side, most_tokens),
+            files=prepared.facts["data"]["files" if request.validation_file is None else "validation_files"],
+            held_out=measure is None and request.validation_file is None,
+        )
     if measure is None:
         return _nothing_to_measure(f"{adapter} has no {RUN_FILE}")
     model = open_folder(folder)
@@ -131,14 +146,14 @@ def _examples(
             model.tokenizer, model.chat_template, model.defaults.stop_ids, variables=model.template_variables
         )
     options = DataOptions(max_length=min(most_tokens, model.checkpoint.config.max_context))
-    return _first_tokens(
-        read_examples([measure], chat_format, model.tokenizer, options, progress).training, most_tokens
-    )
+    facts = file_facts(measure)
+    examples = read_examples([measure], chat_format, model.tokenizer, options, progress).training
+    return _Text(examples=_first_tokens(examples, most_tokens), files=[facts])
 
 
-def _nothing_to_measure(why: str) -> "list[Example]":
+def _nothing_to_measure(why: str) -> _Text:
     terminal.say(f"{why}, so the merge is not measured; name a file of texts with --measure")
-    return []
+    return _Text(examples=[])
 
 
 def _first_tokens(examples: "Examples", most_tokens: int) -> "list[Example]":
@@ -153,15 +168,18 @@ def _first_tokens(examples: "Examples", most_tokens: int) -> "list[Example]":
 
 
 def _facts(
-    model: str, adapter: Path, rounding: Rounding, touched: "Touched", receipt: "MergeReceipt | None"
+    model: str, adapter: Path, rounding: Rounding, touched: "Touched", receipt: "MergeReceipt | None", text: _Text
 ) -> dict[str, Any]:
+    measured = None
+    if receipt is not None:
+        measured = {**receipt.to_json(), "text": {"files": text.files, "held_out": text.held_out}}
     return {
         "freehold": __version__,
         "model": model,
         "adapter": str(adapter.absolute()),
         "rounding": rounding.value,
         "touched": dataclasses.asdict(touched),
-        "measured": None if receipt is None else receipt.to_json(),
+        "measured": measured,
     }
 
 

@@ -1,15 +1,15 @@
 """The adapters that an engine can compute with, by name, and which of them each token of a step wants.
 
 Requests name their adapter, and prefixes are told apart by its digest: keys and values computed with one are wrong for
-every other. Adapters may be added while the engine runs, from any thread; none is ever taken away, since a request that
-waits may name it. Knows factors and names, not where they were read.
+every other. Adapters may be added and removed while the engine runs, from any thread: a request has its own from when
+it is submitted until it ends, whatever becomes of the name. Knows factors and names, not where they were read.
 """
 
 import hashlib
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,10 +23,21 @@ from freehold.model.packed_lora import PackedAdapter, PackedTokenAdapters, pack_
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class _Known(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownAdapter:
+    """Two of them are the same only if they are one: of one name there may be another one later."""
+
     adapter: Adapter | PackedAdapter
     digest: str
+    """Of everything that it computes with."""
     harmony: bool | None
+    """Whether it learnt from chats in Harmony; None where nothing says."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    wanted: list[tuple[KnownAdapter | None, int]]
+    adapters: LayerAdapters | None
 
 
 class Adapters:
@@ -34,10 +45,9 @@ class Adapters:
 
     def __init__(self, *, packed: bool) -> None:
         self._packed = packed
-        self._known: dict[str, _Known] = {}  # never changed, only replaced: whoever reads it needs no lock
-        self._adding = threading.Lock()
-        self._made_from: list[tuple[str | None, int]] = []
-        self._made: LayerAdapters | None = None
+        self._known: dict[str, KnownAdapter] = {}  # never changed, only replaced: whoever reads it needs no lock
+        self._changing = threading.Lock()
+        self._made: _Made | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._known
@@ -59,14 +69,26 @@ class Adapters:
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Raises UsageError as `check_name` does."""
-        known = _Known(pack_adapter(adapter) if self._packed else adapter, _digest(adapter), adapter.harmony)
-        with self._adding:
+        known = KnownAdapter(pack_adapter(adapter) if self._packed else adapter, _digest(adapter), adapter.harmony)
+        with self._changing:
             self.check_name(name)
             self._known = {**self._known, name: known}
 
-    def digest(self, name: str | None) -> str:
-        """Of everything that an adapter computes with; empty for the model as it is."""
-        return "" if name is None else self._known[name].digest
+    def remove(self, name: str) -> None:
+        """Nobody can ask for it from now on. It leaves memory with the last request that has it. Raises UsageError."""
+        with self._changing:
+            check_adapter(name, self)
+            self._known = {other: known for other, known in self._known.items() if other != name}
+
+    def get(self, name: str | None) -> KnownAdapter | None:
+        """What goes by this name now; None for the model as it is. Raises UsageError for a name that is not there."""
+        known = self._known
+        check_adapter(name, known)
+        return None if name is None else known[name]
+
+    def rest(self) -> None:
+        """Nothing runs: let go of what the last step was computed with. On the engine's thread, as `of_step`."""
+        self._made = None
 
     def harmony(self, name: str | None) -> bool | None:
         """Whether an adapter learnt from chats in Harmony; None where nothing says, and for the model as it is."""
@@ -74,27 +96,36 @@ class Adapters:
 
     def of_step(self, works: Sequence[Work], device: torch.device) -> LayerAdapters | None:
         """What the forward pass of a step asks."""
-        wanted = [(work.sequence.request.adapter, work.count + len(work.guesses)) for work in works]
-        if wanted != self._made_from:  # from one decode step to the next they are rarely others
-            self._made, self._made_from = self.of_tokens(wanted, device), wanted
-        return self._made
+        wanted = [(_known(work), work.count + len(work.guesses)) for work in works]
+        if self._made is None or wanted != self._made.wanted:  # from one decode step to the next they are rarely others
+            self._made = _Made(wanted, self._of_tokens(wanted, device))
+        return self._made.adapters
 
     def of_tokens(self, wanted: Sequence[tuple[str | None, int]], device: torch.device) -> LayerAdapters | None:
         """What a forward pass asks whose tokens, so many in a row, are computed with these; None where nobody has one.
 
         Raises UsageError for a name that is not there.
         """
-        used = list(dict.fromkeys(name for name, _ in wanted if name is not None))
-        for name in used:
-            check_adapter(name, self)
+        return self._of_tokens([(self.get(name), count) for name, count in wanted], device)
+
+    def _of_tokens(
+        self, wanted: Sequence[tuple[KnownAdapter | None, int]], device: torch.device
+    ) -> LayerAdapters | None:
+        used = list(dict.fromkeys(known for known, _ in wanted if known is not None))
         if not used:
             return None
-        rows: dict[str | None, int] = {None: -1} | {name: row for row, name in enumerate(used)}
-        rows_T = torch.tensor([rows[name] for name, count in wanted for _ in range(count)], device=device)
-        adapters = [self._known[name].adapter for name in used]
+        rows: dict[KnownAdapter | None, int] = {None: -1} | {known: row for row, known in enumerate(used)}
+        rows_T = torch.tensor([rows[known] for known, count in wanted for _ in range(count)], device=device)
+        adapters = [known.adapter for known in used]
         if self._packed:
             return PackedTokenAdapters([adapter for adapter in adapters if isinstance(adapter, PackedAdapter)], rows_T)
         return TokenAdapters([adapter for adapter in adapters if isinstance(adapter, Adapter)], rows_T)
+
+
+def _known(work: Work) -> KnownAdapter | None:
+    adapter = work.sequence.adapter
+    assert adapter is None or isinstance(adapter, KnownAdapter)
+    return adapter
 
 
 def _digest(adapter: Adapter) -> str:

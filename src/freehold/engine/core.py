@@ -118,9 +118,11 @@ class Engine:
         """
         self.check(request)
         request_id = self._num_requests
-        samples = new_sequences(request, request_id, self._clock(), self._adapters.digest(request.adapter))
+        adapter = self._adapters.get(request.adapter)
+        samples = new_sequences(request, request_id, self._clock(), "" if adapter is None else adapter.digest)
         guesses = self.options.lookup and request.constraint is None and request.max_tokens > 0
         for sample in samples:
+            sample.adapter = adapter
             sample.lookup = Lookup() if guesses else None
         if request.constraint is not None:
             try:
@@ -212,12 +214,14 @@ class Engine:
 
         False where there is no room for them.
         """
-        key = PrefixDigest(shared_salt("", self._adapters.digest(adapter))).of(tokens, len(tokens))
+        known = self._adapters.get(adapter)
+        key = PrefixDigest(shared_salt("", "" if known is None else known.digest)).of(tokens, len(tokens))
         return self._adopt(key, len(tokens), lambda parts: ((part.name, fill(part)) for part in parts))
 
     def tend(self) -> bool:
         """For idle moments: look after the books, keep a prefix on disk. Whether there is more of that to do."""
         self.check_integrity()
+        self._adapters.rest()
         if self._files is None:
             return False
         wanted = [prefix for prefix in self._prefixes if prefix.is_wanted_on_disk]

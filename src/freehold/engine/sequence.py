@@ -23,6 +23,7 @@ class Sequence:
     salt: str
     tokens: list[int]
     random: random.Random
+    adapter: object | None = None  # what the request's stood for when it was submitted; the runner knows it
     holding: Holding | None = None
     digest: PrefixDigest
     boundaries: list[int] = field(default_factory=list)  # lengths that a snapshot is still to be taken at, rising

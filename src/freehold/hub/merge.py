@@ -19,8 +19,7 @@ from freehold.hub.convert import side_files, write_folder
 from freehold.hub.find import DEFAULT
 from freehold.hub.merged import MergedSource, RandomlyRounded, Touched
 from freehold.log import Progress, no_progress
-from freehold.model.peft_files import CONFIG_FILE, read_peft
-from freehold.weights.files import read_json
+from freehold.model.peft_files import CONFIG_FILE, base_model_of, read_peft
 from freehold.weights.layouts import open_checkpoint
 
 _CARD = "README.md"
@@ -68,9 +67,8 @@ def merge(
 
 def check_base(adapter: Path, model: str, folder: Path) -> None:
     """Raise UsageError where an adapter names another base model than the one that was asked for as `model`."""
-    config = adapter / CONFIG_FILE
-    named = read_json(config).get("base_model_name_or_path") if config.is_file() else None
-    if not isinstance(named, str) or not named:
+    named = base_model_of(adapter)
+    if named is None:
         return
     # Folders are moved, and the hub's names have owners: the last part of a name is what stays.
     known = {_last_part(model), _last_part(str(folder)), *map(_hub_name, folder.parts)}
@@ -78,8 +76,8 @@ def check_base(adapter: Path, model: str, folder: Path) -> None:
         known.add(DEFAULT)
     if _last_part(named) not in known:
         raise UsageError(
-            f"{config} says that the adapter is for {named!r}, and the model is {model!r} ({folder}); name that model, "
-            "or --any-base if it is the same under another name"
+            f"{adapter / CONFIG_FILE} says that the adapter is for {named!r:.200}, and the model is {model!r} "
+            f"({folder}); name that model, or --any-base if it is the same under another name"
         )
 
 

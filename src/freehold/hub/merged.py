@@ -60,7 +60,8 @@ class MergedSource:
         base = self._dense(name)
         if not self.touches(name):
             return base
-        return (base.float() + self.adapter.weight_delta(self._targets[name])).to(base.dtype)
+        merged = (base.float() + self.adapter.weight_delta(self._targets[name])).to(base.dtype)
+        return self._checked(merged, name)
 
     def expert(self, name: str, expert: int) -> Mxfp4Tensor | Tensor:
         """The stored matrix where the adapter leaves it alone, otherwise the sum: in float32, or where the adapter was
@@ -70,7 +71,7 @@ class MergedSource:
             return base
         gained = self.adapter.weight_delta(self._targets[name], expert)
         if not isinstance(base, Mxfp4Tensor):
-            return base.float() + gained
+            return self._checked(base.float() + gained, name)
         values = mxfp4.unpack(base) + gained
         return mxfp4.pack_dithered(values, base, seed=dither_seed(name, expert)) if self.adapter.dithered else values
 
@@ -95,6 +96,12 @@ class MergedSource:
             matrices=sum(self.touches(name, e) for name in stacks for e in range(self._table[name].shape[0])),
             of_matrices=sum(self._table[name].shape[0] for name in self._table if is_expert_matrix(name)),
         )
+
+    def _checked(self, values: Tensor, name: str) -> Tensor:
+        """MXFP4 can hold no other numbers, and says so itself."""
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"{self.origin}: {name} is beyond all numbers with the adapter in it; train it again")
+        return values
 
     def _dense(self, name: str) -> Tensor:
         tensor = self._table[name]

@@ -23,9 +23,9 @@ def one_layer(config: ModelConfig, table: Mapping[str, Weight], number: int) -> 
         "final_norm": torch.ones(config.hidden_size),
     }
     prefix = f"layers.{number}."
-    for name, weight in table.items():
+    for name in table:  # of which one may read each tensor when it is asked for
         if name.startswith(prefix):
-            weights[f"layers.0.{name.removeprefix(prefix)}"] = weight
+            weights[f"layers.0.{name.removeprefix(prefix)}"] = table[name]
     return Transformer(_of_one_layer(config, number), weights, dtype=torch.float32, device=torch.device("cpu"))
 
 

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from freehold.config import ModelConfig
 from freehold.disk import new_file, new_folder, write_text
 from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError, UsageError
 from freehold.model.lora import EXPERT_KINDS, KINDS, Adapter, AdapterSpec, Factors, Target, factor_shapes
-from freehold.weights.files import TensorToWrite, header_bytes, read_header, read_json, write_data
+from freehold.weights.files import TensorInfo, TensorToWrite, header_bytes, read_header, read_json, write_data
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -78,7 +79,15 @@ _DITHERED = {"freehold_merge": "dithered"}
 _CHAT_FORMAT = "freehold_chat_format"
 _CHAT_FORMATS = {True: "harmony", False: "template"}
 
-_TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d{1,5})\.([a-z_.]+)\.lora_([AB])\.weight")
+# A layer's number has one way to be written: two names for one tensor would leave it to the reader which one counts.
+_TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(0|[1-9][0-9]{0,4})\.([a-z_.]+)\.lora_([AB])\.weight")
+
+# Of a foreign file, far more than an adapter of the largest model has: no memory is taken by what is none.
+_MOST_CONFIG_BYTES, _MOST_HEADER_BYTES = 1 << 20, 16 << 20
+_FACTOR_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of all patterns together, in ways to match one name: PEFT's own have one each, and each `.*` is worth 41. Trying a
+# pattern costs something in any case.
+_MOST_WAYS, _LEAST_WAYS = 200_000, 100
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -231,6 +240,13 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
     )
 
 
+def base_model_of(folder: Path) -> str | None:
+    """What an adapter says it was trained on; None where it says nothing. Raises CheckpointError."""
+    path = folder / CONFIG_FILE
+    named = read_json(path, most_bytes=_MOST_CONFIG_BYTES).get("base_model_name_or_path") if path.is_file() else None
+    return named if isinstance(named, str) and named else None
+
+
 def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:
     """What an adapter targets, from its config and the names of its tensors; raises what `read_peft` does of that."""
     return _found(folder, _tensor_file(folder), config).spec
@@ -245,7 +261,8 @@ class _Found(NamedTuple):
 
 def _found(folder: Path, path: Path, config: ModelConfig) -> _Found:
     peft = _read_config(folder / CONFIG_FILE)
-    stored = _placed(path, read_header(path))
+    infos = read_header(path, most_bytes=_MOST_HEADER_BYTES)
+    stored = _placed(path, infos)
     targets: dict[str, Target] = {}
     places: dict[str, tuple[int, str]] = {}
     for layer, module in stored:
@@ -260,7 +277,32 @@ def _found(folder: Path, path: Path, config: ModelConfig) -> _Found:
         if kind in EXPERT_KINDS and config.num_experts == 1:
             raise UnsupportedError(f"{path}: {name} adapts the experts of a model that has one; PEFT does not do that")
     _check_complete(path, peft, config, targets)
-    return _Found(AdapterSpec(targets=targets, rslora=peft.rslora), places)
+    spec = AdapterSpec(targets=targets, rslora=peft.rslora)
+    for name, shapes in factor_shapes(config, spec).items():
+        pair = stored[places[name]]
+        _check_pair(path, name, {letter: infos[tensor] for letter, tensor in pair.items()}, *shapes)
+    return _Found(spec, places)
+
+
+def _check_pair(
+    path: Path, name: str, pair: Mapping[str, TensorInfo], a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> None:
+    """By the header alone, before memory is planned or taken for what it claims."""
+    rows = math.prod(a_shape[:-1])
+    for letter, expected in (("A", (rows, a_shape[-1])), ("B", (b_shape[-2], rows))):
+        if letter not in pair:
+            raise CheckpointError(f"{path}: lora_{letter} of {name} is missing; download or copy the adapter again")
+        info = pair[letter]
+        if info.dtype not in _FACTOR_TYPES:
+            raise CheckpointError(
+                f"{path}: lora_{letter} of {name} is stored as {info.dtype_name:.20}; save the adapter in float32, "
+                "float16 or bfloat16"
+            )
+        if info.shape != expected:
+            raise CheckpointError(
+                f"{path}: lora_{letter} of {name} has shape {info.shape!s:.80}; rank {a_shape[-2]} and this model "
+                f"ask for {expected}: the adapter is for another model, or its two files do not belong together"
+            )
 
 
 def _tensor_file(folder: Path) -> Path:
@@ -285,19 +327,10 @@ def _canonical(
     dtype: torch.dtype,
 ) -> Factors:
     experts = a_shape[:-2]  # none for a linear layer
-    rows = math.prod(experts) * a_shape[-2]
-    for letter, expected in (("A", (rows, a_shape[-1])), ("B", (b_shape[-2], rows))):
-        if letter not in pair:
-            raise CheckpointError(f"{path}: lora_{letter} of {name} is missing; download or copy the adapter again")
-        tensor = pair[letter]
-        if tuple(tensor.shape) != expected:
-            raise CheckpointError(
-                f"{path}: lora_{letter} of {name} has shape {tuple(tensor.shape)}; rank {a_shape[-2]} and this model "
-                f"ask for {expected}: the adapter is for another model, or its two files do not belong together"
-            )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: lora_{letter} of {name} holds values that are not finite; train it again")
     a, b = pair["A"].to(dtype), pair["B"].to(dtype)
+    for letter, factor in (("A", a), ("B", b)):  # as they are computed with: what is finite in float64 may not be here
+        if not bool(factor.isfinite().all()):
+            raise CheckpointError(f"{path}: lora_{letter} of {name} holds values that are not finite; train it again")
     if experts:
         a = a.reshape(a_shape)
         b = b.reshape(b_shape[-2], b_shape[-1], *experts).permute(2, 0, 1).contiguous()
@@ -354,7 +387,7 @@ def _placed(path: Path, names: Iterable[str]) -> dict[tuple[int, str], dict[str,
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
             raise UnsupportedError(
-                f"{path}: tensor {name} is no LoRA factor of gpt-oss's layers, which are called "
+                f"{path}: tensor {name:.200} is no LoRA factor of gpt-oss's layers, which are called "
                 "base_model.model.model.layers.N.….lora_A.weight and lora_B; Freehold adapts nothing else"
             )
         layer, module, letter = match.groups()
@@ -370,26 +403,30 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read_config(path: Path) -> _PeftConfig:
-    raw = read_json(path)
+    raw = read_json(path, most_bytes=_MOST_CONFIG_BYTES)
     if raw.get("peft_type") != "LORA":
-        raise UnsupportedError(f"{path}: peft_type is {raw.get('peft_type')!r}; Freehold reads LORA")
+        raise UnsupportedError(f"{path}: peft_type is {raw.get('peft_type')!r:.80}; Freehold reads LORA")
     for name, value in raw.items():
         if name in _WITHOUT_EFFECT | _HONOURED or not value or (name == "bias" and value == "none"):
             continue
         what = _REFUSED.get(name, "an option of PEFT that Freehold does not know")
-        raise UnsupportedError(f"{path}: {name} is {value!r} ({what}); Freehold reads plain LoRA: train without it")
+        raise UnsupportedError(
+            f"{path}: {name:.80} is {value!r:.80} ({what}); Freehold reads plain LoRA: train without it"
+        )
     init = raw.get("init_lora_weights")
     if init not in _HARMLESS_INITS:
         raise UnsupportedError(
-            f"{path}: init_lora_weights {init!r} also changed the base model's weights; save the adapter with "
+            f"{path}: init_lora_weights {init!r:.80} also changed the base model's weights; save the adapter with "
             "path_initial_model_for_weight_conversion, which makes a plain one of it"
         )
     rank, alpha, rslora = raw.get("r", 8), raw.get("lora_alpha", 8), raw.get("use_rslora") or False
     if not isinstance(rslora, bool):
-        raise CheckpointError(f"{path}: use_rslora is {rslora!r}, not true or false; train or save the adapter again")
+        raise CheckpointError(
+            f"{path}: use_rslora is {rslora!r:.80}, not true or false; train or save the adapter again"
+        )
     parameters = raw.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
-        raise CheckpointError(f"{path}: target_parameters is {parameters!r}, not a list of names; save it again")
+        raise CheckpointError(f"{path}: target_parameters is {parameters!r:.80}, not a list of names; save it again")
     ranks, alphas = _patterns(path, raw, "rank_pattern"), _patterns(path, raw, "alpha_pattern")
     return _PeftConfig(
         rank=_whole(path, "r", rank),
@@ -403,40 +440,52 @@ def _read_config(path: Path) -> _PeftConfig:
 
 def _positive(path: Path, name: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 2**31:
-        raise CheckpointError(f"{path}: {name} is {value!r}, not a positive number; save the adapter again")
+        raise CheckpointError(f"{path}: {name:.200} is {value!r:.80}, not a positive number; save the adapter again")
     return float(value)
 
 
 def _whole(path: Path, name: str, value: Any) -> int:
     number = _positive(path, name, value)
     if not number.is_integer():
-        raise CheckpointError(f"{path}: {name} is {value!r}, not a whole number; save the adapter again")
+        raise CheckpointError(f"{path}: {name:.200} is {value!r:.80}, not a whole number; save the adapter again")
     return int(number)
 
 
 def _patterns(path: Path, raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     patterns = raw.get(name) or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{path}: {name} is {patterns!r}, not an object; save it again")
+        raise CheckpointError(f"{path}: {name} is {patterns!r:.80}, not an object; save it again")
+    ways = 0
     for pattern in patterns:
         try:
-            _check_pattern(pattern)
-        except (re.error, UsageError) as error:
+            ways += max(_ways(pattern), _LEAST_WAYS)
+            if ways > _MOST_WAYS:
+                raise UsageError("with regular expressions that match in so many ways reading it may never end")
+            _compiled(pattern)
+        except (re.error, RecursionError, OverflowError, UsageError) as error:
             raise UnsupportedError(
-                f"{path}: {name} has {pattern!r} ({error}); name the module itself, such as {_key(0, 'q')}"
+                f"{path}: {name} has {pattern!r:.80} ({error}); name the module itself, such as {_key(0, 'q')}"
             ) from None
     return patterns
 
 
-def _check_pattern(pattern: str) -> None:
-    """PEFT takes these for regular expressions. From a foreign file, none that could run for long is tried."""
-    if len(pattern) > 500 or re.search(r"[)}*+?][*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
-        raise UsageError("a regular expression with repeated groups or many repetitions may never end")
-    re.compile(pattern)
+def _ways(pattern: str) -> int:
+    """PEFT takes these for regular expressions. At most in how many ways one could match a name of 40 characters:
+    each repetition ends anywhere, and each group has one of the alternatives. Raises UsageError for repeated groups."""
+    pattern = pattern.replace("(?:", "(")
+    if len(pattern) > 500 or re.search(r"[)}*+?][*+{]", pattern):
+        raise UsageError("a regular expression with repeated groups may never end")
+    alternatives = pattern.count("|") + 1
+    return 41 ** len(re.findall(r"[*+?{]", pattern)) * alternatives ** (pattern.count("(") + 1)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _fits(pattern: str, key: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", key) is not None
+    return _compiled(pattern).match(key) is not None
 
 
 def _key(layer: int, kind: str) -> str:

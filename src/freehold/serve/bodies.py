@@ -12,6 +12,7 @@ import asyncio
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,6 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from freehold.errors import UsageError
+from freehold.serve.caller import caller_of
 from freehold.serve.errors import ApiError
 from freehold.serve.multipart import boundary_of
 from freehold.serve.refusal import answer, retry_after, values
@@ -35,8 +37,9 @@ BODIES_HELD = 8
 
 UPLOAD_PATH = "/v1/files"
 MAX_UPLOAD_BYTES = 512 * 2**20
-UPLOADS_HELD = 8
-"""Uploads that may come at once."""
+UPLOADS_HELD = 32
+UPLOADS_OF_ONE = 4
+"""Uploads that may come at once, and of one caller."""
 
 MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
@@ -67,7 +70,8 @@ class Bodies:
     ) -> None:
         self._app, self._max_bytes, self._read_seconds = app, max_bytes, read_seconds
         self._max_upload_bytes = max_upload_bytes
-        self._held = self._num_uploads = 0
+        self._held = 0
+        self._uploads: Counter[str] = Counter()  # by owner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +103,11 @@ class Bodies:
             if not self._announced(scope, self._max_upload_bytes, _check_form):
                 raise ApiError(400, "the request has no body; send a form with a file", param="file")
             _check_form(scope)
-            if self._num_uploads >= UPLOADS_HELD:
+            owner = caller_of(Request(scope)).owner
+            if self._uploads[owner] >= UPLOADS_OF_ONE:
+                message = f"{UPLOADS_OF_ONE} uploads of yours are on their way; wait for one of them"
+                raise ApiError(429, message, headers=retry_after(5))
+            if self._uploads.total() >= UPLOADS_HELD:
                 raise ApiError(429, "too many uploads at once", headers=retry_after(5))
         except ApiError as refusal:
             return await answer(refusal, scope, send)
@@ -113,7 +121,10 @@ class Bodies:
                 return await receive()
             began = loop.time()
             try:
-                async with asyncio.timeout(self._read_seconds + size / BYTES_PER_SECOND - spent):
+                left = self._read_seconds + size / BYTES_PER_SECOND - spent
+                async with asyncio.timeout(
+                    min(left, self._read_seconds)
+                ):  # what came fast may not stand still for long
                     message = await receive()
             except TimeoutError:
                 raise self._too_slow() from None
@@ -124,11 +135,13 @@ class Bodies:
             over = not message.get("more_body", False)
             return message
 
-        self._num_uploads += 1
+        self._uploads[owner] += 1
         try:
             return await self._app(scope, receive_in_time, send)
         finally:
-            self._num_uploads -= 1
+            self._uploads[owner] -= 1
+            if not self._uploads[owner]:
+                del self._uploads[owner]
 
     def _announced(self, scope: Scope, max_bytes: int, check: Callable[[Scope], None]) -> bool:
         """Whether there is a body. Raises ApiError for one that need not be read to be refused."""

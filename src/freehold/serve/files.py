@@ -87,13 +87,16 @@ def router(server: Server) -> APIRouter:
         """A file to train on, as a form: one JSON object a line, or plain text where its name ends in `.txt`."""
         tuning = server.the_tuning()
         owner = caller_of(request).owner
-        upload = Upload(tuning)
+        held = await stored(server, lambda store: store.file_bytes(owner, tuning.place), "file")
+        upload = Upload(tuning, owner, held)
         try:
-            record = await upload.receive(request, owner)
+            record = await upload.receive(request)
             await stored(server, lambda store: store.add_file(record, most_bytes=tuning.limits.file_bytes), "file")
         except BaseException as error:
             upload.discard(error)
             raise
+        finally:
+            upload.arrived()
         return on_wire(record)
 
     @routes.get("")
@@ -176,10 +179,11 @@ async def _record(server: Server, owner: str, file_id: str) -> FileRecord:
 
 
 class Upload:
-    """One form on its way to the disk."""
+    """One form on its way to the disk. It is stopped where all that its owner sends, and the bytes that are `held` for
+    the owner already, come to more than a key may have: no disk is filled by what will be refused in the end."""
 
-    def __init__(self, tuning: Tuning) -> None:
-        self._tuning = tuning
+    def __init__(self, tuning: Tuning, owner: str, held: int) -> None:
+        self._tuning, self._owner, self._held = tuning, owner, held
         self._id = f"file-{secrets.token_hex(12)}"
         self._fields: dict[str, bytearray] = {}
         self._filename: str | None = None
@@ -189,7 +193,7 @@ class Upload:
         self._num_bytes = 0
         self._is_kept = False
 
-    async def receive(self, request: Request, owner: str) -> FileRecord:
+    async def receive(self, request: Request) -> FileRecord:
         """The whole form, and the file under its name on the disk. Raises ApiError, DiskError."""
         (content_type,) = values(request.scope, b"content-type") or [b""]
         boundary = boundary_of(content_type)
@@ -208,7 +212,7 @@ class Upload:
             reader.flush()
         except UsageError as error:
             raise ApiError(400, str(error)) from None
-        record = self._checked(owner)
+        record = self._checked()
         await self._write()
         await self._tuning.threads.run(self._open.close)  # waits for the disk, and gives it its name
         self._is_kept = True
@@ -220,6 +224,10 @@ class Upload:
             remove(self._tuning.workshop.file(self._id, self._filename or ""))
         elif self._file is not None:
             self._open.pop_all().__exit__(type(error), error, error.__traceback__)
+
+    def arrived(self) -> None:
+        """It is there, or not to be."""
+        self._tuning.arriving[self._owner] -= self._num_bytes
 
     async def _begin(self, part: Part, request: Request) -> None:
         if part.name == "file":
@@ -242,6 +250,12 @@ class Upload:
     async def _take(self, part: Part, data: Data) -> None:
         if part.name == "file":
             self._num_bytes += len(data.data)
+            self._tuning.arriving[self._owner] += len(data.data)
+            if self._held + self._tuning.arriving[self._owner] > self._tuning.limits.file_bytes:
+                raise ApiError(
+                    400, f"your files have {self._held:,} bytes, and with what is on its way they would have more than "
+                    f"{self._tuning.limits.file_bytes:,}; delete some", param="file",
+                )  # fmt: skip
             self._waiting += data.data
             if len(self._waiting) >= _WRITE_BYTES:
                 await self._write()
@@ -256,14 +270,14 @@ class Upload:
         if self._file is not None and data:
             await self._tuning.threads.run(self._file.write, data)
 
-    def _checked(self, owner: str) -> FileRecord:
+    def _checked(self) -> FileRecord:
         form = read(FileCreate, _form(self._fields, has_file=self._filename is not None), "")
         if not self._num_bytes:
             raise ApiError(400, "the file is empty; send some examples", param="file", code="empty_file")
         created = time.time()
         return FileRecord(
             id=self._id,
-            owner=owner,
+            owner=self._owner,
             place=self._tuning.place,
             created_at=created,
             expires_at=None if form.expires_after is None else created + form.expires_after.seconds,

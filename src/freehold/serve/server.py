@@ -133,8 +133,8 @@ class Server:
             adapter = self._adapter_of(name)
             return self.served if adapter is None else self.served.with_adapter(adapter)
         try:
-            await self.tuning.models.load(tuned.name)
-            return self.served.with_adapter(tuned.name)
+            hold = await self.tuning.models.load(tuned.name)
+            return self.served.with_adapter(tuned.name, hold)
         except FreeholdError as error:
             logger.warning("the fine-tuned model %s cannot be loaded: %s", tuned.name, error)
             message = f"The model '{name:.200}' cannot be loaded at the moment; the server's log says why."

@@ -131,7 +131,7 @@ def _tuning(
     return Tuning(
         workshop,
         store,
-        TunedModels(workshop.root, threads, served.add_adapter),
+        TunedModels(workshop.root, threads, served.add_adapter, served.remove_adapter),
         trainer=trainer,
         limits=TuningLimits(file_bytes=settings.max_files_bytes),
         threads=threads,

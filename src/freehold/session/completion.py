@@ -47,7 +47,9 @@ class TextAsk:
 async def prepare_text(served: Served, ask: TextAsk) -> Generation:
     """Tokenise and compile, on another thread. Raises UsageError (ContextError where the prompt is too long) or
     SchemaError for what cannot be."""
-    return await asyncio.to_thread(_prepare, served, ask)
+    generation = await asyncio.to_thread(_prepare, served, ask)
+    generation.hold = served.hold
+    return generation
 
 
 def _prepare(served: Served, ask: TextAsk) -> Generation:

@@ -98,7 +98,7 @@ async def prepare_generation(served: Served, ask: Ask, *, prompt: Rendered | Non
 
     Raises UsageError (ContextError where the prompt is too long), UnsupportedError or SchemaError for what cannot be.
     """
-    return await asyncio.to_thread(
+    generation = await asyncio.to_thread(
         prepare_now,
         served.prompting,
         ask,
@@ -107,6 +107,8 @@ async def prepare_generation(served: Served, ask: Ask, *, prompt: Rendered | Non
         adapter=served.adapter,
         prompt=prompt,
     )
+    generation.hold = served.hold
+    return generation
 
 
 def prepare_now(
@@ -156,8 +158,10 @@ class Sample(Protocol):
 
 
 class Generation:
-    """Samples that are ready to be made. `prompt_logprobs` come with the first events, where they were asked for."""
+    """Samples that are ready to be made. `prompt_logprobs` come with the first events, where they were asked for.
+    `hold` is Served's."""
 
+    hold: object | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
 
     def __init__(self, request: Request, samples: Sequence[Sample]) -> None:

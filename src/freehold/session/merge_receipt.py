@@ -1,12 +1,14 @@
 """What a merge kept of what an adapter had learnt, measured on a text: losses, and KL from the adapted model.
 
 Four models see the same tokens: the base, the base with the adapter beside it, the sum with experts in bfloat16, and
-the checkpoint that was written, as it lies on the disk. All are computed by the reference ops in float32, so that what
-differs is the weights alone; layer by layer, so that one layer at a time is in memory. What the native kernels' own
-number formats cost on top is `freehold receipt`'s to tell.
+what was written, as it lies on the disk: a checkpoint, or a GGUF file with all that its own formats cost. All are
+computed by the reference ops in float32, so that what differs is the weights alone; layer by layer, so that one layer
+at a time is in memory. What the kernels' own number formats cost on top, llama.cpp's too, is not told here; of ours
+`freehold receipt` does.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from freehold.model.layerwise import layer_adapter, one_layer
 from freehold.model.lora import Adapter, TokenAdapters
 from freehold.model.peft_files import read_peft
 from freehold.weights import mxfp4
+from freehold.weights.gguf import GgufWeights
 from freehold.weights.layouts import WeightTable, is_expert_matrix, open_checkpoint
 from freehold.weights.mxfp4 import Mxfp4Tensor
 
@@ -37,9 +40,11 @@ _STEPS = ("base", "adapter", "merged", "stored")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReceipt:
-    """Over `num_targets` tokens, in nats, means. KL is from the adapted model to the one in question."""
+    """Over `num_targets` tokens, in nats, means. KL is from the adapted model to the one in question. `tokens_sha256`
+    is of the tokens and targets that all of them saw: receipts with the same one can be compared."""
 
     num_targets: int
+    tokens_sha256: str
     base_loss: float
     adapter_loss: float
     merged_loss: float
@@ -57,7 +62,7 @@ class MergeReceipt:
         """The same in the checkpoint as it was written. None where the adapter lowers no loss here."""
         return self._share(self.stored_loss)
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, float | str | None]:
         return asdict(self) | {"merged_share": self.merged_share, "stored_share": self.stored_share}
 
     def _share(self, loss: float) -> float | None:
@@ -68,36 +73,63 @@ class MergeReceipt:
 def measure_merge(
     source: Path, adapter: Path, stored: Path, examples: Sequence[Example], *, progress: Progress = no_progress
 ) -> MergeReceipt:
-    """Compare the model in `source`, the adapter, and what was made of both in the folder `stored`.
+    """Compare the model in `source`, the adapter, and what was made of both: the folder `stored`, or the file *.gguf.
 
-    Raises UsageError where the examples have no target.
+    Raises UsageError where the examples have no target, CheckpointError where `stored` is not of this model's sizes.
     """
-    checkpoint, written = open_checkpoint(source), open_checkpoint(stored)
+    checkpoint = open_checkpoint(source)
     config = checkpoint.config
+    is_gguf = stored.suffix == ".gguf"
+    written = GgufWeights(stored, config) if is_gguf else open_checkpoint(stored).table()
     factors = read_peft(adapter, config)
     tokens_T = torch.tensor([token for tokens, _ in examples for token in tokens])
     targets_T = torch.tensor([target for _, targets in examples for target in targets])
     if not bool((targets_T >= 0).any()):
         raise UsageError("there is no token to measure a loss at in this text; give another with --measure")
-    run = _Run(config, checkpoint.table(), written.table(), factors, [len(tokens) for tokens, _ in examples])
+    run = _Run(config, checkpoint.table(), written, factors, [len(tokens) for tokens, _ in examples])
     with torch.inference_mode(), backends.reference_only():
         return run.receipt(tokens_T, targets_T, progress)
 
 
+def _sha256(tokens_T: Tensor, targets_T: Tensor, counts: Sequence[int]) -> str:
+    digest = hashlib.sha256(repr([*counts]).encode())
+    for values in (tokens_T, targets_T):
+        digest.update(values.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+class _Head:
+    """Of a model's last states, how likely each next token is."""
+
+    def __init__(self, config: ModelConfig, table: Mapping[str, Tensor | Mxfp4Tensor]) -> None:
+        final_norm, unembedding = table["final_norm"], table["unembedding" if "unembedding" in table else "embedding"]
+        assert isinstance(final_norm, Tensor) and isinstance(unembedding, Tensor)
+        self._eps = config.norm_eps
+        self._final_norm_D, self._unembedding_VD = final_norm.float(), unembedding.float()
+
+    def log_probs(self, x_SD: Tensor) -> Tensor:
+        normed_SD = F.rms_norm(x_SD, self._final_norm_D.shape, self._final_norm_D, self._eps)
+        return F.log_softmax(F.linear(normed_SD, self._unembedding_VD), dim=-1)
+
+
 class _Run:
     def __init__(
-        self, config: ModelConfig, base: WeightTable, stored: WeightTable, adapter: Adapter, counts: Sequence[int]
+        self,
+        config: ModelConfig,
+        base: WeightTable,
+        stored: Mapping[str, Tensor | Mxfp4Tensor],
+        adapter: Adapter,
+        counts: Sequence[int],
     ) -> None:
         self._config = config
+        self._counts = counts
         self._base, self._stored = base, stored
         self._adapter = adapter
         self._merged = MergedSource(base, adapter, origin="")
         self._batch = Batch.whole(counts, num_layers=1, device=torch.device("cpu"))
 
     def receipt(self, tokens_T: Tensor, targets_T: Tensor, progress: Progress) -> MergeReceipt:
-        embedding = self._base["embedding"]
-        assert isinstance(embedding, Tensor)
-        states = dict.fromkeys(_STEPS, F.embedding(tokens_T, embedding).float())
+        states = dict.fromkeys(_STEPS, _embedded(self._base, tokens_T)) | {"stored": _embedded(self._stored, tokens_T)}
         total = self._config.num_layers * len(_STEPS)
         for number in range(self._config.num_layers):
             for at, step in enumerate(_STEPS):
@@ -105,14 +137,14 @@ class _Run:
                 states[step] = self._layer(step, number, states[step])
         progress("measuring", total, total)
         places = torch.where(targets_T >= 0)[0]
-        final_norm, unembedding = (
-            self._base[name] for name in ("final_norm", "embedding" if self._config.tied_embeddings else "unembedding")
-        )
-        assert isinstance(final_norm, Tensor) and isinstance(unembedding, Tensor)
-        head = _Head(final_norm.float(), self._config.norm_eps, unembedding.float())
+        # An adapter leaves norm and output alone, but a GGUF file may round them.
+        head = _Head(self._config, self._base)
+        heads = dict.fromkeys(_STEPS, head)
+        if isinstance(self._stored, GgufWeights):
+            heads["stored"] = _Head(self._config, self._stored)
         losses, divergences = dict.fromkeys(_STEPS, 0.0), dict.fromkeys(_STEPS, 0.0)
         for chosen in torch.split(places, _TARGETS_AT_ONCE):
-            log_probs = {step: head.log_probs(state_TD[chosen]) for step, state_TD in states.items()}
+            log_probs = {step: heads[step].log_probs(state_TD[chosen]) for step, state_TD in states.items()}
             adapted = log_probs["adapter"]
             for step, values in log_probs.items():
                 losses[step] -= float(values.gather(-1, targets_T[chosen, None]).double().sum())
@@ -120,6 +152,7 @@ class _Run:
         count = len(places)
         return MergeReceipt(
             num_targets=count,
+            tokens_sha256=_sha256(tokens_T, targets_T, self._counts),
             base_loss=losses["base"] / count,
             adapter_loss=losses["adapter"] / count,
             merged_loss=losses["merged"] / count,
@@ -145,15 +178,10 @@ class _Run:
         return layer
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    final_norm_D: Tensor
-    eps: float
-    unembedding_VD: Tensor
-
-    def log_probs(self, x_SD: Tensor) -> Tensor:
-        normed_SD = F.rms_norm(x_SD, self.final_norm_D.shape, self.final_norm_D, self.eps)
-        return F.log_softmax(F.linear(normed_SD, self.unembedding_VD), dim=-1)
+def _embedded(table: Mapping[str, Tensor | Mxfp4Tensor], tokens_T: Tensor) -> Tensor:
+    embedding = table["embedding"]
+    assert isinstance(embedding, Tensor)
+    return F.embedding(tokens_T, embedding).float()
 
 
 def _in_bfloat16(matrix: Mxfp4Tensor | Tensor) -> Tensor:

@@ -229,6 +229,10 @@ class Model:
         with _out_of_memory():
             self.adapter_set.add(name, _read_adapter(Path(folder), self.config, self.policy))
 
+    def remove_adapter(self, name: str) -> None:
+        """Nobody can ask for it any more; requests that run with it keep it. Raises UsageError where there is none."""
+        self.adapter_set.remove(name)
+
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> Tensor:
         """Logits (T, V), float32, of each next token after each of the T given ones."""

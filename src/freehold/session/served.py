@@ -48,9 +48,10 @@ class AsyncRunner(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
-    template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with; `add_adapter`
-    gives the running model one more, by a name and from a folder, and is None for what can have none. `harmony_of` is
-    what an adapter was trained to speak, where something says so."""
+    template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with, and `hold` what
+    keeps it there: who asks has it until the answer is complete. `add_adapter` gives the running model one more, by a
+    name and from a folder, `remove_adapter` takes one away; None for what can have none. `harmony_of` is what an adapter
+    was trained to speak, where something says so."""
 
     name: str
     prompting: Prompting
@@ -58,15 +59,17 @@ class Served:
     harmony: bool | None = None
     grammar: bool = True
     adapter: str | None = None
+    hold: object | None = None
     add_adapter: Callable[[str, Path], None] | None = None
+    remove_adapter: Callable[[str], None] | None = None
     harmony_of: Callable[[str], bool | None] = lambda name: None
 
-    def with_adapter(self, name: str) -> "Served":
+    def with_adapter(self, name: str, hold: object | None = None) -> "Served":
         """The same model with one of its adapters, which speaks as it was trained to where nobody has decided. Raises
         UsageError for one that it does not have."""
         check_adapter(name, self.prompting.adapters)
         harmony = self.harmony_of(name) if self.harmony is None else self.harmony
-        return replace(self, adapter=name, harmony=harmony)
+        return replace(self, adapter=name, hold=hold, harmony=harmony)
 
     @property
     def speaks_harmony(self) -> bool:
@@ -95,6 +98,7 @@ def serve_model(model: "Model", *, name: str, harmony: bool | None = None, gramm
         grammar=grammar,
         add_adapter=model.add_adapter,
         harmony_of=model.adapter_set.harmony,
+        remove_adapter=model.remove_adapter,
     )
 
 

@@ -62,6 +62,7 @@ MODEL_FOLDER = "model"
 METRICS_FILE = "metrics.jsonl"
 CHART_FILE = "curves.png"
 _FORMAT = 1
+_MOST_RUN_BYTES = 16 << 20
 _SECONDS_BETWEEN_CHARTS = 60.0
 _READ_BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -331,8 +332,8 @@ def _facts(
         "torch": torch.__version__,
         "model": {"name": request.model},
         "data": {
-            "files": [_file_facts(path) for path in request.files],
-            "validation_files": [_file_facts(path) for path in validation],
+            "files": [file_facts(path) for path in request.files],
+            "validation_files": [file_facts(path) for path in validation],
             "examples": len(data.training),
             "tokens": data.training.num_tokens,
             "targets": data.training.num_targets,
@@ -361,12 +362,12 @@ def _model_facts(folder: ModelFolder, progress: Progress) -> dict[str, Any]:
     facts = []
     for number, path in enumerate(paths):
         progress("checking the model", number, len(paths))
-        facts.append(_file_facts(path))
+        facts.append(file_facts(path))
     progress("checking the model", len(paths), len(paths))
     return {"files": facts}
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"name": path.name, "bytes": file.tell(), "sha256": digest}
@@ -424,10 +425,49 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
 
 def recorded_request(output: Path) -> TuneRequest | None:
     """What the run in a folder was asked for, for whoever measures its adapter on the same data. None where no run says
-    so, or one of another version."""
+    so, or one of another version. Raises CheckpointError where what says so is damaged: adapters come from anywhere."""
     path = output / RUN_FILE
-    facts = read_json(path) if path.is_file() else {}
-    return TuneRequest.from_json(facts["request"]) if facts.get("format") == _FORMAT else None
+    facts = read_json(path, most_bytes=_MOST_RUN_BYTES) if path.is_file() else {}
+    if facts.get("format") != _FORMAT:
+        return None
+    with _of_a_run(path):
+        return TuneRequest.from_json(facts["request"])
+
+
+@contextmanager
+def _of_a_run(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FreeholdError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not what `freehold tune` writes ({type(error).__name__}: {error!s:.80}); take it away, and "
+            "name a file with --measure"
+        ) from None
+
+
+def check_held_out(prepared: Prepared, output: Path) -> None:
+    """Raises UsageError where what is held out is not what the run in this folder held out: its file has changed, or
+    the files that it was a share of; or they are read in another way by now."""
+    now, otherwise = prepared.facts["data"], "name a file with --measure"
+    kind = "files" if prepared.request.validation_file is None else "validation_files"
+    with _of_a_run(output / RUN_FILE):
+        before = read_json(output / RUN_FILE, most_bytes=_MOST_RUN_BYTES)["data"]
+        _check_files(before[kind], now[kind], output, otherwise)
+        if any(before[name] != now[name] for name in ("validation_examples", "validation_targets")):
+            raise UsageError(f"what {output} held out is read in another way by now; {otherwise}")
+
+
+def _check_files(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], output: Path, otherwise: str
+) -> None:
+    for old, new in zip(before, now, strict=True):
+        if old != new:
+            raise UsageError(
+                f"{new['name']} is not what it was when {output} began (SHA-256 {new['sha256'][:12]}…, then "
+                f"{old['sha256'][:12]}…); bring it back, or {otherwise}"
+            )
 
 
 def check_unchanged(prepared: Prepared, output: Path, progress: Progress = no_progress) -> None:
@@ -436,12 +476,7 @@ def check_unchanged(prepared: Prepared, output: Path, progress: Progress = no_pr
     before = read_json(output / RUN_FILE)
     now = prepared.facts
     for kind in ("files", "validation_files"):
-        for old, new in zip(before["data"][kind], now["data"][kind], strict=True):
-            if old != new:
-                raise UsageError(
-                    f"{new['name']} is not what it was when {output} began (SHA-256 {new['sha256'][:12]}…, then "
-                    f"{old['sha256'][:12]}…); bring it back, or begin anew with another --output"
-                )
+        _check_files(before["data"][kind], now["data"][kind], output, "begin anew with another --output")
     if (changed := _changed_file(before["model"], prepared.folder, progress)) is not None:
         raise UsageError(
             f"the model {now['model']['name']} is not what it was when {output} began: {changed} has changed; bring it "

@@ -39,6 +39,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST_DIMENSIONS = 16  # of a tensor: a product of more, and larger, numbers than any has could take for ever
 _REMEDY = "download or copy it again"
 
 
@@ -111,9 +112,11 @@ class TensorFiles:
                 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
+def read_json(path: Path, *, most_bytes: int | None = None) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file; of more than `most_bytes` none is built."""
     try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            raise CheckpointError(f"{path} has more than {most_bytes:,} bytes, and is not what it is called; {_REMEDY}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; {_REMEDY}") from None
@@ -154,13 +157,13 @@ class _RawHeader:
     modified_ns: int
 
 
-def _read_raw_header(path: Path) -> _RawHeader:
+def _read_raw_header(path: Path, most_bytes: int = _MAX_HEADER_BYTES) -> _RawHeader:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= _MAX_HEADER_BYTES:
+            if not 2 <= length <= most_bytes:
                 raise CheckpointError(
                     f"{path} is not a safetensors file (its header would be {length} bytes); {_REMEDY}"
                 )
@@ -192,9 +195,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {name: value for name, value in metadata.items() if isinstance(value, str)}
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Parse and check one file's header: all offsets in order, within the file, and as long as shapes say."""
-    raw = _read_raw_header(path)
+def read_header(path: Path, *, most_bytes: int = _MAX_HEADER_BYTES) -> dict[str, TensorInfo]:
+    """Parse and check one file's header: all offsets in order, within the file, and as long as shapes say. One of more
+    than `most_bytes` is refused before it is read."""
+    raw = _read_raw_header(path, most_bytes)
     size = raw.file_size
     header = _parse_header(path, raw.text)
     header.pop("__metadata__", None)
@@ -224,7 +228,8 @@ def _parse_entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorInf
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
-        sound = all(isinstance(n, int) and n >= 0 for n in numbers) and begin <= end and isinstance(dtype_name, str)
+        sound = all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers) and len(shape) <= _MOST_DIMENSIONS
+        sound = sound and begin <= end and isinstance(dtype_name, str)
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:

@@ -1,9 +1,10 @@
 """GGUF files, read through the `gguf` package: metadata, and tensors expanded to float32.
 
-Enough for the default model. A gpt-oss GGUF is not read yet: use the safetensors checkpoint.
+Enough for the default model, and for the weights of a gpt-oss GGUF that `gguf_export` wrote, to measure what is in it.
+No model is loaded from one: its tokeniser and constants are not read; use the safetensors checkpoint for that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freehold.config import ModelConfig
 from freehold.errors import CheckpointError, UnsupportedError
+from freehold.weights.gguf_export import TensorType, parts_of, unpack_mxfp4
+from freehold.weights.layouts import canonical_shapes
+from freehold.weights.mxfp4 import Mxfp4Tensor
 
 _REMEDY = "download it again"
 
@@ -44,6 +49,15 @@ class GgufFile:
             raise CheckpointError(f"{self.path} has no metadata key {key}; it is not the model that was expected")
         return self.metadata[key]
 
+    def mxfp4(self, name: str) -> Mxfp4Tensor | None:
+        """One tensor as it is packed; None where it is stored in another way."""
+        stored = self._tensors.get(name)
+        if stored is None or int(stored.tensor_type) != TensorType.MXFP4.number:
+            return None
+        *rows, columns = (int(size) for size in reversed(stored.shape))
+        data = torch.from_numpy(np.array(stored.data, dtype=np.uint8, copy=True))
+        return unpack_mxfp4(data.view(*rows, columns // TensorType.MXFP4.value[1] * 17))
+
     def tensor(self, name: str) -> Tensor:
         """One tensor in float32, row-major, the outermost dimension first."""
         from gguf.quants import dequantize
@@ -59,3 +73,43 @@ class GgufFile:
             ) from None
         shape = tuple(int(size) for size in reversed(stored.shape))
         return torch.from_numpy(np.array(values, dtype=np.float32, copy=True)).view(shape)
+
+
+class GgufWeights(Mapping[str, Tensor | Mxfp4Tensor]):
+    """The weights of a gpt-oss GGUF by their canonical names, each read when it is asked for and not kept: experts as
+    they are packed, all else expanded to float32. An output matrix is there even where the model shares its embedding:
+    the file has both. Raises CheckpointError for what is not there, or of another shape than this model has."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self._file, self._config = GgufFile(path), config
+        self._parts = parts_of(config)
+        self._shapes = canonical_shapes(config)
+        self._shapes.setdefault("unembedding", self._shapes["embedding"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, name: str) -> Tensor | Mxfp4Tensor:
+        parts = self._parts[name]
+        packed = [part for part in map(self._file.mxfp4, parts) if part is not None]
+        value: Tensor | Mxfp4Tensor
+        if len(packed) == len(parts):
+            value = Mxfp4Tensor(_alternating([p.blocks for p in packed]), _alternating([p.scales for p in packed]))
+            shape = (*value.scales.shape[:-1], value.scales.shape[-1] * TensorType.MXFP4.value[1])
+        else:
+            value = _alternating([self._file.tensor(part) for part in parts])
+            shape = tuple(value.shape)
+        if shape != self._shapes[name]:
+            raise CheckpointError(
+                f"{self._file.path}: {' and '.join(parts)} make a tensor of {shape}, and this model's has "
+                f"{self._shapes[name]}; it is not the model that was expected"
+            )
+        return value
+
+
+def _alternating(parts: list[Tensor]) -> Tensor:
+    """Gate and up (E, F, …) as (E, 2F, …), a row of each in turn; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, dim=2).flatten(1, 2)

@@ -202,6 +202,15 @@ _OF_LAYER = {
 """llama.cpp's name of each tensor of a layer, the canonical tensor it comes from, and which of its rows."""
 
 
+def parts_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """llama.cpp's names of what each canonical tensor is made of: one, or gate and up, whose rows alternate."""
+    parts: dict[str, tuple[str, ...]] = {}
+    for name, canonical, _ in _table(config):
+        if canonical not in parts or name.startswith("blk."):  # tied embeddings are there twice
+            parts[canonical] = (*parts.get(canonical, ()), name)
+    return parts | ({"unembedding": ("output.weight",)} if config.tied_embeddings else {})
+
+
 def _table(config: ModelConfig) -> Iterator[tuple[str, str, slice]]:
     yield "token_embd.weight", "embedding", _ALL
     for layer in range(config.num_layers):
@@ -273,6 +282,14 @@ def _encoded(values: Mxfp4Tensor | Tensor, type_: TensorType, what: str) -> Tens
     assert isinstance(values, Tensor)
     dtype = torch.bfloat16 if type_ is TensorType.BF16 else torch.float32
     return values.to(dtype).contiguous().view(torch.uint8)
+
+
+def unpack_mxfp4(stored: Tensor) -> Mxfp4Tensor:
+    """What `pack_mxfp4` was given, from its bytes (…, R, C/32 · 17)."""
+    blocks = stored.unflatten(-1, (-1, 17))
+    odd, even = blocks[..., 1::2], blocks[..., 2::2]
+    halves = (odd & 0x0F) | (even << 4), (odd >> 4) | (even & 0xF0)
+    return Mxfp4Tensor(torch.cat(halves, dim=-1), blocks[..., 0].contiguous())
 
 
 def pack_mxfp4(packed: Mxfp4Tensor) -> Tensor:

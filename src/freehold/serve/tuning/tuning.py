@@ -10,6 +10,7 @@ import asyncio
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from freehold import disk
-from freehold.errors import DiskError, FreeholdError, NotFoundError, StoreError, UsageError
+from freehold.errors import (
+    CheckpointError,
+    DiskError,
+    FreeholdError,
+    ModelNotFoundError,
+    NotFoundError,
+    StoreError,
+    UnsupportedError,
+    UsageError,
+)
 from freehold.log import logger
 from freehold.serve.journal import log_failure
 from freehold.serve.threads import Threads
@@ -69,6 +79,8 @@ class Tuning:
         self.workshop, self.trainer, self.models = workshop, trainer, models
         self.limits = limits or TuningLimits()
         self.threads = threads or Threads("freehold-tuning", 4)
+        self.arriving: Counter[str] = Counter()
+        """Bytes of files on their way to the disk, by owner."""
         self._store = store
         self._poll_seconds, self._stop_seconds, self._retry_seconds = poll_seconds, stop_seconds, retry_seconds
         self._changed = asyncio.Event()
@@ -196,7 +208,8 @@ class Tuning:
     async def _train(self, current: "_Current", trainer: Trainer) -> None:
         record = current.record
         output = self._output(record)
-        command = await self.threads.run(self._command, record, trainer, output)
+        done = await self.threads.run(_is_done, output)  # and only its server was not there to see it
+        command = [] if done else await self.threads.run(self._command, record, trainer, output)
         if current.cancelled:
             await self._update(record, _cancelled, [event("The job was cancelled", time.time())])
             return
@@ -209,7 +222,7 @@ class Tuning:
             record = await self._set(record, record.status, [event(message, time.time(), level="warn")])
         current.record = record
         lines = Lines(output / _METRICS)
-        if await self.threads.run(_is_done, output):  # and only its server was not there to see it
+        if done:
             await self._tell(current, await self.threads.run(lines.rest))
             await self._succeed(current.record)
             return
@@ -221,7 +234,8 @@ class Tuning:
         exit_code = await self._follow(current, current.run, lines)
         if current.cancelled:
             await self._end(current.record, _cancelled, [event("The job was cancelled", time.time())])
-        elif exit_code == 0 and (output / _ADAPTER).is_file():
+        elif (exit_code == 0 and (output / _ADAPTER).is_file()) or await self.threads.run(_is_done, output):
+            # Whatever befell it after the end, such as curves that could not be drawn: what it learnt is there.
             await self._succeed(current.record)
         elif not self._stopping:
             standing = Standing(**current.record.job["_standing"])
@@ -327,38 +341,52 @@ class Tuning:
     async def _succeed(self, record: JobRecord) -> None:
         output = self._output(record)
         model = self._model(record, output)
+        name = f"{record.job['model']}:{model.name}"
+        events = [event(f"New fine-tuned model created: {name}", time.time())]
         try:
             await self.models.load(model.name, output)
-        except FreeholdError as error:
+        except (CheckpointError, ModelNotFoundError, UnsupportedError) as error:
             logger.warning("the result of the fine-tuning job %s cannot be loaded: %s", record.id, error)
             await self._fail(
                 record, Failure("server_error", "the training ended well, and its result cannot be loaded")
             )
             return
-        results = await self.threads.run(self._write_results, record, output)
-        name = f"{record.job['model']}:{model.name}"
+        except FreeholdError as error:  # of memory: it is on the disk, and another time there may be room
+            logger.warning("the result of the fine-tuning job %s is not loaded yet: %s", record.id, error)
+            message = "There is no room for the model in memory now; it is loaded when it is asked for"
+            events.append(event(message, time.time(), level="warn"))
+        results = await self._results(record, output)
+        if results is None:
+            message = "The file of results could not be written; the events have what would be in it"
+            events.append(event(message, time.time(), level="warn"))
+        files = [] if results is None else [results.id]
         standing = Standing(**record.job["_standing"])
 
         def done(old: JobRecord) -> JobRecord:
-            return _ended(old, "succeeded", fine_tuned_model=name, result_files=[results.id],
+            return _ended(old, "succeeded", fine_tuned_model=name, result_files=files,
                           trained_tokens=standing.tokens)  # fmt: skip
 
-        events = [
-            event(f"New fine-tuned model created: {name}", time.time()),
-            event("The job has successfully completed", time.time()),
-        ]
         self.models.take([model])  # before anybody is told of it
+        events.append(event("The job has successfully completed", time.time()))
         await self._end(record, done, events, models=[model])
 
-    def _write_results(self, record: JobRecord, output: Path) -> FileRecord:
-        """The losses by step, as a file of the owner's."""
-        data = report.table(Lines(output / _METRICS).rest()).encode()
-        file = FileRecord(
-            id=f"file-{secrets.token_hex(12)}", owner=record.owner, place=self.place, created_at=time.time(),
-            expires_at=None, purpose=RESULTS_PURPOSE, filename=_RESULTS, num_bytes=len(data),
-        )  # fmt: skip
-        disk.write_bytes(self.workshop.file(file.id, file.filename), data)
-        self._store.add_file(file, most_bytes=1 << 62)
+    async def _results(self, record: JobRecord, output: Path) -> FileRecord | None:
+        """The losses by step, as a file of the owner's; None where it cannot be written: that loses no training."""
+        file: FileRecord | None = None
+        try:
+            data = report.table(await self.threads.run(Lines(output / _METRICS).rest)).encode()
+            file = FileRecord(
+                id=f"file-{secrets.token_hex(12)}", owner=record.owner, place=self.place, created_at=time.time(),
+                expires_at=None, purpose=RESULTS_PURPOSE, filename=_RESULTS, num_bytes=len(data),
+            )  # fmt: skip
+            await self.threads.run(disk.write_bytes, self.workshop.file(file.id, file.filename), data)
+            await self.threads.run(partial(self._store.add_file, file, most_bytes=1 << 62))
+        except (FreeholdError, OSError) as error:
+            logger.warning("the results of the fine-tuning job %s cannot be written: %s", record.id, error)
+            if file is not None:
+                with suppress(FreeholdError):
+                    await self.threads.run(self._remove_file, file)
+            return None
         return file
 
     async def _fail(self, record: JobRecord, failure: Failure) -> None:

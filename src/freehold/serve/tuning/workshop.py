@@ -54,7 +54,7 @@ class Workshop:
             if lock is not None:
                 os.close(lock)
             raise
-        disk.remove_all_abandoned(root / "files")
+        disk.remove_all_abandoned(root / "files", settled=0)  # nobody else writes here: it was cut off by a kill
         return cls(root, place, lock)
 
     def close(self) -> None:

@@ -16,8 +16,7 @@ from freehold.session.store.schema import files, tuning_jobs
 
 def add(connection: sa.Connection, record: FileRecord, *, most_bytes: int) -> None:
     """A new file. UsageError where its owner's files would have more than `most_bytes` together."""
-    held = sa.select(sa.func.coalesce(sa.func.sum(files.c.num_bytes), 0))
-    there = int(connection.scalar(held.where(files.c.owner == record.owner, files.c.place == record.place)) or 0)
+    there = num_bytes(connection, record.owner, record.place)
     if there + record.num_bytes > most_bytes:
         raise UsageError(
             f"your files have {there:,} bytes, and with this one's {record.num_bytes:,} they would have more than "
@@ -26,6 +25,12 @@ def add(connection: sa.Connection, record: FileRecord, *, most_bytes: int) -> No
     connection.execute(
         sa.insert(files).values({name: getattr(record, name) for name in FileRecord.__dataclass_fields__})
     )
+
+
+def num_bytes(connection: sa.Connection, owner: str, place: str) -> int:
+    """Of all files of an owner together."""
+    held = sa.select(sa.func.coalesce(sa.func.sum(files.c.num_bytes), 0))
+    return int(connection.scalar(held.where(files.c.owner == owner, files.c.place == place)) or 0)
 
 
 def get(connection: sa.Connection, file_id: str, owner: str, place: str, *, now: float) -> FileRecord:

@@ -206,6 +206,11 @@ class Store:
         with self._database.writing() as connection:
             files.add(connection, record, most_bytes=most_bytes)
 
+    def file_bytes(self, owner: str, place: str) -> int:
+        """Of all files of an owner together."""
+        with self._database.reading() as connection:
+            return files.num_bytes(connection, owner, place)
+
     def file(self, file_id: str, owner: str, place: str) -> FileRecord:
         """One file."""
         with self._database.reading() as connection:
