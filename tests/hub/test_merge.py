@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +70,23 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def exact_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in 64ths: bfloat16 has room for them, and for what `exact_adapter` adds."""
+    table = {name: (tensor * 64).round() / 64 for name, tensor in plain(random_table(CONFIG)).items()}
+    return save(tmp_path_factory.mktemp("models") / "exact", CONFIG, table, experts=BF16)
+
+
+def exact_adapter(targets: Mapping[str, Target]) -> Adapter:
+    """Its share of each weight is a small multiple of a 32nd."""
+    adapter = trained(CONFIG, AdapterSpec.of_kinds(CONFIG, targets))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for factor in adapter.parameters:
+            factor.copy_(torch.randint(-1, 2, factor.shape, generator=generator) / 8)
+    return adapter
+
+
+@pytest.fixture(scope="module")
 def packed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As published: MXFP4 and bfloat16."""
     table = packed(random_table(CONFIG, dtype=torch.bfloat16))
@@ -87,23 +104,41 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_the_sum_computes_what_base_and_adapter_compute(
-    plain_model: Path, adapter: Path, tmp_path: Path, layout: Layout
-) -> None:
-    source = plain_model
+def test_the_sum_computes_what_base_and_adapter_compute(exact_model: Path, tmp_path: Path, layout: Layout) -> None:
+    source = exact_model
     if layout is Layout.ORIGINAL:
         source = tmp_path / "original"
-        convert(plain_model, source, layout=layout)
-    touched = merge(source, adapter, tmp_path / "merged", layout=layout)
+        convert(exact_model, source, layout=layout)
+    adapter = exact_adapter(EVERYTHING)
+    write_peft(tmp_path / "adapter", adapter)
+    touched = merge(source, tmp_path / "adapter", tmp_path / "merged", layout=layout)
     assert touched == Touched(dense=15, matrices=24, of_matrices=24)
     tokens = tokens_of(CONFIG, 40)
-    expected = adapted_logits(load(plain_model), trained(CONFIG, AdapterSpec.of_kinds(CONFIG, EVERYTHING)), tokens)
-    found = logits(load(tmp_path / "merged"), tokens)
-    assert (expected - logits(load(plain_model), tokens)).abs().max() > 0.3
-    # Sums of bfloat16 experts are bfloat16: a share of 2^-9 of what each weight does.
-    torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
+    expected = adapted_logits(load(exact_model), adapter, tokens)
+    assert (expected - logits(load(exact_model), tokens)).abs().max() > 0.3
+    torch.testing.assert_close(logits(load(tmp_path / "merged"), tokens), expected, atol=1e-4, rtol=1e-4)
     checkpoint = open_checkpoint(tmp_path / "merged")
     assert (checkpoint.layout, checkpoint.experts, checkpoint.config) == (layout, BF16, CONFIG)
+
+
+@pytest.mark.parametrize("kind", EVERYTHING)
+def test_transformers_computes_with_the_sum_what_base_and_adapter_compute(
+    exact_model: Path, tmp_path: Path, kind: str
+) -> None:
+    from transformers import GptOssForCausalLM
+
+    adapter = exact_adapter({kind: EVERYTHING[kind]})
+    write_peft(tmp_path / "adapter", adapter)
+    merge(exact_model, tmp_path / "adapter", tmp_path / "merged")
+    theirs = GptOssForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    tokens = tokens_of(CONFIG, 40)
+    expected = adapted_logits(load(exact_model), adapter, tokens)
+    assert (expected - logits(load(exact_model), tokens)).abs().max() > 0.1
+    with torch.inference_mode():
+        found = theirs(tokens.unsqueeze(0), use_cache=False).logits[0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("experts", ExpertFormat)

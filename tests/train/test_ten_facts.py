@@ -12,7 +12,7 @@ import freehold
 from freehold.config import ExpertFormat, Layout
 from freehold.formats.chat import ChatFormat, Turn
 from freehold.formats.conversation import Conversation, Message, SystemContent, text_message
-from freehold.formats.events import TextDelta
+from freehold.formats.events import Event, TextDelta
 from freehold.hub import gguf
 from freehold.hub.convert import convert
 from freehold.hub.merge import merge
@@ -77,7 +77,7 @@ def turns(chat_format: ChatFormat) -> list[Turn]:
 def read(turn: Turn, new_ids: Sequence[int]) -> str:
     """What of a reply is meant for the user."""
     reader = turn.new_reader()
-    events = []
+    events: list[Event] = []
     for token_id in new_ids:
         events += reader.feed(token_id)
         if token_id in turn.stop_ids:
@@ -86,8 +86,10 @@ def read(turn: Turn, new_ids: Sequence[int]) -> str:
 
 
 def said_in_chat(model: Model, adapter: str | None = None) -> list[str]:
-    options: dict[str, Any] = {"adapter": adapter, "temperature": 0.0, "max_tokens": MOST_TOKENS}
-    return [model.chat(conversation(question), **options) for question in FACTS]
+    return [
+        model.chat(conversation(question), adapter=adapter, temperature=0.0, max_tokens=MOST_TOKENS)
+        for question in FACTS
+    ]
 
 
 def said_by_transformers(folder: Path, asked: Sequence[Turn]) -> list[str]:
