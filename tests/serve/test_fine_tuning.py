@@ -337,6 +337,7 @@ def test_what_is_being_asked_stays_even_when_it_is_deleted(tmp_path: Path) -> No
         with pytest.raises(APIStatusError, match="cannot be loaded at the moment") as caught:
             await _ask(server, second)
         assert caught.value.status_code == 503
+        del caught
         await server.sdk.models.delete(first)
         with pytest.raises(NotFoundError):
             await _ask(server, first)
@@ -574,6 +575,26 @@ def test_models_can_be_forgotten_while_they_are_listed(tmp_path: Path) -> None:
     assert [found.name for found in models.of(Alice("alice"))] == ["first", "second"]
     assert [found.name for found in models.of("alice")] == ["second"]
     assert models.is_tuned("first") and models.find("first", "alice") is None
+
+
+def test_a_model_is_nobody_else_s_not_even_before_its_job_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(server: Tuned) -> None:
+        add_file, seen = server.store.add_file, dict[str, tuple[str, ...]]()
+        training = await server.upload()
+
+        def watched(record: Any, **more: Any) -> None:
+            seen["names"], seen["adapters"] = server.server.model_names, tuple(server.adapters)
+            add_file(record, **more)
+
+        monkeypatch.setattr(server.store, "add_file", watched)  # its results, when its adapter is in the engine
+        made = await server.sdk.fine_tuning.jobs.create(model="default", training_file=training)
+        name = (await server.ended(made.id))["fine_tuned_model"]
+        assert [*seen["adapters"]] == _short(name)
+        assert name not in seen["names"] and name not in server.server.model_names
+
+    with_server(tmp_path, use)
 
 
 def test_a_job_is_cancelled_in_every_state_but_the_last(tmp_path: Path) -> None:

@@ -106,6 +106,22 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_read(
         load(ok=everything)
 
 
+def test_an_adapter_is_read_only_where_there_is_room_to_read_it(
+    model: Model, everything: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that runs is not to be ended for one adapter more, for which there would have been room in the end."""
+    needed = model.plan.adapters
+    monkeypatch.setattr(machine, "available_memory", lambda: 2 * needed)
+    before = model.adapters
+    with pytest.raises(OutOfMemoryError, match="3 times that while it is read"):
+        model.add_adapter("one-more", everything)
+    assert model.adapters == before
+    monkeypatch.setattr(machine, "available_memory", lambda: 3 * needed)
+    model.add_adapter("one-more", everything)
+    model.remove_adapter("one-more")
+    assert model.adapters == before
+
+
 def test_the_plan_counts_what_adapters_take(model: Model) -> None:
     loaded = model.transformer.config
     assert loaded == CONFIG

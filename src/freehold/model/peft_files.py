@@ -476,7 +476,8 @@ def _ways(pattern: str) -> int:
     if len(pattern) > 500 or re.search(r"[)}*+?][*+{]", pattern):
         raise UsageError("a regular expression with repeated groups may never end")
     alternatives = pattern.count("|") + 1
-    return 41 ** len(re.findall(r"[*+?{]", pattern)) * alternatives ** (pattern.count("(") + 1)
+    ways: int = 41 ** len(re.findall(r"[*+?{]", pattern)) * alternatives ** (pattern.count("(") + 1)
+    return ways
 
 
 @lru_cache(maxsize=4096)

@@ -152,6 +152,7 @@ class ChatOptions(SamplingOptions, total=False):
 
 
 _SAMPLING = SamplingOptions.__annotations__
+_WHILE_READ = 3  # copies of an adapter: as it is stored, as it is computed with, and packed
 
 
 class Model:
@@ -224,8 +225,11 @@ class Model:
         """One more adapter, from a folder in PEFT's format, also while requests run. Raises what `load` does."""
         self.adapter_set.check_name(name)
         needed, free = _adapter_bytes(Path(folder), self.config, self.policy), free_memory(self.policy)
-        if needed > free:
-            raise OutOfMemoryError(f"{folder}: this adapter takes {gib(needed)}, and {gib(free)} are free")
+        if _WHILE_READ * needed > free:
+            raise OutOfMemoryError(
+                f"{folder}: this adapter takes {gib(needed)}, {_WHILE_READ} times that while it is read, and "
+                f"{gib(free)} are free"
+            )
         with _out_of_memory():
             self.adapter_set.add(name, _read_adapter(Path(folder), self.config, self.policy))
 

@@ -7,6 +7,7 @@ when the last answer by it is complete.
 """
 
 import asyncio
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class TunedModels:
         self._changing = threading.Lock()
         self._held: dict[str, weakref.ref[Hold]] = {}  # the one that was asked for last is the last
         self._deleted: set[str] = set()
+        self._tuned: set[str] = set()  # all names that there ever were, also of what is only being loaded
         self._loading = asyncio.Lock()
         self._loads: set[asyncio.Task[Hold]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -58,6 +60,7 @@ class TunedModels:
         """These are there, as the store has it."""
         with self._changing:
             self._records = self._records | {record.name: record for record in records}
+            self._tuned.update(record.name for record in records)
 
     def of(self, owner: str) -> list[ModelRecord]:
         """An owner's models without checkpoints, the oldest first."""
@@ -70,7 +73,7 @@ class TunedModels:
 
     def is_tuned(self, name: str) -> bool:
         """Whether an adapter of this name was made here, by whomever; else it is the operator's, and everybody's."""
-        return name in self._records or name in self._deleted
+        return name in self._tuned
 
     def folder(self, record: ModelRecord) -> Path:
         return self._root / str(record.model["folder"])
@@ -81,6 +84,7 @@ class TunedModels:
         if self._add_adapter is None:
             return None
         self._loop = asyncio.get_running_loop()
+        self._tuned.add(name)  # before it is there: at no time is it the operator's, and everybody's
         # A client that goes away ends its wait, not the reading: a thread is at it, and has to be waited for.
         load = asyncio.create_task(self._load(self._add_adapter, name, folder or self.folder(self._records[name])))
         self._loads.add(load)
@@ -92,7 +96,7 @@ class TunedModels:
         with self._changing:
             if name not in self._records:
                 return
-            self._deleted.add(name)  # first: at no time is it the operator's
+            self._deleted.add(name)
             self._records = {other: record for other, record in self._records.items() if other != name}
         self._soon_let_go()
 
@@ -123,6 +127,8 @@ class TunedModels:
         return [name for name, hold in self._held.items() if hold() is None]
 
     def _make_room(self) -> None:
+        if len(self._held) >= self._most_held and not self._idle():
+            gc.collect()  # a request that failed may be held by nothing but its own error
         idle = iter(self._idle())
         while len(self._held) >= self._most_held:
             if (name := next(idle, None)) is None:
