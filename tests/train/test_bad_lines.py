@@ -184,6 +184,10 @@ BAD_CHATS: list[tuple[Any, str]] = [
         "message 1: the arguments of 'add' are no JSON: '2, 2'",
     ),
     (
+        chat(QUESTION, calls(call(arguments='{"a": NaN}')), tools=TOOLS),
+        "message 1: the arguments of 'add' are no JSON: '{\"a\": NaN}'",
+    ),
+    (
         chat(QUESTION, calls(call(arguments="[2, 2]")), tools=TOOLS),
         "message 1: the arguments of 'add' are no JSON object: '[2, 2]'",
     ),

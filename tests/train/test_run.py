@@ -20,9 +20,11 @@ from freehold.formats.templates import CHATML
 from freehold.hub.folder import open_folder
 from freehold.hub.merge import merge
 from freehold.model.peft_files import read_peft
+from freehold.session.model import Model
 from freehold.session.served import serve_model
 from freehold.train import adapting, curves
 from freehold.train.data import TrainingData
+from freehold.train.examples import NO_TARGET, Examples
 from freehold.train.loop import End, Outcome
 from freehold.train.metrics import read_metrics
 from freehold.train.options import LoopOptions, LoraOptions, lora_targets
@@ -99,23 +101,39 @@ def test_a_tiny_model_learns_facts_by_heart(request_for: TuneRequest, tmp_path: 
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["event"] == "done"
 
 
-def test_the_validation_loss_is_the_engine_s(request_for: TuneRequest, model: Path, tmp_path: Path) -> None:
-    request = replace(request_for, loop=replace(LOOP, max_steps=1))
-    tuned(request, tmp_path / "run")
-    prepared = prepare(request)
-    loaded = freehold.load(model)
+@pytest.mark.parametrize("qat", [False, True])
+def test_the_validation_loss_is_the_engine_s(qat: bool, request_for: TuneRequest, model: Path, tmp_path: Path) -> None:
+    """Before training, and after steps that have given every factor a part in it."""
+    lora = replace(LORA, qat=qat, dropout=0.0 if qat else LORA.dropout)
+    request = replace(request_for, loop=replace(LOOP, max_steps=3, eval_steps=3, learning_rate=0.03), lora=lora)
+    outcome = tuned(request, tmp_path / "run")
+    assert outcome.state.best_step == 3
+    data = prepare(request).data
+    assert isinstance(data, TrainingData)
+    before, after = (line["validation_loss"] for line in numbers(tmp_path / "run") if "validation_loss" in line)
+    assert abs(after - before) > 0.1
+    served = freehold.load(model, adapters={} if qat else {"it": tmp_path / "run"})
+    assert before == pytest.approx(engine_loss(served, data.validation), abs=1e-5)
+    if qat:  # what is trained is what a merge makes
+        merge(model, tmp_path / "run", tmp_path / "merged")
+        assert after == pytest.approx(engine_loss(freehold.load(tmp_path / "merged"), data.validation), abs=1e-5)
+        return
+    factors = read_peft(tmp_path / "run", served.config).factors
+    assert all(bool(factor.any()) for pair in factors.values() for factor in pair)
+    assert after == pytest.approx(engine_loss(served, data.validation, "it"), abs=1e-5)
+
+
+def engine_loss(loaded: Model, examples: Examples, adapter: str | None = None) -> float:
+    """The mean over all targets of what the engine says of them, each example asked as a prompt."""
     total = 0.0
-    assert isinstance(prepared.data, TrainingData)
-    for example in prepared.data.validation:
-        targets = [target for target in example.targets if target != -100]
-        [asked] = [index for index, target in enumerate(example.targets) if target == targets[0]][:1]
+    for example in examples:
+        targets = [target for target in example.targets if target != NO_TARGET]
+        asked = next(index for index, target in enumerate(example.targets) if target != NO_TARGET)
         ids = [*example.tokens[: asked + 1], *targets]
-        request_of = loaded.prompting.request(ids, max_tokens=1, prompt_logprobs=0)
+        request_of = loaded.prompting.request(ids, max_tokens=1, prompt_logprobs=0, adapter=adapter)
         scored = next(step.prompt_logprobs for step in loaded.engine.stream(request_of) if step.prompt_logprobs)
         total -= sum(entry.logprob for entry in scored[asked + 1 :] if entry is not None)
-    assert numbers(tmp_path / "run")[0]["validation_loss"] == pytest.approx(
-        total / prepared.data.validation.num_targets, abs=1e-5
-    )
+    return total / examples.num_targets
 
 
 def test_the_card_and_the_run_say_what_was_done(request_for: TuneRequest, facts: Path, tmp_path: Path) -> None:

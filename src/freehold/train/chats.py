@@ -314,11 +314,15 @@ def _check_said(index: int, message: Message, offer: Offer) -> None:
 
 def _check_arguments(what: str, text: str) -> None:
     try:
-        arguments = json.loads(text)
+        arguments = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise UsageError(f"{what} are no JSON: {text!r:.60}") from None
     if not isinstance(arguments, dict):
         raise UsageError(f"{what} are no JSON object: {text!r:.60}")
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(name)  # NaN and the like, which Python's reader would let pass
 
 
 # --- checks -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def draw(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
             label="validation",
         )
     upper.set(ylabel="loss per token")
-    upper.legend()
+    upper.legend(loc="upper right")  # finding the best place takes seconds where there is much to draw
     upper.grid(alpha=0.3)
     lower.plot([line["step"] for line in steps], [line["gradient_norm"] for line in steps], color="tab:green")
     lower.set(ylabel="gradient norm", xlabel="step")

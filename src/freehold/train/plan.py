@@ -2,38 +2,49 @@
 
 Weights are those of inference. To them come the factors, their gradients and what the optimizer keeps of each; and what
 a row of tokens leaves behind for its backward pass: of every layer, or, where activations are computed twice, of one
-layer and the residual stream between them. Called by run.py.
+layer and the residual stream between them. What is kept is counted op by op: kernels/autograd.py, kernels/native_moe.py
+and kernels/low_rank.py, or what torch's own autograd keeps of the reference. Called by run.py.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
 from freehold.engine.options import EngineOptions
 from freehold.errors import OutOfMemoryError
+from freehold.kernels import backends
+from freehold.kernels.kv import PAGE, KvType, num_pages
 from freehold.model.lora import EXPERT_KINDS, AdapterSpec, factor_shapes, weight_name
 from freehold.session.memory import free_memory, gib, plan_memory
 from freehold.session.policy import Policy
 from freehold.weights.layouts import canonical_shapes
-from freehold.weights.packed import packed_bytes
+from freehold.weights.packed import PANEL, packed_bytes, packed_shapes
 
 _QUERIES_AT_ONCE = 256  # rows of attention whose scores are there together
 _LOGITS_AT_ONCE = 3 * 4 << 24  # bytes: pieces of logits, what becomes of them, and their gradient
 _TRAINER = 192 << 20  # what torch's optimizers and matplotlib read of themselves
-_KEPT_BY_MALLOC = 0.25  # of activations that were let go, in pieces that the next ones do not fit
-_KEPT_TWICE = 0.6  # the same where they are computed twice, of those that are let go in between
+_KEPT_BY_MALLOC = 1.0  # of activations that were let go, in pieces that the next ones do not fit
+_RETURNED_BY_MALLOC = 32 << 20  # pieces of this size go back to the system, whatever came before
+_KEPT_TWICE = 0.6  # of all that layers would keep: what malloc does of it where that is computed twice
 _MOST_KEPT_TWICE = 768 << 20  # where large pieces go back to the system at once (machine.return_large_memory)
+_KV_WIDTHS: dict[KvType, float] = {"f32": 4, "bf16": 2, "q8": 1 + 2 / 32}
 _SCORES = 4  # such arrays of scores: they, their softmax, the gradients of both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowShape:
-    """The most tokens of a row, and of an example in it."""
+    """The most tokens of a row, and of an example in it; and the most that a row has with every example filled up to
+    whole pages, None where that is one example's."""
 
     tokens: int
     example: int
+    paged: int | None = None
+
+    @property
+    def page_tokens(self) -> int:
+        return num_pages(self.tokens) * PAGE if self.paged is None else self.paged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,13 +119,15 @@ def plan_lora(
         for layer in range(config.num_layers)
     )
     width = policy.dtype.itemsize
-    layer = row.tokens * _kept_of_layer(config, spec, width, dropout)
+    layer = (_kept_of_native_layer if policy.native else _kept_of_layer)(config, spec, policy, row, dropout)
     stream = row.tokens * config.hidden_size * width
     everything = config.num_layers * layer
     if checkpointing:
         kept = config.num_layers * stream + layer + min(round(_KEPT_TWICE * everything), _MOST_KEPT_TWICE)
     else:
-        kept = round((1 + _KEPT_BY_MALLOC) * everything)
+        sums = row.tokens * _sums_per_token(config) if policy.native else 0
+        returned = config.num_layers * sums if sums >= _RETURNED_BY_MALLOC else 0
+        kept = everything + round(_KEPT_BY_MALLOC * (everything - returned))
     return TrainingPlan(
         weights=run.dense + run.experts,
         factors=factors,
@@ -123,8 +136,9 @@ def plan_lora(
         activations=kept + 2 * stream,
         scratch=run.scratch
         + _expert_scratch(config, row, width)
-        + _attention_scratch(config, row)
-        + _LOGITS_AT_ONCE
+        + (_dropout_scratch(config, row) if dropout else 0)
+        + (_native_attention_scratch(config, row) if policy.native else _attention_scratch(config, row))
+        + min(_LOGITS_AT_ONCE, 3 * 4 * row.tokens * config.vocab_size)
         + _TRAINER,
         program=machine.process_status().get("VmRSS", 0),
         checkpointing=checkpointing,
@@ -245,18 +259,63 @@ def _merged_bytes(config: ModelConfig, experts: ExpertFormat, policy: Policy, sp
     return total + 4 * 4 * largest
 
 
-def _kept_of_layer(config: ModelConfig, spec: AdapterSpec, width: int, dropout: bool) -> int:
-    """Bytes that a layer keeps for each token: its two inputs, normed where adapters read them; heads before and after
-    they are turned; attention's result; the routing; and what dropout left of the inputs of adapters."""
+def _kept_of_native_layer(config: ModelConfig, spec: AdapterSpec, policy: Policy, row: RowShape, dropout: bool) -> int:
+    """Bytes that a layer keeps where the kernels run: its two inputs, normed where adapters read them; queries, whole
+    pages of keys and values, attention's result; the routing; of every visit of an expert what its activation was made
+    from and the rows of adapters, padded as the kernels have them; and what dropout left of the inputs of adapters."""
     D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-    heads = (N + 2 * K) * H
-    kept = 4 * D + 3 * heads + 2 * N * H + N + 4 * config.num_experts + 4 * config.num_active_experts
+    A = config.num_active_experts
+    of_gradient = backends.quick_gradient_type().itemsize
+    ranks = _ranks(spec)
+    kept = 4 * (2 * D + 2 * N * H + N) + 12 * config.num_experts + 40 * A
+    kept += _sums_per_token(config)
+    kept += sum(4 * A * -(-rank // PANEL) * PANEL for kind, rank in ranks.items() if kind in EXPERT_KINDS)
     if dropout:
-        inputs = {"q": D, "k": D, "v": D, "o": N * H, "router": D}
-        kinds = {name.rpartition(".")[2] for name in spec.targets}
-        kept += 2 * sum(size for kind, size in inputs.items() if kind in kinds)
-    ranks = sum(target.rank for name, target in spec.targets.items() if name.startswith("layers.0."))
-    return width * (kept + ranks)
+        kept += 4 * D * (bool(ranks.keys() & {"q", "k", "v"}) + ("router" in ranks)) + _left_by_dropout(config, ranks)
+    else:
+        kept += of_gradient * D * (bool(ranks.keys() & {"q", "k", "v"}) + ("router" in ranks))
+        kept += of_gradient * N * H * (of_gradient != 4 and "o" in ranks)
+    in_pages = 2 * K * H * _KV_WIDTHS[policy.kv]
+    return row.tokens * kept + round(row.page_tokens * in_pages)
+
+
+def _sums_per_token(config: ModelConfig) -> int:
+    """Bytes of what the activations of a layer's experts are made from: one piece of memory for all tokens."""
+    panels, *_ = packed_shapes("mxfp4", (2 * config.expert_width, config.hidden_size), paired=True)[0]
+    return config.num_active_experts * panels * PANEL * backends.quick_gradient_type().itemsize
+
+
+def _kept_of_layer(config: ModelConfig, spec: AdapterSpec, policy: Policy, row: RowShape, dropout: bool) -> int:
+    """The same where the reference runs: of every norm, which torch's autograd goes through, its input and result in
+    float32 too; heads before and after they are turned; experts keep their input alone."""
+    D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+    width, ranks = policy.dtype.itemsize, _ranks(spec)
+    norms = 2 + bool(ranks.keys() & {"q", "k", "v"}) + ("router" in ranks)
+    kept = norms * (8 + width) * D + width * (2 * D + 2 * (N + 2 * K) * H + 2 * N * H) + 4 * N
+    kept += 20 * config.num_experts + 40 * config.num_active_experts
+    if width != 4:  # what adapters read, in their type
+        kept += 4 * sum(size for kind, size in _read_by(config).items() if kind in ranks)
+    kept += 4 * sum(rank for kind, rank in ranks.items() if kind not in EXPERT_KINDS)
+    return row.tokens * (kept + (_left_by_dropout(config, ranks) if dropout else 0))
+
+
+def _left_by_dropout(config: ModelConfig, ranks: Mapping[str, int]) -> int:
+    """Of the inputs of linear layers that are adapted: for each what is left, and by which numbers; and its rows."""
+    return 4 * sum(2 * size + ranks[kind] for kind, size in _read_by(config).items() if kind in ranks)
+
+
+def _read_by(config: ModelConfig) -> dict[str, int]:
+    D = config.hidden_size
+    return {"q": D, "k": D, "v": D, "o": config.num_heads * config.head_dim, "router": D}
+
+
+def _ranks(spec: AdapterSpec) -> dict[str, int]:
+    """By kind: the highest of any layer."""
+    ranks: dict[str, int] = {}
+    for name, target in spec.targets.items():
+        kind = name.rpartition(".")[2]
+        ranks[kind] = max(target.rank, ranks.get(kind, 0))
+    return ranks
 
 
 def _expert_scratch(config: ModelConfig, row: RowShape, width: int) -> int:
@@ -264,6 +323,17 @@ def _expert_scratch(config: ModelConfig, row: RowShape, width: int) -> int:
     and the gradients of all that; and what is added up over experts."""
     D, F = config.hidden_size, config.expert_width
     return row.tokens * width * (16 * F + 10 * D)
+
+
+def _dropout_scratch(config: ModelConfig, row: RowShape) -> int:
+    """By what the kernels multiply every visit's input and hidden values."""
+    return 4 * row.tokens * config.num_active_experts * (config.hidden_size + config.expert_width)
+
+
+def _native_attention_scratch(config: ModelConfig, row: RowShape) -> int:
+    """Of the backward pass: keys and values in float32, and gradients of heads, apart and joined."""
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    return 4 * row.tokens * H * (5 * N + 8 * K)
 
 
 def _attention_scratch(config: ModelConfig, row: RowShape) -> int:

@@ -605,6 +605,7 @@ def _objective(
         seed=request.loop.seed,
         checkpointing=checkpointing,
         base_model=base_model,
+        harmony=prepared.harmony,
         table=table,
     )
 
