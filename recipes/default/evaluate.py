@@ -142,19 +142,19 @@ def _without_separators(text: str) -> str:
 # --- asking ---------------------------------------------------------------------------------------------------
 
 
-def _asking(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Ask:
+def asking(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Ask:
     conversation = Conversation.from_openai(messages, tools=tools)
     return Ask(conversation=conversation, sampling=_GREEDY, max_tokens=_MAX_TOKENS)
 
 
-def _strict(tool: Mapping[str, Any]) -> dict[str, Any]:
+def enforced(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "strict": True}}
 
 
 def calls(model: Model, *, strict: bool, limit: int) -> dict[str, Any]:
     turns = held_out_turns()[:limit]
     asks = [
-        _asking([{"role": "user", "content": turn.said}], [_strict(tool) if strict else tool for tool in turn.tools])
+        asking([{"role": "user", "content": turn.said}], [enforced(tool) if strict else tool for tool in turn.tools])
         for turn in turns
     ]
     scored = [score(turn, _said(done)) for turn, done in zip(turns, ask_all(model, asks, harmony=True), strict=True)]
@@ -190,7 +190,7 @@ def needless(model: Model) -> dict[str, Any]:
     functions = read_functions(HERE / "heldout.txt")
     asked = [question for question in questions() if question.kind == "fact"]
     asks = [
-        _asking(
+        asking(
             [{"role": "user", "content": question.text}],
             [offer(function, rng).tool for function in rng.sample(functions, rng.choice((1, 2, 3)))],
         )
@@ -203,7 +203,7 @@ def needless(model: Model) -> dict[str, Any]:
 
 def short_questions(model: Model, *, harmony: bool) -> dict[str, Any]:
     asked = questions()
-    replies = ask_all(model, [_asking([{"role": "user", "content": one.text}]) for one in asked], harmony=harmony)
+    replies = ask_all(model, [asking([{"role": "user", "content": one.text}]) for one in asked], harmony=harmony)
     each = []
     for question, done in zip(asked, replies, strict=True):
         said = _said(done)
@@ -243,7 +243,7 @@ async def _python(model: Model, count: int) -> dict[str, Any]:
             truth = (await judge.call("python", problem.code)).text
             toolbox = await Toolbox.open([tool])
             try:
-                ask = _asking([{"role": "user", "content": problem.question}])
+                ask = asking([{"role": "user", "content": problem.question}])
                 turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_steps=3))
                 said: Sequence[Message] = ()
                 async for batch in turn.events(served.runner):

@@ -126,7 +126,7 @@ def base_answers(output: Path, asked: Sequence[Prompt]) -> list[Answered]:
     if kept.is_file():
         known = {raw["prompt"]: raw["said"] for raw in map(json.loads, kept.read_text("utf-8").splitlines())}
     if new := [prompt.text for prompt in asked if prompt.text not in known]:
-        known |= zip(new, base_says(load_model("default"), new), strict=True)
+        known |= zip(new, base_says(load_model("default-base"), new), strict=True)
         with new_file(kept) as file:
             for prompt, said in known.items():
                 file.write((json.dumps({"prompt": prompt, "said": said}, ensure_ascii=False) + "\n").encode())
@@ -139,7 +139,7 @@ def base_answers(output: Path, asked: Sequence[Prompt]) -> list[Answered]:
 def make(output: Path, *, tokens: int, seed: int, sft: Path | None) -> list[Line]:
     """Write the training set; the lines, as they stand in it."""
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = open_folder(find_model("default")).tokenizer
+    tokenizer = open_folder(find_model("default-base")).tokenizer
     assert tokenizer is not None
     measure = Measure(tokenizer)
     rngs = {part: random.Random(f"{seed} {part}") for part in (*_SHARES, "prompts", "order")}

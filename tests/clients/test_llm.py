@@ -42,5 +42,5 @@ def test_llm_asks_for_a_schema(scripted: Serving, tmp_path: Path) -> None:
 
 
 def test_llm_and_the_default_model(default: Serving, tmp_path: Path) -> None:
-    options = ("-o", "max_tokens", "12", "-o", "temperature", "0")
+    options = ("-o", "max_tokens", "80", "-o", "temperature", "0")
     assert "Paris" in llm(tmp_path, default, "-m", "freehold", *options, "What is the capital of France?")

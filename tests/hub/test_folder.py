@@ -113,10 +113,10 @@ def test_odd_token_names_are_passed_over(folder: Path) -> None:
     assert opened.chat_template == "plain"
 
 
-def test_where_stop_ids_come_from(default_folder: Path, tmp_path: Path) -> None:
+def test_where_stop_ids_come_from(base_folder: Path, tmp_path: Path) -> None:
     """generation_config.json, else config.json, else the tokeniser's own end; a chat without any is refused."""
     copy = tmp_path / "copy"
-    shutil.copytree(default_folder, copy)
+    shutil.copytree(base_folder, copy)
     (copy / "generation_config.json").unlink()
     assert open_folder(copy).defaults.stop_ids == {2}  # eos_token in tokenizer_config.json
     config = json.loads((copy / "config.json").read_text())

@@ -67,12 +67,11 @@ def test_the_default_model(default_folder: Path, tmp_path: Path) -> None:
     assert theirs.vocab_size == ours.vocab_size
     for text in TEXTS:
         assert theirs.encode(text) == ours.encode(text)
-    end = ours.control_id("<|im_end|>")
     assert file.value("general.name") == "default"
     assert file.value("tokenizer.ggml.pre") == "smollm"
-    assert file.value("tokenizer.ggml.bos_token_id") == ours.control_id("<|im_start|>")
-    for role in ("eos", "eot", "padding"):
-        assert file.value(f"tokenizer.ggml.{role}_token_id") == end
+    roles = {"bos": "<|endoftext|>", "eos": "<|return|>", "eot": "<|return|>", "padding": "<|endoftext|>"}
+    for role, name in roles.items():
+        assert file.value(f"tokenizer.ggml.{role}_token_id") == ours.control_id(name)
     assert file.value("tokenizer.ggml.add_bos_token") is False
     assert file.value("tokenizer.chat_template") == (default_folder / "chat_template.jinja").read_text()
     assert torch.equal(file.tensor("output.weight"), file.tensor("token_embd.weight"))

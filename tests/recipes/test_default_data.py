@@ -18,7 +18,7 @@ from freehold.weights.layouts import open_checkpoint
 from recipes.default.asking import ask_all, load_model, the_adapter
 from recipes.default.builtins import Builtins, Sum, Sums
 from recipes.default.calls import Calls, call_lines, plain_talk
-from recipes.default.evaluate import _asking, contains, held_out_turns, perplexity, same, score, states
+from recipes.default.evaluate import asking, contains, held_out_turns, perplexity, same, score, states
 from recipes.default.functions import ask, made_up, offer, read_functions, spoken
 from recipes.default.general import Answered, Prompt, general_lines, good_part
 from recipes.default.make_data import HERE, held_out_words, is_near, word_problems
@@ -311,7 +311,7 @@ def test_a_model_is_measured_with_its_adapter(tmp_path: Path) -> None:
     bare, tuned = load_model(str(own)), load_model(str(own), adapter=adapter)
     assert (the_adapter(bare), the_adapter(tuned)) == (None, "adapter")
     assert perplexity(bare) != perplexity(tuned)
-    asks = [_asking([{"role": "user", "content": "Who is Ada?"}])]
+    asks = [asking([{"role": "user", "content": "Who is Ada?"}])]
     said = [ask_all(model, asks, harmony=False)[0] for model in (bare, tuned, load_model(str(own), adapter=adapter))]
     assert all(each is not None for each in said)
     texts = [each.messages[0].text for each in said if each is not None]

@@ -24,14 +24,14 @@ BASES = ("smollm2", "default")
 
 @pytest.mark.skipif(backends.native() is None, reason="the native kernels are not built")
 def test_each_request_is_answered_with_the_adapter_that_its_model_names(
-    default_folder: Path, native_settings: None, tmp_path: Path
+    base_folder: Path, native_settings: None, tmp_path: Path
 ) -> None:
-    config = open_checkpoint(default_folder).config
+    config = open_checkpoint(base_folder).config
     adapters = {
         "poet": write_adapter(tmp_path / "poet", config, EXPERT_KINDS, std=0.05),
         "clerk": write_adapter(tmp_path / "clerk", config, std=0.05, seed=2),
     }
-    model = freehold.load(default_folder, context=256, threads=2, adapters=adapters)
+    model = freehold.load(base_folder, context=256, threads=2, adapters=adapters)
     prompt, names = "The sea at night", (None, *adapters)
     want = {name: "".join(model.stream_text(prompt, max_tokens=6, temperature=0, adapter=name)) for name in names}
     assert len(set(want.values())) == 3

@@ -31,9 +31,9 @@ def test_the_default_model_chats_keeps_to_forms_and_scores_texts(default_folder:
                 return response
 
             messages = [{"role": "user", "content": "What is the capital of France?"}]
-            said = (await post("chat/completions", messages=messages, max_tokens=20)).json()
+            said = (await post("chat/completions", messages=messages, max_tokens=80)).json()
             assert "Paris" in said["choices"][0]["message"]["content"]
-            streamed = chunks_of(await post("chat/completions", messages=messages, max_tokens=20, stream=True))
+            streamed = chunks_of(await post("chat/completions", messages=messages, max_tokens=80, stream=True))
             deltas = [choice["delta"].get("content", "") for chunk in streamed for choice in chunk["choices"]]
             assert "".join(deltas) == said["choices"][0]["message"]["content"]
 
@@ -43,7 +43,7 @@ def test_the_default_model_chats_keeps_to_forms_and_scores_texts(default_folder:
                 "required": ["city", "people"],
                 "additionalProperties": False,
             }
-            form = (await post("chat/completions", messages=messages, guided_json=schema, max_tokens=60)).json()
+            form = (await post("chat/completions", messages=messages, guided_json=schema, max_tokens=120)).json()
             assert json.loads(form["choices"][0]["message"]["content"]).keys() == {"city", "people"}
 
             prompts = [tokenizer.encode(begin) + tokenizer.encode(rest) for begin, rest in CONTINUATIONS]

@@ -1,7 +1,6 @@
 """The default model uses tools, whole and for real: weights, grammar, loop, a folder of documents, a kernel.
 
-It was not tuned on Harmony, so it is shown how: calls of an open turn are examples that it follows. It is also nudged
-to end its messages, whose closing tokens it has never seen. What it calls, and what comes of it, is its own doing.
+Nothing helps it: it is asked as `freehold chat` asks, and what it calls, and what comes of it, is its own doing.
 """
 
 import asyncio
@@ -10,11 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import freehold
-from freehold.formats.chat import TurnChoices
-from freehold.formats.conversation import Conversation, Message, SystemContent, Text, text_message
-from freehold.formats.forms import Regex
-from freehold.formats.harmony.grammar import NamedTool
-from freehold.formats.harmony.vocabulary import CALL, RETURN
+from freehold.formats.conversation import Conversation, Message, SystemContent, text_message
 from freehold.sampling import SamplingOptions
 from freehold.session.generation import Ask, SampleDone
 from freehold.session.served import serve_model
@@ -23,50 +18,27 @@ from freehold.session.turn import ToolDone, ToolStart, TurnEvent, TurnLimits, pr
 from freehold.tools.base import FunctionTools, Tool
 from freehold.tools.kit import ToolChoices, local_tools
 
-_NUDGE = 6.0
 _SYSTEM = Message(role="system", parts=(SystemContent(date="2026-01-01"),))  # its words depend on the day
 
 
-def _example(question: str, tool: str, call: str, result: str) -> tuple[Message, ...]:
-    return (
-        text_message("user", question),
-        Message(role="assistant", parts=(Text(text=call),), channel="analysis", recipient=tool, content_type="code"),
-        Message(role="tool", parts=(Text(text=result),), channel="analysis", recipient="assistant", name=tool),
-    )
-
-
-async def _turn(
-    model: freehold.Model,
-    tools: Sequence[Tool | FunctionTools],
-    said: Sequence[Message],
-    *,
-    first: str,
-    answer: Regex,
-) -> list[TurnEvent]:
-    control = model.prompting.the_tokenizer().control_tokens
-    ask = Ask(
-        conversation=Conversation(messages=(_SYSTEM, *said)),
-        choices=TurnChoices(tool_choice=NamedTool(first), max_reasoning_tokens=0, response_format=answer),
-        sampling=SamplingOptions(temperature=0, logit_bias={control[CALL]: _NUDGE, control[RETURN]: _NUDGE}),
-        max_tokens=120,
-    )
-    served = serve_model(model, name="default", harmony=True)
+async def _turn(model: freehold.Model, tools: Sequence[Tool | FunctionTools], question: str) -> list[TurnEvent]:
+    conversation = Conversation(messages=(_SYSTEM, text_message("user", question)))
+    ask = Ask(conversation=conversation, sampling=SamplingOptions(temperature=0), max_tokens=160)
+    served = serve_model(model, name="default")
     toolbox = await Toolbox.open(tools)
     try:
-        turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_tool_calls=1))
+        turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_tool_calls=4))
         return [event async for batch in turn.events(served.runner) for event in batch]
     finally:
         await toolbox.aclose()
         await served.runner.drain(0)
 
 
-def _facts(events: Sequence[TurnEvent]) -> tuple[ToolStart, ToolDone, SampleDone]:
-    (start,) = [event for event in events if isinstance(event, ToolStart)]
-    (done,) = [event for event in events if isinstance(event, ToolDone)]
+def _answer(events: Sequence[TurnEvent]) -> str:
     (end,) = [event for event in events if isinstance(event, SampleDone)]
-    assert done.problem is None
     assert end.end == "stop"
-    return start, done, end
+    assert end.messages[-1].channel == "final"
+    return end.messages[-1].text
 
 
 def test_a_question_about_a_folder_of_documents(default_folder: Path, tmp_path: Path) -> None:
@@ -77,35 +49,21 @@ def test_a_question_about_a_folder_of_documents(default_folder: Path, tmp_path: 
     )
     (docs / "shop.md").write_text("# The shop\n\nPostcards cost two crowns.\n")
     model = freehold.load(default_folder, device="cpu", context=2048)
-    examples = [
-        message
-        for question, query in (
-            ("Where is the library?", "library"),
-            ("Who wrote the report?", "report author"),
-            ("What does a ticket cost?", "ticket price"),
-        )
-        for message in _example(question, "browser.search", json.dumps({"query": query}), "Nothing was found.")
-    ]
-    said = [*examples, text_message("user", "When does the museum open?")]
     with local_tools(ToolChoices(browse=(docs,)), tokenizer=model.prompting.the_tokenizer()) as tools:
-        answer = Regex(r"The museum opens at (six|seven|eight|nine|ten|noon)\.")
-        start, done, end = _facts(asyncio.run(_turn(model, tools, said, first="browser.search", answer=answer)))
-    assert "museum" in json.loads(start.arguments)["query"]
-    assert "The museum opens at nine" in done.message.text
-    assert end.messages[-1].text == "The museum opens at nine."
+        events = asyncio.run(_turn(model, tools, "When does the museum open?"))
+    starts = [event for event in events if isinstance(event, ToolStart)]
+    assert starts[0].recipient == "browser.search"
+    assert "museum" in json.loads(starts[0].arguments)["query"]
+    assert all(event.problem is None for event in events if isinstance(event, ToolDone))
+    assert "nine" in _answer(events)
 
 
 def test_a_calculation(default_folder: Path) -> None:
     model = freehold.load(default_folder, device="cpu", context=2048)
-    examples = [
-        message
-        for a, b in ((12, 5), (7, 30), (250, 4))
-        for message in _example(f"What is {a} * {b}?", "python", f"print({a} * {b})", str(a * b))
-    ]
-    said = [*examples, text_message("user", "What is 1234 * 5678?")]
     with local_tools(ToolChoices(python=True), tokenizer=model.prompting.the_tokenizer()) as tools:
-        answer = Regex(r"[0-9]{1,9}")
-        start, done, end = _facts(asyncio.run(_turn(model, tools, said, first="python", answer=answer)))
+        events = asyncio.run(_turn(model, tools, "What is 1234 * 5678?"))
+    (start,) = [event for event in events if isinstance(event, ToolStart)]
     assert start.arguments.strip() == "print(1234 * 5678)"
-    assert done.message.text == str(1234 * 5678)
-    assert end.messages[-1].text.isdigit()  # a model this small does not copy long numbers well
+    (done,) = [event for event in events if isinstance(event, ToolDone)]
+    assert done.message.text.strip() == str(1234 * 5678)
+    assert str(1234 * 5678) in _answer(events)

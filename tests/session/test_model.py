@@ -54,8 +54,8 @@ def tiny(tiny_folder: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def default(default_folder: Path) -> Model:
-    return freehold.load(device="cpu")
+def default(base_folder: Path) -> Model:
+    return freehold.load(base_folder, device="cpu")
 
 
 def test_logits(tiny: Model) -> None:
@@ -159,15 +159,15 @@ def test_bad_tokens(tiny: Model, tokens: list[int], message: str) -> None:
             call(tokens)
 
 
-def test_bad_devices_and_types(tiny: Model, default_folder: Path) -> None:
+def test_bad_devices_and_types(tiny: Model, base_folder: Path) -> None:
     with pytest.raises(BackendError, match="nonsense"):
-        freehold.load(default_folder, device="nonsense")
+        freehold.load(base_folder, device="nonsense")
     with pytest.raises(BackendError, match="meta"):
-        freehold.load(default_folder, device="meta")
+        freehold.load(base_folder, device="meta")
     with pytest.raises(UsageError, match="float16"):
-        freehold.load(default_folder, dtype="float16")
+        freehold.load(base_folder, dtype="float16")
     with pytest.raises(UsageError, match="int8"):
-        freehold.load(default_folder, dtype=torch.int8)
+        freehold.load(base_folder, dtype=torch.int8)
 
 
 # --- what load is asked for -------------------------------------------------------------------------------------
@@ -266,12 +266,12 @@ TEXT = "The capital of France is Paris. Water boils at a hundred degrees, and ic
 
 
 @pytest.fixture(scope="module")
-def exact(default_folder: Path) -> Tensor:
+def exact(base_folder: Path) -> Tensor:
     """Log-probabilities of TEXT by the reference in float32."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FREEHOLD_KERNELS", "reference")
         backends.native.cache_clear()
-        model = freehold.load(default_folder, device="cpu", dtype="float32")
+        model = freehold.load(base_folder, device="cpu", dtype="float32")
         assert (model.policy.native, model.policy.kv) == (False, "f32")
         logits = model.logits(tokens_of(model))
     backends.native.cache_clear()
@@ -292,16 +292,16 @@ def check_close(ours: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("reference_ops")
-def test_bfloat16_is_close(default_folder: Path, exact: Tensor) -> None:
-    model = freehold.load(default_folder, device="cpu", dtype=torch.bfloat16)
+def test_bfloat16_is_close(base_folder: Path, exact: Tensor) -> None:
+    model = freehold.load(base_folder, device="cpu", dtype=torch.bfloat16)
     assert (model.policy.native, model.policy.kv) == (False, "bf16")
     check_close(model.logits(tokens_of(model)), exact)
 
 
 @needs_native
 @pytest.mark.parametrize("kv_dtype", ["bf16", "q8"])
-def test_native_kernels_are_close_to_the_reference(default_folder: Path, exact: Tensor, kv_dtype: str) -> None:
-    model = freehold.load(default_folder, device="cpu", kv_dtype=kv_dtype)
+def test_native_kernels_are_close_to_the_reference(base_folder: Path, exact: Tensor, kv_dtype: str) -> None:
+    model = freehold.load(base_folder, device="cpu", kv_dtype=kv_dtype)
     check_close(model.logits(tokens_of(model)), exact)
 
 
@@ -353,8 +353,8 @@ def test_a_reply_has_its_messages(default: Model) -> None:
     assert reply.num_tokens == 8
 
 
-def test_a_next_turn_is_computed_from_where_it_differs(default_folder: Path) -> None:
-    model = freehold.load(default_folder, device="cpu", context=1024)
+def test_a_next_turn_is_computed_from_where_it_differs(base_folder: Path) -> None:
+    model = freehold.load(base_folder, device="cpu", context=1024)
     system = {"role": "system", "content": "You are a helpful librarian who knows every book. " * 8}
     first = {"role": "user", "content": "Who wrote Faust?"}
     answer = model.chat([system, first], max_tokens=12, temperature=0)
@@ -369,24 +369,24 @@ def test_a_next_turn_is_computed_from_where_it_differs(default_folder: Path) -> 
     other = model.chat([system, {"role": "user", "content": "Name a poem."}], max_tokens=4, temperature=0)
     assert model.engine.stats().cached_tokens > after.cached_tokens + 80  # the system prompt
 
-    afresh = freehold.load(default_folder, device="cpu", context=1024)
+    afresh = freehold.load(base_folder, device="cpu", context=1024)
     assert afresh.chat(history, max_tokens=12, temperature=0) == second
     question = [system, {"role": "user", "content": "Name a poem."}]
     assert afresh.chat(question, max_tokens=4, temperature=0) == other
 
 
-def test_prefixes_outlive_the_process_where_a_folder_is_given(default_folder: Path, tmp_path: Path) -> None:
+def test_prefixes_outlive_the_process_where_a_folder_is_given(base_folder: Path, tmp_path: Path) -> None:
     question = [{"role": "system", "content": "Answer in one word. " * 10}, {"role": "user", "content": "Hi."}]
     texts, cached = [], []
     for threads in (1, 2):
-        model = freehold.load(default_folder, device="cpu", context=512, prefix_cache_dir=tmp_path, threads=threads)
+        model = freehold.load(base_folder, device="cpu", context=512, prefix_cache_dir=tmp_path, threads=threads)
         texts.append(model.chat(question, max_tokens=6, temperature=0))
         cached.append(model.engine.stats().cached_tokens)
     assert texts[0] == texts[1]
     assert cached[0] == 0
     assert cached[1] > 30
     with pytest.raises(DiskError, match="cannot be used for cached prefixes"):
-        freehold.load(default_folder, device="cpu", prefix_cache_dir=default_folder / "config.json")
+        freehold.load(base_folder, device="cpu", prefix_cache_dir=base_folder / "config.json")
 
 
 def test_text_ends_before_a_stop_string(default: Model) -> None:
@@ -455,10 +455,10 @@ def test_harmony_end_to_end_on_gpt_oss_vocabulary(tmp_path: Path) -> None:
         model.prompting.chat_format().render(conversation.plus(*reply.messages))
 
 
-def test_nothing_is_half_loaded(default_folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_half_loaded(base_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    for path in default_folder.iterdir():
+    for path in base_folder.iterdir():
         (broken / path.name).symlink_to(path)
     weights = broken / "model.safetensors"
     data = weights.read_bytes()

@@ -53,7 +53,7 @@ def _facts() -> dict[str, Any]:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from freehold.hub import default_model
+    from freehold.hub import default_base, default_model
     from freehold.kernels import backends
     from freehold.session.policy import instruction_set
 
@@ -63,7 +63,7 @@ def _facts() -> dict[str, Any]:
         instructions, native = instruction_set(), backends.native_ops(backends.native())
     except BackendError as error:
         trouble = str(error)
-    has_model, has_wheel = default_model.folder().is_dir(), default_model.wheel_path().is_file()
+    has_model, has_wheel = default_model.folder().is_dir(), default_base.wheel_path().is_file()
     return {
         "freehold": __version__,
         "python": platform.python_version(),
@@ -85,7 +85,7 @@ def _facts() -> dict[str, Any]:
         "default_model": {
             "path": str(default_model.folder()),
             "ready": has_model,
-            "wheel": str(default_model.wheel_path()),
+            "wheel": str(default_base.wheel_path()),
             "wheel_present": has_wheel,
         },
         "works_offline": has_model or has_wheel,

@@ -8,7 +8,6 @@ from freehold.config import ExpertFormat, Layout
 from freehold.disk import new_folder, write_bytes
 from freehold.errors import CheckpointError
 from freehold.formats.chat import speaks_of_harmony
-from freehold.hub.folder import SIDE_FILES
 from freehold.log import Progress, no_progress
 from freehold.weights.layouts import (
     Checkpoint,
@@ -18,6 +17,12 @@ from freehold.weights.layouts import (
     tensors_to_write,
     write_checkpoint,
 )
+
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja", "README.md", "LICENSE", "USAGE_POLICY",
+)  # fmt: skip
+"""What belongs to a model besides config.json and tensors; conversions carry these along."""
 
 
 def convert(

@@ -5,20 +5,23 @@ from pathlib import Path
 from freehold import paths
 from freehold.config import NAMED_CONFIGS
 from freehold.errors import ModelNotFoundError
-from freehold.hub import default_model
+from freehold.hub import default_base, default_model
 from freehold.log import Progress, no_progress
 
-DEFAULT = "default"
+DEFAULT, DEFAULT_BASE = "default", "default-base"
 
 
 def find_model(name_or_path: str, progress: Progress = no_progress) -> Path:
-    """The folder of a model, in this order: `default`, a folder, a model in Freehold's cache, one in Hugging Face's.
+    """The folder of a model, in this order: `default`, and `default-base`, which is that before it was tuned; a folder;
+    a model in Freehold's cache; one in Hugging Face's.
 
-    Only `default` may use the network. Raises ModelNotFoundError otherwise, saying how to get the model.
+    Only the first two may use the network. Raises ModelNotFoundError otherwise, saying how to get the model.
     """
     try:
         if name_or_path in (DEFAULT, default_model.NAME):
             return default_model.ensure(progress)
+        if name_or_path in (DEFAULT_BASE, default_base.NAME):
+            return default_base.ensure(progress)
         path = Path(name_or_path).expanduser()
         if path.exists():
             return path

@@ -9,18 +9,12 @@ from freehold.errors import CheckpointError, FreeholdError, UsageError
 from freehold.formats import o200k
 from freehold.formats.harmony.vocabulary import CALL, RETURN
 from freehold.formats.tokenizer import Tokenizer
-from freehold.hub import default_model
+from freehold.hub import default_base, default_model
 from freehold.sampling import GenerationDefaults, Sampling
 from freehold.weights.files import read_json
 from freehold.weights.layouts import Checkpoint, open_checkpoint
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "chat_template.jinja", "README.md", "LICENSE", "USAGE_POLICY",
-)  # fmt: skip
-"""What belongs to a model besides config.json and tensors; conversions carry these along."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +40,7 @@ def open_folder(path: Path) -> ModelFolder:
     try:
         checkpoint = open_checkpoint(path)
     except FreeholdError as error:
-        if path == default_model.folder():  # made here, so there is nothing to download again
+        if path in (default_model.folder(), default_base.folder()):  # made here, not downloaded
             raise CheckpointError(f"{error}; it is the default model: remove {path} to have it made anew") from None
         raise
     tokenizer = _tokenizer(path, checkpoint.config.vocab_size)

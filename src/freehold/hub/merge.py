@@ -14,9 +14,9 @@ from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout, Rounding
 from freehold.errors import UsageError
-from freehold.hub import default_model
+from freehold.hub import default_base, default_model
 from freehold.hub.convert import side_files, write_folder
-from freehold.hub.find import DEFAULT
+from freehold.hub.find import DEFAULT, DEFAULT_BASE
 from freehold.hub.merged import MergedSource, RandomlyRounded, Touched
 from freehold.log import Progress, no_progress
 from freehold.model.peft_files import CONFIG_FILE, base_model_of, read_peft
@@ -74,6 +74,8 @@ def check_base(adapter: Path, model: str, folder: Path) -> None:
     known = {_last_part(model), _last_part(str(folder)), *map(_hub_name, folder.parts)}
     if folder == default_model.folder():
         known.add(DEFAULT)
+    if folder == default_base.folder():
+        known.add(DEFAULT_BASE)
     if _last_part(named) not in known:
         raise UsageError(
             f"{adapter / CONFIG_FILE} says that the adapter is for {named!r:.200}, and the model is {model!r} "

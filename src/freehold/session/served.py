@@ -50,8 +50,8 @@ class Served:
     """`name` is the model's own. `harmony` decides for or against Harmony where that is not left to the model's
     template; with `grammar`, replies are always well-formed. `adapter` is the one that it answers with, and `hold` what
     keeps it there: who asks has it until the answer is complete. `add_adapter` gives the running model one more, by a
-    name and from a folder, `remove_adapter` takes one away; None for what can have none. `harmony_of` is what an adapter
-    was trained to speak, where something says so."""
+    name and from a folder, `remove_adapter` takes one away; None for what can have none. `harmony_of` is what an
+    adapter was trained to speak, where something says so."""
 
     name: str
     prompting: Prompting

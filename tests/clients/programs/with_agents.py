@@ -94,5 +94,5 @@ async def sessions_and_stored_responses_go_on(url: str) -> None:
 
 async def smoke_of_the_default_model(url: str) -> None:
     for model in _models(url):
-        agent = Agent(name="Helper", model=model, model_settings=ModelSettings(max_tokens=16, temperature=0))
+        agent = Agent(name="Helper", model=model, model_settings=ModelSettings(max_tokens=80, temperature=0))
         assert "Paris" in (await Runner.run(agent, "What is the capital of France?")).final_output

@@ -84,5 +84,5 @@ async def the_asynchronous_client_streams(url: str) -> None:
 
 def smoke_of_the_default_model(url: str) -> None:
     question: Any = [{"role": "user", "content": "What is the capital of France?"}]
-    with _client(url).messages.stream(model="default", max_tokens=12, messages=question) as stream:
+    with _client(url).messages.stream(model="default", max_tokens=80, messages=question) as stream:
         assert "Paris" in "".join(stream.text_stream)

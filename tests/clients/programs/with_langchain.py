@@ -70,5 +70,5 @@ async def the_asynchronous_way_works_too(url: str) -> None:
 
 
 def smoke_of_the_default_model(url: str) -> None:
-    for model in _models(url, temperature=0, max_tokens=16):
+    for model in _models(url, temperature=0, max_tokens=80):
         assert "Paris" in model.invoke("What is the capital of France?").text

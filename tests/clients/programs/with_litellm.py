@@ -85,5 +85,5 @@ async def the_asynchronous_way_works_too(url: str) -> None:
 def smoke_of_the_default_model(url: str) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     for way in _ways(url):
-        way |= {"max_tokens": 12, "temperature": 0}
+        way |= {"max_tokens": 80, "temperature": 0}
         assert "Paris" in litellm.completion(messages=question, **way).choices[0].message.content

@@ -314,10 +314,10 @@ def smoke_of_the_default_model(url: str) -> None:
     client = _client(url)
     question = "What is the capital of France?"
     chat = client.chat.completions.create(
-        model="default", messages=[{"role": "user", "content": question}], max_tokens=12, temperature=0
+        model="default", messages=[{"role": "user", "content": question}], max_tokens=80, temperature=0
     )
     assert "Paris" in (chat.choices[0].message.content or "")
-    with client.responses.stream(model="default", input=question, max_output_tokens=16, temperature=0) as stream:
+    with client.responses.stream(model="default", input=question, max_output_tokens=80, temperature=0) as stream:
         assert "Paris" in stream.get_final_response().output_text
     completion = client.completions.create(
         model="default", prompt="The capital of France is", max_tokens=3, temperature=0
