@@ -1,5 +1,5 @@
-"""What many tests want: the default model and its base, made on first use and from the cache afterwards, a choice of kernels, and
-openai-harmony as the oracle for gpt-oss's own vocabulary."""
+"""What many tests want: the default model and its base, made on first use and from the cache afterwards, a choice of
+kernels, and openai-harmony as the oracle for gpt-oss's own vocabulary."""
 
 import gzip
 import os
