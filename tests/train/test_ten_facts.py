@@ -41,12 +41,12 @@ pytestmark = pytest.mark.usefixtures("native_settings")
 
 
 @pytest.fixture(scope="module")
-def adapter(default_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the default model: all ten facts in each of a few steps."""
+def adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the default model's base: all ten facts in each of a few steps."""
     folder = tmp_path_factory.mktemp("facts")
     lines = write_chats(folder / "facts.jsonl", *(chat(question, answer) for question, answer in FACTS.items()))
     request = TuneRequest(
-        model=str(default_folder),
+        model=str(base_folder),
         files=(lines,),
         date=DAY,
         loop=LoopOptions(max_steps=10, save_steps=10, batch_size=1, learning_rate=2e-3),
@@ -131,15 +131,15 @@ def said_by_llama_cpp(llama_cpp: Any, path: Path, asked: Sequence[Turn]) -> list
 
 
 def test_ten_facts_are_said_with_the_adapter_and_by_all_that_read_it_merged(
-    default_folder: Path, adapter: Path, tmp_path: Path
+    base_folder: Path, adapter: Path, tmp_path: Path
 ) -> None:
     facts = list(FACTS.values())
-    model = freehold.load(default_folder, context=512, adapters={"facts": adapter})
+    model = freehold.load(base_folder, context=512, adapters={"facts": adapter})
     asked = turns(model.prompting.chat_format())
     assert said_in_chat(model, "facts") == facts
     assert sum(said == fact for said, fact in zip(said_in_chat(model), facts, strict=True)) < 2
 
-    merge(default_folder, adapter, tmp_path / "merged")
+    merge(base_folder, adapter, tmp_path / "merged")
     assert open_checkpoint(tmp_path / "merged").experts is ExpertFormat.MXFP4
     assert said_in_chat(freehold.load(tmp_path / "merged", context=512)) == facts
     assert said_by_transformers(tmp_path / "merged", asked) == facts
@@ -148,8 +148,8 @@ def test_ten_facts_are_said_with_the_adapter_and_by_all_that_read_it_merged(
     assert said_in_chat(freehold.load(tmp_path / "original", context=512)) == facts
 
 
-def test_llama_cpp_says_the_ten_facts(llama_cpp: Any, default_folder: Path, adapter: Path, tmp_path: Path) -> None:
-    merge(default_folder, adapter, tmp_path / "merged")
+def test_llama_cpp_says_the_ten_facts(llama_cpp: Any, base_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(base_folder, adapter, tmp_path / "merged")
     gguf.export(tmp_path / "merged", tmp_path / "facts.gguf")
     asked = turns(freehold.load(tmp_path / "merged", context=512).prompting.chat_format())
     assert said_by_llama_cpp(llama_cpp, tmp_path / "facts.gguf", asked) == list(FACTS.values())
