@@ -26,7 +26,7 @@ from freehold.model.transformer import Transformer
 from freehold.session.merge_receipt import MergeReceipt, measure_merge
 from freehold.weights import mxfp4
 from freehold.weights.files import TensorFiles
-from freehold.weights.layouts import open_checkpoint
+from freehold.weights.layouts import WeightTable, open_checkpoint
 from tests.checkpoints import CPU, load, logits, packed, plain, random_table, save, small_config, tokens_of
 
 MXFP4, BF16 = ExpertFormat.MXFP4, ExpertFormat.BF16
@@ -72,7 +72,7 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exact_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in 64ths: bfloat16 has room for them, and for what `exact_adapter` adds."""
-    table = {name: (tensor * 64).round() / 64 for name, tensor in plain(random_table(CONFIG)).items()}
+    table: WeightTable = {name: (tensor * 64).round() / 64 for name, tensor in plain(random_table(CONFIG)).items()}
     return save(tmp_path_factory.mktemp("models") / "exact", CONFIG, table, experts=BF16)
 
 

@@ -360,13 +360,13 @@ def test_a_client_that_leaves_while_its_model_is_read_breaks_it_for_nobody(tmp_p
         server.adapters.clear()
         models = TunedModels(server.workshop.root, server.tuning.threads, server._add_adapter, lambda name: None)
         models.take(server.store.models(server.workshop.place))
-        left = asyncio.create_task(models.load(*_short(name)))
+        left = asyncio.create_task(models.load(_short(name)[0]))
         await server.until(lambda: server.adding)
         left.cancel()
         with pytest.raises(asyncio.CancelledError):
             await left
         server.slow.set()
-        assert await models.load(*_short(name)) is not None
+        assert await models.load(_short(name)[0]) is not None
 
     with_server(tmp_path, use)
 

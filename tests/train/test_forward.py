@@ -278,7 +278,7 @@ class LargestMade(TorchDispatchMode):
     """Of the floating-point tensors that operations make: the most numbers that one has. Views are not made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

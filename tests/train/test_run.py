@@ -19,6 +19,7 @@ from freehold.formats.chat import HarmonyFormat
 from freehold.formats.templates import CHATML
 from freehold.hub.folder import open_folder
 from freehold.hub.merge import merge
+from freehold.model.lora import new_adapter
 from freehold.model.peft_files import read_peft
 from freehold.session.model import Model
 from freehold.session.served import serve_model
@@ -168,7 +169,7 @@ def test_whatever_ends_a_run_its_curves_are_drawn(
                 monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 6})())
 
     learning: list[Any] = []
-    adapter_of = adapting.new_adapter
+    adapter_of = new_adapter
 
     def watched(*arguments: Any, **more: Any) -> Any:
         made = adapter_of(*arguments, **more)
