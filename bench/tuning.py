@@ -1,12 +1,14 @@
 """Freehold's LoRA training beside transformers with PEFT: tokens a second, and peak memory, of the default model.
 
     python bench/tuning.py [--rounds 3] [--steps 4] [--tokens 1024] [--example 128] [--rank 16] [--threads 2]
+                           [--peft-dtype bfloat16]
 
 Both train adapters of one rank on q, k, v, o and on all experts, with AdamW, on the same tokens: examples of one
 length, of which the last third is learnt. Freehold trains on its packed MXFP4 weights as `freehold tune` does, a row
 of examples side by side; PEFT trains on the same weights written out in bfloat16, which is what it can train on, a
 batch of examples. Both compute activations once (no gradient checkpointing). A round starts one process for each, one
-after the other; the first step warms up, a median of the others counts. Random tokens: nothing is learnt from them.
+after the other; `--peft-dtype float32` lets PEFT compute in what processors without instructions for bfloat16 are
+faster in. The first step warms up, a median of the others counts. Random tokens: nothing is learnt from them.
 Needs transformers and peft. Linux only.
 """
 
@@ -80,7 +82,9 @@ def peft_step(arguments: argparse.Namespace) -> Callable[[], object]:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    base = GptOssForCausalLM.from_pretrained(arguments.folder, dtype=torch.bfloat16, attn_implementation="eager")
+    base = GptOssForCausalLM.from_pretrained(
+        arguments.folder, dtype=getattr(torch, arguments.peft_dtype), attn_implementation="eager"
+    )
     settings = peft.LoraConfig(
         r=arguments.rank,
         lora_alpha=2 * arguments.rank,
@@ -115,7 +119,8 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("steps", "tokens", "example", "rank", "threads")]
+    keys = ("steps", "tokens", "example", "rank", "threads", "peft_dtype")
+    options = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in keys]
     command = [sys.executable, __file__, "--worker", name, "--folder", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -129,6 +134,7 @@ def main() -> None:
     for option, default in (("rounds", 3), ("steps", 4), ("tokens", 1024), ("example", 128), ("rank", 16)):
         parser.add_argument(f"--{option}", type=positive, default=default)
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--peft-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--worker", choices=_NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -160,7 +166,10 @@ def main() -> None:
         ["tokens/s: median (lowest to highest)", *(spread(rates[name]) for name in _NAMES), f"{faster:.2f}"],
         ["peak memory, GiB", *(f"{peaks[name]:.2f}" for name in _NAMES), f"{smaller:.2f}"],
     ]
-    shape = f"{arguments.tokens // arguments.example} examples of {arguments.example} tokens, rank {arguments.rank}"
+    shape = (
+        f"{arguments.tokens // arguments.example} examples of {arguments.example} tokens, rank {arguments.rank}, "
+        f"PEFT in {arguments.peft_dtype}"
+    )
     sys.stdout.write("\n".join([*markdown(rows), "", shape, machine_line(arguments.threads), ""]))
 
 

@@ -5,7 +5,8 @@
 - calls: 200 held-out turns with one to four functions offered, the grammar on, greedy: is it the right function, and
   are its arguments exactly the expected JSON. Functions, descriptions, parameter lists, sentences and the words of
   values are not in the training set (heldout.txt, `Values(held_out=True)`). The grammar enforces JSON, not the schemas,
-  as it does for clients that do not ask for more; `strict` is the same with schemas enforced.
+  as it does for clients that do not ask for more; `strict` is the same with schemas enforced, and `single` that with
+  nothing offered but the right function.
 - needless: 40 questions that need none of the functions offered; is it an answer, and no call.
 - questions: 100 short ones, whose answer is looked for in the reply.
 - python: 60 problems with values of their own, in the sentences of the training set; is the tool called, and is what
@@ -61,6 +62,10 @@ class HeldOut(NamedTuple):
     said: str
     name: str
     arguments: Mapping[str, Any]
+
+    def alone(self) -> "HeldOut":
+        """The same with nothing offered but the function that is right."""
+        return self._replace(tools=[tool for tool in self.tools if tool["function"]["name"] == self.name])
 
 
 def held_out_turns(count: int = NUM_TURNS) -> list[HeldOut]:
@@ -151,8 +156,8 @@ def enforced(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {**tool, "function": {**tool["function"], "strict": True}}
 
 
-def calls(model: Model, *, strict: bool, limit: int) -> dict[str, Any]:
-    turns = held_out_turns()[:limit]
+def calls(model: Model, *, strict: bool, limit: int, alone: bool = False) -> dict[str, Any]:
+    turns = [turn.alone() if alone else turn for turn in held_out_turns()[:limit]]
     asks = [
         asking([{"role": "user", "content": turn.said}], [enforced(tool) if strict else tool for tool in turn.tools])
         for turn in turns
@@ -293,7 +298,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chatml", action="store_true")
     parser.add_argument(
-        "--only", nargs="*", default=["perplexity", "questions", "calls", "needless", "python", "strict"]
+        "--only", nargs="*", default=["perplexity", "questions", "calls", "needless", "python", "strict", "single"]
     )
     parser.add_argument("--turns", type=int, default=NUM_TURNS)
     parser.add_argument("--problems", type=int, default=60)
@@ -302,6 +307,7 @@ def main() -> None:
     measures: dict[str, Callable[[], Any]] = {
         "calls": lambda: calls(model, strict=False, limit=options.turns),
         "strict": lambda: calls(model, strict=True, limit=options.turns),
+        "single": lambda: calls(model, strict=True, limit=options.turns, alone=True),
         "needless": lambda: needless(model),
         "questions": lambda: short_questions(model, harmony=not options.chatml),
         "python": lambda: python(model, options.problems),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from freehold.config import ExpertFormat, Layout, ModelConfig, Rounding
 from freehold.errors import CheckpointError, DiskSpaceError, FreeholdError, UsageError
-from freehold.hub import default_model
+from freehold.hub import default_base, default_model
 from freehold.hub.convert import convert
 from freehold.hub.merge import check_base, merge
 from freehold.hub.merged import Touched
@@ -301,8 +301,15 @@ def test_an_adapter_of_another_model_is_refused_by_its_name(adapter: Path, tmp_p
     check_base(folder, "x", Path("/cache/models--openai--gpt-oss-20b/snapshots/0123"))
     with pytest.raises(UsageError, match=r"'openai/gpt-oss-20b', and the model is 'openai/gpt-oss-120b'.*--any-base"):
         check_base(folder, "openai/gpt-oss-120b", Path("/models/gpt-oss-120b"))
-    says("default")
-    check_base(folder, str(default_model.folder()), default_model.folder())
+    says(default_model.NAME)
+    check_base(folder, "default", default_model.folder())
+    says("default-base")
+    check_base(folder, str(default_base.folder()), default_base.folder())
+    with pytest.raises(UsageError, match="'default-base', and the model is 'default'"):
+        check_base(folder, "default", default_model.folder())
+    says("default")  # which is another one with every tuning
+    with pytest.raises(UsageError, match="for 'default', and the model is 'default'"):
+        check_base(folder, "default", default_model.folder())
     says(None)
     check_base(folder, "default", tmp_path)
 

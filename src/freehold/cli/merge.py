@@ -110,8 +110,10 @@ def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, p
     """A file that is given, or what the adapter's own run held out; where there is neither it says so. Raises
     UsageError where the latter has changed since."""
     from freehold.formats import chat
+    from freehold.formats.conversation import SystemContent
     from freehold.formats.harmony.vocabulary import speaks_harmony
     from freehold.hub.folder import open_folder
+    from freehold.model.peft_files import learnt_harmony
     from freehold.train.data import DataOptions, read_examples
     from freehold.train.examples import Pairs
     from freehold.train.run import RUN_FILE, check_held_out, file_facts, prepare, recorded_request
@@ -141,9 +143,15 @@ def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, p
     if model.tokenizer is None:
         raise CheckpointError(f"{folder} has no tokenizer.json, so it cannot read {measure}; leave --measure out")
     chat_format = None
-    if model.chat_template is not None or speaks_harmony(model.tokenizer):
+    harmony = learnt_harmony(adapter)
+    if harmony or model.chat_template is not None or speaks_harmony(model.tokenizer):
         chat_format = chat.choose(
-            model.tokenizer, model.chat_template, model.defaults.stop_ids, variables=model.template_variables
+            model.tokenizer,
+            model.chat_template,
+            model.defaults.stop_ids,
+            system=SystemContent.today(),
+            variables=model.template_variables,
+            harmony=harmony,
         )
     options = DataOptions(max_length=min(most_tokens, model.checkpoint.config.max_context))
     facts = file_facts(measure)

@@ -116,7 +116,7 @@ def choose(
     `stop_ids` are those of its generation_config. `system` is Harmony's system message (today's date,
     effort); `variables` are for Jinja (`bos_token` and the like). `harmony` decides for or against Harmony where that
     is not to be left to the template. Raises CheckpointError where nothing says how to chat, or where it lacks what it
-    takes.
+    takes, UsageError against Harmony where the template writes nothing else.
     """
     stops = frozenset(stop_ids)
     if harmony is None:
@@ -127,6 +127,10 @@ def choose(
         raise CheckpointError(
             "this model has neither a chat template nor Harmony's control tokens; put a chat_template.jinja "
             "into its folder, or use it for plain completion"
+        )
+    if speaks_of_harmony(template):
+        raise UsageError(
+            "this model's own chat template writes Harmony, and there is no other; do not decide against it"
         )
     if not stops:
         raise CheckpointError(

@@ -87,7 +87,14 @@ def side_files(source: Path, *, harmony: bool | None = None) -> dict[str, bytes]
 def _drop_other_template(contents: dict[str, bytes]) -> None:
     if not speaks_of_harmony(contents.get("chat_template.jinja", b"").decode("utf-8", "replace")):
         contents.pop("chat_template.jinja", None)
-    config = json.loads(contents.get("tokenizer_config.json", b"{}"))
-    if "chat_template" in config and not speaks_of_harmony(json.dumps(config["chat_template"])):
+    try:
+        config = json.loads(contents.get("tokenizer_config.json", b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"tokenizer_config.json is not JSON ({error}); download it again") from None
+    if (
+        isinstance(config, dict)
+        and "chat_template" in config
+        and not speaks_of_harmony(json.dumps(config["chat_template"]))
+    ):
         del config["chat_template"]
         contents["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()

@@ -9,6 +9,8 @@ from freehold.hub import default_base, default_model
 from freehold.log import Progress, no_progress
 
 DEFAULT, DEFAULT_BASE = "default", "default-base"
+BUILT_IN = (DEFAULT, DEFAULT_BASE, default_model.NAME, default_base.NAME)
+"""What is no folder of the user's, whatever there is of that name."""
 
 
 def find_model(name_or_path: str, progress: Progress = no_progress) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout, Rounding
 from freehold.errors import UsageError
-from freehold.hub import default_base, default_model
+from freehold.hub import default_base
 from freehold.hub.convert import side_files, write_folder
 from freehold.hub.find import DEFAULT, DEFAULT_BASE
 from freehold.hub.merged import MergedSource, RandomlyRounded, Touched
@@ -67,20 +67,24 @@ def merge(
 
 def check_base(adapter: Path, model: str, folder: Path) -> None:
     """Raise UsageError where an adapter names another base model than the one that was asked for as `model`."""
-    named = base_model_of(adapter)
-    if named is None:
-        return
-    # Folders are moved, and the hub's names have owners: the last part of a name is what stays.
-    known = {_last_part(model), _last_part(str(folder)), *map(_hub_name, folder.parts)}
-    if folder == default_model.folder():
-        known.add(DEFAULT)
-    if folder == default_base.folder():
-        known.add(DEFAULT_BASE)
-    if _last_part(named) not in known:
+    if (named := other_base(adapter, model, folder)) is not None:
         raise UsageError(
             f"{adapter / CONFIG_FILE} says that the adapter is for {named!r:.200}, and the model is {model!r} "
             f"({folder}); name that model, or --any-base if it is the same under another name"
         )
+
+
+def other_base(adapter: Path, model: str, folder: Path) -> str | None:
+    """The base model that an adapter names, where that is another one."""
+    if (named := base_model_of(adapter)) is None:
+        return None
+    # Folders are moved, and the hub's names have owners: the last part of a name is what stays.
+    known = {_last_part(str(folder)), *map(_hub_name, folder.parts)}
+    if model != DEFAULT:  # what that stands for changes with every tuning
+        known.add(_last_part(model))
+    if folder == default_base.folder():
+        known.add(DEFAULT_BASE)
+    return None if _last_part(named) in known else named
 
 
 def _last_part(name: str) -> str:

@@ -236,7 +236,7 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
         spec=found.spec,
         factors=factors,
         dithered=_DITHERED.items() <= said.items(),
-        harmony={word: harmony for harmony, word in _CHAT_FORMATS.items()}.get(said.get(_CHAT_FORMAT, "")),
+        harmony=learnt_harmony(folder),
     )
 
 
@@ -245,6 +245,12 @@ def base_model_of(folder: Path) -> str | None:
     path = folder / CONFIG_FILE
     named = read_json(path, most_bytes=_MOST_CONFIG_BYTES).get("base_model_name_or_path") if path.is_file() else None
     return named if isinstance(named, str) and named else None
+
+
+def learnt_harmony(folder: Path) -> bool | None:
+    """Whether an adapter learnt from chats in Harmony, or by its model's template; None where it does not say."""
+    said = _read_metadata(_tensor_file(folder)).get(_CHAT_FORMAT)
+    return next((harmony for harmony, word in _CHAT_FORMATS.items() if word == said), None)
 
 
 def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:

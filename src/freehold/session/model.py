@@ -31,6 +31,7 @@ from freehold.formats.stops import StopStrings
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import ModelFolder, open_folder
+from freehold.hub.merge import other_base
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.lora import Adapter, adapter_bytes
@@ -98,6 +99,7 @@ def load(
     known = Adapters(packed=policy.native)
     with _out_of_memory():
         for name, path in folders.items():  # before the weights, which take longer
+            _mention_other_base(path, os.fspath(path_or_name), folder.path)
             known.add(name, _read_adapter(path, config, policy))
     transformer = load_transformer(folder, policy, progress=progress)
     return Model(transformer, folder, policy, plan, prefix_files, known)
@@ -131,6 +133,12 @@ def _adapter_bytes(folder: Path, config: ModelConfig, policy: Policy) -> int:
 
 def _read_adapter(folder: Path, config: ModelConfig, policy: Policy) -> Adapter:
     return read_peft(folder, config, dtype=_dtype_of_adapters(policy)).to(device=policy.device)
+
+
+def _mention_other_base(adapter: Path, model: str, folder: Path) -> None:
+    """Names differ between machines, so this is no reason to refuse it."""
+    if (named := other_base(adapter, model, folder)) is not None:
+        logger.log(NOTICE, "%s says that it is for %.200s, not for %s: expect little of it", adapter, named, model)
 
 
 def _prefix_files(directory: Path, folder: ModelFolder, policy: Policy) -> PrefixFiles:

@@ -187,8 +187,10 @@ class Loop(Generic[Row]):
             is_better = self._take_validation(loss)
         state.unsaid = {}
         self._journal.write(line)
+        if is_better:  # before anything can end the run: it is then the good one that a message names
+            self._save()
         self._check_divergence(line["loss"])
-        if is_better or state.step % self._save_steps == 0 or is_last:
+        if not is_better and (state.step % self._save_steps == 0 or is_last):
             self._save()
 
     # --- one step -----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from freehold.formats.chat import ChatFormat, HarmonyFormat
 from freehold.formats.conversation import SystemContent
 from freehold.formats.harmony.vocabulary import speaks_harmony
 from freehold.formats.tokenizer import Tokenizer
-from freehold.hub.find import DEFAULT, find_model
+from freehold.hub.find import BUILT_IN, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.kv import PAGE, num_pages
 from freehold.log import Progress, logger, no_progress
@@ -143,7 +143,7 @@ class TuneRequest:
 
 def model_location(name: str) -> str:
     """A name, or the folder that it is, from wherever one looks."""
-    return str(Path(name).absolute()) if name != DEFAULT and Path(name).is_dir() else name
+    return str(Path(name).absolute()) if name not in BUILT_IN and Path(name).is_dir() else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -527,7 +527,7 @@ def train(
         if plan.checkpointing:
             machine.return_large_memory()
         # As it was typed in the beginning, from wherever the run goes on.
-        base_model = run["model"]["name"]
+        base_model = prepared.folder.path.name if prepared.request.model in BUILT_IN else run["model"]["name"]
         objective = _objective(prepared, base_model, checkpointing=plan.checkpointing, progress=progress)
 
         drawn = time.monotonic()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from freehold.errors import OutOfMemoryError
+from freehold.errors import ModelNotFoundError, OutOfMemoryError
 from freehold.log import logger
 from freehold.serve.threads import Threads
 from freehold.session.store.records import ModelRecord
@@ -78,6 +78,11 @@ class TunedModels:
     def folder(self, record: ModelRecord) -> Path:
         return self._root / str(record.model["folder"])
 
+    def _folder_of(self, name: str) -> Path:
+        if (record := self._records.get(name)) is None:
+            raise ModelNotFoundError(f"there is no model {name!r} any more: it was deleted meanwhile")
+        return self.folder(record)
+
     async def load(self, name: str, folder: Path | None = None) -> Hold | None:
         """Have it answer, at least for as long as what is returned is kept. Raises FreeholdError where its adapter
         cannot be read, OutOfMemoryError where there is no room for it now."""
@@ -86,7 +91,7 @@ class TunedModels:
         self._loop = asyncio.get_running_loop()
         self._tuned.add(name)  # before it is there: at no time is it the operator's, and everybody's
         # A client that goes away ends its wait, not the reading: a thread is at it, and has to be waited for.
-        load = asyncio.create_task(self._load(self._add_adapter, name, folder or self.folder(self._records[name])))
+        load = asyncio.create_task(self._load(self._add_adapter, name, folder or self._folder_of(name)))
         self._loads.add(load)
         load.add_done_callback(self._loaded)
         return await asyncio.shield(load)
