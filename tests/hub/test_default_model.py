@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import freehold
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.conversation import Conversation, SystemContent
 from freehold.formats.tokenizer import Tokenizer
@@ -55,23 +53,6 @@ def test_a_finished_turn_has_its_reasoning_and_tools_are_refused(default_folder:
     )
     with pytest.raises(Exception, match="no words for tools"):
         theirs.apply_chat_template(turn, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
-
-
-@pytest.mark.usefixtures("reference_ops")
-def test_transformers_reads_the_folder(default_folder: Path) -> None:
-    from transformers import GptOssForCausalLM, Mxfp4Config
-
-    theirs = GptOssForCausalLM.from_pretrained(
-        default_folder,
-        quantization_config=Mxfp4Config(dequantize=True),
-        dtype=torch.float32,
-        attn_implementation="eager",
-    ).eval()
-    model = freehold.load(default_folder, device="cpu", dtype="float32")
-    tokens = model.prompting.the_tokenizer().encode("The capital of France is Paris, and the capital of Japan is")
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0]
-    torch.testing.assert_close(model.logits(tokens), expected, atol=1e-3, rtol=0)
 
 
 def test_it_is_made_from_a_wheel_put_by_hand_and_leaves_nothing_else(
