@@ -109,14 +109,12 @@ class _Text:
 def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, progress: Progress) -> _Text:
     """A file that is given, or what the adapter's own run held out; where there is neither it says so. Raises
     UsageError where the latter has changed since."""
-    from freehold.formats import chat
     from freehold.formats.conversation import SystemContent
-    from freehold.formats.harmony.vocabulary import speaks_harmony
     from freehold.hub.folder import open_folder
     from freehold.model.peft_files import learnt_harmony
     from freehold.train.data import DataOptions, read_examples
     from freehold.train.examples import Pairs
-    from freehold.train.run import RUN_FILE, check_held_out, file_facts, prepare, recorded_request
+    from freehold.train.run import RUN_FILE, chat_format_of, check_held_out, file_facts, prepare, recorded_request
 
     if most_tokens < 0:
         raise UsageError(f"--measure-tokens must be 0 or more, got {most_tokens}")
@@ -142,17 +140,7 @@ def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, p
     model = open_folder(folder)
     if model.tokenizer is None:
         raise CheckpointError(f"{folder} has no tokenizer.json, so it cannot read {measure}; leave --measure out")
-    chat_format = None
-    harmony = learnt_harmony(adapter)
-    if harmony or model.chat_template is not None or speaks_harmony(model.tokenizer):
-        chat_format = chat.choose(
-            model.tokenizer,
-            model.chat_template,
-            model.defaults.stop_ids,
-            system=SystemContent.today(),
-            variables=model.template_variables,
-            harmony=harmony,
-        )
+    chat_format = chat_format_of(model, model.tokenizer, system=SystemContent.today(), harmony=learnt_harmony(adapter))
     options = DataOptions(max_length=min(most_tokens, model.checkpoint.config.max_context))
     facts = file_facts(measure)
     examples = read_examples([measure], chat_format, model.tokenizer, options, progress).training

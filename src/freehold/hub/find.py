@@ -9,8 +9,11 @@ from freehold.hub import default_base, default_model
 from freehold.log import Progress, no_progress
 
 DEFAULT, DEFAULT_BASE = "default", "default-base"
-BUILT_IN = (DEFAULT, DEFAULT_BASE, default_model.NAME, default_base.NAME)
-"""What is no folder of the user's, whatever there is of that name."""
+BUILT_IN = {
+    DEFAULT: default_model.ensure, default_model.NAME: default_model.ensure,
+    DEFAULT_BASE: default_base.ensure, default_base.NAME: default_base.ensure,
+}  # fmt: skip
+"""What is no folder of the user's, whatever there is of that name, and how one gets it."""
 
 
 def find_model(name_or_path: str, progress: Progress = no_progress) -> Path:
@@ -20,10 +23,8 @@ def find_model(name_or_path: str, progress: Progress = no_progress) -> Path:
     Only the first two may use the network. Raises ModelNotFoundError otherwise, saying how to get the model.
     """
     try:
-        if name_or_path in (DEFAULT, default_model.NAME):
-            return default_model.ensure(progress)
-        if name_or_path in (DEFAULT_BASE, default_base.NAME):
-            return default_base.ensure(progress)
+        if (ensure := BUILT_IN.get(name_or_path)) is not None:
+            return ensure(progress)
         path = Path(name_or_path).expanduser()
         if path.exists():
             return path

@@ -38,8 +38,7 @@ def merge(
     """Write the model in `source` with the adapter in `adapter` folded in to the new folder `destination`.
 
     `experts` None keeps their format. With an adapter that learnt Harmony, a template for something else stays behind.
-    Raises what `read_peft` raises, and UnsupportedError where the layout cannot
-    express the model.
+    Raises what `read_peft` raises, and UnsupportedError where the layout cannot express the model.
     """
     checkpoint = open_checkpoint(source)
     experts = experts or checkpoint.experts

@@ -236,7 +236,7 @@ def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.f
         spec=found.spec,
         factors=factors,
         dithered=_DITHERED.items() <= said.items(),
-        harmony=learnt_harmony(folder),
+        harmony=_said_harmony(said),
     )
 
 
@@ -249,8 +249,7 @@ def base_model_of(folder: Path) -> str | None:
 
 def learnt_harmony(folder: Path) -> bool | None:
     """Whether an adapter learnt from chats in Harmony, or by its model's template; None where it does not say."""
-    said = _read_metadata(_tensor_file(folder)).get(_CHAT_FORMAT)
-    return next((harmony for harmony, word in _CHAT_FORMATS.items() if word == said), None)
+    return _said_harmony(_read_metadata(_tensor_file(folder)))
 
 
 def read_spec(folder: Path, config: ModelConfig) -> AdapterSpec:
@@ -401,6 +400,11 @@ def _placed(path: Path, names: Iterable[str]) -> dict[tuple[int, str], dict[str,
     if not placed:
         raise CheckpointError(f"{path} holds no tensors; download or copy the adapter again")
     return placed
+
+
+def _said_harmony(metadata: Mapping[str, str]) -> bool | None:
+    said = metadata.get(_CHAT_FORMAT)
+    return next((harmony for harmony, word in _CHAT_FORMATS.items() if word == said), None)
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

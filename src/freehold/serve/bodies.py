@@ -122,9 +122,8 @@ class Bodies:
             began = loop.time()
             try:
                 left = self._read_seconds + size / BYTES_PER_SECOND - spent
-                async with asyncio.timeout(
-                    min(left, self._read_seconds)
-                ):  # what came fast may not stand still for long
+                # What came fast may not stand still for long.
+                async with asyncio.timeout(min(left, self._read_seconds)):
                     message = await receive()
             except TimeoutError:
                 raise self._too_slow() from None

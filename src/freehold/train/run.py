@@ -207,7 +207,7 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     if tokenizer is None:
         raise CheckpointError(f"{folder.path} has no tokenizer.json; add the tokeniser that the model was trained with")
     request = _resolved(request, policy)
-    chat_format = _chat_format(folder, tokenizer, request)
+    chat_format = chat_format_of(folder, tokenizer, system=SystemContent(date=request.date), harmony=request.harmony)
     options = DataOptions(max_length=max_length, validation_share=request.validation_share, seed=request.loop.seed)
     data = _read(request, request.files, chat_format, tokenizer, options, progress)
     if request.validation_file is not None:
@@ -279,17 +279,19 @@ def _resolved(request: TuneRequest, policy: Policy) -> TuneRequest:
     )
 
 
-def _chat_format(folder: ModelFolder, tokenizer: Tokenizer, request: TuneRequest) -> ChatFormat | None:
-    """None for a model that has none."""
-    if folder.chat_template is None and request.harmony is None and not speaks_harmony(tokenizer):
+def chat_format_of(
+    folder: ModelFolder, tokenizer: Tokenizer, *, system: SystemContent, harmony: bool | None
+) -> ChatFormat | None:
+    """How chats are written for a model; None for one that has no format, and was told none."""
+    if folder.chat_template is None and harmony is None and not speaks_harmony(tokenizer):
         return None
     return chat.choose(
         tokenizer,
         folder.chat_template,
         folder.defaults.stop_ids,
-        system=SystemContent(date=request.date),
+        system=system,
         variables=folder.template_variables,
-        harmony=request.harmony,
+        harmony=harmony,
     )
 
 
