@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from freehold.model.transformer import Transformer
+from freehold.train.adapting import starting_adapter
 from freehold.train.data import PreferenceData
 from freehold.train.dpo import DpoTuning, PairRow
 from freehold.train.examples import NO_TARGET, Example, Pair
@@ -55,6 +56,12 @@ def native() -> Transformer:
     return Transformer(CONFIG, table, dtype=torch.float32, device=CPU)
 
 
+def dpo_tuning(
+    model: Transformer, lora: LoraOptions, options: DpoOptions, pairs: PreferenceData, *, seed: int
+) -> DpoTuning:
+    return DpoTuning(model, starting_adapter(CONFIG, lora, seed=seed), lora, options, pairs, seed=seed)
+
+
 def stirred(tuning: DpoTuning) -> DpoTuning:
     with torch.no_grad():
         for _, b in tuning.adapter.factors.values():
@@ -73,7 +80,7 @@ def test_loss_and_gradient_are_those_of_the_formula_in_float64(
     model: Transformer, beta: float, smoothing: float
 ) -> None:
     options = DpoOptions(beta=beta, label_smoothing=smoothing)
-    tuning = stirred(DpoTuning(model, OPTIONS, options, data(2), seed=0))
+    tuning = stirred(dpo_tuning(model, OPTIONS, options, data(2), seed=0))
     for row in tuning.rows(0):
         chosen, rejected = pair(row.name[1])
         (pi_c, pi_r), (ref_c, ref_r) = (
@@ -98,7 +105,7 @@ def test_loss_and_gradient_are_those_of_the_formula_in_float64(
 
 def test_nothing_learnt_yet_is_a_coin_toss(native: Transformer) -> None:
     """To the last bit, also where activations are rounded."""
-    tuning = DpoTuning(native, OPTIONS, DpoOptions(), data(1), seed=0)
+    tuning = dpo_tuning(native, OPTIONS, DpoOptions(), data(1), seed=0)
     for training in (True, False):
         said = tuning.loss(tuning.rows(0)[0], training=training)
         assert float(said.total.detach()) == pytest.approx(math.log(2), rel=1e-7)
@@ -112,7 +119,7 @@ def run(folder: Path, native: Transformer, *, stop_after: int | None = None) -> 
     asked = iter(range(10**6))
 
     def loop(limit: int | None) -> Loop[PairRow]:
-        tuning = DpoTuning(native, lora, DpoOptions(beta=0.5), data(4, for_validation=1), seed=3)
+        tuning = dpo_tuning(native, lora, DpoOptions(beta=0.5), data(4, for_validation=1), seed=3)
         return Loop(tuning, options, folder, should_stop=lambda: limit is not None and next(asked) >= limit)
 
     first = loop(stop_after)
@@ -148,7 +155,7 @@ def _adapters(folder: Path) -> Sequence[bytes]:
 
 
 def test_pairs_come_in_another_order_each_epoch_the_same_for_the_same_seed(model: Transformer) -> None:
-    tunings = [DpoTuning(model, OPTIONS, DpoOptions(), data(8), seed=seed) for seed in (1, 1, 2)]
+    tunings = [dpo_tuning(model, OPTIONS, DpoOptions(), data(8), seed=seed) for seed in (1, 1, 2)]
     first, again, other = ([[row.name[1] for row in tuning.rows(epoch)] for epoch in range(3)] for tuning in tunings)
     assert first == again != other and len({tuple(order) for order in first}) == 3
     assert all(sorted(order) == list(range(8)) for order in first)

@@ -17,6 +17,7 @@ from freehold.kernels import backends
 from freehold.model.lora import KINDS, Adapter
 from freehold.model.peft_files import read_peft
 from freehold.model.transformer import Transformer
+from freehold.train.adapting import starting_adapter
 from freehold.train.data import PreferenceData, TrainingData
 from freehold.train.dpo import DpoTuning
 from freehold.train.examples import NO_TARGET, Example, Pair
@@ -66,7 +67,8 @@ def examples(seed: int = 0, count: int = 6) -> TrainingData:
 
 def tuning(model: Transformer, folder: Path, options: LoraOptions = QAT) -> LoraTuning:
     table = open_checkpoint(folder).table() if options.qat else None
-    return LoraTuning(model, options, examples(), max_length=64, seed=0, table=table)
+    adapter = starting_adapter(CONFIG, options, seed=0)
+    return LoraTuning(model, adapter, options, examples(), max_length=64, seed=0, table=table)
 
 
 def stir(adapter: Adapter, strength: float = 0.05) -> None:
@@ -189,7 +191,8 @@ def pairs(folder: Path, model: Transformer) -> DpoTuning:
         prompt, *answers = (tokens_of(CONFIG, 5, seed=3 * number + i).tolist() for i in range(3))
         made = [Example(prompt + said[:-1], [NO_TARGET] * 4 + said) for said in answers]
         (data.validation if number == 4 else data.training).append(Pair(*made))
-    return DpoTuning(model, QAT, DpoOptions(beta=0.5), data, seed=0, table=open_checkpoint(folder).table())
+    adapter, table = starting_adapter(CONFIG, QAT, seed=0), open_checkpoint(folder).table()
+    return DpoTuning(model, adapter, QAT, DpoOptions(beta=0.5), data, seed=0, table=table)
 
 
 @needs_native

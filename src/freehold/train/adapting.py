@@ -4,7 +4,6 @@ Objectives over an adapter (sft.py, dpo.py) say what the loss is; the rest they 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import CheckpointError, UsageError
-from freehold.model.lora import KINDS, Adapter, AdapterSpec, Factors, Target, new_adapter
+from freehold.model.lora import KINDS, Adapter, AdapterSpec, Target, new_adapter
 from freehold.model.peft_files import read_peft, write_peft_files
 from freehold.model.transformer import Transformer
 from freehold.train.forward import Taught, taught
@@ -24,40 +23,30 @@ from freehold.weights.layouts import WeightTable
 
 
 class AdapterTuning:
-    """The part of an objective (objective.py) that every way to train an adapter shares. `base_model` is the name that
-    PEFT may look for, `harmony` whether its chats are written in that (model.lora.Adapter). For QAT, `table` are the
-    checkpoint's own tensors."""
+    """The part of an objective (objective.py) that every way to train an adapter shares. `adapter` is one of
+    `starting_adapter`, `base_model` the name that PEFT may look for. For QAT, `table` are the checkpoint's own
+    tensors."""
 
     def __init__(
         self,
         transformer: Transformer,
+        adapter: Adapter,
         options: LoraOptions,
         *,
-        seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
-        harmony: bool | None = None,
         table: WeightTable | None = None,
     ) -> None:
         self._transformer = transformer
+        self.adapter = adapter
         self._options = options
         self._checkpointing = checkpointing
         self._base_model = base_model
-        spec = adapter_spec(transformer.config, options)
-        self.adapter = new_adapter(
-            transformer.config,
-            spec,
-            seed=seed,
-            device=transformer.device,
-            dithered=options.qat,
-            harmony=harmony,
-        )
-        self._parameters = self.adapter.parameters
-        self._nothing = _adding_nothing(self.adapter)
+        self._parameters = adapter.parameters
         self._folded: FoldedModel | None = None
         if options.qat:
             assert table is not None
-            self._folded = FoldedModel(transformer, table, self.adapter)
+            self._folded = FoldedModel(transformer, table, adapter)
 
     @property
     def parameters(self) -> Sequence[Tensor]:
@@ -91,25 +80,11 @@ class AdapterTuning:
             balance=training and self._options.balance > 0,
         )
 
-    def _taught_before(self, row: PackedRow) -> Taught:
-        """By the model without the adapter, computed in the very same way: with one that adds zeros. Where activations
-        are rounded, another order of operations is as far off as the rounding is."""
-        return taught(self._transformer, row, adapter=self._nothing if self._folded is None else None)
-
     def _loss(self, total: Tensor, balance: Tensor, *, num_targets: int, training: bool) -> RowLoss:
         """With the balance term, where it is asked for."""
         if not training or not self._options.balance:
             return RowLoss(total)
         return RowLoss(total, balance * self._options.balance, {"balance": float(balance.detach()) * num_targets})
-
-
-def _adding_nothing(adapter: Adapter) -> Adapter:
-    """Of the same targets, and without memory of its own."""
-    factors = {
-        name: Factors(pair.a.detach(), pair.b.detach().new_zeros(()).expand_as(pair.b))
-        for name, pair in adapter.factors.items()
-    }
-    return replace(adapter, factors=factors)
 
 
 def adapter_spec(config: ModelConfig, options: LoraOptions) -> AdapterSpec:
@@ -119,3 +94,16 @@ def adapter_spec(config: ModelConfig, options: LoraOptions) -> AdapterSpec:
             raise UsageError(f"--target {target.kind!r}: there are {', '.join(KINDS)}")
     kinds = {target.kind: Target(rank=target.rank, alpha=target.alpha) for target in options.targets}
     return AdapterSpec.of_kinds(config, kinds, rslora=options.rslora)
+
+
+def starting_adapter(
+    config: ModelConfig,
+    options: LoraOptions,
+    *,
+    seed: int,
+    device: torch.device | None = None,
+    harmony: bool | None = None,
+) -> Adapter:
+    """One that changes nothing yet, to learn with these options; `harmony` as in model.lora.Adapter."""
+    spec = adapter_spec(config, options)
+    return new_adapter(config, spec, seed=seed, device=device, dithered=options.qat, harmony=harmony)

@@ -7,6 +7,7 @@ DPO of https://ericmitchell.ai/cdpo.pdf. An objective of loop.py, whose targets 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple, overload
 
@@ -14,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freehold.model.lora import Adapter, Factors
 from freehold.model.transformer import Transformer
 from freehold.train.adapting import AdapterTuning
 from freehold.train.data import PreferenceData
 from freehold.train.examples import Pair, Pairs
+from freehold.train.forward import taught
 from freehold.train.objective import RowLoss, RowSize
 from freehold.train.options import DpoOptions, LoraOptions
 from freehold.train.packing import PackedRow
@@ -69,6 +72,7 @@ class DpoTuning(AdapterTuning):
     def __init__(
         self,
         transformer: Transformer,
+        adapter: Adapter,
         options: LoraOptions,
         dpo: DpoOptions,
         data: PreferenceData,
@@ -76,18 +80,10 @@ class DpoTuning(AdapterTuning):
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
-        harmony: bool | None = None,
         table: WeightTable | None = None,
     ) -> None:
-        super().__init__(
-            transformer,
-            options,
-            seed=seed,
-            checkpointing=checkpointing,
-            base_model=base_model,
-            harmony=harmony,
-            table=table,
-        )
+        super().__init__(transformer, adapter, options, checkpointing=checkpointing, base_model=base_model, table=table)
+        self._nothing = _adding_nothing(adapter)
         self._dpo = dpo
         self._data = data
         self._seed = seed
@@ -111,7 +107,7 @@ class DpoTuning(AdapterTuning):
     def loss(self, row: PairRow, *, training: bool) -> RowLoss:
         if row.name not in self._of_reference:
             with torch.no_grad():
-                self._of_reference[row.name] = _answers(row, self._taught_before(row.row).log_probs_S)
+                self._of_reference[row.name] = _answers(row, self._said_by_reference(row.row))
         of_reference = self._of_reference[row.name]
         said = self._taught(row.row, training=training)
         of_policy = _answers(row, said.log_probs_S)
@@ -127,10 +123,25 @@ class DpoTuning(AdapterTuning):
         }
         return found._replace(figures={**found.figures, **figures})
 
+    def _said_by_reference(self, row: PackedRow) -> Tensor:
+        """Computed in the very same way as with the adapter: with one that adds zeros. Where activations are rounded,
+        another order of operations is as far off as the rounding is."""
+        adapter = self._nothing if self._folded is None else None
+        return taught(self._transformer, row, adapter=adapter).log_probs_S
+
 
 def dpo_loss(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Of the difference of two rewards, each beta times the log-probability that an answer has gained."""
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def _adding_nothing(adapter: Adapter) -> Adapter:
+    """Of the same targets, and without memory of its own."""
+    factors = {
+        name: Factors(pair.a.detach(), pair.b.detach().new_zeros(()).expand_as(pair.b))
+        for name, pair in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
 
 
 def _pair_row(name: tuple[str, int], pair: Pair) -> PairRow:

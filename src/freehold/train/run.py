@@ -41,7 +41,7 @@ from freehold.model.peft_files import check_storable
 from freehold.session.model import load_transformer
 from freehold.session.policy import DTYPES, Policy, decide
 from freehold.train import curves
-from freehold.train.adapting import adapter_spec
+from freehold.train.adapting import adapter_spec, starting_adapter
 from freehold.train.card import model_card
 from freehold.train.data import DataOptions, PreferenceData, TrainingData, read_examples, read_preferences
 from freehold.train.dpo import DpoTuning
@@ -586,28 +586,32 @@ def _objective(
             checkpointing=checkpointing,
         )
     transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
+    seed = request.loop.seed
+    adapter = starting_adapter(
+        transformer.config, request.lora, seed=seed, device=transformer.device, harmony=prepared.harmony
+    )
     table = prepared.folder.checkpoint.table() if request.lora.qat else None
     if isinstance(data, PreferenceData):
         return DpoTuning(
             transformer,
+            adapter,
             request.lora,
             request.dpo,
             data,
-            seed=request.loop.seed,
+            seed=seed,
             checkpointing=checkpointing,
             base_model=base_model,
-            harmony=prepared.harmony,
             table=table,
         )
     return LoraTuning(
         transformer,
+        adapter,
         request.lora,
         data,
         max_length=request.loop.max_length,
-        seed=request.loop.seed,
+        seed=seed,
         checkpointing=checkpointing,
         base_model=base_model,
-        harmony=prepared.harmony,
         table=table,
     )
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import overload
 
+from freehold.model.lora import Adapter
 from freehold.model.transformer import Transformer
 from freehold.train.adapting import AdapterTuning
 from freehold.train.data import TrainingData
@@ -46,6 +47,7 @@ class LoraTuning(AdapterTuning):
     def __init__(
         self,
         transformer: Transformer,
+        adapter: Adapter,
         options: LoraOptions,
         data: TrainingData,
         *,
@@ -53,18 +55,9 @@ class LoraTuning(AdapterTuning):
         seed: int,
         checkpointing: bool = False,
         base_model: str | None = None,
-        harmony: bool | None = None,
         table: WeightTable | None = None,
     ) -> None:
-        super().__init__(
-            transformer,
-            options,
-            seed=seed,
-            checkpointing=checkpointing,
-            base_model=base_model,
-            harmony=harmony,
-            table=table,
-        )
+        super().__init__(transformer, adapter, options, checkpointing=checkpointing, base_model=base_model, table=table)
         self._data = data
         self._max_length = max_length
         self._seed = seed
