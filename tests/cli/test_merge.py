@@ -65,6 +65,20 @@ def test_an_adapter_becomes_a_model_and_a_receipt_says_what_that_kept(model: Pat
     assert f"{measured['stored_share']:.1%}" in shown
 
 
+def test_what_a_second_run_held_out_is_measured_though_the_adapter_it_began_with_is_gone(
+    model: Path, run: Path, chats: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "first")
+    invoke(
+        "tune", chats, "--model", model, "--adapter", tmp_path / "first", "--output", tmp_path / "second",
+        "--max-length", "64", "--max-steps", "2", "--validation-share", "0.3",
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "first")
+    invoke("merge", model, tmp_path / "second", tmp_path / "merged")
+    measured = receipt(tmp_path / "merged" / "merge_receipt.json")["measured"]
+    assert measured["adapter_loss"] < measured["base_loss"]
+
+
 def test_the_receipt_says_by_hashes_what_was_measured_on(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:
     def measured(name: str, *options: str | Path) -> dict[str, Any]:
         invoke("merge", model, run, tmp_path / name, *options)

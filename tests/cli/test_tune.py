@@ -133,6 +133,8 @@ def test_what_is_asked_wrongly_is_one_line(
         ((chats, "-o", tmp_path / "new", "--lr", "0"), "--learning-rate must be more than 0"),
         ((chats, "-o", tmp_path / "new", "--rank", "k=x"), "--rank takes numbers"),
         ((chats, "-m", model, "-o", tmp_path / "new", "--target", "nose"), "--target 'nose'"),
+        ((chats, "-o", tmp_path / "new", "--adapter", tmp_path, "--rank", "4"), "--rank is for new adapters, and"),
+        ((chats, "-o", tmp_path / "new", "--adapter", tmp_path, "--method", "full"), "--adapter is for adapters, and"),
     ):
         monkeypatch.setattr(sys, "argv", ["freehold", "tune", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:

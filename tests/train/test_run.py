@@ -1,8 +1,11 @@
 """A run from files to an adapter, on a tiny model with the kernels that serve it."""
 
 import asyncio
+import itertools
 import json
+import math
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,13 +17,21 @@ import torch
 
 import freehold
 from freehold.disk import exclusive
-from freehold.errors import BackendError, CheckpointError, DiskError, TrainingDataError, TrainingError, UsageError
+from freehold.errors import (
+    BackendError,
+    CheckpointError,
+    DiskError,
+    ModelNotFoundError,
+    TrainingDataError,
+    TrainingError,
+    UsageError,
+)
 from freehold.formats.chat import HarmonyFormat
 from freehold.formats.templates import CHATML
 from freehold.hub.folder import open_folder
 from freehold.hub.merge import merge
-from freehold.model.lora import new_adapter
-from freehold.model.peft_files import read_peft
+from freehold.model.lora import AdapterSpec, Target, new_adapter
+from freehold.model.peft_files import read_peft, write_peft
 from freehold.session.model import Model
 from freehold.session.served import serve_model
 from freehold.train import adapting, curves
@@ -336,6 +347,109 @@ def test_a_run_goes_on_from_another_folder(
     assert "base_model: models/own" in (tmp_path / "run" / "README.md").read_text()
 
 
+# --- beginning with an adapter ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(model: Path, facts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not alike in all layers, so that no option could say its targets and ranks; with something learnt."""
+    folder = tmp_path_factory.mktemp("first") / "adapter"
+    config = open_folder(model).checkpoint.config
+    targets = {"layers.0.q": Target(rank=2, alpha=4), "layers.1.q": Target(rank=3, alpha=5)}
+    targets["layers.1.gate_up"] = Target(rank=2, alpha=2)
+    adapter = new_adapter(config, AdapterSpec(targets=targets, rslora=True), seed=5)
+    with torch.no_grad():
+        for _, b in adapter.factors.values():
+            b.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    write_peft(folder, adapter, base_model=str(model))
+    return folder
+
+
+def of_another(request: TuneRequest, adapter: Path, **more: Any) -> TuneRequest:
+    return replace(request, adapter=adapter, lora=replace(LORA, targets=(), **more))
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_a_run_goes_on_from_what_an_adapter_has_learnt(
+    qat: bool, request_for: TuneRequest, model: Path, first: Path, tmp_path: Path
+) -> None:
+    before = (first / "adapter_model.safetensors").read_bytes()
+    tuned(of_another(request_for, first, qat=qat, dropout=0.0), tmp_path / "run")
+    served = freehold.load(model, adapters={"it": first})
+    data = prepare(request_for).data
+    assert isinstance(data, TrainingData)
+    begun = numbers(tmp_path / "run")[0]["validation_loss"]
+    if not qat:
+        assert begun == pytest.approx(engine_loss(served, data.validation, "it"), abs=1e-5)
+    assert abs(begun - engine_loss(served, data.validation)) > 0.01
+    assert numbers(tmp_path / "run")[-1]["validation_loss"] < begun
+    old, new = (read_peft(folder, served.config) for folder in (first, tmp_path / "run"))
+    assert new.spec == old.spec
+    assert new.dithered is qat
+    assert all(bool((new.factors[name].a != old.factors[name].a).any()) for name in old.factors)
+    assert (first / "adapter_model.safetensors").read_bytes() == before
+    card = (tmp_path / "run" / "README.md").read_text()
+    for words in ("went on from the adapter `adapter`", "| q | 2 | 4 |", "| q | 3 | 5 |", "| gate_up |", "rsLoRA: yes"):
+        assert words in card
+
+
+def test_begun_with_an_adapter_and_resumed_it_is_the_run_that_nobody_stopped(
+    request_for: TuneRequest, first: Path, tmp_path: Path
+) -> None:
+    request = of_another(request_for, first)
+    tuned(request, tmp_path / "whole")
+    for count in (0, 8):  # before there is a checkpoint, and after
+        answers = itertools.chain([False] * count, itertools.repeat(True))
+        output = tmp_path / f"stopped at {count}"
+        assert tuned(request, output, should_stop=answers.__next__).end is End.STOPPED
+        assert resumed(output, adapter=str(first)).end is End.DONE
+        assert numbers(output) == numbers(tmp_path / "whole")
+        assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_another_adapter_than_a_run_began_with_is_refused(
+    request_for: TuneRequest, first: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(first, tmp_path / "own")
+    tuned(of_another(request_for, own), tmp_path / "run", should_stop=lambda: True)
+    with pytest.raises(UsageError, match=r"--adapter was .*own' and is '/elsewhere'"):
+        resumed(tmp_path / "run", adapter="/elsewhere")
+    tensors = own / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UsageError, match=r"adapter_model.safetensors is not what it was when .*run began"):
+        resumed(tmp_path / "run")
+    shutil.rmtree(own)
+    with pytest.raises(ModelNotFoundError, match="own"):
+        resumed(tmp_path / "run")
+
+
+def test_preferences_are_compared_with_the_adapter_that_a_run_begins_with(
+    request_for: TuneRequest, first: Path, tmp_path: Path
+) -> None:
+    pairs = write_chats(tmp_path / "pairs.jsonl", PAIR)
+    request = replace(of_another(request_for, first, dropout=0.0), files=(pairs,), validation_file=pairs, method="dpo")
+    tuned(request, tmp_path / "run")
+    begun, *_, ended = (line for line in numbers(tmp_path / "run") if "validation_loss" in line)
+    assert begun["validation_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert ended["validation_loss"] < begun["validation_loss"]
+    assert (
+        prepare(request).plan().weights
+        > prepare(replace(request, method="lora", files=request_for.files, validation_file=None)).plan().weights
+    )
+
+
+def test_an_adapter_goes_on_in_the_format_that_it_learnt(request_for: TuneRequest, tmp_path: Path) -> None:
+    own = make_tiny_model(tmp_path / "own", harmony=True)
+    loop = replace(LOOP, max_steps=1, max_length=1024)
+    lora = LoraOptions(targets=lora_targets((), ("2",), ()))
+    asked = replace(request_for, model=str(own), validation_file=None, loop=loop, lora=lora)
+    tuned(replace(asked, harmony=True), tmp_path / "harmony")
+    again = replace(asked, adapter=tmp_path / "harmony", lora=LoraOptions(targets=()))
+    assert [prepare(replace(again, harmony=harmony)).harmony for harmony in (None, True, False)] == [True, True, False]
+    assert prepare(asked).harmony is False
+
+
 # --- what cannot begin ------------------------------------------------------------------------------------------
 
 
@@ -350,6 +464,7 @@ def test_what_cannot_be_trained_is_told_before_anything_is_loaded(request_for: T
         ({"loop": replace(LOOP, max_length=257)}, UsageError, "more than this model's context of 256"),
         ({"model": str(bare)}, CheckpointError, r"bare has no tokenizer\.json"),
         ({"harmony": True}, CheckpointError, "Harmony"),
+        ({"adapter": tmp_path, "lora": LoraOptions(targets=())}, ModelNotFoundError, "adapter"),
     ):
         with pytest.raises(error, match=words):
             prepare(replace(request_for, **changes))
@@ -360,6 +475,11 @@ def test_requests_that_contradict_themselves(request_for: TuneRequest) -> None:
         ({"files": ()}, "nothing to train on"),
         ({"validation_share": 0.1}, "not both"),
         ({"validation_file": None, "loop": replace(LOOP, patience=2)}, "--patience stops when"),
+        ({"lora": LoraOptions(targets=())}, "nothing to train; name one or more --target"),
+        ({"adapter": Path("mine")}, "mine has targets and ranks of its own"),
+        ({"adapter": Path("mine"), "lora": LoraOptions(targets=(), rslora=True)}, "mine has targets and ranks of its"),
+        ({"adapter": Path("mine"), "method": "full"}, "trains no adapter; `freehold merge` mine first"),
+        ({"adapter": Path("mine"), "method": "dpo", "lora": LoraOptions(targets=(), qat=True)}, "--method dpo with"),
     ):
         with pytest.raises(UsageError, match=words):
             replace(request_for, **changes)

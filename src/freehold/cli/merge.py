@@ -122,6 +122,8 @@ def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, p
         return _Text(examples=[])
     if (request := recorded_request(adapter)) is not None:
         request = replace(request, model=str(folder), loop=replace(request.loop, patience=None))
+        if request.adapter is not None:  # which may be gone; this one has the same targets
+            request = replace(request, adapter=adapter)
         if measure is not None:
             request = replace(request, files=(measure,), validation_file=None, validation_share=0.0)
         elif request.validation_file is None and not request.validation_share:

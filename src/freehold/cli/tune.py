@@ -70,6 +70,12 @@ def command(
             "weights learn.",
         ),
     ] = "lora",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Go on with this adapter, which has its targets and ranks. Default: a new one."
+        ),
+    ] = None,
     beta: Annotated[float, typer.Option(help="DPO's: the higher, the nearer to the model as it was.")] = _DPO.beta,
     label_smoothing: Annotated[
         float, typer.Option(help="DPO's: the share of pairs that are taken to be the wrong way round.")
@@ -151,6 +157,7 @@ def command(
     freehold tune chats.jsonl --dry-run
     freehold tune chats.jsonl --output my-adapter
     freehold tune chats.jsonl book.txt --validation-share 0.05 --patience 3 --output my-adapter
+    freehold tune more-chats.jsonl --adapter my-adapter --output my-second-adapter
     freehold tune pairs.jsonl --method dpo --beta 0.1 --output my-adapter
     freehold tune chats.jsonl --method full --output my-model
     freehold tune --resume my-adapter
@@ -164,8 +171,11 @@ def command(
     for_adapters = [name for name in _FOR_ADAPTERS if _is_typed(context, name)]
     if method == "full" and for_adapters:
         raise UsageError(f"{option_name(for_adapters[0])} is for adapters, and --method full has none; leave one out")
+    of_new = [name for name in _FOR_NEW_ADAPTERS if _is_typed(context, name)]
+    if adapter is not None and of_new:
+        raise UsageError(f"{option_name(of_new[0])} is for new adapters, and {adapter} has its own; leave one out")
     lora = LoraOptions(
-        targets=lora_targets(target or (), rank or (), alpha or (), router=router),
+        targets=() if adapter is not None else lora_targets(target or (), rank or (), alpha or (), router=router),
         rslora=rslora,
         dropout=dropout,
         balance=balance,
@@ -204,6 +214,7 @@ def command(
             model=model,
             files=tuple(files or ()),
             method=method,
+            adapter=adapter,
             validation_file=validation,
             validation_share=validation_share,
             harmony=harmony,
@@ -220,6 +231,7 @@ def command(
     else:
         asked = {
             "files": [str(path.absolute()) for path in files or ()],
+            "adapter": None if adapter is None else str(adapter.absolute()),
             "validation_file": None if validation is None else str(validation.absolute()),
             "targets": [list(each) for each in lora.targets],
             "train": list(full.train),
@@ -269,10 +281,11 @@ _AS_THEY_ARE = (
     "validation_share", "harmony", "date", "qat", "rslora", "dropout", "balance", "device", "dtype", "dense",
     "threads", *(field.name for field in dataclasses.fields(LoopOptions)),
 )  # fmt: skip
-_FOR_ADAPTERS = ("target", "rank", "alpha", "router", "rslora", "dropout")
+_FOR_NEW_ADAPTERS = ("target", "rank", "alpha", "router", "rslora")
+_FOR_ADAPTERS = ("adapter", *_FOR_NEW_ADAPTERS, "dropout")
 _MADE_OF = {
     "target": "targets", "rank": "targets", "alpha": "targets", "router": "targets", "validation": "validation_file",
-    "files": "files", "train": "train",
+    "files": "files", "train": "train", "adapter": "adapter",
 }  # fmt: skip
 """Parameters that a run's folder keeps under another name, or together."""
 

@@ -99,7 +99,7 @@ def load(
     known = Adapters(packed=policy.native)
     with _out_of_memory():
         for name, path in folders.items():  # before the weights, which take longer
-            _mention_other_base(path, os.fspath(path_or_name), folder.path)
+            mention_other_base(path, os.fspath(path_or_name), folder.path)
             known.add(name, _read_adapter(path, config, policy))
     transformer = load_transformer(folder, policy, progress=progress)
     return Model(transformer, folder, policy, plan, prefix_files, known)
@@ -135,7 +135,7 @@ def _read_adapter(folder: Path, config: ModelConfig, policy: Policy) -> Adapter:
     return read_peft(folder, config, dtype=_dtype_of_adapters(policy)).to(device=policy.device)
 
 
-def _mention_other_base(adapter: Path, model: str, folder: Path) -> None:
+def mention_other_base(adapter: Path, model: str, folder: Path) -> None:
     """Names differ between machines, so this is no reason to refuse it."""
     if (named := other_base(adapter, model, folder)) is not None:
         logger.log(NOTICE, "%s says that it is for %.200s, not for %s: expect little of it", adapter, named, model)

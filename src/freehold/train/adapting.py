@@ -4,6 +4,7 @@ Objectives over an adapter (sft.py, dpo.py) say what the loss is; the rest they 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,9 +102,16 @@ def starting_adapter(
     options: LoraOptions,
     *,
     seed: int,
+    folder: Path | None = None,
     device: torch.device | None = None,
     harmony: bool | None = None,
 ) -> Adapter:
-    """One that changes nothing yet, to learn with these options; `harmony` as in model.lora.Adapter."""
-    spec = adapter_spec(config, options)
-    return new_adapter(config, spec, seed=seed, device=device, dithered=options.qat, harmony=harmony)
+    """To learn with these options: the one in `folder`, or one that changes nothing yet. `harmony` as in
+    model.lora.Adapter. Raises what read_peft does."""
+    if folder is None:
+        spec = adapter_spec(config, options)
+        return new_adapter(config, spec, seed=seed, device=device, dithered=options.qat, harmony=harmony)
+    adapter = replace(read_peft(folder, config).to(device=device), dithered=options.qat, harmony=harmony)
+    for parameter in adapter.parameters:
+        parameter.requires_grad_()
+    return adapter

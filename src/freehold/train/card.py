@@ -28,7 +28,8 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
     if run["method"] == "full":
         return _full_card(name, run, state, result_step)
     lora, loop = run["request"]["lora"], run["request"]["loop"]
-    targets = "\n".join(f"| {kind} | {rank} | {alpha:g} |" for kind, rank, alpha in lora["targets"])
+    of_adapter = run.get("adapter") or lora
+    targets = "\n".join(f"| {kind} | {rank} | {alpha:g} |" for kind, rank, alpha in of_adapter["targets"])
     return (
         _HEADER.format(base=run["model"]["name"])
         + f"\n# {name}\n\n"
@@ -38,13 +39,23 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         + _data(run, "pairs" if run["method"] == "dpo" else "examples")
         + "## Training\n\n| target | rank | alpha |\n|---|---|---|\n"
         + targets
-        + f"\n\nrsLoRA: {'yes' if lora['rslora'] else 'no'}; dropout {lora['dropout']:g}; balance {lora['balance']:g}; "
+        + f"\n\nrsLoRA: {'yes' if of_adapter['rslora'] else 'no'}; dropout {lora['dropout']:g}; "
+        + f"balance {lora['balance']:g}; "
         + _method(run["request"])
         + f"{run['how']}\n\n"
+        + (_began_with(run["adapter"]) if "adapter" in run else "")
         + (_QAT if lora["qat"] else "")
         + _options(loop)
         + "\n\n## Result\n\n"
         + _result(state, result_step, "pair" if run["method"] == "dpo" else "token")
+    )
+
+
+def _began_with(adapter: Mapping[str, Any]) -> str:
+    tensors = adapter["files"][-1]
+    return (
+        f"It went on from the adapter `{adapter['name']}` ({tensors['bytes']:,} bytes, SHA-256 `{tensors['sha256']}`), "
+        "which had its targets and ranks.\n\n"
     )
 
 

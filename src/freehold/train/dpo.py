@@ -1,6 +1,7 @@
 """DPO: an adapter learns which of two answers is the better one (https://arxiv.org/abs/2305.18290, equation 7).
 
-The reference is the same model without the adapter: no second one is loaded. What it says of a pair is computed when
+The reference is the same model without the adapter, or with the one that the run begins with as it was: no second one
+is loaded. What it says of a pair is computed when
 the pair first comes up, without a gradient, and kept: two numbers a pair, so that every later epoch and validation
 costs what supervised training costs. Both answers of a pair lie in one row. With label smoothing it is the conservative
 DPO of https://ericmitchell.ai/cdpo.pdf. An objective of loop.py, whose targets are pairs.
@@ -83,7 +84,7 @@ class DpoTuning(AdapterTuning):
         table: WeightTable | None = None,
     ) -> None:
         super().__init__(transformer, adapter, options, checkpointing=checkpointing, base_model=base_model, table=table)
-        self._nothing = _adding_nothing(adapter)
+        self._before = _as_it_is(adapter)
         self._dpo = dpo
         self._data = data
         self._seed = seed
@@ -124,9 +125,9 @@ class DpoTuning(AdapterTuning):
         return found._replace(figures={**found.figures, **figures})
 
     def _said_by_reference(self, row: PackedRow) -> Tensor:
-        """Computed in the very same way as with the adapter: with one that adds zeros. Where activations are rounded,
-        another order of operations is as far off as the rounding is."""
-        adapter = self._nothing if self._folded is None else None
+        """Computed in the very same way as by the adapter that learns, also where what was there before adds zeros.
+        Where activations are rounded, another order of operations is as far off as the rounding is."""
+        adapter = self._before if self._folded is None else None
         return taught(self._transformer, row, adapter=adapter).log_probs_S
 
 
@@ -135,13 +136,14 @@ def dpo_loss(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def _adding_nothing(adapter: Adapter) -> Adapter:
-    """Of the same targets, and without memory of its own."""
-    factors = {
-        name: Factors(pair.a.detach(), pair.b.detach().new_zeros(()).expand_as(pair.b))
-        for name, pair in adapter.factors.items()
-    }
-    return replace(adapter, factors=factors)
+def _as_it_is(adapter: Adapter) -> Adapter:
+    """A copy that does not learn. One that adds nothing has no memory of its own."""
+
+    def copied(pair: Factors) -> Factors:
+        a, b = pair.a.detach(), pair.b.detach()
+        return Factors(a.clone(), b.clone()) if b.any() else Factors(a, b.new_zeros(()).expand_as(b))
+
+    return replace(adapter, factors={name: copied(pair) for name, pair in adapter.factors.items()})
 
 
 def _pair_row(name: tuple[str, int], pair: Pair) -> PairRow:

@@ -91,7 +91,8 @@ class LoraTarget(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions:
-    """What an adapter changes. `balance` is the weight of the term that keeps experts evenly used. `qat`: the model
+    """What an adapter changes; without targets it is one that is there already (run.TuneRequest.adapter), which has its
+    own, and `rslora` with them. `balance` is the weight of the term that keeps experts evenly used. `qat`: the model
     computes with the adapter merged and rounded (qat.py), so that merging loses nothing."""
 
     targets: tuple[LoraTarget, ...]
@@ -101,10 +102,6 @@ class LoraOptions:
     qat: bool = False
 
     def __post_init__(self) -> None:
-        if not self.targets:
-            raise UsageError(
-                f"there is nothing to train; name one or more --target, such as {','.join(DEFAULT_TARGETS)}"
-            )
         kinds = [target.kind for target in self.targets]
         if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
             raise UsageError(f"--target {twice!r} is given twice; name it once")

@@ -9,6 +9,7 @@ and kernels/low_rank.py, or what torch's own autograd keeps of the reference. Ca
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from freehold import machine
 from freehold.config import ExpertFormat, ModelConfig
@@ -100,9 +101,11 @@ def plan_lora(
     *,
     dropout: bool = False,
     qat: bool = False,
+    compared: bool = False,
     checkpointing: bool = False,
 ) -> TrainingPlan:
-    """What a step of LoRA needs with rows of this shape. Peak resident memory stays below."""
+    """What a step of LoRA needs with rows of this shape. One that is `compared` with what it began with (DPO) keeps a
+    copy of that. Peak resident memory stays below."""
     run = plan_memory(config, experts, policy, EngineOptions(context=row.tokens, max_num_seqs=1, chunk=row.tokens))
     shapes = factor_shapes(config, spec)
     per_target = {name: 4 * (math.prod(a) + math.prod(b)) for name, (a, b) in shapes.items()}
@@ -129,7 +132,7 @@ def plan_lora(
         returned = config.num_layers * sums if sums >= _RETURNED_BY_MALLOC else 0
         kept = everything + round(_KEPT_BY_MALLOC * (everything - returned))
     return TrainingPlan(
-        weights=run.dense + run.experts,
+        weights=run.dense + run.experts + (factors if compared else 0),
         factors=factors,
         gradients=factors + of_layer,
         optimizer=2 * factors,
@@ -155,6 +158,7 @@ def fitting_lora_plan(
     *,
     dropout: bool,
     qat: bool,
+    compared: bool = False,
     checkpointing: str,
 ) -> TrainingPlan:
     """The plan that fits: activations are kept if they can be, where `checkpointing` is auto.
@@ -163,9 +167,10 @@ def fitting_lora_plan(
     """
     free = free_memory(policy)
     twice = checkpointing == "on"
-    plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, qat=qat, checkpointing=twice)
+    planned = partial(plan_lora, config, experts, policy, spec, row, dropout=dropout, qat=qat, compared=compared)
+    plan = planned(checkpointing=twice)
     if plan.needed > free and checkpointing == "auto":
-        plan = plan_lora(config, experts, policy, spec, row, dropout=dropout, qat=qat, checkpointing=True)
+        plan = planned(checkpointing=True)
     if plan.needed <= free:
         return plan
     raise OutOfMemoryError(f"{plan.describe()} are needed, and {gib(free)} are free; {_remedy(plan, row, policy)}")

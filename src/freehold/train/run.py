@@ -36,9 +36,9 @@ from freehold.hub.find import BUILT_IN, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.kv import PAGE, num_pages
 from freehold.log import Progress, logger, no_progress
-from freehold.model.lora import AdapterSpec, factor_shapes
-from freehold.model.peft_files import check_storable
-from freehold.session.model import load_transformer
+from freehold.model.lora import KINDS, AdapterSpec, factor_shapes
+from freehold.model.peft_files import CONFIG_FILE, TENSOR_FILE, check_storable, learnt_harmony, read_spec
+from freehold.session.model import load_transformer, mention_other_base
 from freehold.session.policy import DTYPES, Policy, decide
 from freehold.train import curves
 from freehold.train.adapting import adapter_spec, starting_adapter
@@ -49,7 +49,16 @@ from freehold.train.examples import Examples, Pairs
 from freehold.train.full import FullTuning, trained_names
 from freehold.train.loop import Loop, Outcome
 from freehold.train.metrics import Report, read_metrics
-from freehold.train.options import METHODS, DpoOptions, FullOptions, LoopOptions, LoraOptions, LoraTarget, differences
+from freehold.train.options import (
+    DEFAULT_TARGETS,
+    METHODS,
+    DpoOptions,
+    FullOptions,
+    LoopOptions,
+    LoraOptions,
+    LoraTarget,
+    differences,
+)
 from freehold.train.packing import pack
 from freehold.train.plan import RowShape, TrainingPlan, fitting_full_plan, fitting_lora_plan
 from freehold.train.sft import LoraTuning
@@ -64,6 +73,7 @@ CHART_FILE = "curves.png"
 _FORMAT = 1
 _MOST_RUN_BYTES = 16 << 20
 _SECONDS_BETWEEN_CHARTS = 60.0
+_ANEW = "begin anew with another --output"
 _READ_BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",
@@ -73,13 +83,15 @@ _READ_BESIDE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneRequest:
-    """What somebody wants tuned. `method` is one of METHODS; `dpo` and `full` are for those alone. `harmony` as in
-    `freehold chat`; `date` is what Harmony's system message says, None is today. A share of the lines is for
-    validation, or a file is. The rest as in freehold.session.model.load."""
+    """What somebody wants tuned. `method` is one of METHODS; `dpo` and `full` are for those alone. `adapter` is the
+    folder of one to go on with, None is a new one. `harmony` as in `freehold chat`; `date` is what Harmony's system
+    message says, None is today. A share of the lines is for validation, or a file is. The rest as in
+    freehold.session.model.load."""
 
     model: str
     files: tuple[Path, ...]
     method: str = "lora"
+    adapter: Path | None = None
     validation_file: Path | None = None
     validation_share: float = 0.0
     harmony: bool | None = None
@@ -100,6 +112,12 @@ class TuneRequest:
             raise UsageError("--beta and --label-smoothing are for preference pairs; add --method dpo")
         if self.method != "full" and self.full != FullOptions():
             raise UsageError("--train is for full fine-tuning, and adapters have --target; add --method full")
+        if self.adapter is not None:
+            self._check_adapter(self.adapter)
+        elif self.method != "full" and not self.lora.targets:
+            raise UsageError(
+                f"there is nothing to train; name one or more --target, such as {','.join(DEFAULT_TARGETS)}"
+            )
         if self.method == "full":
             if self.lora.qat:
                 raise UsageError("--qat is for adapters; full fine-tuning computes with rounded weights anyway")
@@ -117,12 +135,25 @@ class TuneRequest:
                 "or --validation-share"
             )
 
+    def _check_adapter(self, adapter: Path) -> None:
+        if self.method == "full":
+            raise UsageError(f"--method full trains no adapter; `freehold merge` {adapter} first, and tune the result")
+        if self.lora.targets or self.lora.rslora:
+            raise UsageError(f"{adapter} has targets and ranks of its own; leave --target, --rank and their like out")
+        if self.method == "dpo" and self.lora.qat:
+            raise UsageError(
+                "--method dpo with --qat compares with the model as it is stored, which has no adapter; `freehold "
+                f"merge` {adapter} first, and tune the result"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """For run.json."""
         raw = asdict(self)
         raw["model"] = model_location(self.model)
         raw["files"] = [str(path.absolute()) for path in self.files]
-        raw["validation_file"] = None if self.validation_file is None else str(self.validation_file.absolute())
+        for name in ("adapter", "validation_file"):
+            path = getattr(self, name)
+            raw[name] = None if path is None else str(path.absolute())
         raw["lora"]["targets"] = [list(target) for target in self.lora.targets]
         raw["full"]["train"] = list(self.full.train)
         return raw
@@ -131,7 +162,9 @@ class TuneRequest:
     def from_json(cls, raw: Mapping[str, Any]) -> "TuneRequest":
         fields = dict(raw)
         fields["files"] = tuple(map(Path, raw["files"]))
-        fields["validation_file"] = None if raw["validation_file"] is None else Path(raw["validation_file"])
+        for name in ("adapter", "validation_file"):
+            path = raw.get(name)  # runs that began before adapters went on have no `adapter`
+            fields[name] = None if path is None else Path(path)
         lora = dict(raw["lora"])
         lora["targets"] = tuple(LoraTarget(*target) for target in lora["targets"])
         fields["lora"], fields["loop"] = LoraOptions(**lora), LoopOptions(**raw["loop"])
@@ -191,6 +224,7 @@ class Prepared:
             self.row,
             dropout=self.request.lora.dropout > 0,
             qat=self.request.lora.qat,
+            compared=self.request.method == "dpo" and self.request.adapter is not None,
             checkpointing=self.request.loop.checkpointing,
         )
 
@@ -200,6 +234,8 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     folder = open_folder(find_model(request.model, progress))
     config = folder.checkpoint.config
     spec, policy = _learning(request, config)
+    if request.adapter is not None:
+        mention_other_base(request.adapter, request.model, folder.path)
     max_length = request.loop.max_length
     if max_length > config.max_context:
         raise UsageError(f"--max-length {max_length} is more than this model's context of {config.max_context}")
@@ -207,7 +243,10 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     if tokenizer is None:
         raise CheckpointError(f"{folder.path} has no tokenizer.json; add the tokeniser that the model was trained with")
     request = _resolved(request, policy)
-    chat_format = chat_format_of(folder, tokenizer, system=SystemContent(date=request.date), harmony=request.harmony)
+    harmony = request.harmony
+    if harmony is None and request.adapter is not None:
+        harmony = learnt_harmony(request.adapter)
+    chat_format = chat_format_of(folder, tokenizer, system=SystemContent(date=request.date), harmony=harmony)
     options = DataOptions(max_length=max_length, validation_share=request.validation_share, seed=request.loop.seed)
     data = _read(request, request.files, chat_format, tokenizer, options, progress)
     if request.validation_file is not None:
@@ -240,7 +279,7 @@ def _learning(request: TuneRequest, config: ModelConfig) -> tuple[AdapterSpec | 
         if chosen is None:
             raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, got {request.dtype!r}")
         return None, replace(policy, dense=None, dtype=chosen)
-    spec = adapter_spec(config, request.lora)
+    spec = adapter_spec(config, request.lora) if request.adapter is None else read_spec(request.adapter, config)
     check_storable(config, spec)
     return spec, policy
 
@@ -343,9 +382,21 @@ def _facts(
             "validation_targets": data.validation.num_targets,
             "truncated": data.truncations.count,
         },
+        **({} if request.adapter is None or spec is None else {"adapter": _adapter_facts(request.adapter, spec)}),
         "parameters": _num_parameters(request, checkpoint, spec),
         "how": policy.describe(checkpoint.experts.value),
         "request": request.to_json(),
+    }
+
+
+def _adapter_facts(folder: Path, spec: AdapterSpec) -> dict[str, Any]:
+    """Of the one that a run begins with."""
+    kinds = {(name.rpartition(".")[2], target.rank, target.alpha) for name, target in spec.targets.items()}
+    return {
+        "name": folder.absolute().name,
+        "files": [file_facts(folder / name) for name in (CONFIG_FILE, TENSOR_FILE)],
+        "targets": sorted(kinds, key=lambda each: (KINDS.index(each[0]), each[1:])),
+        "rslora": spec.rslora,
     }
 
 
@@ -417,7 +468,8 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
     if facts.get("format") != _FORMAT:
         raise UnsupportedError(f"{output / RUN_FILE} is of another version of Freehold; resume with that one")
     raw = facts["request"]
-    before = {**raw, **raw["loop"], **raw["lora"], **raw.get("dpo", {}), "train": raw.get("full", {}).get("train")}
+    known = {**raw, **raw["loop"], **raw["lora"], **raw.get("dpo", {}), "train": raw.get("full", {}).get("train")}
+    before = {"adapter": None, **known}
     if changed := differences({name: before[name] for name in given}, given):
         raise UsageError(
             f"a run goes on as it began, and {'; '.join(changed)}: leave that out, or begin anew with another --output"
@@ -478,14 +530,15 @@ def check_unchanged(prepared: Prepared, output: Path, progress: Progress = no_pr
     before = read_json(output / RUN_FILE)
     now = prepared.facts
     for kind in ("files", "validation_files"):
-        _check_files(before["data"][kind], now["data"][kind], output, "begin anew with another --output")
+        _check_files(before["data"][kind], now["data"][kind], output, _ANEW)
+    _check_files(before.get("adapter", {}).get("files", ()), now.get("adapter", {}).get("files", ()), output, _ANEW)
     if (changed := _changed_file(before["model"], prepared.folder, progress)) is not None:
         raise UsageError(
             f"the model {now['model']['name']} is not what it was when {output} began: {changed} has changed; bring it "
-            "back, or begin anew with another --output"
+            f"back, or {_ANEW}"
         )
     if before["data"] != now["data"]:
-        raise UsageError(f"the files of {output} are read in another way by now; begin anew with another --output")
+        raise UsageError(f"the files of {output} are read in another way by now; {_ANEW}")
     for name in ("freehold", "torch", "how"):
         if before[name] != now[name]:
             logger.warning(
@@ -588,7 +641,12 @@ def _objective(
     transformer = load_transformer(prepared.folder, prepared.policy, progress=progress)
     seed = request.loop.seed
     adapter = starting_adapter(
-        transformer.config, request.lora, seed=seed, device=transformer.device, harmony=prepared.harmony
+        transformer.config,
+        request.lora,
+        seed=seed,
+        folder=request.adapter,
+        device=transformer.device,
+        harmony=prepared.harmony,
     )
     table = prepared.folder.checkpoint.table() if request.lora.qat else None
     if isinstance(data, PreferenceData):
