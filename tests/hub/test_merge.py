@@ -16,8 +16,9 @@ from torch import Tensor
 from freehold.config import ExpertFormat, Layout, ModelConfig, Rounding
 from freehold.errors import CheckpointError, DiskSpaceError, FreeholdError, UsageError
 from freehold.hub import default_base, default_model
+from freehold.hub.bases import check_base
 from freehold.hub.convert import convert
-from freehold.hub.merge import check_base, merge
+from freehold.hub.merge import merge
 from freehold.hub.merged import Touched
 from freehold.model.batch import Batch
 from freehold.model.lora import Adapter, AdapterSpec, Factors, Target, TokenAdapters, new_adapter

@@ -65,8 +65,9 @@ def command(
     to_gguf = check_format(destination, layout, dense)
     from freehold.disk import scratch_folder, write_text
     from freehold.hub import gguf
+    from freehold.hub.bases import check_base
     from freehold.hub.find import find_model
-    from freehold.hub.merge import check_base, merge
+    from freehold.hub.merge import merge
     from freehold.session.merge_receipt import measure_merge
 
     with ExitStack() as stack:

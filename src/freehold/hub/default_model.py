@@ -10,16 +10,13 @@ from importlib import resources
 from pathlib import Path
 
 from freehold import paths
-from freehold.config import ExpertFormat, Layout
 from freehold.disk import scratch_folder
 from freehold.formats.harmony.vocabulary import CALL, RETURN
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub import default_base
-from freehold.hub.convert import side_files, write_folder
-from freehold.hub.merged import RandomlyRounded
+from freehold.hub.convert import side_files
+from freehold.hub.merge import merge
 from freehold.log import Progress, no_progress
-from freehold.model.peft_files import read_peft
-from freehold.weights.layouts import open_checkpoint
 
 # The number counts tunings: a model made of an older one is not taken for the present one.
 NAME = "smollm2-135m-gpt-oss-harmony-1"
@@ -49,19 +46,9 @@ def _make(destination: Path, progress: Progress) -> None:
 
 
 def _merge(base: Path, destination: Path, progress: Progress) -> None:
-    checkpoint = open_checkpoint(base)
+    own = _side_files(Tokenizer.from_file(base / "tokenizer.json"))
     with resources.as_file(_DATA / "default_adapter") as adapter:
-        factors = read_peft(adapter, checkpoint.config)
-    tokenizer = Tokenizer.from_file(base / "tokenizer.json")
-    write_folder(
-        checkpoint,
-        RandomlyRounded(checkpoint.table(), factors, origin=f"{base} with the default model's adapter"),
-        destination,
-        layout=Layout.HF,
-        experts=ExpertFormat.MXFP4,
-        side_files=side_files(base) | _side_files(tokenizer),
-        progress=progress,
-    )
+        merge(base, adapter, destination, beside=side_files(base) | own, progress=progress)
 
 
 def _side_files(tokenizer: Tokenizer) -> dict[str, bytes]:

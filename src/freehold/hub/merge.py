@@ -6,20 +6,20 @@ vanish, since the base's numbers lie on that format's grid and a change is mostl
 so numbers are rounded up or down by chance, in proportion to what is nearer. The mean of many is then what it should
 be, where rounding to the nearest would leave all of them where they were (docs/performance.md has the figures).
 
-Refuses adapters of other models, and writes whole checkpoints or none. `freehold merge` calls this; what a merge cost
-is measured in session/merge_receipt.py. GGUF files are made of what is written here (gguf.py).
+Refuses adapters that do not fit, and writes whole checkpoints or none; whether one is meant for this model, bases.py
+knows. `freehold merge` calls this; what a merge cost is measured in session/merge_receipt.py. GGUF files are made of
+what is written here (gguf.py).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout, Rounding
 from freehold.errors import UsageError
-from freehold.hub import default_base
 from freehold.hub.convert import side_files, write_folder
-from freehold.hub.find import DEFAULT, DEFAULT_BASE
 from freehold.hub.merged import MergedSource, RandomlyRounded, Touched
 from freehold.log import Progress, no_progress
-from freehold.model.peft_files import CONFIG_FILE, base_model_of, read_peft
+from freehold.model.peft_files import read_peft
 from freehold.weights.layouts import open_checkpoint
 
 _CARD = "README.md"
@@ -33,11 +33,13 @@ def merge(
     layout: Layout = Layout.HF,
     experts: ExpertFormat | None = None,
     rounding: Rounding = Rounding.RANDOM,
+    beside: Mapping[str, bytes] | None = None,
     progress: Progress = no_progress,
 ) -> Touched:
     """Write the model in `source` with the adapter in `adapter` folded in to the new folder `destination`.
 
-    `experts` None keeps their format. With an adapter that learnt Harmony, a template for something else stays behind.
+    `experts` None keeps their format. `beside` are the files that are no weights; None takes those of the model, of
+    which a template stays behind where the adapter learnt Harmony.
     Raises what `read_peft` raises, and UnsupportedError where the layout cannot express the model.
     """
     checkpoint = open_checkpoint(source)
@@ -58,41 +60,10 @@ def merge(
         destination,
         layout=layout,
         experts=experts,
-        side_files=_side_files(source, adapter, factors.harmony),
+        side_files=_side_files(source, adapter, factors.harmony) if beside is None else beside,
         progress=progress,
     )
     return weights.touched()
-
-
-def check_base(adapter: Path, model: str, folder: Path) -> None:
-    """Raise UsageError where an adapter names another base model than the one that was asked for as `model`."""
-    if (named := other_base(adapter, model, folder)) is not None:
-        raise UsageError(
-            f"{adapter / CONFIG_FILE} says that the adapter is for {named!r:.200}, and the model is {model!r} "
-            f"({folder}); name that model, or --any-base if it is the same under another name"
-        )
-
-
-def other_base(adapter: Path, model: str, folder: Path) -> str | None:
-    """The base model that an adapter names, where that is another one."""
-    if (named := base_model_of(adapter)) is None:
-        return None
-    # Folders are moved, and the hub's names have owners: the last part of a name is what stays.
-    known = {_last_part(str(folder)), *map(_hub_name, folder.parts)}
-    if model != DEFAULT:  # what that stands for changes with every tuning
-        known.add(_last_part(model))
-    if folder == default_base.folder():
-        known.add(DEFAULT_BASE)
-    return None if _last_part(named) in known else named
-
-
-def _last_part(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
-
-
-def _hub_name(part: str) -> str:
-    """Of a folder in Hugging Face's cache, models--owner--name."""
-    return part.rpartition("--")[2].lower() if part.startswith("models--") else ""
 
 
 def _side_files(source: Path, adapter: Path, harmony: bool | None) -> dict[str, bytes]:

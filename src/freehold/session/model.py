@@ -29,9 +29,9 @@ from freehold.formats.conversation import Conversation, Effort, Message
 from freehold.formats.events import Event, TextDelta
 from freehold.formats.stops import StopStrings
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
+from freehold.hub.bases import other_base
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import ModelFolder, open_folder
-from freehold.hub.merge import other_base
 from freehold.kernels.ops import Weight
 from freehold.log import NOTICE, Progress, logger, no_progress
 from freehold.model.lora import Adapter, adapter_bytes
