@@ -208,15 +208,6 @@ class _Moe(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TD, weights_TA, gate_up_bias, down_bias, norm_D, experts_TA)
         ctx.experts, ctx.eps, ctx.loras, ctx.seed = experts, eps, loras, seed
-        gate_up, down, alpha, limit = experts
-        if all(lora.folded for lora in loras) and isinstance(gate_up, PackedMatrix):
-            module = backends.for_op("moe", x_TD)
-            if module is not reference:
-                out: Tensor = module.moe(
-                    x_TD, weights_TA, experts_TA, gate_up, gate_up_bias, down, down_bias, norm_D, eps, residual_TD,
-                    alpha=alpha, limit=limit,
-                )  # fmt: skip
-                return out
         normed_TD = x_TD if norm_D is None else reference.rms_norm(x_TD, norm_D, eps)
         out = torch.zeros_like(x_TD) if residual_TD is None else residual_TD.clone()
         for expert in torch.unique(experts_TA).tolist():
@@ -226,7 +217,7 @@ class _Moe(torch.autograd.Function):
             gate, up = weights.gate_and_up(x_SD, gate_up_bias[expert])
             for piece in pieces:
                 piece.add_to_gate_and_up(gate, up, x_SD)
-            hidden = _activated(gate, up, alpha, limit)
+            hidden = _activated(gate, up, experts.alpha, experts.limit)
             mixed = weights.mixed(hidden, down_bias[expert])
             for piece in pieces:
                 piece.add_to_mixed(mixed, hidden)
