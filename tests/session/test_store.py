@@ -752,6 +752,23 @@ def test_a_file_is_there_until_its_bytes_are_gone_and_as_long_as_a_job_reads_it(
     assert removed == ["file-1"] and store.files("me", "here").items == ()
 
 
+def test_owners_take_turns(store: Store) -> None:
+    for owner, names in (
+        ("me", ("ftjob-1", "ftjob-2", "ftjob-3")),
+        ("you", ("ftjob-4", "ftjob-5")),
+        ("she", ("ftjob-6",)),
+    ):
+        store.add_file(file("file-1", owner), most_bytes=100)
+        for name in names:
+            store.create_job(job(name, owner), most_unfinished=9)
+    order = []
+    while (found := store.next_job("here")) is not None:
+        order.append(found.id)
+        ended = replace(found, status="succeeded", finished_at=float(len(order)))
+        store.update_job(found, lambda old, ended=ended: ended)  # type: ignore[misc]
+    assert order == ["ftjob-1", "ftjob-4", "ftjob-6", "ftjob-2", "ftjob-5", "ftjob-3"]
+
+
 def test_a_job_that_had_begun_goes_before_those_that_wait(store: Store) -> None:
     store.add_file(file("file-1"), most_bytes=100)
     for name in ("ftjob-1", "ftjob-2", "ftjob-3"):

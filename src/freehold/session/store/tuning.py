@@ -94,10 +94,15 @@ def page(
 
 
 def next_in(connection: sa.Connection, place: str) -> JobRecord | None:
-    """The job to be done now: one that had begun before those that wait, then the oldest."""
+    """The job to be done now: one that had begun before those that wait; then the oldest of the owner whose last one
+    ended longest ago, so that many jobs of one do not keep all others waiting."""
     query = sa.select(tuning_jobs).where(tuning_jobs.c.place == place, tuning_jobs.c.status.in_(UNFINISHED_JOBS))
     waits = sa.case((tuning_jobs.c.status == _QUEUED, 1), else_=0)
-    row = connection.execute(query.order_by(waits, tuning_jobs.c.number).limit(1)).first()
+    others = tuning_jobs.alias()
+    last_ended = sa.select(sa.func.coalesce(sa.func.max(others.c.finished_at), 0.0)).where(
+        others.c.place == place, others.c.owner == tuning_jobs.c.owner
+    )
+    row = connection.execute(query.order_by(waits, last_ended.scalar_subquery(), tuning_jobs.c.number).limit(1)).first()
     return None if row is None else _record(row)
 
 
