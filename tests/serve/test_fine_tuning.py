@@ -521,6 +521,55 @@ def test_dpo_is_asked_of_the_training(tmp_path: Path) -> None:
     with_server(tmp_path, use)
 
 
+def test_a_job_goes_on_with_what_its_owner_had_trained(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        first = await server.ended((await jobs.create(model="default", training_file=training, suffix="one")).id)
+        tuned = first["fine_tuned_model"]
+        made = await jobs.create(model=tuned, training_file=training, suffix="two")
+        second = await server.ended(made.id)
+        assert second["model"] == tuned
+        assert second["fine_tuned_model"].startswith("default:two-")
+        assert (await server.sdk.models.retrieve(second["fine_tuned_model"])).id == second["fine_tuned_model"]
+        (asked,) = _asked(server, made.id)
+        copy = Path(asked[asked.index("--adapter") + 1])
+        assert copy.name == tuned.removeprefix("default:")
+        assert copy.is_relative_to(server.workshop.job(made.id))
+        assert not copy.exists()  # the job is over
+        (of_first,) = _asked(server, first["id"])
+        assert "--adapter" not in of_first
+        server.adapters["house"] = tmp_path
+        async with server.client("bob") as bob:
+            for name, error in ((tuned, NotFoundError), ("default:house", BadRequestError)):
+                with pytest.raises(error):
+                    await bob.fine_tuning.jobs.create(model=name, training_file=training)
+
+    with_server(tmp_path, use)
+
+
+def test_what_a_job_begins_with_may_be_deleted_once_it_has_begun(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        tuned = (await server.ended((await jobs.create(model="default", training_file=training)).id))[
+            "fine_tuned_model"
+        ]
+        server.script.write_text("\n".join(json.dumps(line) for line in (STARTED, {"wait_while": "held"}, *DONE)))
+        running, waiting = [await jobs.create(model=tuned, training_file=training) for _ in range(2)]
+        held = server.workshop.job(running.id) / "held"
+        await server.until(held.exists)
+        (asked,) = _asked(server, running.id)
+        await server.sdk.models.delete(tuned)
+        assert (Path(asked[asked.index("--adapter") + 1]) / "adapter_model.safetensors").read_text() == "learnt"
+        held.unlink()
+        assert (await server.ended(running.id))["status"] == "succeeded"
+        failed = await server.ended(waiting.id)
+        check(FineTuningJob, failed)
+        assert (failed["error"]["code"], failed["error"]["param"]) == ("model_not_found", "model")
+        assert "deleted" in failed["error"]["message"]
+
+    with_server(tmp_path, use)
+
+
 def test_a_file_whose_time_is_over_is_read_all_the_same_by_the_job_that_waits_for_it(tmp_path: Path) -> None:
     async def use(server: Tuned) -> None:
         short = await server.sdk.files.create(

@@ -105,7 +105,11 @@ def test_what_is_uploaded_is_learnt_and_said_and_nothing_that_dies_takes_it_alon
         checkpoint = client.fine_tuning.jobs.checkpoints.list(running).data[0]
         assert says(client, checkpoint.fine_tuned_model_checkpoint, "Ada") != says(client, "tiny", "Ada")
 
-        assert _learns_preferences(client).status == "succeeded"
+        preferring = _learns_preferences(client, model)
+        assert preferring.status == "succeeded", preferring.error
+        assert preferring.fine_tuned_model is not None and preferring.fine_tuned_model.startswith("tiny:")
+        for name, trade in TRADES.items():  # what it began with had learnt that, and it is what the pairs prefer
+            assert says(client, preferring.fine_tuned_model, name) == f"The {trade}."
         refused = _is_told_of_bad_lines(client)
         assert refused.status == "failed" and refused.error is not None
         assert refused.error.to_dict() == {
@@ -166,7 +170,7 @@ def _begins_to_learn_for_long(client: OpenAI) -> str:
     return job.id
 
 
-def _learns_preferences(client: OpenAI) -> FineTuningJob:
+def _learns_preferences(client: OpenAI, model: str) -> FineTuningJob:
     pairs = [
         {
             "input": {"messages": [{"role": "user", "content": f"Who is {name}?"}]},
@@ -177,7 +181,7 @@ def _learns_preferences(client: OpenAI) -> FineTuningJob:
     ]
     training = client.files.create(file=lines(*pairs), purpose="fine-tune").id
     method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}
-    made = client.fine_tuning.jobs.create(model="tiny", training_file=training, method=method)
+    made = client.fine_tuning.jobs.create(model=model, training_file=training, method=method)
     check(type(made), made.to_dict())
     return ended(client, made.id)
 

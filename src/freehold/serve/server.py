@@ -117,12 +117,16 @@ class Server:
         message = f"The model '{name:.200}' does not exist here; this server has {known}."
         raise ApiError(404, message, param="model", code="model_not_found")
 
-    def check_base_model(self, name: str, caller: Caller) -> None:
-        """The same, and a 400 for what is the model with an adapter."""
+    def trained_from(self, name: str, caller: Caller) -> ModelRecord | None:
+        """What training goes on from where it is asked to train this model: None is the model itself. Raises what
+        `check_model` does, and a 400 for an adapter of the operator's."""
         self.check_model(name, caller)
-        if name not in self._base_names:
-            message = f"'{name:.200}' has been fine-tuned already; name the model itself, as {self._base_names[0]!r}."
+        record = self.tuned_model(caller, name)
+        if record is None and name not in self._base_names:
+            base = self._base_names[0]
+            message = f"'{name:.200}' was not fine-tuned here; name the model itself, {base!r}, or one that was."
             raise ApiError(400, message, param="model")
+        return record
 
     async def named(self, name: str, caller: Caller) -> Served:
         """What answers to this name for this caller: the model, or the model with one of its adapters, which is read

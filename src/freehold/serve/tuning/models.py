@@ -78,7 +78,8 @@ class TunedModels:
     def folder(self, record: ModelRecord) -> Path:
         return self._root / str(record.model["folder"])
 
-    def _folder_of(self, name: str) -> Path:
+    def folder_of(self, name: str) -> Path:
+        """Raises ModelNotFoundError."""
         if (record := self._records.get(name)) is None:
             raise ModelNotFoundError(f"there is no model {name!r} any more: it was deleted meanwhile")
         return self.folder(record)
@@ -91,7 +92,7 @@ class TunedModels:
         self._loop = asyncio.get_running_loop()
         self._tuned.add(name)  # before it is there: at no time is it the operator's, and everybody's
         # A client that goes away ends its wait, not the reading: a thread is at it, and has to be waited for.
-        load = asyncio.create_task(self._load(self._add_adapter, name, folder or self._folder_of(name)))
+        load = asyncio.create_task(self._load(self._add_adapter, name, folder or self.folder_of(name)))
         self._loads.add(load)
         load.add_done_callback(self._loaded)
         return await asyncio.shield(load)

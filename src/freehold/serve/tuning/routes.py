@@ -1,6 +1,7 @@
 """`/v1/fine_tuning/jobs`: made, listed, watched, cancelled. Off unless there is a workshop.
 
-What is quickly found is refused when a job is made: another model, files that are not there, options that training does
+A job trains the model, or goes on with what its caller had trained before. What is quickly found is refused when a job
+is made: another model, files that are not there, options that training does
 not have. What the lines of its files say, training finds out before it begins, and the job fails with all of it.
 """
 
@@ -39,7 +40,7 @@ def router(server: Server) -> APIRouter:
         owner = caller.owner
         if tuning.trainer is None:
             raise ApiError(400, "This server has no model that could be trained.", param="model")
-        server.check_base_model(body.model, caller)
+        begins_with = server.trained_from(body.model, caller)
         if len(tuning.models.of(owner)) >= tuning.limits.models:
             message = f"{tuning.limits.models} fine-tuned models of yours are kept; delete one first."
             raise ApiError(400, message, code="too_many_models")
@@ -48,7 +49,7 @@ def router(server: Server) -> APIRouter:
                 await _check_file(server, tuning, owner, name, param)
         if body.validation_file == body.training_file:
             raise ApiError(400, "'validation_file' is the training file; leave it out", param="validation_file")
-        record = _new_job(body, owner, tuning.place)
+        record = _new_job(body, owner, tuning.place, begins_with)
         try:
             await tuning.create(record)
         except UsageError as error:
@@ -163,7 +164,7 @@ async def _check_file(server: Server, tuning: Tuning, owner: str, name: str, par
         raise ApiError(400, message, param=param)
 
 
-def _new_job(body: JobCreate, owner: str, place: str) -> JobRecord:
+def _new_job(body: JobCreate, owner: str, place: str, begins_with: ModelRecord | None) -> JobRecord:
     method = body.the_method
     asked = getattr(method, method.type)
     shown = {} if asked is None or asked.hyperparameters is None else asked.hyperparameters.model_dump()
@@ -180,6 +181,8 @@ def _new_job(body: JobCreate, owner: str, place: str) -> JobRecord:
         "hyperparameters": (shown or _auto(method.type)) if method.type == "supervised" else {},
         "integrations": [],
         "metadata": body.metadata,
+        "_base": body.model if begins_with is None else begins_with.model["base"],
+        "_begins_with": None if begins_with is None else begins_with.name,
         "_name": f"{body.suffix or 'tuned'}-{secrets.token_hex(4)}",
         "_standing": asdict(Standing()),
     }

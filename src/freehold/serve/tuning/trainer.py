@@ -32,9 +32,10 @@ class Trainer:
         output: Path,
         seed: int,
         resume: bool,
+        adapter: Path | None = None,
     ) -> list[str]:
-        """The whole command. `method` is the job's, on the wire; what it leaves to us is left to `freehold tune`. A run
-        that goes on is as it began, and knows how that was."""
+        """The whole command. `method` is the job's, on the wire; what it leaves to us is left to `freehold tune`. It
+        begins with `adapter`, or a new one. A run that goes on is as it began, and knows how that was."""
         if resume:
             return [*self.command, "--resume", str(output)]
         kind = method["type"]
@@ -42,6 +43,8 @@ class Trainer:
         chosen = {name: value for name, value in asked.items() if value is not None and value != "auto"}
         command = [*self.command, str(training), "--model", self.model, "--output", str(output), "--seed", str(seed)]
         command += ["--max-length", str(self.max_length)]
+        if adapter is not None:
+            command += ["--adapter", str(adapter)]
         if validation is not None:
             command += ["--validation", str(validation)]
         if kind == "dpo":

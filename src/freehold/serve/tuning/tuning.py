@@ -9,6 +9,7 @@ to be idle, and training loses no more than what it did since, because it resume
 import asyncio
 import json
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +47,7 @@ from freehold.session.store.store import Store
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 _ADAPTER = "adapter_model.safetensors"
+_ADAPTER_FILES = (_ADAPTER, "adapter_config.json")
 _METRICS, _RUN = "metrics.jsonl", "run.json"
 _RESULTS = "step_metrics.csv"
 _RETRY_SECONDS = 5.0
@@ -195,6 +197,8 @@ class Tuning:
             raise
         except NotFoundError as error:
             await self._fail(current.record, Failure("invalid_training_file", str(error), "training_file"))
+        except ModelNotFoundError as error:
+            await self._fail(current.record, Failure("model_not_found", str(error), "model"))
         except Exception as error:  # noqa: BLE001 — whatever it is, the queue goes on
             log_failure(f"the fine-tuning job {record.id} failed", error)
             if current.run is not None:
@@ -253,7 +257,8 @@ class Tuning:
         return self.workshop.job(record.id) / str(record.job["_name"])
 
     def _command(self, record: JobRecord, trainer: Trainer, output: Path) -> list[str]:
-        """Raises NotFoundError where a file is gone, DiskError."""
+        """Raises NotFoundError where a file is gone, ModelNotFoundError where the model is that it begins with,
+        DiskError."""
         paths = [self.workshop.find(name) for name in record.reads]
         resume = (output / _RUN).is_file()
         if not output.parent.is_dir():
@@ -268,7 +273,30 @@ class Tuning:
             output=output,
             seed=record.job["seed"],
             resume=resume,
+            adapter=None if resume else self._adapter_for(record),
         )
+
+    def _adapter_for(self, record: JobRecord) -> Path | None:
+        """Of the model that a job begins with, a copy of its own: that one may be deleted before it is done."""
+        name: str | None = record.job.get("_begins_with")
+        if name is None:
+            return None
+        copy = self._start(record) / name
+        if not copy.is_dir():
+            source = self.models.folder_of(name)
+            try:
+                with disk.new_folder(
+                    copy, needed_bytes=sum((source / file).stat().st_size for file in _ADAPTER_FILES)
+                ) as new:
+                    for file in _ADAPTER_FILES:
+                        shutil.copyfile(source / file, new / file)
+            except FileNotFoundError:
+                raise ModelNotFoundError(f"there is no model {name!r} any more: it was deleted meanwhile") from None
+        return copy
+
+    def _start(self, record: JobRecord) -> Path:
+        """Where the copy lies of what it begins with."""
+        return self.workshop.job(record.id) / "start"
 
     async def _follow(self, current: "_Current", run: Run, lines: Lines) -> int:
         """Tell what it says until it has ended; returns its exit code."""
@@ -333,7 +361,7 @@ class Tuning:
             job_id=record.id,
             step=step,
             created_at=time.time(),
-            model={"base": record.job["model"], "folder": str(folder.relative_to(self.workshop.root)), **more},
+            model={"base": _base(record), "folder": str(folder.relative_to(self.workshop.root)), **more},
         )
 
     # --- how a job ends ---------------------------------------------------------------------------------------------
@@ -341,7 +369,7 @@ class Tuning:
     async def _succeed(self, record: JobRecord) -> None:
         output = self._output(record)
         model = self._model(record, output)
-        name = f"{record.job['model']}:{model.name}"
+        name = f"{_base(record)}:{model.name}"
         events = [event(f"New fine-tuned model created: {name}", time.time())]
         try:
             await self.models.load(model.name, output)
@@ -414,6 +442,7 @@ class Tuning:
     def _tidy(self, record: JobRecord) -> None:
         for path in self._output(record).glob("checkpoints/step-*/training_state.*"):
             disk.remove(path)
+        disk.remove(self._start(record))
         for model in self._store.models(self.place, job_id=record.id):
             if not self.models.folder(model).is_dir():
                 self._store.delete_model(model.name, model.owner, self.place, remove=lambda _: None)
@@ -480,7 +509,13 @@ def _cancelled(old: JobRecord) -> JobRecord:
     return _ended(old, "cancelled")
 
 
+def _base(record: JobRecord) -> str:
+    """The model itself, by the name that its owner had for it. Jobs from before there was anything to go on from do not
+    say it apart."""
+    return str(record.job.get("_base", record.job["model"]))
+
+
 def _remove_model(folder: Path) -> None:
     """Its adapter. What else lies in the folder of a run belongs to its checkpoints, or tells how it went."""
-    for name in (_ADAPTER, "adapter_config.json"):
+    for name in _ADAPTER_FILES:
         disk.remove(folder / name)
