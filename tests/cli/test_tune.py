@@ -1,6 +1,7 @@
 """`freehold tune` as a person, a script or a server's job meets it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -64,6 +65,13 @@ def test_a_dry_run_shows_what_would_be_learnt_and_touches_nothing(model: Path, c
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_shows_what_a_run_begins_with(model: Path, chats: Path, tmp_path: Path) -> None:
+    invoke(chats, "-m", model, "-o", tmp_path / "first", "--max-steps", "1", "--max-length", "64", "--rank", "3")
+    out = invoke(chats, "-m", model, "--adapter", tmp_path / "first", "--dry-run", "--max-length", "64")
+    [line] = [line for line in out.splitlines() if line.startswith("adapter")]
+    assert f"begins with {tmp_path / 'first'}: q (rank 3, alpha 6), k (rank 3" in line
+
+
 def test_what_is_learnt_is_coloured_where_colours_are_wanted(gpt_oss: Tokenizer) -> None:
     start, end, stop = (gpt_oss.control_id(name) for name in ("<|start|>", "<|end|>", "<|return|>"))
     [yes], [no] = gpt_oss.encode("yes"), gpt_oss.encode("no")
@@ -124,14 +132,24 @@ def test_a_run_from_the_command_to_the_adapter(
 def test_what_is_asked_wrongly_is_one_line(
     model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.jsonl")
     for arguments, words in (
         ((chats,), "there is no --output"),
         ((chats, "--dry-run", "--resume", tmp_path), "leave it or --resume out"),
         (("--resume", tmp_path), "holds no run.json"),
         (("-o", tmp_path / "new"), "nothing to train on"),
         ((chats, "-o", model), "exists already"),
+        (
+            (pipe, "-m", model, "--max-length", "64", "-o", tmp_path / "new"),
+            "is no file but a pipe or a device, and is read more than once",
+        ),
         ((chats, "-o", tmp_path / "new", "--lr", "0"), "--learning-rate must be more than 0"),
         ((chats, "-o", tmp_path / "new", "--rank", "k=x"), "--rank takes numbers"),
+        (
+            (chats, "-o", tmp_path / "new", "--alpha", "3e9"),
+            "--alpha of q must be more than 0 and less than",
+        ),
+        ((chats, "-o", tmp_path / "new", "--seed", str(1 << 63)), "a whole number from 0 on, less than 2**63, got"),
         ((chats, "-m", model, "-o", tmp_path / "new", "--target", "nose"), "--target 'nose'"),
         ((chats, "-o", tmp_path / "new", "--adapter", tmp_path, "--rank", "4"), "--rank is for new adapters, and"),
         ((chats, "-o", tmp_path / "new", "--adapter", tmp_path, "--method", "full"), "--adapter is for adapters, and"),

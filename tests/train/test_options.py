@@ -48,7 +48,7 @@ def test_targets_ranks_and_alphas_as_they_are_typed() -> None:
         (("q",), ("8", "9"), (), "--rank 9: it is given twice"),
         (("q",), ("1.5",), (), "--rank takes whole numbers, got 1.5"),
         (("q",), ("0",), (), "--rank of q must be a whole number from 1 on, got 0"),
-        (("q",), (), ("-1",), "--alpha of q must be more than 0, got -1.0"),
+        (("q",), (), ("-1",), "--alpha of q must be more than 0 and less than .*, got -1.0"),
         (("q", "q"), (), (), "--target 'q' is given twice"),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
@@ -31,7 +32,7 @@ from freehold.formats.templates import CHATML
 from freehold.hub.folder import open_folder
 from freehold.hub.merge import merge
 from freehold.model.lora import AdapterSpec, Target, new_adapter
-from freehold.model.peft_files import read_peft, write_peft
+from freehold.model.peft_files import learnt_harmony, read_peft, write_peft
 from freehold.session.model import Model
 from freehold.session.served import serve_model
 from freehold.train import adapting, curves
@@ -40,7 +41,16 @@ from freehold.train.examples import NO_TARGET, Examples
 from freehold.train.loop import End, Outcome
 from freehold.train.metrics import read_metrics
 from freehold.train.options import LoopOptions, LoraOptions, lora_targets
-from freehold.train.run import TuneRequest, check_new, check_unchanged, new_run, prepare, resumed_request, train
+from freehold.train.run import (
+    TuneRequest,
+    check_new,
+    check_unchanged,
+    location,
+    new_run,
+    prepare,
+    resumed_request,
+    train,
+)
 from tests.train.tiny import chat, make_tiny_model, write_chats
 
 TRADES = {"Ada": "smith", "Bo": "cook", "Cy": "judge"}
@@ -414,6 +424,7 @@ def test_another_adapter_than_a_run_began_with_is_refused(
     tuned(of_another(request_for, own), tmp_path / "run", should_stop=lambda: True)
     with pytest.raises(UsageError, match=r"--adapter was .*own' and is '/elsewhere'"):
         resumed(tmp_path / "run", adapter="/elsewhere")
+    assert location(tmp_path / "x" / ".." / "own") == str(own)
     tensors = own / "adapter_model.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -448,6 +459,58 @@ def test_an_adapter_goes_on_in_the_format_that_it_learnt(request_for: TuneReques
     again = replace(asked, adapter=tmp_path / "harmony", lora=LoraOptions(targets=()))
     assert [prepare(replace(again, harmony=harmony)).harmony for harmony in (None, True, False)] == [True, True, False]
     assert prepare(asked).harmony is False
+    text = tmp_path / "book.txt"
+    text.write_text("once upon a time\n" * 20)
+    tuned(replace(again, files=(text,)), tmp_path / "text")
+    assert learnt_harmony(tmp_path / "text") is True
+    other = replace(again, model=request_for.model, files=(text,), loop=replace(loop, max_length=64))
+    with pytest.raises(UsageError, match=r"harmony learnt Harmony, which the tokeniser .* lacks; add --no-harmony"):
+        prepare(other)
+    assert prepare(replace(other, harmony=False)).harmony is None
+
+
+def test_an_adapter_that_no_run_can_begin_with_is_refused_before_anything_is_made(
+    request_for: TuneRequest, first: Path, tmp_path: Path
+) -> None:
+    config = prepare(request_for).folder.checkpoint.config
+    adapter = read_peft(first, config)
+    adapter.parameters[0][0, 0] = torch.nan
+    write_peft(tmp_path / "nan", adapter)
+    with pytest.raises(CheckpointError, match="not finite"):
+        prepare(of_another(request_for, tmp_path / "nan"))
+    data = (first / "adapter_model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]) | {"__metadata__": {"a": 1}}).encode()
+    odd = shutil.copytree(first, tmp_path / "odd") / "adapter_model.safetensors"
+    odd.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    for read in (learnt_harmony, lambda folder: prepare(of_another(request_for, folder))):
+        with pytest.raises(CheckpointError, match=r"odd/adapter_model\.safetensors cannot be read"):
+            read(odd.parent)
+
+
+def test_that_merging_will_lose_again_is_told(
+    request_for: TuneRequest, first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_peft(
+        tmp_path / "qat", replace(read_peft(first, prepare(request_for).folder.checkpoint.config), dithered=True)
+    )
+    caplog.set_level(logging.INFO, "freehold")
+    for qat in (True, False):
+        caplog.clear()
+        prepare(of_another(request_for, tmp_path / "qat", qat=qat, dropout=0.0))
+        assert ("was trained with --qat, and this run is not" in caplog.text) is not qat
+
+
+def test_what_was_better_before_is_told(
+    request_for: TuneRequest, first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = of_another(request_for, first, dropout=0.0)
+    tuned(replace(request, loop=replace(LOOP, max_steps=2, learning_rate=0.01)), tmp_path / "better")
+    assert "keep what you had" not in caplog.text
+    tuned(replace(request, loop=replace(LOOP, max_steps=2, learning_rate=1.0)), tmp_path / "worse")
+    assert "keep what you had, or train anew with a lower --learning-rate" in caplog.text
+    assert "It has **risen**" in (tmp_path / "worse" / "README.md").read_text()
+    assert "**risen**" not in (tmp_path / "better" / "README.md").read_text()
 
 
 # --- what cannot begin ------------------------------------------------------------------------------------------

@@ -68,13 +68,16 @@ def command(
     from freehold.hub.bases import check_base
     from freehold.hub.find import find_model
     from freehold.hub.merge import merge
+    from freehold.model.peft_files import read_spec
     from freehold.session.merge_receipt import measure_merge
+    from freehold.weights.layouts import open_checkpoint
 
     with ExitStack() as stack:
         progress = stack.enter_context(terminal.progress_bars())
         folder = find_model(model, progress)
         if not any_base:
             check_base(adapter, model, folder)
+        read_spec(adapter, open_checkpoint(folder).config)  # what cannot be merged is refused before it is measured
         text = _text(folder, adapter, measure, measure_tokens, progress)
         # llama.cpp's file is made of a checkpoint. What is measured is what stays.
         merged = stack.enter_context(scratch_folder(destination)) / "merged" if to_gguf else destination

@@ -73,7 +73,10 @@ def command(
     adapter: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Go on with this adapter, which has its targets and ranks. Default: a new one."
+            metavar="DIR",
+            help="Begin with what this adapter has learnt, with its targets, ranks and rsLoRA, in the chat format that "
+            "it learnt.",
+            show_default="a new one",
         ),
     ] = None,
     beta: Annotated[float, typer.Option(help="DPO's: the higher, the nearer to the model as it was.")] = _DPO.beta,
@@ -230,9 +233,9 @@ def command(
         )
     else:
         asked = {
-            "files": [str(path.absolute()) for path in files or ()],
-            "adapter": None if adapter is None else str(adapter.absolute()),
-            "validation_file": None if validation is None else str(validation.absolute()),
+            "files": [run.location(path) for path in files or ()],
+            "adapter": None if adapter is None else run.location(adapter),
+            "validation_file": None if validation is None else run.location(validation),
             "targets": [list(each) for each in lora.targets],
             "train": list(full.train),
             **{name: context.params[name] for name in _AS_THEY_ARE},

@@ -66,7 +66,10 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
         room = prepared.rows_per_epoch * loop.max_length
         rows = f"{prepared.rows_per_epoch:,} of {loop.max_length:,} tokens, {data.training.num_tokens / room:.0%} full"
     yield "rows", f"{rows}; {loop.batch_size} a step: {prepared.num_steps:,} steps"
-    learns = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in lora.targets)
+    targets = prepared.facts.get("adapter", {"targets": lora.targets})["targets"]
+    learns = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in targets)
+    if prepared.request.adapter is not None:
+        learns = f"begins with {prepared.request.adapter}: {learns}"
     if prepared.spec is None:
         learns = ", ".join(prepared.request.full.train)
     yield (

@@ -31,7 +31,7 @@ def other_base(adapter: Path, model: str, folder: Path) -> str | None:
         known.add(_last_part(model))
     if folder == default_base.folder():
         known.add(DEFAULT_BASE)
-    return None if _last_part(named) in known else named
+    return None if _last_part(named) in known - {""} else named
 
 
 def _last_part(name: str) -> str:

@@ -408,8 +408,11 @@ def _said_harmony(metadata: Mapping[str, str]) -> bool | None:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error!s:.200}); download or copy the adapter again") from None
 
 
 def _read_config(path: Path) -> _PeftConfig:

@@ -110,6 +110,8 @@ def _result(state: TrainingState, result_step: int, unit: str) -> str:
             f"The validation loss was {state.first_validation_loss:.4f} before and is "
             f"{state.best_validation_loss:.4f} after step {result_step:,}, whose weights these are."
         )
+        if state.best_validation_loss > state.first_validation_loss:
+            lines.append("It has **risen**: what there was before is better by this measure.")
     else:
         lines.append(f"The weights are those of step {result_step:,}. There was no validation.")
     return " ".join(lines) + "\n"

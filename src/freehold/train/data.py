@@ -47,7 +47,7 @@ class DataOptions:
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
             raise UsageError(f"max_length must be a whole number from 2 on, got {self.max_length!r}")
         if not 0 <= self.validation_share < 1:
-            raise UsageError(f"validation_share must be from 0 up to less than 1, got {self.validation_share!r}")
+            raise UsageError(f"--validation-share must be from 0 up to less than 1, got {self.validation_share!r}")
 
 
 class Truncation(NamedTuple):

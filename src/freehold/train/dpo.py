@@ -1,10 +1,10 @@
 """DPO: an adapter learns which of two answers is the better one (https://arxiv.org/abs/2305.18290, equation 7).
 
-The reference is the same model without the adapter, or with the one that the run begins with as it was: no second one
-is loaded. What it says of a pair is computed when
-the pair first comes up, without a gradient, and kept: two numbers a pair, so that every later epoch and validation
-costs what supervised training costs. Both answers of a pair lie in one row. With label smoothing it is the conservative
-DPO of https://ericmitchell.ai/cdpo.pdf. An objective of loop.py, whose targets are pairs.
+The reference is the same model as the run begins with it: without an adapter, or with the one that is to learn on. No
+second model is loaded. What the reference says of a pair is computed when the pair first comes up, without a gradient,
+and kept: two numbers a pair, so that every later epoch and validation costs what supervised training costs. Both
+answers of a pair lie in one row. With label smoothing it is the conservative DPO of https://ericmitchell.ai/cdpo.pdf.
+An objective of loop.py, whose targets are pairs.
 """
 
 from collections.abc import Sequence

@@ -41,6 +41,8 @@ def read_lines(path: Path) -> Iterator[Line]:
     if ending not in (".jsonl", ".txt"):
         raise UsageError(f"{path}: training data are .jsonl or .txt files; convert it, or give it that ending")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path} is no file but a pipe or a device, and is read more than once; save it to a file")
         with path.open("rb") as file:
             if (begin := file.read(3))[:2] in _UTF_16:
                 raise UsageError(f"{path} is UTF-16 text; save it as UTF-8")

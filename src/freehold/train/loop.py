@@ -23,7 +23,7 @@ import torch
 
 from freehold.engine.core import is_out_of_memory
 from freehold.errors import DiskError, OutOfMemoryError, TrainingError
-from freehold.log import Progress, no_progress
+from freehold.log import Progress, logger, no_progress
 from freehold.train.checkpoints import Checkpoints, TrainingState
 from freehold.train.metrics import Journal, Report
 from freehold.train.objective import Objective
@@ -139,6 +139,8 @@ class Loop(Generic[Row]):
             self._journal.event("early_stop", self.state.step, message=self._stalled_message())
         elif end is End.STOPPED:
             self._journal.event("failed", self.state.step, message=f"stopped; {last} is where it can be resumed")
+        if end is not End.STOPPED:
+            self._tell_rise()
         best = self.state.best_step
         return Outcome(end, self.state, last, last if best is None else self._checkpoints.path(best))
 
@@ -278,6 +280,15 @@ class Loop(Generic[Row]):
     def _stalled_message(self) -> str:
         state = self.state
         return f"the validation loss has been no better than {state.best_validation_loss} since step {state.best_step}"
+
+    def _tell_rise(self) -> None:
+        """Where nothing that was measured is as good as what there was before: it is a result all the same."""
+        before, best = self.state.first_validation_loss, self.state.best_validation_loss
+        if before is not None and best is not None and best > before:
+            logger.warning(
+                "the validation loss was %.4f before and is %.4f at its best: keep what you had, or train anew with a "
+                "lower --learning-rate, or other data", before, best,
+            )  # fmt: skip
 
     def _check_divergence(self, loss: float) -> None:
         state = self.state

@@ -15,6 +15,7 @@ DEFAULT_TARGETS = ("q", "k", "v", "o", "gate_up", "down")
 DEFAULT_RANK = 16
 METHODS = ("lora", "dpo", "full")
 GROUPS = ("attention", "router", "experts", "norms", "embedding")
+MOST_ALPHA = 2**31  # what is read again
 LEARNING_RATES = {"lora": 2e-4, "dpo": 5e-5, "full": 2e-5}
 
 
@@ -107,7 +108,7 @@ class LoraOptions:
             raise UsageError(f"--target {twice!r} is given twice; name it once")
         for kind, rank, alpha in self.targets:
             _check_whole(f"rank of {kind}", rank, 1)
-            _check_number(f"alpha of {kind}", alpha, above=0)
+            _check_number(f"alpha of {kind}", alpha, above=0, below=MOST_ALPHA)
         _check_number("dropout", self.dropout, below=1)
         if self.qat and self.dropout:
             raise UsageError("--dropout leaves out what adapters read, and with --qat they are merged; leave one out")
@@ -205,7 +206,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _check_whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise UsageError(f"{option_name(name)} must be a whole number from {least} on, got {value!r}")
+        most = ", less than 2**63" if isinstance(value, int) and value >= 2**63 else ""
+        raise UsageError(f"{option_name(name)} must be a whole number from {least} on{most}, got {value!r}")
 
 
 def _check_number(

@@ -13,6 +13,7 @@ data, its model or its options are no longer those that it began with.
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,9 +36,9 @@ from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.find import BUILT_IN, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.kv import PAGE, num_pages
-from freehold.log import Progress, logger, no_progress
-from freehold.model.lora import KINDS, AdapterSpec, factor_shapes
-from freehold.model.peft_files import CONFIG_FILE, TENSOR_FILE, check_storable, learnt_harmony, read_spec
+from freehold.log import NOTICE, Progress, logger, no_progress
+from freehold.model.lora import KINDS, Adapter, AdapterSpec, factor_shapes
+from freehold.model.peft_files import CONFIG_FILE, TENSOR_FILE, check_storable, read_peft
 from freehold.session.model import load_transformer, mention_other_base
 from freehold.session.policy import DTYPES, Policy, decide
 from freehold.train import curves
@@ -150,10 +151,10 @@ class TuneRequest:
         """For run.json."""
         raw = asdict(self)
         raw["model"] = model_location(self.model)
-        raw["files"] = [str(path.absolute()) for path in self.files]
+        raw["files"] = [location(path) for path in self.files]
         for name in ("adapter", "validation_file"):
             path = getattr(self, name)
-            raw[name] = None if path is None else str(path.absolute())
+            raw[name] = None if path is None else location(path)
         raw["lora"]["targets"] = [list(target) for target in self.lora.targets]
         raw["full"]["train"] = list(self.full.train)
         return raw
@@ -176,13 +177,18 @@ class TuneRequest:
 
 def model_location(name: str) -> str:
     """A name, or the folder that it is, from wherever one looks."""
-    return str(Path(name).absolute()) if name not in BUILT_IN and Path(name).is_dir() else name
+    return location(name) if name not in BUILT_IN and Path(name).is_dir() else name
+
+
+def location(path: Path | str) -> str:
+    """The same however it was spelt, and from wherever one looks."""
+    return os.path.abspath(path)  # noqa: PTH100 — links keep their names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A run that can begin, as far as one knows without the weights. `harmony` is whether its chats are written in
-    Harmony, None where it has none."""
+    Harmony, None where it has none; `begins_with` the adapter that learns on, if there is one."""
 
     request: TuneRequest
     folder: ModelFolder
@@ -190,6 +196,7 @@ class Prepared:
     tokenizer: Tokenizer
     data: TrainingData | PreferenceData
     spec: AdapterSpec | None
+    begins_with: Adapter | None
     row: RowShape
     rows_per_epoch: int
     harmony: bool | None
@@ -233,19 +240,25 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     """Raises UsageError and other FreeholdErrors that name the option, the file or the lines, and the remedy."""
     folder = open_folder(find_model(request.model, progress))
     config = folder.checkpoint.config
-    spec, policy = _learning(request, config)
-    if request.adapter is not None:
-        mention_other_base(request.adapter, request.model, folder.path)
+    begins_with = None if request.adapter is None else _read_adapter(request.adapter, request, folder)
+    spec, policy = _learning(request, config, begins_with)
     max_length = request.loop.max_length
     if max_length > config.max_context:
-        raise UsageError(f"--max-length {max_length} is more than this model's context of {config.max_context}")
+        raise UsageError(
+            f"--max-length {max_length} is more than this model's context of {config.max_context}: give that at most"
+        )
     tokenizer = folder.tokenizer
     if tokenizer is None:
         raise CheckpointError(f"{folder.path} has no tokenizer.json; add the tokeniser that the model was trained with")
     request = _resolved(request, policy)
     harmony = request.harmony
-    if harmony is None and request.adapter is not None:
-        harmony = learnt_harmony(request.adapter)
+    if harmony is None and begins_with is not None:
+        harmony = begins_with.harmony
+        if harmony and not speaks_harmony(tokenizer):
+            raise UsageError(
+                f"{request.adapter} learnt Harmony, which the tokeniser of {folder.path} lacks; add --no-harmony, or "
+                "choose the model that it is for"
+            )
     chat_format = chat_format_of(folder, tokenizer, system=SystemContent(date=request.date), harmony=harmony)
     options = DataOptions(max_length=max_length, validation_share=request.validation_share, seed=request.loop.seed)
     data = _read(request, request.files, chat_format, tokenizer, options, progress)
@@ -261,6 +274,7 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         tokenizer=tokenizer,
         data=data,
         spec=spec,
+        begins_with=begins_with,
         row=_row_shape(data, rows, max_length),
         rows_per_epoch=len(rows),
         harmony=isinstance(chat_format, HarmonyFormat) if data.num_chats else None,
@@ -268,7 +282,18 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     )
 
 
-def _learning(request: TuneRequest, config: ModelConfig) -> tuple[AdapterSpec | None, Policy]:
+def _read_adapter(path: Path, request: TuneRequest, folder: ModelFolder) -> Adapter:
+    """What a run is to begin with, read to its end before anything is made."""
+    adapter = read_peft(path, folder.checkpoint.config)
+    mention_other_base(path, request.model, folder.path)
+    if adapter.dithered and not request.lora.qat:
+        logger.log(NOTICE, "%s was trained with --qat, and this run is not: what comes of it merges as others do", path)
+    return adapter
+
+
+def _learning(
+    request: TuneRequest, config: ModelConfig, begins_with: Adapter | None
+) -> tuple[AdapterSpec | None, Policy]:
     """What an adapter targets, if one is trained; and how the model runs."""
     is_full = request.method == "full"
     # Asked for in bfloat16, plain weights may have that on a CPU, too.
@@ -279,7 +304,7 @@ def _learning(request: TuneRequest, config: ModelConfig) -> tuple[AdapterSpec | 
         if chosen is None:
             raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, got {request.dtype!r}")
         return None, replace(policy, dense=None, dtype=chosen)
-    spec = adapter_spec(config, request.lora) if request.adapter is None else read_spec(request.adapter, config)
+    spec = adapter_spec(config, request.lora) if begins_with is None else begins_with.spec
     check_storable(config, spec)
     return spec, policy
 
@@ -644,7 +669,7 @@ def _objective(
         transformer.config,
         request.lora,
         seed=seed,
-        folder=request.adapter,
+        begins_with=prepared.begins_with,
         device=transformer.device,
         harmony=prepared.harmony,
     )
