@@ -106,14 +106,14 @@ def _asked(model: str) -> list[tuple[str, dict[str, Any]]]:
     ]
     asked: list[tuple[str, dict[str, Any]]] = []
     for of_chat, of_message, of_response in spoken:
-        most = {"temperature": 0, "max_tokens": 8}
+        most = {"temperature": 0, "max_tokens": 24}
         if "response_format" not in of_chat:
             asked.append(("/tokenize", chat | of_chat))
         asked += [
             ("/v1/chat/completions", chat | of_chat | most),
             ("/v1/messages", chat | of_message | most),
             ("/v1/messages/count_tokens", chat | of_message),
-            ("/v1/responses", response | of_response | {"temperature": 0, "max_output_tokens": 8}),
+            ("/v1/responses", response | of_response | {"temperature": 0, "max_output_tokens": 24}),
             ("/v1/responses/input_tokens", response | of_response),
         ]
     return asked
