@@ -124,11 +124,17 @@ def save(
 
 
 def write_adapter(
-    folder: Path, config: ModelConfig, kinds: Sequence[str] = KINDS, *, seed: int = 1, std: float = 0.3
+    folder: Path,
+    config: ModelConfig,
+    kinds: Sequence[str] = KINDS,
+    *,
+    seed: int = 1,
+    std: float = 0.3,
+    harmony: bool | None = None,
 ) -> Path:
-    """A random adapter in PEFT's format, one that changes what a model says."""
+    """A random adapter in PEFT's format, one that changes what a model says; `harmony` is what it says of itself."""
     spec = AdapterSpec.of_kinds(config, dict.fromkeys(kinds, Target(rank=3, alpha=5)))
-    adapter = new_adapter(config, spec, seed=seed)
+    adapter = new_adapter(config, spec, seed=seed, harmony=harmony)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, b in adapter.factors.values():

@@ -331,7 +331,8 @@ def test_what_is_being_asked_stays_even_when_it_is_deleted(tmp_path: Path) -> No
     async def use(server: Tuned) -> None:
         first, second = await _models(server, 2)
         ask = Ask(conversation=Conversation.from_openai([{"role": "user", "content": "hi"}]))
-        turn = await server.server.turn(Caller(owner="alice"), ask, model=first)
+        alice = Caller(owner="alice")
+        turn = await server.server.turn(alice, await server.server.named(first, alice), ask)
         events = turn.events(server.server.served.runner)
         assert [*server.adapters] == _short(first)
         with pytest.raises(APIStatusError, match="cannot be loaded at the moment") as caught:

@@ -28,6 +28,7 @@ from freehold.serve.logprobs import token_logprobs
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import DONE, EventStream, dumps
 from freehold.session.generation import Generation, GenerationEvent, SampleDone, ScoredToken
+from freehold.session.served import Served
 
 _BETWEEN_MESSAGES = "\n\n"
 
@@ -38,9 +39,10 @@ def router(server: Server) -> APIRouter:
     @routes.post("", response_model=None)
     async def create(request: Request, body: ChatRequest) -> Response:
         """An answer to a conversation, as a whole or as a stream of chunks."""
-        server.check_model(body.model, caller_of(request))
+        caller = caller_of(request)
+        served = await server.named(body.model, caller)
         includes_usage = body.includes_usage
-        reply = await _begin(server, caller_of(request), body)
+        reply = await _begin(server, caller, served, body)
         if body.stream:
             chunks = _stream(reply, includes_usage=includes_usage)
             return EventStream(chunks, fault=fault, headers=reply.headers)
@@ -80,11 +82,11 @@ class _Reply:
         return token_logprobs(self.tokenizer, scored)
 
 
-async def _begin(server: Server, caller: Caller, body: ChatRequest) -> _Reply:
+async def _begin(server: Server, caller: Caller, served: Served, body: ChatRequest) -> _Reply:
     server.check_room(body.num_samples, param="n")
-    asked = await asyncio.to_thread(understand, body, server.served)
+    asked = await asyncio.to_thread(understand, body, served)
     try:
-        turn = await server.turn(caller, asked.ask, model=body.model)
+        turn = await server.turn(caller, served, asked.ask)
         reading = server.read(caller, turn)
     except FreeholdError as error:
         raise why_not(error, body, asked) from error

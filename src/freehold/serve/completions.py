@@ -29,6 +29,7 @@ from freehold.serve.sse import DONE, EventStream, dumps
 from freehold.serve.wire import Hint, Refused
 from freehold.session.completion import TextAsk
 from freehold.session.generation import Generation, GenerationEvent, Said, SampleDone, ScoredToken
+from freehold.session.served import Served
 
 _MOST_PROMPTS = 2048
 _DEFAULT_MAX_TOKENS = 16
@@ -83,9 +84,10 @@ def router(server: Server) -> APIRouter:
     @routes.post("", response_model=None)
     async def create(request: Request, body: CompletionRequest) -> Response:
         """How a text goes on, as a whole or as a stream of chunks."""
-        server.check_model(body.model, caller_of(request))
+        caller = caller_of(request)
+        served = await server.named(body.model, caller)
         includes_usage = body.includes_usage
-        reply = await _begin(server, caller_of(request), body)
+        reply = await _begin(server, caller, served, body)
         if body.stream:
             return EventStream(_stream(reply, includes_usage=includes_usage), fault=fault)
         return JSONResponse(await whole(request, _answer(reply)))
@@ -93,9 +95,9 @@ def router(server: Server) -> APIRouter:
     return routes
 
 
-async def _begin(server: Server, caller: Caller, body: CompletionRequest) -> "_Reply":
+async def _begin(server: Server, caller: Caller, served: Served, body: CompletionRequest) -> "_Reply":
     server.check_room(len(body.prompt) * body.num_samples, param="prompt" if len(body.prompt) > 1 else "n")
-    turns = [await _prepared(server, caller, body, ask) for ask in _asks(server, body)]
+    turns = [await _prepared(server, caller, served, body, ask) for ask in _asks(server, body)]
     readings: list[Reading[GenerationEvent]] = []
     async with AsyncExitStack() as begun:  # all of them or none
         for turn in turns:
@@ -140,9 +142,11 @@ def _asks(server: Server, body: CompletionRequest) -> list[TextAsk]:
     ]
 
 
-async def _prepared(server: Server, caller: Caller, body: CompletionRequest, ask: TextAsk) -> Generation:
+async def _prepared(
+    server: Server, caller: Caller, served: Served, body: CompletionRequest, ask: TextAsk
+) -> Generation:
     try:
-        return await server.text(caller, ask, model=body.model)
+        return await server.text(caller, served, ask)
     except FreeholdError as error:
         raise _why_not(error, body) from error
 

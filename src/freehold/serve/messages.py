@@ -25,7 +25,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
 from freehold.errors import UsageError
-from freehold.formats.chat import ChatFormat, TurnChoices
+from freehold.formats.chat import TurnChoices
 from freehold.formats.conversation import (
     Conversation,
     DeveloperContent,
@@ -59,6 +59,7 @@ from freehold.serve.messages_wire import (
 from freehold.serve.server import Reading, Server, whole
 from freehold.serve.sse import EventStream, dumps, encode
 from freehold.session.generation import Ask, Generation, GenerationEvent, SampleDone
+from freehold.session.served import Served
 
 _VERSIONS = ("2023-06-01", "2026-10-21")
 _PING = encode({"type": "ping"}, "ping")
@@ -76,9 +77,9 @@ def router(server: Server) -> APIRouter:
         """The assistant's next message, whole or as a stream of events."""
         _check_version(request)
         caller = caller_of(request)
-        server.check_model(body.model, caller)
-        asked = _read(server, body, caller, spellings)
-        turn = await server.turn(caller, _ask(body, asked), model=body.model)
+        served = await server.named(body.model, caller)
+        asked = _read(served, body, caller, spellings)
+        turn = await server.turn(caller, served, _ask(body, asked))
         reply = _Reply(body, asked, turn, caller, spellings)
         reading = server.read(caller, turn)
         if body.stream:
@@ -94,9 +95,10 @@ def router(server: Server) -> APIRouter:
     async def count_tokens(body: CountTokens, request: Request) -> Response:
         """How many tokens the prompt has, tools and Harmony's own words included."""
         _check_version(request)
-        server.check_model(body.model, caller_of(request))
-        asked = _read(server, body, caller_of(request), spellings)
-        number = await asyncio.to_thread(_count, server, asked)
+        caller = caller_of(request)
+        served = await server.named(body.model, caller)
+        asked = _read(served, body, caller, spellings)
+        number = await asyncio.to_thread(_count, served, asked)
         return JSONResponse({"input_tokens": number}, headers=asked.headers)
 
     return routes
@@ -127,7 +129,7 @@ class _Asked:
         return warning_headers(self.warnings)
 
 
-def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spellings") -> _Asked:
+def _read(served: Served, body: CountTokens, caller: Caller, spellings: "_Spellings") -> _Asked:
     tools = [tool for tool in body.tools if isinstance(tool, CustomTool)]
     hosted = [tool.type for tool in body.tools if isinstance(tool, HostedTool)]
     warnings = [f"tool {_in_a_header(kind)} is not switched on here and was left out" for kind in hosted]
@@ -136,7 +138,7 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
         tools=tuple(_tool(tool, at) for at, tool in enumerate(body.tools) if isinstance(tool, CustomTool)),
         response_formats=(
             (ResponseFormat(name="answer", schema=form.schema_),)
-            if form is not None and server.served.speaks_harmony  # others are only held to it
+            if form is not None and served.speaks_harmony  # others are only held to it
             else ()
         ),
     )
@@ -147,12 +149,12 @@ def _read(server: Server, body: CountTokens, caller: Caller, spellings: "_Spelli
         messages.append(Message(role="developer", parts=(developer,)))
     messages += _History(caller, spellings, warnings).read(body.messages)
     asked_effort = body.output_config.effort if body.output_config is not None else None
-    effort = thinking(server.served, asked_effort, param="output_config.effort")
+    effort = thinking(served, asked_effort, param="output_config.effort")
     warnings += effort.warnings
     return _Asked(
         conversation=Conversation(messages=tuple(messages)),
         effort=effort.effort,
-        choices=_choices(server, body, form, tools),
+        choices=_choices(served, body, form, tools),
         thinking=_display(body, has_tools=bool(tools)),
         warnings=warnings,
     )
@@ -174,7 +176,7 @@ def _tool(tool: CustomTool, at: int) -> Tool:
         raise api_error(error, param=f"tools[{at}]") from None
 
 
-def _choices(server: Server, body: CountTokens, form: JsonFormat | None, tools: Sequence[CustomTool]) -> TurnChoices:
+def _choices(served: Served, body: CountTokens, form: JsonFormat | None, tools: Sequence[CustomTool]) -> TurnChoices:
     choices = TurnChoices()
     if form is not None:
         choices["response_format"] = JsonSchema(form.schema_)
@@ -202,7 +204,7 @@ def _choices(server: Server, body: CountTokens, form: JsonFormat | None, tools: 
             message = "goes with the type 'enabled', and with no other"
             raise ApiError(400, message, param="thinking.budget_tokens")
         case asked if asked.type == "disabled":
-            if server.served.speaks_harmony:  # others do not think anyway
+            if served.speaks_harmony:  # others do not think anyway
                 choices["max_reasoning_tokens"] = 0
         case asked if asked.budget_tokens is not None:
             choices["max_reasoning_tokens"] = asked.budget_tokens
@@ -230,13 +232,10 @@ def _in_a_header(text: str) -> str:
     return re.sub(r"[^\w.\-]", "?", text[:80], flags=re.ASCII)
 
 
-def _chat_format(server: Server, effort: Effort | None) -> ChatFormat:
-    return server.served.prompting.chat_format(effort, harmony=server.served.harmony)
-
-
-def _count(server: Server, asked: _Asked) -> int:
-    server.served.prompting.check_length(asked.conversation)
-    return len(_chat_format(server, asked.effort).render(asked.conversation).ids)
+def _count(served: Served, asked: _Asked) -> int:
+    served.prompting.check_length(asked.conversation)
+    chat_format = served.prompting.chat_format(asked.effort, harmony=served.harmony)
+    return len(chat_format.render(asked.conversation).ids)
 
 
 class _History:

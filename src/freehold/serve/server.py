@@ -130,7 +130,8 @@ class Server:
 
     async def named(self, name: str, caller: Caller) -> Served:
         """What answers to this name for this caller: the model, or the model with one of its adapters, which is read
-        now where nobody has asked for it yet. Raises what `check_model` does, and a 503 where it cannot be read."""
+        now where nobody has asked for it yet. Adapters speak as they were trained to: what a request means is asked of
+        this, not of the model. Raises what `check_model` does, and a 503 where it cannot be read."""
         self.check_model(name, caller)
         tuned = self.tuned_model(caller, name)
         if tuned is None or self.tuning is None:
@@ -151,21 +152,20 @@ class Server:
             raise ApiError(404, message, code="tuning_is_off")
         return self.tuning
 
-    async def turn(self, caller: Caller, ask: Ask, *, model: str) -> Generation:
-        """Ready to run, with the caller's own share of the prefix cache and the server's time limit. `model` is one of
-        the names that it answers to."""
-        return await prepare_generation(await self.named(model, caller), self._of(caller, ask))
+    async def turn(self, caller: Caller, served: Served, ask: Ask) -> Generation:
+        """Ready to run, with the caller's own share of the prefix cache and the server's time limit. `served` is what
+        `named` gave for this caller."""
+        return await prepare_generation(served, self._of(caller, ask))
 
-    @property
-    def hosted(self) -> HostedTools | None:
+    def hosted(self, served: Served) -> HostedTools | None:
         """The tools that this model can use: none where it does not speak Harmony."""
-        return self.tools if self.tools is not None and self.served.speaks_harmony else None
+        return self.tools if self.tools is not None and served.speaks_harmony else None
 
     async def turn_with_tools(
-        self, caller: Caller, ask: Ask, toolbox: Toolbox, limits: TurnLimits, *, model: str
+        self, caller: Caller, served: Served, ask: Ask, toolbox: Toolbox, limits: TurnLimits
     ) -> Turn:
         """The same with tools that the server runs."""
-        return await prepare(await self.named(model, caller), self._of(caller, ask), toolbox, limits=limits)
+        return await prepare(served, self._of(caller, ask), toolbox, limits=limits)
 
     def recall(self, caller: Caller, name: str) -> Mapping[str, Any] | None:
         """What a hosted tool's call with this item's id said to this caller, where that is still known."""
@@ -177,9 +177,9 @@ class Server:
         if self.tools is not None:
             await self.tools.stop()
 
-    async def text(self, caller: Caller, ask: TextAsk, *, model: str) -> Generation:
+    async def text(self, caller: Caller, served: Served, ask: TextAsk) -> Generation:
         """The same for a text without a conversation around it."""
-        return await prepare_text(await self.named(model, caller), self._of(caller, ask))
+        return await prepare_text(served, self._of(caller, ask))
 
     def _of(self, caller: Caller, ask: _Asked) -> _Asked:
         return replace(ask, cache_salt=caller.salt, deadline=self.settings.request_timeout)

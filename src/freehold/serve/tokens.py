@@ -19,6 +19,7 @@ from freehold.serve.effort import ReasoningEffort, thinking
 from freehold.serve.errors import ApiError, api_error
 from freehold.serve.server import Server
 from freehold.serve.wire import Refused, Wire
+from freehold.session.served import Served
 
 
 class TokenizeRequest(Wire):
@@ -60,9 +61,12 @@ def router(server: Server) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """The token ids of a text or of a conversation."""
-        if body.model is not None:
+        served = server.served
+        if body.model is not None and body.messages is not None:
+            served = await server.named(body.model, caller_of(request))
+        elif body.model is not None:  # text is the same to all of its adapters, so none has to be read for it
             server.check_model(body.model, caller_of(request))
-        ids = await asyncio.to_thread(_ids, server, body)
+        ids = await asyncio.to_thread(_ids, served, body)
         tokenizer = server.served.prompting.the_tokenizer()
         return {
             "count": len(ids),
@@ -86,8 +90,7 @@ def router(server: Server) -> APIRouter:
     return routes
 
 
-def _ids(server: Server, body: TokenizeRequest) -> list[int]:
-    served = server.served
+def _ids(served: Served, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either a prompt or messages", param="prompt")
     if body.messages is None:

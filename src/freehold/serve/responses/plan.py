@@ -48,6 +48,7 @@ from freehold.serve.responses.wire import (
 )
 from freehold.serve.server import Server
 from freehold.session.generation import Ask, Generation
+from freehold.session.served import Served
 from freehold.session.store.records import ResponseRecord
 from freehold.session.turn import Turn, TurnLimits
 
@@ -136,13 +137,13 @@ class Plan:
 
 async def plan(server: Server, caller: Caller, body: ResponseCreate) -> Plan:
     """Raises ApiError for what cannot be."""
-    server.check_model(body.model or server.model_names[0], caller)
+    served = await server.named(body.model or server.model_names[0], caller)
     _check_state(server, body)
-    tools = read_tools(body.tools, server.hosted)
+    tools = read_tools(body.tools, server.hosted(served))
     context = await read_context(server, caller, body)
     hosting = await _hosting(tools, caller, context)
     try:
-        asking = _Asking(server, body, tools, hosting)
+        asking = _Asking(server, served, body, tools, hosting)
         turn = await asking.turn(caller, context)
     except BaseException:
         if hosting is not None:
@@ -181,12 +182,12 @@ class Count(NamedTuple):
 
 async def count_input(server: Server, caller: Caller, body: InputTokens) -> Count:
     """How many tokens the input of such a response has."""
-    server.check_model(body.model or server.model_names[0], caller)
-    tools = read_tools(body.tools, server.hosted)
+    served = await server.named(body.model or server.model_names[0], caller)
+    tools = read_tools(body.tools, server.hosted(served))
     context = await read_context(server, caller, body)
     hosting = await _hosting(tools, caller, context)
     try:
-        asking = _Asking(server, body, tools, hosting)
+        asking = _Asking(server, served, body, tools, hosting)
         turn = await asking.turn(caller, context)
     finally:
         if hosting is not None:
@@ -293,14 +294,15 @@ def _kept(server: Server, param: str, name: str, method: Callable[[Any], Callabl
 class _Asking:
     """A request in terms of a turn, with all that had to be decided on the way."""
 
-    def __init__(self, server: Server, body: InputTokens, tools: Toolset, hosting: Hosting | None) -> None:
+    def __init__(
+        self, server: Server, served: Served, body: InputTokens, tools: Toolset, hosting: Hosting | None
+    ) -> None:
         self._server = server
+        self._served = served
         self._hosting = hosting
         self._body = body
-        self._model = body.model or server.model_names[0]
         self._tools = tools
         self.warnings: list[str] = []
-        served = server.served
         self._is_harmony = served.speaks_harmony
         self.tool_choice = tools.choice(body.tool_choice)
         self.parallel = bool(body.parallel_tool_calls)
@@ -334,13 +336,11 @@ class _Asking:
 
     async def _prepared(self, caller: Caller, items: Sequence[Item]) -> Generation | Turn:
         if self._hosting is None:
-            return await self._server.turn(caller, self._ask(items), model=self._model)
+            return await self._server.turn(caller, self._served, self._ask(items))
         body = self._body
         most = body.max_tool_calls if isinstance(body, ResponseCreate) else None
         limits = TurnLimits(max_tool_calls=most)
-        return await self._server.turn_with_tools(
-            caller, self._ask(items), self._hosting.toolbox, limits, model=self._model
-        )
+        return await self._server.turn_with_tools(caller, self._served, self._ask(items), self._hosting.toolbox, limits)
 
     async def _shorter_turn(self, caller: Caller, context: Context, error: ContextError) -> Generation | Turn:
         items = [*context.history, *context.own]
@@ -355,7 +355,7 @@ class _Asking:
 
     def _cut(self, items: Sequence[Item]) -> int | None:
         """Where to begin so that prompt and answer fit; the latest place where they never will, None for no place."""
-        served = self._server.served
+        served = self._served
         builtins = () if self._hosting is None else self._hosting.toolbox.builtins
         chat_format = served.prompting.chat_format(self._thinking.effort, harmony=served.harmony, builtins=builtins)
         context = served.prompting.context
@@ -375,7 +375,7 @@ class _Asking:
         if self._hosting is not None:
             conversation = conversation.offering(self._hosting.toolbox.functions)
         try:
-            self._server.served.prompting.check_length(conversation)
+            self._served.prompting.check_length(conversation)
         except ContextError as error:
             return error.num_tokens
         return len(chat_format.render(conversation).ids)
