@@ -6,7 +6,7 @@ are rendered as they are in a chat, and no answer says what its tool did not.
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -329,6 +329,7 @@ class Fact:
     about: str
     question: str
     sentence: str
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +341,12 @@ class MadePage:
     @property
     def text(self) -> str:
         return "\n".join(["", *(fact.sentence for fact in self.facts)])
+
+
+def _value(sentence: str, slots: Mapping[str, Any]) -> str:
+    """What a sentence says, besides of whom."""
+    (name,) = set(re.findall(r"{(\w+)}", sentence)) - {"n"}
+    return str(slots[name])
 
 
 _FACTS: dict[str, Sequence[tuple[str, str, str]]] = {
@@ -405,7 +412,8 @@ class Pages:
         }
         chosen = values.rng.sample(_FACTS[kind], values.rng.choice((3, 4)))
         facts = tuple(
-            Fact(about, question.format(**slots), sentence.format(**slots)) for about, question, sentence in chosen
+            Fact(about, question.format(**slots), sentence.format(**slots), _value(sentence, slots))
+            for about, question, sentence in chosen
         )
         slug = name.lower().replace(" ", "-")
         host = "https://" + slug.split("-")[0] + ".example/" if self.name == "web" else f"{self.name}/"

@@ -11,6 +11,8 @@
 - questions: 100 short ones, whose answer is looked for in the reply.
 - python: 60 problems with values of their own, in the sentences of the training set; is the tool called, and is what
   the answer adds to the question the true result.
+- browser: 40 questions about made-up pages, in the sentences of the training set about other names; is `search` called,
+  and does the answer have what the page says.
 - perplexity: on the Apache licence, as the model card has it.
 
 `--chatml` asks the questions in ChatML, for the model before it was tuned.
@@ -25,6 +27,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +43,11 @@ from freehold.session.model import Model
 from freehold.session.served import Served
 from freehold.session.toolbox import Toolbox
 from freehold.session.turn import TurnLimits, prepare
+from freehold.tools.base import Tool
+from freehold.tools.browser.browser import Browser
 from freehold.tools.python import PythonTool
 from recipes.default.asking import ask_all, load_model, the_adapter
-from recipes.default.builtins import Sums
+from recipes.default.builtins import Pages, Sums
 from recipes.default.functions import ask, offer, read_functions
 from recipes.default.questions import questions
 from recipes.default.values import Values
@@ -231,14 +236,7 @@ def python(model: Model, count: int) -> dict[str, Any]:
 
 
 async def _python(model: Model, count: int) -> dict[str, Any]:
-    tool = PythonTool()
-    served = Served(
-        name="model",
-        prompting=model.prompting,
-        runner=LocalRunner(model.engine),
-        harmony=True,
-        adapter=the_adapter(model),
-    )
+    tool, served = PythonTool(), _served(model)
     sums = Sums(Values(random.Random(f"{_SEED} python"), held_out=True))
     each = []
     judge = await tool.open()
@@ -246,15 +244,7 @@ async def _python(model: Model, count: int) -> dict[str, Any]:
         for _ in range(count):
             problem = sums.draw()
             truth = (await judge.call("python", problem.code)).text
-            toolbox = await Toolbox.open([tool])
-            try:
-                ask = asking([{"role": "user", "content": problem.question}])
-                turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_steps=3))
-                said: Sequence[Message] = ()
-                async for batch in turn.events(served.runner):
-                    said = next((event.messages for event in batch if isinstance(event, SampleDone)), said)
-            finally:
-                await toolbox.aclose()
+            said = await _answered(served, tool, problem.question)
             answer = said[-1].text if said and said[-1].channel == "final" else ""
             called = any(message.recipient == "python" for message in said)
             each.append(
@@ -278,6 +268,60 @@ async def _python(model: Model, count: int) -> dict[str, Any]:
     }
 
 
+def browser(model: Model, count: int) -> dict[str, Any]:
+    """The real tool over made-up pages, through the agent loop."""
+    return asyncio.run(_browser(model, count))
+
+
+async def _browser(model: Model, count: int) -> dict[str, Any]:
+    served, tokenizer = _served(model), model.prompting.the_tokenizer()
+    values = Values(random.Random(f"{_SEED} browser"), held_out=True)
+    each = []
+    for _ in range(count):
+        world = Pages(values, values.rng.choice(("web", "notes", "docs", "wiki", "handbook", "archive")))
+        fact = values.rng.choice(values.rng.choice(world.pages).facts)
+        with closing(Browser(sources=[world], tokenizer=tokenizer)) as tool:
+            said = await _answered(served, tool, fact.question)
+        answer = said[-1].text if said and said[-1].channel == "final" else ""
+        searched = any(message.recipient == "browser.search" for message in said)
+        right = searched and fact.value.lower() in answer.lower()
+        each.append(
+            {"question": fact.question, "truth": fact.value, "searched": searched, "answer": answer, "right": right}
+        )
+        sys.stderr.write(f"\r{len(each)} of {count} looked up")
+    sys.stderr.write("\n")
+    return {
+        "questions": count,
+        "searched": sum(bool(one["searched"]) for one in each) / count,
+        "right": sum(bool(one["right"]) for one in each) / count,
+        "each": each,
+    }
+
+
+def _served(model: Model) -> Served:
+    return Served(
+        name="model",
+        prompting=model.prompting,
+        runner=LocalRunner(model.engine),
+        harmony=True,
+        adapter=the_adapter(model),
+    )
+
+
+async def _answered(served: Served, tool: Tool, question: str) -> Sequence[Message]:
+    """All that is said in a turn with one tool."""
+    toolbox = await Toolbox.open([tool])
+    said: Sequence[Message] = ()
+    try:
+        ask = asking([{"role": "user", "content": question}])
+        turn = await prepare(served, ask, toolbox, limits=TurnLimits(max_steps=3))
+        async for batch in turn.events(served.runner):
+            said = next((event.messages for event in batch if isinstance(event, SampleDone)), said)
+    finally:
+        await toolbox.aclose()
+    return said
+
+
 def perplexity(model: Model) -> float:
     """On the first tokens of the licence that lies beside the model, as the model card has it."""
     assert model.tokenizer is not None
@@ -298,10 +342,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--chatml", action="store_true")
     parser.add_argument(
-        "--only", nargs="*", default=["perplexity", "questions", "calls", "needless", "python", "strict", "single"]
+        "--only",
+        nargs="*",
+        default=["perplexity", "questions", "calls", "needless", "python", "browser", "strict", "single"],
     )
     parser.add_argument("--turns", type=int, default=NUM_TURNS)
     parser.add_argument("--problems", type=int, default=60)
+    parser.add_argument("--pages", type=int, default=40)
     options = parser.parse_args()
     model = load_model(options.model, adapter=options.adapter)
     measures: dict[str, Callable[[], Any]] = {
@@ -311,6 +358,7 @@ def main() -> None:
         "needless": lambda: needless(model),
         "questions": lambda: short_questions(model, harmony=not options.chatml),
         "python": lambda: python(model, options.problems),
+        "browser": lambda: browser(model, options.pages),
         "perplexity": lambda: perplexity(model),
     }
     results: dict[str, Any] = {"model": str(model.path), "adapter": options.adapter and str(options.adapter)}

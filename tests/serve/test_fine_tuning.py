@@ -20,6 +20,7 @@ from openai.types import Model, ModelDeleted
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
+from freehold import disk
 from freehold.errors import CheckpointError, OutOfMemoryError, StoreError
 from freehold.formats.conversation import Conversation
 from freehold.serve.caller import Caller
@@ -548,7 +549,7 @@ def test_a_job_goes_on_with_what_its_owner_had_trained(tmp_path: Path) -> None:
     with_server(tmp_path, use)
 
 
-def test_what_a_job_begins_with_may_be_deleted_once_it_has_begun(tmp_path: Path) -> None:
+def test_what_a_job_begins_with_may_be_deleted(tmp_path: Path) -> None:
     async def use(server: Tuned) -> None:
         jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
         tuned = (await server.ended((await jobs.create(model="default", training_file=training)).id))[
@@ -562,11 +563,60 @@ def test_what_a_job_begins_with_may_be_deleted_once_it_has_begun(tmp_path: Path)
         await server.sdk.models.delete(tuned)
         assert (Path(asked[asked.index("--adapter") + 1]) / "adapter_model.safetensors").read_text() == "learnt"
         held.unlink()
-        assert (await server.ended(running.id))["status"] == "succeeded"
-        failed = await server.ended(waiting.id)
-        check(FineTuningJob, failed)
-        assert (failed["error"]["code"], failed["error"]["param"]) == ("model_not_found", "model")
-        assert "deleted" in failed["error"]["message"]
+        await server.until((server.workshop.job(waiting.id) / "held").exists)
+        (server.workshop.job(waiting.id) / "held").unlink()
+        for job in (running, waiting):
+            assert (await server.ended(job.id))["status"] == "succeeded"
+        with pytest.raises(NotFoundError):
+            await jobs.create(model=tuned, training_file=training)
+
+    with_server(tmp_path, use)
+
+
+def test_a_checkpoint_that_has_gone_is_nothing_to_begin_with(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        first = await server.ended((await jobs.create(model="default", training_file=training)).id)
+        checkpoint = (await jobs.checkpoints.list(first["id"])).data[0].fine_tuned_model_checkpoint
+        disk.remove(
+            server.workshop.job(first["id"]) / first["fine_tuned_model"].removeprefix("default:") / "checkpoints"
+        )
+        with pytest.raises(NotFoundError, match="begin with another checkpoint"):
+            await jobs.create(model=checkpoint, training_file=training)
+        assert len([*(server.workshop.root / "jobs").iterdir()]) == 1
+
+    with_server(tmp_path, use)
+
+
+def test_an_ended_job_leaves_no_copy_of_what_it_began_with(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        tuned = (await server.ended((await jobs.create(model="default", training_file=training)).id))[
+            "fine_tuned_model"
+        ]
+        server.script.write_text("\n".join(json.dumps(line) for line in WAITS))
+        running, waiting = [await jobs.create(model=tuned, training_file=training) for _ in range(2)]
+        await server.waits(running.id)
+        assert (server.workshop.job(waiting.id) / "start").is_dir()
+        for job in (waiting, running):
+            await jobs.cancel(job.id)
+            assert not (server.workshop.job(job.id) / "start").exists()
+
+    with_server(tmp_path, use)
+
+
+def test_what_was_tuned_on_another_model_is_nothing_to_begin_with(tmp_path: Path) -> None:
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        tuned = (await server.ended((await jobs.create(model="default", training_file=training)).id))[
+            "fine_tuned_model"
+        ]
+        record = server.server.tuned_model(Caller(owner="alice"), tuned)
+        assert record is not None
+        config = server.tuning.models.folder(record) / "adapter_config.json"
+        config.write_text(json.dumps({"base_model_name_or_path": "openai/gpt-oss-120b"}))
+        with pytest.raises(BadRequestError, match="was fine-tuned on 'openai/gpt-oss-120b'"):
+            await jobs.create(model=tuned, training_file=training)
 
     with_server(tmp_path, use)
 

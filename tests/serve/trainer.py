@@ -59,6 +59,7 @@ def _do(line: dict[str, Any], output: Path, resumed: bool) -> None:
             if line.get("event") == "checkpoint":
                 folder = output / "checkpoints" / f"step-{line['step']:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
+                (folder / "adapter_config.json").write_text("{}")
                 (folder / "adapter_model.safetensors").write_text("so far")
                 (folder / "training_state.safetensors").write_text("moments")
             with (output / "metrics.jsonl").open("a") as file:

@@ -143,6 +143,11 @@ class Tuned:
                 await asyncio.sleep(0.01)
         return job
 
+    async def tuned_model(self, model: str, training: str) -> str:
+        """The name of what comes of a job."""
+        job = await self.sdk.fine_tuning.jobs.create(model=model, training_file=training)
+        return str((await self.ended(job.id))["fine_tuned_model"])
+
     async def until_status(self, job_id: str, status: str) -> None:
         async with asyncio.timeout(60):
             while (await self.sdk.fine_tuning.jobs.retrieve(job_id)).status != status:

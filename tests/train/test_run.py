@@ -425,6 +425,10 @@ def test_another_adapter_than_a_run_began_with_is_refused(
     with pytest.raises(UsageError, match=r"--adapter was .*own' and is '/elsewhere'"):
         resumed(tmp_path / "run", adapter="/elsewhere")
     assert location(tmp_path / "x" / ".." / "own") == str(own)
+    (tmp_path / "deep" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "sub")
+    assert Path(location(tmp_path / "link" / ".." / "x")).resolve() == tmp_path / "deep" / "x"
+    assert location(tmp_path / "link" / "x") == str(tmp_path / "link" / "x")
     tensors = own / "adapter_model.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -19,7 +19,7 @@ from freehold.hub.merge import merge
 from freehold.log import Progress, no_progress
 
 # The number counts tunings: a model made of an older one is not taken for the present one.
-NAME = "smollm2-135m-gpt-oss-harmony-2"
+NAME = "smollm2-135m-gpt-oss-harmony-1"
 _DATA = resources.files("freehold.hub") / "data"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.errors import CheckpointError, UsageError
-from freehold.model.lora import KINDS, Adapter, AdapterSpec, Factors, Target, new_adapter
+from freehold.model.lora import KINDS, Adapter, AdapterSpec, Target, new_adapter
 from freehold.model.peft_files import read_peft, write_peft_files
 from freehold.model.transformer import Transformer
 from freehold.train.forward import Taught, taught
@@ -106,16 +106,13 @@ def starting_adapter(
     device: torch.device | None = None,
     harmony: bool | None = None,
 ) -> Adapter:
-    """To learn with these options: a copy of what it `begins_with`, or one that changes nothing yet. `harmony` as in
-    model.lora.Adapter; None leaves that as it was."""
+    """To learn with these options: what it `begins_with`, which is the caller's no longer, or one that changes nothing
+    yet. `harmony` as in model.lora.Adapter; None leaves that as it was."""
     if begins_with is None:
         spec = adapter_spec(config, options)
         return new_adapter(config, spec, seed=seed, device=device, dithered=options.qat, harmony=harmony)
-    factors = {
-        name: Factors(*(f.to(device=device, copy=True) for f in pair)) for name, pair in begins_with.factors.items()
-    }
     harmony = begins_with.harmony if harmony is None else harmony
-    adapter = replace(begins_with, factors=factors, dithered=options.qat, harmony=harmony)
+    adapter = replace(begins_with.to(device=device), dithered=options.qat, harmony=harmony)
     for parameter in adapter.parameters:
         parameter.requires_grad_()
     return adapter

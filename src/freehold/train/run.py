@@ -181,14 +181,17 @@ def model_location(name: str) -> str:
 
 
 def location(path: Path | str) -> str:
-    """The same however it was spelt, and from wherever one looks."""
-    return os.path.abspath(path)  # noqa: PTH100 — links keep their names
+    """The same from wherever one looks, and however it was spelt, as far as links, which keep their names, let one
+    tell."""
+    absolute = Path(path).absolute()
+    normal = Path(os.path.normpath(absolute))
+    return str(normal if normal.resolve() == absolute.resolve() else absolute)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A run that can begin, as far as one knows without the weights. `harmony` is whether its chats are written in
-    Harmony, None where it has none; `begins_with` the adapter that learns on, if there is one."""
+    Harmony, None where it has none."""
 
     request: TuneRequest
     folder: ModelFolder
@@ -196,7 +199,6 @@ class Prepared:
     tokenizer: Tokenizer
     data: TrainingData | PreferenceData
     spec: AdapterSpec | None
-    begins_with: Adapter | None
     row: RowShape
     rows_per_epoch: int
     harmony: bool | None
@@ -274,7 +276,6 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         tokenizer=tokenizer,
         data=data,
         spec=spec,
-        begins_with=begins_with,
         row=_row_shape(data, rows, max_length),
         rows_per_epoch=len(rows),
         harmony=isinstance(chat_format, HarmonyFormat) if data.num_chats else None,
@@ -283,7 +284,8 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
 
 
 def _read_adapter(path: Path, request: TuneRequest, folder: ModelFolder) -> Adapter:
-    """What a run is to begin with, read to its end before anything is made."""
+    """What a run is to begin with, read to its end before anything is made. It is read again when it is to learn: the
+    plan of memory has room for it once."""
     adapter = read_peft(path, folder.checkpoint.config)
     mention_other_base(path, request.model, folder.path)
     if adapter.dithered and not request.lora.qat:
@@ -669,7 +671,7 @@ def _objective(
         transformer.config,
         request.lora,
         seed=seed,
-        begins_with=prepared.begins_with,
+        begins_with=None if request.adapter is None else read_peft(request.adapter, transformer.config),
         device=transformer.device,
         harmony=prepared.harmony,
     )

@@ -1,19 +1,21 @@
 """`/v1/fine_tuning/jobs`: made, listed, watched, cancelled. Off unless there is a workshop.
 
 A job trains the model, or goes on with what its caller had trained before. What is quickly found is refused when a job
-is made: another model, files that are not there, options that training does
-not have. What the lines of its files say, training finds out before it begins, and the job fails with all of it.
+is made: another model, files that are not there, options that training does not have. What the lines of its files say,
+training finds out before it begins, and the job fails with all of it.
 """
 
 import secrets
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 
-from freehold.errors import NotFoundError, UsageError
+from freehold.errors import ModelNotFoundError, NotFoundError, UsageError
+from freehold.hub.bases import other_base
 from freehold.serve.bodies import StrictRoute
 from freehold.serve.caller import caller_of
 from freehold.serve.errors import ApiError, api_error
@@ -21,6 +23,7 @@ from freehold.serve.files import listed
 from freehold.serve.responses.routes import check_query, stored
 from freehold.serve.server import Server
 from freehold.serve.tuning.report import Standing
+from freehold.serve.tuning.trainer import Trainer
 from freehold.serve.tuning.tuning import Tuning
 from freehold.serve.tuning.wire import PURPOSE, JobCreate
 from freehold.session.store.records import FileRecord, JobRecord, Listed, ModelRecord
@@ -35,12 +38,14 @@ def router(server: Server) -> APIRouter:
 
     @routes.post("")
     async def create_job(request: Request, body: JobCreate) -> dict[str, Any]:
-        """A job, which waits until those before it have ended."""
+        """A job, which waits for its turn: one trains at a time, and keys take turns."""
         tuning, caller = server.the_tuning(), caller_of(request)
         owner = caller.owner
         if tuning.trainer is None:
             raise ApiError(400, "This server has no model that could be trained.", param="model")
         begins_with = server.trained_from(body.model, caller)
+        if begins_with is not None:
+            _check_start(server, tuning.trainer, tuning.models.folder(begins_with), body.model)
         if len(tuning.models.of(owner)) >= tuning.limits.models:
             message = f"{tuning.limits.models} fine-tuned models of yours are kept; delete one first."
             raise ApiError(400, message, code="too_many_models")
@@ -54,6 +59,8 @@ def router(server: Server) -> APIRouter:
             await tuning.create(record)
         except UsageError as error:
             raise ApiError(429, str(error), code="too_many_jobs", headers={"x-should-retry": "false"}) from None
+        except ModelNotFoundError as error:
+            raise ApiError(404, str(error), param="model", code="model_not_found") from None
         return on_wire(record)
 
     @routes.get("")
@@ -88,9 +95,7 @@ def router(server: Server) -> APIRouter:
     @routes.post("/{fine_tuning_job_id}/resume", include_in_schema=False)
     async def pause_or_resume_job(request: Request, fine_tuning_job_id: str) -> None:
         await _job(server, caller_of(request).owner, fine_tuning_job_id)
-        raise ApiError(
-            400, "Jobs are not paused here: they wait for those before them, run to their end, or are cancelled."
-        )
+        raise ApiError(400, "Jobs are not paused here: they wait for their turn, run to their end, or are cancelled.")
 
     @routes.get("/{fine_tuning_job_id}/events")
     async def list_events(
@@ -155,6 +160,13 @@ async def _job(server: Server, owner: str, job_id: str) -> JobRecord:
     place = server.the_tuning().place
     record: JobRecord = await stored(server, lambda store: store.job(job_id, owner, place), _PARAM)
     return record
+
+
+def _check_start(server: Server, trainer: Trainer, adapter: Path, name: str) -> None:
+    """That it was tuned on the model that is here: its changes mean nothing to another."""
+    if (named := other_base(adapter, trainer.model, Path(server.served.prompting.source))) is not None:
+        message = f"'{name:.200}' was fine-tuned on {named!r:.200}, and this server has another model; tune that anew."
+        raise ApiError(400, message, param="model")
 
 
 async def _check_file(server: Server, tuning: Tuning, owner: str, name: str, param: str) -> None:

@@ -1,9 +1,9 @@
 """Fine-tuning on this server, as one thing: the folder, who trains, the queue and the models. Server has one, or none.
 
-One job trains at a time, the oldest first, so that serving keeps memory and cores; what had begun when the server
-stopped goes on first. A training that ends badly is its job's failure and nobody else's. When the server stops,
-training stops with it, and the next start goes on from the last checkpoint: a machine whose server was stopped is meant
-to be idle, and training loses no more than what it did since, because it resumes exactly.
+One job trains at a time, owners in turn and the oldest of each first, so that serving keeps memory and cores; what had
+begun when the server stopped goes on first. A training that ends badly is its job's failure and nobody else's. When the
+server stops, training stops with it, and the next start goes on from the last checkpoint: a machine whose server was
+stopped is meant to be idle, and training loses no more than what it did since, because it resumes exactly.
 """
 
 import asyncio
@@ -95,11 +95,19 @@ class Tuning:
         return self.workshop.place
 
     async def create(self, record: JobRecord) -> None:
-        """Put a job into the queue. Raises NotFoundError, UsageError."""
-        events = [event(f"Created fine-tuning job: {record.id}", record.created_at)]
-        make = partial(self._store.create_job, record, events, most_unfinished=self.limits.unfinished_jobs)
-        await self.threads.run(make)
+        """Put a job into the queue. Raises NotFoundError, UsageError, DiskError, and ModelNotFoundError where what it
+        is to begin with is gone."""
+        await self.threads.run(self._create, record)
         self._changed.set()
+
+    def _create(self, record: JobRecord) -> None:
+        events = [event(f"Created fine-tuning job: {record.id}", record.created_at)]
+        try:
+            self._copy_start(record)
+            self._store.create_job(record, events, most_unfinished=self.limits.unfinished_jobs)
+        except BaseException:
+            disk.remove(self.workshop.job(record.id))
+            raise
 
     async def cancel(self, job_id: str, owner: str) -> JobRecord:
         """End a job, wherever it is. Raises NotFoundError, and UsageError for one that has ended already."""
@@ -108,7 +116,10 @@ class Tuning:
             current = self._current
             if current is None or not current.is_of(record):
                 told = [event("The job was cancelled", time.time())]
-                return await self.threads.run(partial(self._store.update_job, record, _cancelled, events=told))
+                record = await self.threads.run(partial(self._store.update_job, record, _cancelled, events=told))
+                with suppress(FreeholdError):
+                    await self.threads.run(self._tidy, record)
+                return record
         current.cancelled = True
         if current.run is not None:
             await current.run.kill()
@@ -197,8 +208,6 @@ class Tuning:
             raise
         except NotFoundError as error:
             await self._fail(current.record, Failure("invalid_training_file", str(error), "training_file"))
-        except ModelNotFoundError as error:
-            await self._fail(current.record, Failure("model_not_found", str(error), "model"))
         except Exception as error:  # noqa: BLE001 — whatever it is, the queue goes on
             log_failure(f"the fine-tuning job {record.id} failed", error)
             if current.run is not None:
@@ -215,7 +224,7 @@ class Tuning:
         done = await self.threads.run(_is_done, output)  # and only its server was not there to see it
         command = [] if done else await self.threads.run(self._command, record, trainer, output)
         if current.cancelled:
-            await self._update(record, _cancelled, [event("The job was cancelled", time.time())])
+            await self._end(record, _cancelled, [event("The job was cancelled", time.time())])
             return
         if self._stopping:
             return
@@ -257,8 +266,7 @@ class Tuning:
         return self.workshop.job(record.id) / str(record.job["_name"])
 
     def _command(self, record: JobRecord, trainer: Trainer, output: Path) -> list[str]:
-        """Raises NotFoundError where a file is gone, ModelNotFoundError where the model is that it begins with,
-        DiskError."""
+        """Raises NotFoundError where a file is gone, DiskError."""
         paths = [self.workshop.find(name) for name in record.reads]
         resume = (output / _RUN).is_file()
         if not output.parent.is_dir():
@@ -273,30 +281,26 @@ class Tuning:
             output=output,
             seed=record.job["seed"],
             resume=resume,
-            adapter=None if resume else self._adapter_for(record),
+            adapter=None if resume else self._start(record),
         )
 
-    def _adapter_for(self, record: JobRecord) -> Path | None:
-        """Of the model that a job begins with, a copy of its own: that one may be deleted before it is done."""
-        name: str | None = record.job.get("_begins_with")
-        if name is None:
-            return None
-        copy = self._start(record) / name
-        if not copy.is_dir():
-            source = self.models.folder_of(name)
-            try:
-                with disk.new_folder(
-                    copy, needed_bytes=sum((source / file).stat().st_size for file in _ADAPTER_FILES)
-                ) as new:
-                    for file in _ADAPTER_FILES:
-                        shutil.copyfile(source / file, new / file)
-            except FileNotFoundError:
-                raise ModelNotFoundError(f"there is no model {name!r} any more: it was deleted meanwhile") from None
-        return copy
+    def _copy_start(self, record: JobRecord) -> None:
+        """Of the model that a job begins with: that one may be deleted, or go as checkpoints do, before it is done."""
+        if (copy := self._start(record)) is None:
+            return
+        source = self.models.folder_of(copy.name)
+        try:
+            needed = sum((source / name).stat().st_size for name in _ADAPTER_FILES)
+        except FileNotFoundError:
+            raise ModelNotFoundError(f"there is no {copy.name!r} any more; begin with another checkpoint") from None
+        with disk.new_folder(copy, needed_bytes=needed) as new:
+            for name in _ADAPTER_FILES:
+                shutil.copyfile(source / name, new / name)
 
-    def _start(self, record: JobRecord) -> Path:
+    def _start(self, record: JobRecord) -> Path | None:
         """Where the copy lies of what it begins with."""
-        return self.workshop.job(record.id) / "start"
+        name: str | None = record.job.get("_begins_with")
+        return None if name is None else self.workshop.job(record.id) / "start" / name
 
     async def _follow(self, current: "_Current", run: Run, lines: Lines) -> int:
         """Tell what it says until it has ended; returns its exit code."""
@@ -442,7 +446,8 @@ class Tuning:
     def _tidy(self, record: JobRecord) -> None:
         for path in self._output(record).glob("checkpoints/step-*/training_state.*"):
             disk.remove(path)
-        disk.remove(self._start(record))
+        if (start := self._start(record)) is not None:
+            disk.remove(start.parent)
         for model in self._store.models(self.place, job_id=record.id):
             if not self.models.folder(model).is_dir():
                 self._store.delete_model(model.name, model.owner, self.place, remove=lambda _: None)

@@ -88,7 +88,7 @@ def _suffix(value: str | None) -> str | None:
 class JobCreate(Wire):
     """The body of `POST /v1/fine_tuning/jobs`."""
 
-    model: Annotated[str, Field(description="The model that is served, by one of its names")]
+    model: Annotated[str, Field(description="The model that is served, or one that was fine-tuned here")]
     training_file: Id
     validation_file: Id | None = None
     method: Method | None = None
