@@ -1,10 +1,11 @@
 """Makes the training set of the default model, from nothing but this folder and the model's own base.
 
-    python -m recipes.default.make_data --output data [--tokens 1500000] [--seed 0] [--sft ../shared/data/sft]
+    python -m recipes.default.make_data --output data [--tokens 1500000] [--seed 0] [--share browser=0.2] [--sft DIR]
 
 Writes `train.jsonl`, which `freehold tune` reads, and `counts.json`; prints how many conversations and tokens each part
 has. The lines are shuffled, so that any beginning of the file is a smaller training set of the same kind. The base's
-answers are kept in `answers.jsonl`: they are made once. The same seed makes the same files.
+answers are kept in `answers.jsonl`: they are made once. The same seed makes the same files. `--share` gives a part
+another share of the tokens; the others keep theirs in proportion.
 
 `--sft` names the folder with self_instruct_seed_tasks.jsonl (Apache-2.0) and gsm8k_train.jsonl.gz (MIT); without it,
 and where they are missing, the set is made without them.
@@ -18,7 +19,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,9 @@ def base_answers(output: Path, asked: Sequence[Prompt]) -> list[Answered]:
 # --- the whole ------------------------------------------------------------------------------------------------
 
 
-def make(output: Path, *, tokens: int, seed: int, sft: Path | None) -> list[Line]:
+def make(
+    output: Path, *, tokens: int, seed: int, sft: Path | None, shares: Mapping[str, float] = _SHARES
+) -> list[Line]:
     """Write the training set; the lines, as they stand in it."""
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = open_folder(find_model("default-base")).tokenizer
@@ -156,7 +159,7 @@ def make(output: Path, *, tokens: int, seed: int, sft: Path | None) -> list[Line
     held_out = held_out_words()
     lines: list[Line] = []
     for part, source in sources.items():
-        left = tokens * _SHARES[part]
+        left = tokens * shares[part]
         for kind, raw in source:
             if is_near(raw, held_out):
                 continue
@@ -172,6 +175,17 @@ def make(output: Path, *, tokens: int, seed: int, sft: Path | None) -> list[Line
         for line in lines:
             file.write((json.dumps(line.raw, ensure_ascii=False, separators=(",", ":")) + "\n").encode())
     return lines
+
+
+def shares_with(given: Sequence[str]) -> dict[str, float]:
+    """Of what is typed: `browser=0.2`."""
+    chosen = {part: float(share) for part, _, share in (text.partition("=") for text in given)}
+    if unknown := chosen.keys() - _SHARES.keys():
+        sys.exit(f"--share {min(unknown)}: the parts are {', '.join(_SHARES)}")
+    rest = sum(share for part, share in _SHARES.items() if part not in chosen)
+    if not rest or min(chosen.values(), default=0) < 0 or sum(chosen.values()) >= 1:
+        sys.exit(f"--share {' '.join(given)}: shares are of 1, and leave something to the other parts")
+    return {part: chosen.get(part, share * (1 - sum(chosen.values())) / rest) for part, share in _SHARES.items()}
 
 
 def held_out_words() -> frozenset[str]:
@@ -230,9 +244,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=1_500_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", action="append", default=[], metavar="PART=SHARE")
     parser.add_argument("--sft", type=Path)
     options = parser.parse_args()
-    lines = make(options.output, tokens=options.tokens, seed=options.seed, sft=options.sft)
+    shares = shares_with(options.share)
+    lines = make(options.output, tokens=options.tokens, seed=options.seed, sft=options.sft, shares=shares)
     rows = table(lines)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

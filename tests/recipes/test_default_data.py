@@ -21,7 +21,7 @@ from recipes.default.calls import Calls, call_lines, plain_talk
 from recipes.default.evaluate import asking, contains, held_out_turns, perplexity, same, score, states
 from recipes.default.functions import ask, made_up, offer, read_functions, spoken
 from recipes.default.general import Answered, Prompt, general_lines, good_part
-from recipes.default.make_data import HERE, held_out_words, is_near, word_problems
+from recipes.default.make_data import HERE, held_out_words, is_near, shares_with, word_problems
 from recipes.default.questions import questions
 from recipes.default.values import Values, distinct_words
 from tests.checkpoints import write_adapter
@@ -316,3 +316,13 @@ def test_a_model_is_measured_with_its_adapter(tmp_path: Path) -> None:
     assert all(each is not None for each in said)
     texts = [each.messages[0].text for each in said if each is not None]
     assert texts[0] != texts[1] == texts[2]
+
+
+def test_a_part_may_have_another_share() -> None:
+    shares = shares_with(["browser=0.2", "general=0.3"])
+    assert (shares["browser"], shares["general"]) == (0.2, 0.3)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["functions"] / shares["python"] == pytest.approx(0.64 / 0.11)
+    for given in (["sofa=0.1"], ["browser=1"], ["browser=-0.1"], [f"{part}=0.2" for part in shares]):
+        with pytest.raises(SystemExit, match="--share"):
+            shares_with(given)
