@@ -262,8 +262,8 @@ async def _python(model: Model, count: int) -> dict[str, Any]:
         sys.stderr.write("\n")
     return {
         "problems": count,
-        "called": sum(bool(one["called"]) for one in each) / count,
-        "right": sum(bool(one["right"]) for one in each) / count,
+        "called": _share(each, "called"),
+        "right": _share(each, "right"),
         "each": each,
     }
 
@@ -292,10 +292,14 @@ async def _browser(model: Model, count: int) -> dict[str, Any]:
     sys.stderr.write("\n")
     return {
         "questions": count,
-        "searched": sum(bool(one["searched"]) for one in each) / count,
-        "right": sum(bool(one["right"]) for one in each) / count,
+        "searched": _share(each, "searched"),
+        "right": _share(each, "right"),
         "each": each,
     }
+
+
+def _share(each: Sequence[Mapping[str, Any]], what: str) -> float:
+    return sum(bool(one[what]) for one in each) / len(each)
 
 
 def _served(model: Model) -> Served:

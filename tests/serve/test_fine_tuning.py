@@ -5,6 +5,7 @@ real training fits in is test_fine_tuning_for_real.py's.
 """
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -326,6 +327,32 @@ def test_so_many_models_are_held_and_those_go_that_were_asked_longest_ago(tmp_pa
         assert [*server.adapters] == _short(second)
 
     with_server(tmp_path, use, most_held=2)
+
+
+@pytest.mark.parametrize("by_memory", [False, True])
+def test_what_only_the_garbage_collector_would_let_go_makes_room(tmp_path: Path, *, by_memory: bool) -> None:
+    async def use(server: Tuned) -> None:
+        first, second = _short(*await _models(server, 2))
+        await server.until(lambda: sorted(server.adapters) == sorted((first, second)))
+        server.adapters.clear()
+        models = TunedModels(
+            server.workshop.root, server.tuning.threads, server._add_adapter, server.adapters.__delitem__,
+            most_held=2 if by_memory else 1,
+        )  # fmt: skip
+        models.take(server.store.models(server.workshop.place))
+        gc.disable()
+        try:
+            kept: list[Any] = [await models.load(first)]
+            kept.append(kept)  # as an error and its frames hold each other
+            del kept
+            if by_memory:
+                server.refuse(OutOfMemoryError("out of memory"))
+            assert await models.load(second) is not None
+        finally:
+            gc.enable()
+        assert [*server.adapters] == [second]
+
+    with_server(tmp_path, use)
 
 
 def test_what_is_being_asked_stays_even_when_it_is_deleted(tmp_path: Path) -> None:

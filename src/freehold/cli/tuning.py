@@ -16,6 +16,7 @@ from freehold.cli import terminal
 from freehold.errors import OutOfMemoryError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.session.memory import free_memory
+from freehold.train.card import adapter_of
 from freehold.train.examples import NO_TARGET, Example, Pair
 from freehold.train.run import Prepared
 
@@ -47,7 +48,7 @@ def _examples(shown: Example | Pair) -> list[tuple[str, Example]]:
 
 
 def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
-    data, loop, lora = prepared.data, prepared.request.loop, prepared.request.lora
+    data, loop = prepared.data, prepared.request.loop
     kind = "pairs" if prepared.request.method == "dpo" else "examples"
     yield "model", f"{prepared.request.model}: {prepared.facts['how']}"
     yield (
@@ -66,7 +67,7 @@ def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
         room = prepared.rows_per_epoch * loop.max_length
         rows = f"{prepared.rows_per_epoch:,} of {loop.max_length:,} tokens, {data.training.num_tokens / room:.0%} full"
     yield "rows", f"{rows}; {loop.batch_size} a step: {prepared.num_steps:,} steps"
-    targets = prepared.facts.get("adapter", {"targets": lora.targets})["targets"]
+    targets = adapter_of(prepared.facts)["targets"]
     learns = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in targets)
     if prepared.request.adapter is not None:
         learns = f"begins with {prepared.request.adapter}: {learns}"

@@ -28,7 +28,7 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
     if run["method"] == "full":
         return _full_card(name, run, state, result_step)
     lora, loop = run["request"]["lora"], run["request"]["loop"]
-    of_adapter = run.get("adapter") or lora
+    of_adapter = adapter_of(run)
     targets = "\n".join(f"| {kind} | {rank} | {alpha:g} |" for kind, rank, alpha in of_adapter["targets"])
     return (
         _HEADER.format(base=run["model"]["name"])
@@ -49,6 +49,13 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         + "\n\n## Result\n\n"
         + _result(state, result_step, "pair" if run["method"] == "dpo" else "token")
     )
+
+
+def adapter_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where run.json says what the adapter is: its `targets`, and `rslora`. They are those of the one that it began
+    with, if there was one."""
+    found: Mapping[str, Any] = run.get("adapter") or run["request"]["lora"]
+    return found
 
 
 def _began_with(adapter: Mapping[str, Any]) -> str:

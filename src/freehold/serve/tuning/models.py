@@ -117,9 +117,9 @@ class TunedModels:
                         await self._threads.run(add_adapter, name, folder)
                         break
                     except OutOfMemoryError:
-                        if not (idle := self._idle()):
+                        if (idle := self._first_idle()) is None:
                             raise
-                        self._let_go(idle[0])
+                        self._let_go(idle)
             hold = hold or Hold()
             self._held[name] = weakref.ref(hold, lambda _: self._soon_let_go())
             return hold
@@ -132,16 +132,19 @@ class TunedModels:
     def _idle(self) -> list[str]:
         return [name for name, hold in self._held.items() if hold() is None]
 
-    def _make_room(self) -> None:
-        if len(self._held) >= self._most_held and not self._idle():
+    def _first_idle(self) -> str | None:
+        """Who goes first where there is no room."""
+        if not self._idle():
             gc.collect()  # a request that failed may be held by nothing but its own error
-        idle = iter(self._idle())
+        return next(iter(self._idle()), None)
+
+    def _make_room(self) -> None:
         while len(self._held) >= self._most_held:
-            if (name := next(idle, None)) is None:
+            if (idle := self._first_idle()) is None:
                 raise OutOfMemoryError(
                     f"{len(self._held)} fine-tuned models are being asked, and no more are held at once; try later"
                 )
-            self._let_go(name)
+            self._let_go(idle)
 
     def _let_go(self, name: str) -> None:
         logger.info("the fine-tuned model %s leaves memory", name)

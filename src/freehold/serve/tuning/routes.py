@@ -45,7 +45,7 @@ def router(server: Server) -> APIRouter:
             raise ApiError(400, "This server has no model that could be trained.", param="model")
         begins_with = server.trained_from(body.model, caller)
         if begins_with is not None:
-            _check_start(server, tuning.trainer, tuning.models.folder(begins_with), body.model)
+            await _check_start(server, tuning, tuning.trainer, begins_with, body.model)
         if len(tuning.models.of(owner)) >= tuning.limits.models:
             message = f"{tuning.limits.models} fine-tuned models of yours are kept; delete one first."
             raise ApiError(400, message, code="too_many_models")
@@ -162,9 +162,10 @@ async def _job(server: Server, owner: str, job_id: str) -> JobRecord:
     return record
 
 
-def _check_start(server: Server, trainer: Trainer, adapter: Path, name: str) -> None:
+async def _check_start(server: Server, tuning: Tuning, trainer: Trainer, start: ModelRecord, name: str) -> None:
     """That it was tuned on the model that is here: its changes mean nothing to another."""
-    if (named := other_base(adapter, trainer.model, Path(server.served.prompting.source))) is not None:
+    adapter, here = tuning.models.folder(start), Path(server.served.prompting.source)
+    if (named := await tuning.threads.run(other_base, adapter, trainer.model, here)) is not None:
         message = f"'{name:.200}' was fine-tuned on {named!r:.200}, and this server has another model; tune that anew."
         raise ApiError(400, message, param="model")
 
