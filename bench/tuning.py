@@ -1,31 +1,31 @@
 """Freehold's LoRA training beside transformers with PEFT: tokens a second, and peak memory, of the default model.
 
-    python bench/tuning.py [--rounds 3] [--steps 4] [--tokens 1024] [--example 128] [--rank 16] [--threads 2]
+    python bench/tuning.py [--rounds 2] [--steps 8] [--tokens 1024] [--example 128] [--rank 16] [--threads 2]
                            [--peft-dtype bfloat16]
 
 Both train adapters of one rank on q, k, v, o and on all experts, with AdamW, on the same tokens: examples of one
 length, of which the last third is learnt. Freehold trains on its packed MXFP4 weights as `freehold tune` does, a row
 of examples side by side; PEFT trains on the same weights written out in bfloat16, which is what it can train on, a
-batch of examples. Both compute activations once (no gradient checkpointing). A round starts one process for each, one
-after the other; `--peft-dtype float32` lets PEFT compute in what processors without instructions for bfloat16 are
-faster in. The first step warms up, a median of the others counts. Random tokens: nothing is learnt from them.
-Needs transformers and peft. Linux only.
+batch of examples. Both compute activations once (no gradient checkpointing). A round starts one process for each; then
+they take turns, a step each, while the other waits: on a machine whose speed changes from minute to minute, only steps
+that follow one another can be compared. The first step of each warms up; of the pairs' ratios the median counts.
+`--peft-dtype float32` lets PEFT compute in what processors without instructions for bfloat16 are faster in. Random
+tokens: nothing is learnt from them. Needs transformers and peft. Linux only.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from contest import machine_line, markdown, positive, spread
+from contest import GIB, ContestError, Worker, machine_line, markdown, positive, spread
 
 _NAMES = ("freehold", "peft")
 _KINDS = ("q", "k", "v", "o", "gate_up", "down")
@@ -45,14 +45,16 @@ def freehold_step(arguments: argparse.Namespace) -> Callable[[], object]:
     import torch
 
     import freehold
+    from freehold import machine
     from freehold.model.lora import AdapterSpec, Target, new_adapter
     from freehold.train.examples import NO_TARGET
     from freehold.train.forward import taught
     from freehold.train.packing import PackedRow
 
-    # As `freehold tune` has it: the native kernels' threads and torch's would get in each other's way.
     model = freehold.load("default", context=arguments.tokens, threads=arguments.threads)
+    # As `freehold tune` has it: the native kernels' threads and torch's would get in each other's way.
     torch.set_num_threads(1)
+    machine.keep_freed_memory()
     examples, num_taught = tokens_of(arguments)
     untaught = arguments.example - 1 - num_taught
     row = PackedRow(
@@ -107,31 +109,38 @@ def peft_step(arguments: argparse.Namespace) -> Callable[[], object]:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """One contestant's process: prints its steps' seconds and its peak of memory."""
+    """One contestant's process: a step for each line that it reads, with its seconds and the peak of memory so far."""
     step = {"freehold": freehold_step, "peft": peft_step}[arguments.worker](arguments)
-    seconds = []
-    for _ in range(1 + arguments.steps):
+    answer({"ready": arguments.worker})
+    for _ in sys.stdin:
         start = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": peak}) + "\n")
+        seconds = time.perf_counter() - start
+        answer({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 
 
-def measure(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
-    keys = ("steps", "tokens", "example", "rank", "threads", "peft_dtype")
+def answer(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def one_round(arguments: argparse.Namespace, folder: Path) -> list[dict[str, dict[str, Any]]]:
+    """What each step of each took, side by side."""
+    keys = ("tokens", "example", "rank", "threads", "peft_dtype")
     options = [f"--{key.replace('_', '-')}={getattr(arguments, key)}" for key in keys]
-    command = [sys.executable, __file__, "--worker", name, "--folder", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    with ExitStack() as contest:
+        workers = {}
+        for name in _NAMES:
+            command = [sys.executable, __file__, "--worker", name, "--folder", str(folder), *options]
+            workers[name] = Worker(name, command, threads=arguments.threads)
+            contest.callback(workers[name].close)
+        pairs = [{name: worker.ask({}) for name, worker in workers.items()} for _ in range(1 + arguments.steps)]
+    return pairs[1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("rounds", 3), ("steps", 4), ("tokens", 1024), ("example", 128), ("rank", 16)):
+    for option, default in (("rounds", 2), ("steps", 8), ("tokens", 1024), ("example", 128), ("rank", 16)):
         parser.add_argument(f"--{option}", type=positive, default=default)
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--peft-dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -151,20 +160,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="freehold-") as temporary:
         folder = Path(temporary) / "bfloat16"
         convert(ensure(), folder, layout=Layout.HF, experts=ExpertFormat.BF16)
-        rounds = []
+        pairs = []
         for round_ in range(arguments.rounds):
-            rounds.append({name: measure(arguments, name, folder) for name in _NAMES})
-            said = ", ".join(f"{n} {arguments.tokens / rounds[-1][n]['seconds']:.0f} tokens/s" for n in _NAMES)
+            try:
+                pairs += (found := one_round(arguments, folder))
+            except ContestError as error:
+                sys.exit(str(error))
+            rates = {name: [arguments.tokens / pair[name]["seconds"] for pair in found] for name in _NAMES}
+            said = ", ".join(f"{name} {spread(each)} tokens/s" for name, each in rates.items())
             sys.stderr.write(f"round {round_ + 1}: {said}\n")
     ours, theirs = _NAMES
-    faster = statistics.median(r[theirs]["seconds"] / r[ours]["seconds"] for r in rounds)
-    smaller = statistics.median(r[ours]["peak"] / r[theirs]["peak"] for r in rounds)
-    rates = {name: [arguments.tokens / r[name]["seconds"] for r in rounds] for name in _NAMES}
-    peaks = {name: statistics.median(r[name]["peak"] for r in rounds) / (1 << 30) for name in _NAMES}
+    faster = [pair[theirs]["seconds"] / pair[ours]["seconds"] for pair in pairs]
+    rates = {name: [arguments.tokens / pair[name]["seconds"] for pair in pairs] for name in _NAMES}
+    peaks = {name: max(pair[name]["peak"] for pair in pairs) / GIB for name in _NAMES}
     rows = [
         ["", *_NAMES, "freehold ÷ peft"],
-        ["tokens/s: median (lowest to highest)", *(spread(rates[name]) for name in _NAMES), f"{faster:.2f}"],
-        ["peak memory, GiB", *(f"{peaks[name]:.2f}" for name in _NAMES), f"{smaller:.2f}"],
+        ["tokens/s: median (lowest to highest)", *(spread(rates[name]) for name in _NAMES), spread(faster)],
+        ["peak memory, GiB", *(f"{peaks[name]:.2f}" for name in _NAMES), f"{peaks[ours] / peaks[theirs]:.2f}"],
     ]
     shape = (
         f"{arguments.tokens // arguments.example} examples of {arguments.example} tokens, rank {arguments.rank}, "

@@ -113,6 +113,18 @@ NB_MODULE(_native, module) {
             },
             Released())
         .def(
+            "add_product",
+            [](Engine& self, uintptr_t left, size_t left_row, size_t left_column, uintptr_t right, size_t right_row,
+               size_t right_column, uintptr_t out, size_t M, size_t K, size_t N) {
+                self.add_product({{at<float>(left), left_row, left_column},
+                                  {at<float>(right), right_row, right_column},
+                                  M,
+                                  K,
+                                  N,
+                                  at<float>(out)});
+            },
+            Released())
+        .def(
             "widen",
             [](Engine& self, const Matrix& w, bool narrow, uintptr_t out) { self.widen(w, narrow, at<void>(out)); },
             Released())

@@ -143,47 +143,40 @@ void widen(Form form, const uint8_t* data, const uint8_t* scales, size_t columns
     }
 }
 
-// R columns of the weights and G groups of tokens.
+// R columns of the weights from `n` on, and G groups from `g` on.
 template <size_t R, size_t G>
-inline void left_micro(const float* weights, size_t stride, const float* b, size_t b_group, size_t K, float* c,
-                       size_t c_group, bool accumulate) {
+inline void left_micro(const LeftProduct& p, size_t n, size_t g) {
+    const float* weights = p.weights + n * p.weight_column;
+    const float* b = p.b + g * p.b_group;
+    float* c = p.c + g * p.c_group + n * p.c_column;
+    const size_t column = p.weight_column, step = p.weight_step, b_group = p.b_group;
     F16 sums[R][G];
     for (size_t r = 0; r < R; ++r)
-        for (size_t g = 0; g < G; ++g) sums[r][g] = accumulate ? load(c + g * c_group + r * kPanel) : zero();
-    for (size_t k = 0; k < K; ++k) {
-        F16 tokens[G];
-        for (size_t g = 0; g < G; ++g) tokens[g] = load(b + g * b_group + k * kPanel);
+        for (size_t i = 0; i < G; ++i) sums[r][i] = p.accumulate ? load(c + i * p.c_group + r * p.c_column) : zero();
+    for (size_t k = 0; k < p.K; ++k, weights += step, b += kPanel) {
+        F16 side[G];
+        for (size_t i = 0; i < G; ++i) side[i] = load(b + i * b_group);
         for (size_t r = 0; r < R; ++r) {
-            const F16 weight = set1(weights[r * stride + k]);
-            for (size_t g = 0; g < G; ++g) sums[r][g] = fma(weight, tokens[g], sums[r][g]);
+            const F16 weight = set1(weights[r * column]);
+            for (size_t i = 0; i < G; ++i) sums[r][i] = fma(weight, side[i], sums[r][i]);
         }
     }
     for (size_t r = 0; r < R; ++r)
-        for (size_t g = 0; g < G; ++g) store(c + g * c_group + r * kPanel, sums[r][g]);
+        for (size_t i = 0; i < G; ++i) store(c + i * p.c_group + r * p.c_column, sums[r][i]);
 }
 
 template <size_t R, size_t G>
-inline void left_columns(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group, size_t K,
-                         float* c, size_t c_group, bool accumulate) {
-    size_t n = 0;
-    for (; n + R <= columns; n += R)
-        left_micro<R, G>(weights + n * stride, stride, b, b_group, K, c + n * kPanel, c_group, accumulate);
+inline void left_columns(const LeftProduct& p, size_t n, size_t g) {
+    for (; n + R <= p.columns; n += R) left_micro<R, G>(p, n, g);
     if constexpr (R > 1)
-        if (n < columns)
-            left_columns<R - 1, G>(weights + n * stride, stride, columns - n, b, b_group, K, c + n * kPanel, c_group,
-                                   accumulate);
+        if (n < p.columns) left_columns<R - 1, G>(p, n, g);
 }
 
-// Each sum runs over k in order, however columns and tokens are taken.
-void multiply_left(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group, size_t groups,
-                   size_t K, float* c, size_t c_group, bool accumulate) {
+// Each sum runs over k in order, however columns and groups are taken.
+void multiply_left(const LeftProduct& p) {
     size_t g = 0;
-    for (; g + kLeftGroups <= groups; g += kLeftGroups)
-        left_columns<kLeftRows, kLeftGroups>(weights, stride, columns, b + g * b_group, b_group, K, c + g * c_group,
-                                             c_group, accumulate);
-    for (; g < groups; ++g)
-        left_columns<kLeftRows, 1>(weights, stride, columns, b + g * b_group, b_group, K, c + g * c_group, c_group,
-                                   accumulate);
+    for (; g + kLeftGroups <= p.groups; g += kLeftGroups) left_columns<kLeftRows, kLeftGroups>(p, 0, g);
+    for (; g < p.groups; ++g) left_columns<kLeftRows, 1>(p, 0, g);
 }
 
 // --- activations ---------------------------------------------------------------------------------------------------
@@ -629,11 +622,15 @@ inline F16 out_of_sight(F16 at, size_t key, size_t window) {
     return sub(one, seen);
 }
 
+// Rows of K numbers times those of 16 queries below each other.
+inline LeftProduct of_rows(const float* rows, size_t stride, size_t count, const float* queries, size_t K, float* out) {
+    return {rows, stride, 1, queries, 0, out, 0, kPanel, count, 1, K, false};
+}
+
 // Scores of a group of 16 queries from `first` on, with the keys from `low` to `high`, but -1e30 where out of sight.
 inline void turned_scores(const SelfAttentionPiece& piece, const float* q, size_t first, float* scores) {
     const size_t keys = piece.last_key - piece.first_key;
-    multiply_left(piece.k + piece.first_key * piece.kv_stride, piece.kv_stride, keys, q, 0, 1, piece.H, scores, 0,
-                  false);
+    multiply_left(of_rows(piece.k + piece.first_key * piece.kv_stride, piece.kv_stride, keys, q, piece.H, scores));
     float positions[kPanel];
     for (size_t i = 0; i < kPanel; ++i) positions[i] = static_cast<float>(first + i);
     const F16 at = load(positions);
@@ -673,21 +670,24 @@ void self_attend_backward(const SelfAttentionPiece& piece) {
             common[i] = i < count ? piece.common[(first + i) * piece.logsum_stride] : 0.0f;
         }
         turned_scores(piece, q, first, weights);
-        multiply_left(piece.v + piece.first_key * piece.kv_stride, piece.kv_stride, keys, gradient, 0, 1, H, of_scores,
-                      0, false);
+        multiply_left(
+            of_rows(piece.v + piece.first_key * piece.kv_stride, piece.kv_stride, keys, gradient, H, of_scores));
         const F16 logsum = load(logsums), shift = load(common);
         for (size_t j = 0; j < keys; ++j) {
             const F16 weight = exp_or_zero(sub(load(weights + j * kPanel), logsum));
             store(weights + j * kPanel, weight);
             store(of_scores + j * kPanel, mul(weight, sub(load(of_scores + j * kPanel), shift)));
         }
-        multiply_left(piece.turned + piece.first_key, piece.turned_stride, H, of_scores, 0, 1, keys, of_q, 0, false);
+        multiply_left(of_rows(piece.turned + piece.first_key, piece.turned_stride, H, of_scores, keys, of_q));
         turn_back(of_q, count, H, piece.scale, piece.of_q + first * piece.q_stride, piece.q_stride);
         const size_t offset = piece.first_key * kPanel;
-        multiply_left(of_scores, kPanel, keys, q_rows, kPanel * kPanel, groups, kPanel, piece.of_k + offset,
-                      piece.of_kv_group, true);
-        multiply_left(weights, kPanel, keys, rows, kPanel * kPanel, groups, kPanel, piece.of_v + offset,
-                      piece.of_kv_group, true);
+        LeftProduct to_keys = of_rows(of_scores, kPanel, keys, q_rows, kPanel, piece.of_k + offset);
+        to_keys.b_group = kPanel * kPanel, to_keys.c_group = piece.of_kv_group;
+        to_keys.groups = groups, to_keys.accumulate = true;
+        LeftProduct to_values = to_keys;
+        to_values.weights = weights, to_values.b = rows, to_values.c = piece.of_v + offset;
+        multiply_left(to_keys);
+        multiply_left(to_values);
     }
 }
 

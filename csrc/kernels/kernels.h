@@ -72,6 +72,19 @@ inline constexpr int64_t kSplit = 512;  // keys whose partial result is merged a
 
 constexpr size_t attention_scratch(size_t rows, size_t H) { return kPage * padded_head(H) + rows * kSplit; }
 
+// c (columns, groups of 16) = or += weights (columns, K) * b (K, groups of 16): numbers that are read one by one times
+// some that lie side by side. Distances are in floats.
+struct LeftProduct {
+    const float* weights;  // of column n and depth k at n * weight_column + k * weight_step
+    size_t weight_column, weight_step;
+    const float* b;  // (groups, K, 16), groups `b_group` apart
+    size_t b_group;
+    float* c;  // of group g and column n at g * c_group + n * c_column
+    size_t c_group, c_column;
+    size_t columns, groups, K;
+    bool accumulate;
+};
+
 struct Kernels {
     const char* name;
     size_t q8_bytes, mxfp4_bytes;  // of a token's block of quantised activations, as dot_q8 and dot_mxfp4 read it
@@ -86,10 +99,7 @@ struct Kernels {
     // Some columns of a panel's 16 rows as floats: column c to out + c * stride. data and scales are those of the first
     // column, which begins a block; a quantised panel fills whole blocks of columns.
     void (*widen)(Form form, const uint8_t* data, const uint8_t* scales, size_t columns, float* out, size_t stride);
-    // c (groups, columns, 16) = or += weights (columns, K) * b (groups, K, 16), for groups of 16 tokens that lie
-    // `b_group` and `c_group` floats apart: rows of a matrix times gradients, with the tokens side by side.
-    void (*multiply_left)(const float* weights, size_t stride, size_t columns, const float* b, size_t b_group,
-                          size_t groups, size_t K, float* c, size_t c_group, bool accumulate);
+    void (*multiply_left)(const LeftProduct& product);
 
     // n floats, a multiple of 16, as bfloat16.
     void (*narrow)(const float* x, size_t n, uint16_t* out);

@@ -256,8 +256,18 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
                                     w.panel_scales(at) + column / kBlock * block_scale_bytes(w), columns,
                                     weights + p * kPanel, depth);
                         }
-                        k.multiply_left(weights, depth, columns, turned + panel * kPanel * kPanel, group_floats, groups,
-                                        count * kPanel, sums, kStrip * kPanel, first_panel + panel > 0);
+                        k.multiply_left({.weights = weights,
+                                         .weight_column = depth,
+                                         .weight_step = 1,
+                                         .b = turned + panel * kPanel * kPanel,
+                                         .b_group = group_floats,
+                                         .c = sums,
+                                         .c_group = kStrip * kPanel,
+                                         .c_column = kPanel,
+                                         .columns = columns,
+                                         .groups = groups,
+                                         .K = count * kPanel,
+                                         .accumulate = first_panel + panel > 0});
                     }
                     for (size_t t = 0; t < tokens; ++t)
                         for (size_t c = 0; c < columns; ++c)
@@ -266,6 +276,67 @@ void Engine::linear_backward(const Matrix& w, const LinearBackwardArgs& args) {
             });
         }
     }
+}
+
+namespace {
+
+constexpr size_t kProductRows = 96;    // that a thread takes at once, with two panels of columns:
+constexpr size_t kProductDepth = 256;  // so many rows of the right matrix are 32 KiB
+
+}  // namespace
+
+void Engine::add_product(const ProductArgs& args) {
+    std::lock_guard<std::mutex> lock(busy_);
+    const Kernels& k = kernels();
+    const auto [left, right, M, K, N, out] = args;
+    constexpr size_t width = 2 * kPanel, right_floats = kProductDepth * width, sums_floats = kProductRows * width;
+    workspace_.reset(Workspace::size_of<float>(threads() * right_floats) +
+                     Workspace::size_of<float>(threads() * sums_floats));
+    float* all_rights = workspace_.take<float>(threads() * right_floats);
+    float* all_sums = workspace_.take<float>(threads() * sums_floats);
+    const size_t strips = ceil_div(N, width);
+    pool_.split(ceil_div(M, kProductRows) * strips, 1, [&](size_t begin, size_t end, unsigned thread) {
+        float* packed = all_rights + thread * right_floats;  // (panels, kProductDepth, 16)
+        for (size_t tile = begin; tile < end; ++tile) {
+            const size_t row = tile / strips * kProductRows, rows = std::min(kProductRows, M - row);
+            const size_t column = tile % strips * width, columns = std::min(width, N - column);
+            const size_t panels = ceil_div(columns, kPanel);
+            const bool whole = columns % kPanel == 0;  // else the sums of a panel would not fit in their place
+            float* place = out + row * N + column;
+            float* sums = whole ? place : all_sums + thread * sums_floats;
+            const size_t stride = whole ? N : width;
+            if (!whole)
+                for (size_t r = 0; r < rows; ++r)
+                    for (size_t c = 0; c < width; ++c) sums[r * width + c] = c < columns ? place[r * N + c] : 0.0f;
+            for (size_t first = 0; first < K; first += kProductDepth) {
+                const size_t depth = std::min(kProductDepth, K - first);
+                for (size_t panel = 0; panel < panels; ++panel) {
+                    const size_t at = column + panel * kPanel, count = std::min(kPanel, N - at);
+                    const float* from = right.data + first * right.row + at * right.column;
+                    float* to = packed + panel * kProductDepth * kPanel;
+                    for (size_t i = 0; i < depth; ++i, from += right.row, to += kPanel)
+                        if (right.column == 1 && count == kPanel)
+                            std::memcpy(to, from, kPanel * sizeof(float));
+                        else
+                            for (size_t c = 0; c < kPanel; ++c) to[c] = c < count ? from[c * right.column] : 0.0f;
+                }
+                k.multiply_left({.weights = left.data + row * left.row + first * left.column,
+                                 .weight_column = left.row,
+                                 .weight_step = left.column,
+                                 .b = packed,
+                                 .b_group = kProductDepth * kPanel,
+                                 .c = sums,
+                                 .c_group = kPanel,
+                                 .c_column = stride,
+                                 .columns = rows,
+                                 .groups = panels,
+                                 .K = depth,
+                                 .accumulate = true});
+            }
+            if (!whole)
+                for (size_t r = 0; r < rows; ++r) std::copy_n(sums + r * width, columns, place + r * N);
+        }
+    });
 }
 
 void Engine::widen(const Matrix& w, bool narrow, void* out) {

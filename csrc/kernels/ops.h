@@ -56,6 +56,19 @@ struct LinearBackwardArgs {
     float* out;  // (T, C), of the input
 };
 
+// A matrix as it lies, distances in floats.
+struct Strided {
+    const float* data;
+    size_t row, column;
+};
+
+struct ProductArgs {
+    Strided left;   // (M, K)
+    Strided right;  // (K, N)
+    size_t M, K, N;
+    float* out;  // (M, N), added to
+};
+
 // Two small f32 factors by which a product x * wT gains scaling * (x * aT) * bT: a is (R, C), and b has the rows of w.
 // Of a mixture they are the first of E each, and b is paired where w is.
 struct Lora {
@@ -194,6 +207,8 @@ class Engine {
     void linear(const Matrix& w, const LinearArgs& args);
     // gradient * w, in float32 throughout. A few rows of w at a time are widened, by each thread for itself.
     void linear_backward(const Matrix& w, const LinearBackwardArgs& args);
+    // out += left * right, where N or K or M is small: each sum runs over K in order.
+    void add_product(const ProductArgs& args);
     // The values that a matrix stands for, turned round: out (C, 16 * panels), rows as they lie, in bfloat16 where
     // `narrow`, else in float32.
     void widen(const Matrix& w, bool narrow, void* out);

@@ -165,6 +165,50 @@ void check_linear_backward(Form form) {
     report(std::string("linear_backward ") + name_of(form));
 }
 
+void check_add_product() {
+    Random random(23);
+    struct Shape {
+        size_t M, K, N;
+    };
+    std::vector<Shape> shapes = {{0, 3, 4},   {3, 0, 4},    {3, 4, 0},   {1, 1, 1},     {2, 300, 16},
+                                 {7, 16, 33}, {97, 257, 8}, {16, 5, 64}, {193, 16, 49}, {100, 513, 17}};
+    if (quick) shapes = {{3, 0, 4}, {7, 16, 33}, {97, 257, 8}};
+    for (const auto& [M, K, N] : shapes)
+        for (int turned = 0; turned < 4; ++turned) {
+            // Either side by rows or by columns, with something between them.
+            const size_t gap = turned;
+            const size_t left_lines = turned & 1 ? K : M, left_long = (turned & 1 ? M : K) + gap;
+            const size_t right_lines = turned & 2 ? N : K, right_long = (turned & 2 ? K : N) + gap;
+            const Buffer<float> left = normals(random, left_lines * left_long);
+            const Buffer<float> right = normals(random, right_lines * right_long);
+            const Buffer<float> before = normals(random, M * N);
+            const Strided a = {left.data(), turned & 1 ? 1 : left_long, turned & 1 ? left_long : 1};
+            const Strided b = {right.data(), turned & 2 ? 1 : right_long, turned & 2 ? right_long : 1};
+            on_each_set(text("add_product M=%zu K=%zu N=%zu turned=%d", M, K, N, turned), [&](const Kernels&) {
+                const Buffer<float> out = on_any_threads(M * N, [&](Engine& engine, float* to) {
+                    std::copy_n(before.data(), M * N, to);
+                    engine.add_product({a, b, M, K, N, to});
+                });
+                for (size_t m = 0; m < M; ++m)
+                    for (size_t n = 0; n < N; ++n) {
+                        double value = before[m * N + n], terms = std::abs(value);
+                        for (size_t k = 0; k < K; ++k) {
+                            const double term = static_cast<double>(a.data[m * a.row + k * a.column]) *
+                                                b.data[k * b.row + n * b.column];
+                            value += term, terms += std::abs(term);
+                        }
+                        expect_near(out[m * N + n], value, 1e-6 * terms + kTiny, "out", m, n);
+                    }
+                if (M == 0 || N == 0) return;
+                Buffer<float> alone(N);
+                std::copy_n(before.data() + (M - 1) * N, N, alone.data());
+                engine_of(2).add_product({{a.data + (M - 1) * a.row, a.row, a.column}, b, 1, K, N, alone.data()});
+                expect_same_bits(alone.data(), out.data() + (M - 1) * N, N, "a row alone and among others");
+            });
+        }
+    report("add_product");
+}
+
 void check_widen(Form form) {
     Random random(22);
     struct Shape {

@@ -32,6 +32,7 @@ void check_rms_norm();
 void check_rope();
 void check_linear(Form form);
 void check_linear_backward(Form form);
+void check_add_product();
 void check_widen(Form form);
 void check_swiglu_backward();
 void check_route();

@@ -43,6 +43,7 @@ int main(int count, char** arguments) {
     check_rope();
     for (Form form : kForms) check_linear(form);
     for (Form form : kForms) check_linear_backward(form);
+    check_add_product();
     for (Form form : kForms) check_widen(form);
     check_swiglu_backward();
     for (KvType type : kKvTypes) check_kv_write(type);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freehold.kernels import backends, ops, reference
+from freehold.kernels import backends, ops, products, reference
 from freehold.kernels.kv import KvType
 from freehold.kernels.lora import ExpertLora, Lora
 from freehold.kernels.ops import Norm, Routing
@@ -192,6 +192,18 @@ def test_threads_neighbours_and_strides_leave_a_tokens_gradient_as_it_is(form: F
             native.set_threads(threads)
             assert torch.equal(native.linear_backward(gradient, weight), alone), (name, threads)
             assert torch.equal(native.linear_backward(gradient.contiguous(), weight), alone)
+
+
+@pytest.mark.parametrize("shape", [(1030, 40, 16), (40, 1030, 3), (3, 300, 70), (5, 0, 7), (0, 4, 4)])
+def test_products_with_small_factors_add_up_however_those_lie(shape: tuple[int, int, int], kernels: str) -> None:
+    M, K, N = shape
+    wide, tall, before = draw(M, K + 5), draw(N, K, seed=2), draw(M, N, seed=3)
+    for left in (wide[:, 2 : K + 2], wide[:, 2 : K + 2].T.contiguous().T):
+        for right in (tall.T, tall.T.contiguous()):
+            assert furthest(products.product(left, right), left, right) < EXACT
+            to = before.clone()
+            products.add_product(to, left, right)
+            assert furthest(to, torch.cat((left, before), 1), torch.cat((right, torch.eye(N)))) < EXACT
 
 
 @pytest.mark.parametrize("form", FORMS)

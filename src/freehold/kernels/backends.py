@@ -22,8 +22,8 @@ from freehold.log import info_once, warn_once
 
 CHOICES = ("auto", "native", "reference")
 OPS = (
-    "rms_norm", "rms_norm_backward", "linear", "linear_backward", "add_lora", "rope", "kv_write", "attention",
-    "route", "moe", "sample",
+    "rms_norm", "rms_norm_backward", "linear", "linear_backward", "add_lora", "add_product", "rope", "kv_write",
+    "attention", "route", "moe", "sample",
 )  # fmt: skip
 
 _NOT_BUILT = "the native kernels are not built: there was no C++ compiler, or no Python headers, at installation"

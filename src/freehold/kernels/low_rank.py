@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from freehold.kernels import backends
+from freehold.kernels import backends, products
 from freehold.kernels.packed_lora import LoraParts, PackedLora
 from freehold.weights.packed import pack
 
@@ -63,14 +63,14 @@ class _Add(torch.autograd.Function):
         x_TI, *factors = ctx.saved_tensors
         dtype, of_factors, middles, start = x_TI.dtype, [], [], 0
         joined_RI = torch.cat(factors[0::2]).to(dtype)
-        rows_TR = x_TI @ joined_RI.T
+        rows_TR = products.product(x_TI, joined_RI.T)
         gradient = gradient_TO.to(dtype)
         for (scaling, columns), a_RI, b_OR in zip(ctx.places, factors[0::2], factors[1::2], strict=True):
             rank, mine = len(a_RI), gradient[:, columns]
-            middle = (mine @ b_OR.to(dtype)).mul_(scaling)
-            of_b = (mine.T @ rows_TR[:, start : start + rank]).to(b_OR.dtype).mul_(scaling)
-            of_factors += [(middle.T @ x_TI).to(a_RI.dtype), of_b]
+            middle = products.product(mine, b_OR.to(dtype)).mul_(scaling)
+            of_b = products.product(mine.T, rows_TR[:, start : start + rank]).to(b_OR.dtype).mul_(scaling)
+            of_factors += [products.product(middle.T, x_TI).to(a_RI.dtype), of_b]
             middles.append(middle)
             start += rank
-        of_x = None if ctx.folded else (torch.cat(middles, dim=1) @ joined_RI).float()
+        of_x = None if ctx.folded else products.product(torch.cat(middles, dim=1), joined_RI).float()
         return gradient_TO, of_x, None, None, *of_factors

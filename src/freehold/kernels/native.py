@@ -104,6 +104,14 @@ def linear_backward(gradient_TO: Tensor, weight: PackedMatrix) -> Tensor:
     return out_TD
 
 
+def add_product(to_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """to += left · right. `to` is contiguous; the others lie as they like."""
+    (M, K), N = left_MK.shape, right_KN.shape[1]
+    _start().add_product(
+        left_MK.data_ptr(), *left_MK.stride(), right_KN.data_ptr(), *right_KN.stride(), to_MN.data_ptr(), M, K, N
+    )
+
+
 def widen(weight: PackedMatrix, out_CR: Tensor) -> None:
     """The values that a matrix stands for, turned round: into (C, 16 · panels), bfloat16 or float32."""
     _start().widen(_matrix(weight), out_CR.dtype == torch.bfloat16, out_CR.data_ptr())

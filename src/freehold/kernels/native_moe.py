@@ -210,7 +210,7 @@ class _Half:
 
     def middle(self, of_out: Tensor, expert: int) -> Tensor | None:
         """The gradient of an expert's rows before scaling."""
-        return None if self._factors is None else (of_out @ self._b[expert]).mul_(self._factors.scaling)
+        return None if self._factors is None else products.product(of_out, self._b[expert]).mul_(self._factors.scaling)
 
     def add_input_gradient(self, of_x: Tensor, middle: Tensor | None, expert: int) -> None:
         """To that of the frozen product."""
@@ -218,9 +218,9 @@ class _Half:
             return
         kept = self._kept(of_x, expert)
         if kept is None:
-            of_x.addmm_(middle, self._a[expert])
+            products.add_product(of_x, middle, self._a[expert])
         else:
-            of_x += (middle @ self._a[expert]) * kept
+            of_x += products.product(middle, self._a[expert]) * kept
 
     def keep_gradients(
         self,
@@ -237,14 +237,14 @@ class _Half:
         kept = self._kept(x, expert)
         seen = (x if kept is None else x * kept).to(middle.dtype)
         if rows_SR is None:
-            through = (seen @ self._a[expert].T).mul_(self._factors.scaling)
+            through = products.product(seen, self._a[expert].T).mul_(self._factors.scaling)
         else:
             through = rows_SR[:, : middle.shape[1]]
         if weights_S is not None:
             weights = weights_S.unsqueeze(-1)
             middle, through = middle * weights.to(middle.dtype), through * weights
-        self._of_a[expert] = middle.T @ seen
-        self._of_b[expert] = of_out.T @ through.to(of_out.dtype)
+        self._of_a[expert] = products.product(middle.T, seen)
+        self._of_b[expert] = products.product(of_out.T, through.to(of_out.dtype))
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Of the two factors."""

@@ -1,4 +1,5 @@
-"""What backward passes multiply by: packed weights, in float32 or in bfloat16, and the norm in front of a product.
+"""What backward passes multiply by: packed weights, in float32 or in bfloat16, adapters' factors, and the norm in front
+of a product.
 
 In float32 a gradient is multiplied by the packed numbers themselves. In bfloat16, which processors that have
 instructions for it multiply ten times as fast, one matrix at a time, or a part of a large one, is widened into memory
@@ -44,6 +45,18 @@ def linear_backward(gradient_TO: Tensor, weight: PackedMatrix, dtype: torch.dtyp
         first = panel * PANEL
         total += gradient_TO[:, first : first + part.shape[0]] @ scratch.widened(part, dtype)[: part.shape[0]]
     return total
+
+
+def add_product(to_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """to += left · right: the products with adapters' factors, of which M, K or N is a rank. Torch would compute those
+    with one thread (backends.one_torch_thread); the native kernels have more."""
+    backends.for_op("add_product", to_MN).add_product(to_MN, left_MK, right_KN)
+
+
+def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    out_MN = left_MK.new_zeros((left_MK.shape[0], right_KN.shape[1]))
+    add_product(out_MN, left_MK, right_KN)
+    return out_MN
 
 
 def rms_norm_backward(

@@ -65,6 +65,10 @@ def row_blocks(weight: PackedMatrix) -> Iterator[tuple[slice, Tensor]]:
         yield slice(panel * PANEL, panel * PANEL + len(rows)), rows
 
 
+def add_product(to_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    to_MN.addmm_(left_MK, right_KN)
+
+
 def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, norm_D: Tensor | None, eps: float) -> None:
     if norm_D is not None:
         x_TD = rms_norm(x_TD, norm_D, eps)

@@ -606,8 +606,7 @@ def train(
     with exclusive(output / RUN_FILE, wait=False), _torch_threads(prepared.policy):
         per_checkpoint = 3 * plan.factors
         check_space(output / RUN_FILE, (request.loop.save_total_limit + 3) * per_checkpoint)
-        if plan.checkpointing:
-            machine.return_large_memory()
+        machine.return_large_memory() if plan.checkpointing else machine.keep_freed_memory()
         # As it was typed in the beginning, from wherever the run goes on.
         base_model = prepared.folder.path.name if prepared.request.model in BUILT_IN else run["model"]["name"]
         objective = _objective(prepared, base_model, checkpointing=plan.checkpointing, progress=progress)
