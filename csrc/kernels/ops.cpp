@@ -189,8 +189,8 @@ void Engine::linear(const Matrix& w, const LinearArgs& args) {
 
 namespace {
 
-constexpr size_t kStrip = 64;        // columns that a thread takes at once: whole blocks
-constexpr size_t kDepthPanels = 8;   // whose rows are widened at once; with the strip's columns, 32 KiB
+constexpr size_t kStrip = 96;        // columns that a thread takes at once: whole blocks, a multiple of kLeftRows
+constexpr size_t kDepthPanels = 5;   // whose rows are widened at once; with the strip's columns, 30 KiB
 constexpr size_t kTurnTokens = 512;  // these two bound the workspace: so many gradients,
 constexpr size_t kTurnPanels = 512;  // of so many panels' rows, are turned at once
 
