@@ -31,11 +31,12 @@ def suits(x: Tensor) -> bool:
 
 
 def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part], *, folded: bool = False) -> Tensor:
-    """A new sum. `folded`: `out_TO` has it in already, and only the factors' gradients are asked for."""
+    """`out_TO` itself, contiguous and nobody else's, with that added. `folded`: it has it in already, and only the
+    factors' gradients are asked for."""
     factors = [factor for part in parts for factor in (part.a_RI, part.b_OR)]
     places = [(part.scaling, slice(part.column, part.column + len(part.b_OR))) for part in parts]
-    sum_TO: Tensor = _Add.apply(out_TO, x_TI, places, folded, *factors)  # type: ignore[no-untyped-call]
-    return sum_TO
+    added_TO: Tensor = _Add.apply(out_TO, x_TI, places, folded, *factors)  # type: ignore[no-untyped-call]
+    return added_TO
 
 
 class _Add(torch.autograd.Function):
@@ -45,17 +46,17 @@ class _Add(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TI.to(backends.gradient_type()), *factors)
         ctx.places, ctx.folded = places, folded
-        sum_TO = out_TO.clone(memory_format=torch.contiguous_format)
+        ctx.mark_dirty(out_TO)
         if folded:
-            return sum_TO
+            return out_TO
         loras = [
             PackedLora(pack(a_RI.float(), "f32"), pack(b_OR.float(), "f32"), scaling)
             for (scaling, _), a_RI, b_OR in zip(places, factors[0::2], factors[1::2], strict=True)
         ]
         columns = [place.start for _, place in places]
         parts = LoraParts(loras, [0] * len(loras), columns, torch.zeros(len(x_TI), dtype=torch.int64))
-        backends.for_op("add_lora", x_TI).add_lora(sum_TO, x_TI, parts, None, 0.0)
-        return sum_TO
+        backends.for_op("add_lora", x_TI).add_lora(out_TO, x_TI, parts, None, 0.0)
+        return out_TO
 
     @staticmethod
     @once_differentiable
