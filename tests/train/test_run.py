@@ -27,7 +27,7 @@ from freehold.errors import (
     TrainingError,
     UsageError,
 )
-from freehold.formats.chat import HarmonyFormat
+from freehold.formats.chat import HarmonyFormat, speaks_of_harmony
 from freehold.formats.templates import CHATML
 from freehold.hub.folder import open_folder
 from freehold.hub.merge import merge
@@ -262,8 +262,12 @@ def test_a_model_tuned_as_a_whole_is_spoken_to_in_the_format_that_it_learnt(
         )  # fmt: skip
         tuned(request, tmp_path / f"run {harmony}")
         folder = open_folder(tmp_path / f"run {harmony}" / "model")
-        assert (folder.chat_template is None) is bool(harmony)
-        assert folder.template_variables == {"eos_token": "<|im_end|>"}
+        assert folder.chat_template is not None and speaks_of_harmony(folder.chat_template) is bool(harmony)
+        assert folder.template_variables == {"eos_token": "<|return|>" if harmony else "<|im_end|>"}
+        assert folder.tokenizer is not None
+        said = json.loads((folder.path / "generation_config.json").read_text())["eos_token_id"]
+        ends = [folder.tokenizer.control_id(name) for name in ("<|return|>", "<|call|>", "<|im_end|>")]
+        assert said == (ends if harmony else ends[-1])
 
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

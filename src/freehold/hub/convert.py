@@ -1,13 +1,13 @@
 """Rewrite a model in another published layout or expert format, whole or not at all."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from freehold.config import ExpertFormat, Layout
 from freehold.disk import new_folder, write_bytes
 from freehold.errors import CheckpointError
-from freehold.formats.chat import speaks_of_harmony
+from freehold.formats.tokenizer import Tokenizer
+from freehold.hub.in_harmony import in_harmony
 from freehold.log import Progress, no_progress
 from freehold.weights.layouts import (
     Checkpoint,
@@ -70,8 +70,8 @@ def write_folder(
 
 
 def side_files(source: Path, *, harmony: bool | None = None) -> dict[str, bytes]:
-    """What belongs to a model besides config.json and tensors: tokeniser, template, licence. Of one that has learnt
-    `harmony` since, no template that says otherwise: without one, the vocabulary says how it chats."""
+    """What belongs to a model besides config.json and tensors: tokeniser, template, licence; in_harmony.py's of one
+    that has learnt `harmony` since."""
     contents = {}
     for path in (source / name for name in SIDE_FILES):
         try:
@@ -79,22 +79,7 @@ def side_files(source: Path, *, harmony: bool | None = None) -> dict[str, bytes]
                 contents[path.name] = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    if harmony:
-        _drop_other_template(contents)
-    return contents
-
-
-def _drop_other_template(contents: dict[str, bytes]) -> None:
-    if not speaks_of_harmony(contents.get("chat_template.jinja", b"").decode("utf-8", "replace")):
-        contents.pop("chat_template.jinja", None)
-    try:
-        config = json.loads(contents.get("tokenizer_config.json", b"{}"))
-    except ValueError as error:
-        raise CheckpointError(f"tokenizer_config.json is not JSON ({error}); download it again") from None
-    if (
-        isinstance(config, dict)
-        and "chat_template" in config
-        and not speaks_of_harmony(json.dumps(config["chat_template"]))
-    ):
-        del config["chat_template"]
-        contents["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    if not harmony:
+        return contents
+    tokenizer = source / "tokenizer.json"
+    return in_harmony(contents, Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None)

@@ -48,7 +48,7 @@ def _make(destination: Path, progress: Progress) -> None:
 def _merge(base: Path, destination: Path, progress: Progress) -> None:
     own = _side_files(Tokenizer.from_file(base / "tokenizer.json"))
     with resources.as_file(_DATA / "default_adapter") as adapter:
-        merge(base, adapter, destination, beside=side_files(base) | own, progress=progress)
+        merge(base, adapter, destination, beside=side_files(base, harmony=True) | own, progress=progress)
 
 
 def _side_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -73,7 +73,6 @@ def _side_files(tokenizer: Tokenizer) -> dict[str, bytes]:
                 "clean_up_tokenization_spaces": False,
             }
         ),
-        "chat_template.jinja": (_DATA / "harmony.jinja").read_bytes(),
         "README.md": (_DATA / "default_model.md").read_bytes(),
     }
 

@@ -38,8 +38,8 @@ def merge(
 ) -> Touched:
     """Write the model in `source` with the adapter in `adapter` folded in to the new folder `destination`.
 
-    `experts` None keeps their format. `beside` are the files that are no weights; None takes those of the model, of
-    which a template stays behind where the adapter learnt Harmony.
+    `experts` None keeps their format. `beside` are the files that are no weights; None takes those of the model, with
+    Harmony's template and ends where the adapter learnt Harmony.
     Raises what `read_peft` raises, and UnsupportedError where the layout cannot express the model.
     """
     checkpoint = open_checkpoint(source)

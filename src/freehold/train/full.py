@@ -165,7 +165,7 @@ class FullTuning:
 
     def export(self, source: Path, destination: Path, *, harmony: bool | None = None) -> None:
         """Write the model as a new folder that loads and serves, in Hugging Face's layout; `source` is the folder that
-        it was tuned from, whose tokeniser, template and licence go along; with `harmony`, no template of others."""
+        it was tuned from, whose tokeniser, template and licence go along; with `harmony`, Harmony's template."""
         write_folder(
             self._checkpoint,
             _Source(self),
