@@ -23,6 +23,16 @@ CHATS: tuple[tuple[list[dict[str, Any]], bool], ...] = (
         ],
         True,
     ),
+    (
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": "Answer in French."},
+            {"role": "user", "content": "Hi!"},
+            {"role": "system", "content": "Now in German."},
+            {"role": "system", "content": "And loud."},
+        ],
+        True,
+    ),
 )
 
 

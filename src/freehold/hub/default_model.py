@@ -18,8 +18,8 @@ from freehold.hub.convert import side_files
 from freehold.hub.merge import merge
 from freehold.log import Progress, no_progress
 
-# The number counts tunings: a model made of an older one is not taken for the present one.
-NAME = "smollm2-135m-gpt-oss-harmony-1"
+# The number counts tunings and templates: what an older one made is not taken for the present one.
+NAME = "smollm2-135m-gpt-oss-harmony-2"
 _DATA = resources.files("freehold.hub") / "data"
 
 
