@@ -366,5 +366,6 @@ def test_gradients_through_packed_experts_reach_the_activations() -> None:
 
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_has_a_reference(op: str) -> None:
-    assert op.endswith("_backward") or callable(getattr(ops, op))  # which only autograd calls
+    only_autograd_calls_it = op.endswith("_backward") or op == "add_product"
+    assert only_autograd_calls_it or callable(getattr(ops, op))
     assert callable(getattr(reference, op))
