@@ -682,10 +682,14 @@ void self_attend_backward(const SelfAttentionPiece& piece) {
         turn_back(of_q, count, H, piece.scale, piece.of_q + first * piece.q_stride, piece.q_stride);
         const size_t offset = piece.first_key * kPanel;
         LeftProduct to_keys = of_rows(of_scores, kPanel, keys, q_rows, kPanel, piece.of_k + offset);
-        to_keys.b_group = kPanel * kPanel, to_keys.c_group = piece.of_kv_group;
-        to_keys.groups = groups, to_keys.accumulate = true;
+        to_keys.b_group = kPanel * kPanel;
+        to_keys.c_group = piece.of_kv_group;
+        to_keys.groups = groups;
+        to_keys.accumulate = true;
         LeftProduct to_values = to_keys;
-        to_values.weights = weights, to_values.b = rows, to_values.c = piece.of_v + offset;
+        to_values.weights = weights;
+        to_values.b = rows;
+        to_values.c = piece.of_v + offset;
         multiply_left(to_keys);
         multiply_left(to_values);
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from freehold.errors import UsageError
 from freehold.kernels import backends, ops, products, reference
 from freehold.kernels.kv import KvType
 from freehold.kernels.lora import ExpertLora, Lora
@@ -204,6 +205,22 @@ def test_products_with_small_factors_add_up_however_those_lie(shape: tuple[int, 
             to = before.clone()
             products.add_product(to, left, right)
             assert furthest(to, torch.cat((left, before), 1), torch.cat((right, torch.eye(N)))) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("to", "left", "right"),
+    [
+        (torch.zeros(4, 4), torch.zeros(4, 8), torch.zeros(3, 4)),
+        (torch.zeros(3, 4), torch.zeros(4, 8), torch.zeros(8, 4)),
+        (torch.zeros(4), torch.zeros(4, 8), torch.zeros(8)),
+        (torch.zeros(4, 8)[:, ::2], torch.zeros(4, 8), torch.zeros(8, 4)),
+        (torch.zeros(4, 4), torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(8, 4)),
+        (torch.zeros(4, 4), torch.zeros(4, 8), torch.zeros(8, 4, dtype=torch.float64)),
+    ],
+)
+def test_products_that_do_not_fit_are_refused(to: Tensor, left: Tensor, right: Tensor) -> None:
+    with pytest.raises(UsageError, match=r"\[add_product\] expected"):
+        products.add_product(to, left, right)
 
 
 @pytest.mark.parametrize("form", FORMS)

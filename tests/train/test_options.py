@@ -16,7 +16,7 @@ from freehold.train.options import LoopOptions, LoraOptions, LoraTarget, lora_ta
         ({"max_steps": 0}, "--max-steps must be a whole number from 1 on, got 0"),
         ({"max_length": 1}, "--max-length must be a whole number from 2 on, got 1"),
         ({"batch_size": True}, "--batch-size must be a whole number from 1 on, got True"),
-        ({"learning_rate": float("inf")}, "--learning-rate must be more than 0, got inf"),
+        ({"learning_rate": float("inf")}, "--learning-rate must be more than 0 and finite, got inf"),
         ({"warmup_ratio": 1.5}, "--warmup-ratio must be 0 or more and 1 at most, got 1.5"),
         ({"adam_beta2": 1}, "--adam-beta2 must be 0 or more and less than 1, got 1"),
         ({"weight_decay": -1}, "--weight-decay must be 0 or more, got -1"),

@@ -102,6 +102,17 @@ def files_of(output: Path) -> list[bytes]:
     return [(output / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
 
 
+def test_a_validation_file_that_is_trained_on_is_mentioned(
+    request_for: TuneRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = write_chats(tmp_path / "other.jsonl", *FACTS[:1])
+    prepare(replace(request_for, validation_file=other))
+    assert not [record for record in caplog.records if "is trained on too" in record.message]
+    prepare(request_for)
+    (said,) = [record.message for record in caplog.records if "is trained on too" in record.message]
+    assert str(request_for.validation_file) in said
+
+
 # --- what comes out ---------------------------------------------------------------------------------------------
 
 

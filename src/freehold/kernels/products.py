@@ -9,6 +9,7 @@ that is used again for the next; sums are in float32 all the same. Called by the
 import torch
 from torch import Tensor
 
+from freehold.errors import UsageError
 from freehold.kernels import backends, reference
 from freehold.weights.packed import PANEL, PackedMatrix
 
@@ -49,8 +50,19 @@ def linear_backward(gradient_TO: Tensor, weight: PackedMatrix, dtype: torch.dtyp
 
 def add_product(to_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """to += left · right: the products with adapters' factors, of which M, K or N is a rank. Torch would compute those
-    with one thread (backends.one_torch_thread); the native kernels have more."""
-    backends.for_op("add_product", to_MN).add_product(to_MN, left_MK, right_KN)
+    with one thread (backends.one_torch_thread); the native kernels have more. `to` is contiguous, and all are of one
+    type."""
+    shapes = [tuple(x.shape) for x in (to_MN, left_MK, right_KN)]
+    if [len(shape) for shape in shapes] != [2, 2, 2] or shapes != [
+        (shapes[1][0], shapes[2][1]), shapes[1], (shapes[1][1], shapes[2][1])
+    ]:  # fmt: skip
+        raise UsageError(f"[add_product] expected (M, N), (M, K) and (K, N), got {shapes}")
+    if not to_MN.is_contiguous() or not to_MN.dtype == left_MK.dtype == right_KN.dtype:
+        raise UsageError(
+            "[add_product] expected a contiguous sum of its factors' type, got "
+            f"strides {to_MN.stride()}, {to_MN.dtype}, {left_MK.dtype}, {right_KN.dtype}"
+        )
+    backends.for_op("add_product", to_MN, left_MK, right_KN).add_product(to_MN, left_MK, right_KN)
 
 
 def product(left_MK: Tensor, right_KN: Tensor) -> Tensor:

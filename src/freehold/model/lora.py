@@ -221,7 +221,7 @@ class TokenAdapters:
     """The adapters of one batch, and which of them each token is computed with.
 
     `rows_T[t]` is an index into `adapters`, or -1 for the model as it is. `dropout` is for training alone. Every
-    method returns a new sum and leaves its arguments as they are; tokens without an adapter keep their numbers to the
+    method returns the sum, for which it may change `out_TO`; tokens without an adapter keep their numbers to the
     last bit. `folded`: the model's weights have the adapter in them already, so that nothing is added, and the factors
     get the gradients that they would have if it were.
     """

@@ -1,10 +1,10 @@
 """What a merge kept of what an adapter had learnt, measured on a text: losses, and KL from the adapted model.
 
-Four models see the same tokens: the base, the base with the adapter beside it, the sum with experts in bfloat16, and
-what was written, as it lies on the disk: a checkpoint, or a GGUF file with all that its own formats cost. All are
-computed by the reference ops in float32, so that what differs is the weights alone; layer by layer, so that one layer
-at a time is in memory. What the kernels' own number formats cost on top, llama.cpp's too, is not told here; of ours
-`freehold receipt` does.
+Four models see the same tokens: the base, the base with the adapter beside it, the sum with experts in bfloat16 (of an
+adapter that was trained with --qat: rounded as in its training, for there is no other sum), and what was written, as it
+lies on the disk: a checkpoint, or a GGUF file with all that its own formats cost. All are computed by the reference ops
+in float32, so that what differs is the weights alone; layer by layer, so that one layer at a time is in memory. What
+the kernels' own number formats cost on top, llama.cpp's too, is not told here; of ours `freehold receipt` does.
 """
 
 import hashlib
@@ -54,7 +54,8 @@ class MergeReceipt:
 
     @property
     def merged_share(self) -> float | None:
-        """Of the adapter's loss reduction, what is there after the merge, before experts are quantised again."""
+        """Of the adapter's loss reduction, what is there after the merge, before experts are quantised again
+        (but see above for --qat)."""
         return self._share(self.merged_loss)
 
     @property

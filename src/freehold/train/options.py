@@ -221,4 +221,5 @@ def _check_number(
     bounds = [f"more than {above:g}" if above is not None else "0 or more"]
     bounds += [f"less than {below:g}"] if below < math.inf else []
     bounds += [f"{most:g} at most"] if most < math.inf else []
+    bounds += ["finite"] if value == math.inf else []
     raise UsageError(f"{option_name(name)} must be {' and '.join(bounds)}, got {value!r}")

@@ -268,6 +268,7 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         options = DataOptions(max_length=max_length, seed=request.loop.seed)
         measured = _read(request, [request.validation_file], chat_format, tokenizer, options, progress)
         data = replace(data, validation=measured.training)  # type: ignore[arg-type]
+        _mention_if_the_same(request.files, request.validation_file)
     rows = _rows(data.training, max_length)
     return Prepared(
         request=request,
@@ -447,6 +448,15 @@ def _model_facts(folder: ModelFolder, progress: Progress) -> dict[str, Any]:
     return {"files": facts}
 
 
+def _mention_if_the_same(training: Iterable[Path], validation: Path) -> None:
+    held_out = file_facts(validation)["sha256"]
+    if any(file_facts(path)["sha256"] == held_out for path in training):
+        logger.warning(
+            "%s is trained on too, so that its loss says nothing of other lines; --validation-share holds some back",
+            validation,
+        )
+
+
 def file_facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -606,7 +616,10 @@ def train(
     with exclusive(output / RUN_FILE, wait=False), _torch_threads(prepared.policy):
         per_checkpoint = 3 * plan.factors
         check_space(output / RUN_FILE, (request.loop.save_total_limit + 3) * per_checkpoint)
-        machine.return_large_memory() if plan.checkpointing else machine.keep_freed_memory()
+        if plan.checkpointing:
+            machine.return_large_memory()
+        else:
+            machine.keep_freed_memory()
         # As it was typed in the beginning, from wherever the run goes on.
         base_model = prepared.folder.path.name if prepared.request.model in BUILT_IN else run["model"]["name"]
         objective = _objective(prepared, base_model, checkpointing=plan.checkpointing, progress=progress)
