@@ -6,7 +6,6 @@ from pathlib import Path
 from freehold.config import ExpertFormat, Layout
 from freehold.disk import new_folder, write_bytes
 from freehold.errors import CheckpointError
-from freehold.formats.tokenizer import Tokenizer
 from freehold.hub.in_harmony import in_harmony
 from freehold.log import Progress, no_progress
 from freehold.weights.layouts import (
@@ -79,7 +78,4 @@ def side_files(source: Path, *, harmony: bool | None = None) -> dict[str, bytes]
                 contents[path.name] = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    if not harmony:
-        return contents
-    tokenizer = source / "tokenizer.json"
-    return in_harmony(contents, Tokenizer.from_file(tokenizer) if tokenizer.is_file() else None)
+    return in_harmony(contents, source) if harmony else contents

@@ -5,7 +5,6 @@ tuned on Harmony: reasoning, an answer, calls of functions and of the built-in t
 package; what it can and cannot do stands in the model's card, data/default_model.md.
 """
 
-import json
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from freehold.formats.harmony.vocabulary import CALL, RETURN
 from freehold.formats.tokenizer import Tokenizer
 from freehold.hub import default_base
 from freehold.hub.convert import side_files
+from freehold.hub.in_harmony import json_file
 from freehold.hub.merge import merge
 from freehold.log import Progress, no_progress
 
@@ -55,7 +55,7 @@ def _side_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Those that are not its base's."""
     ends = (RETURN, CALL, "<|endoftext|>", "<|im_end|>")
     return {
-        "generation_config.json": _json(
+        "generation_config.json": json_file(
             {
                 "bos_token_id": tokenizer.control_id("<|endoftext|>"),
                 "eos_token_id": [tokenizer.control_id(name) for name in ends],
@@ -64,7 +64,7 @@ def _side_files(tokenizer: Tokenizer) -> dict[str, bytes]:
                 "max_new_tokens": 512,  # so small a model may repeat itself without end
             }
         ),
-        "tokenizer_config.json": _json(
+        "tokenizer_config.json": json_file(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": "<|endoftext|>",
@@ -75,7 +75,3 @@ def _side_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         ),
         "README.md": (_DATA / "default_model.md").read_bytes(),
     }
-
-
-def _json(content: dict[str, object]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

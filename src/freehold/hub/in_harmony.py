@@ -1,12 +1,13 @@
 """What a model's files say to other programs once it has learnt Harmony: a template, and where an answer ends.
 
-Freehold itself renders Harmony from code, and needs neither. Knows the contents of files, reads and writes none; called
-where files of a model are put together (convert.py).
+Freehold itself renders Harmony from code, and needs neither. Called where the files of a model are put together
+(convert.py); writes none itself.
 """
 
 import json
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from freehold.errors import CheckpointError
@@ -17,10 +18,11 @@ from freehold.formats.tokenizer import Tokenizer
 _TEMPLATE = resources.files("freehold.hub") / "data" / "harmony.jinja"
 
 
-def in_harmony(files: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """A model's files besides its tensors, by name. Where a template says otherwise, Harmony's takes its place, and
-    answers end as in Harmony; one that speaks of Harmony, or none, is left, with all else: then the vocabulary says how
-    the model chats. Raises CheckpointError where a file that has to change is not a JSON object."""
+def in_harmony(files: Mapping[str, bytes], source: Path) -> dict[str, bytes]:
+    """The files, by name, that belong to the model in the folder `source` besides its tensors. Where a template says
+    otherwise, Harmony's takes its place, and answers end as in Harmony; one that speaks of Harmony, or none, is left,
+    with all else: then the vocabulary says how the model chats. Raises CheckpointError where a file that has to change
+    is not a JSON object."""
     about_tokens = _read(files, "tokenizer_config.json")
     templates = [files.get("chat_template.jinja", b"").decode("utf-8", "replace")]
     if "chat_template" in about_tokens:  # one, or several with names
@@ -31,14 +33,15 @@ def in_harmony(files: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[
     about_tokens["eos_token"] = RETURN
     changed = {
         "chat_template.jinja": _TEMPLATE.read_bytes(),
-        "tokenizer_config.json": _written(about_tokens),
+        "tokenizer_config.json": json_file(about_tokens),
     }
-    known = {} if tokenizer is None else tokenizer.control_tokens
+    tokenizer = "tokenizer.json"
+    known = Tokenizer.from_file(source / tokenizer).control_tokens if tokenizer in files else {}
     if ends := [known[name] for name in (RETURN, CALL) if name in known]:
         generation = _read(files, "generation_config.json")
         before = generation.get("eos_token_id", [])
         ends += [token for token in (before if isinstance(before, list) else [before]) if token not in ends]
-        changed["generation_config.json"] = _written(generation | {"eos_token_id": ends})
+        changed["generation_config.json"] = json_file(generation | {"eos_token_id": ends})
     return {**files, **changed}
 
 
@@ -52,5 +55,5 @@ def _read(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return content
 
 
-def _written(content: Mapping[str, Any]) -> bytes:
+def json_file(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()

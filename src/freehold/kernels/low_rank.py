@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from freehold.errors import UsageError
-from freehold.kernels import backends, products
+from freehold.kernels import backends, checks, products
 from freehold.kernels.packed_lora import LoraParts, PackedLora
 from freehold.weights.packed import pack
 
@@ -34,8 +33,7 @@ def suits(x: Tensor) -> bool:
 def add(out_TO: Tensor, x_TI: Tensor, parts: Sequence[Part], *, folded: bool = False) -> Tensor:
     """`out_TO` itself, contiguous and nobody else's, with that added. `folded`: it has it in already, and only the
     factors' gradients are asked for."""
-    if not out_TO.is_contiguous():
-        raise UsageError(f"[low_rank] expected a contiguous result to add to, got strides {out_TO.stride()}")
+    checks.contiguous("low_rank", "out", out_TO)
     factors = [factor for part in parts for factor in (part.a_RI, part.b_OR)]
     places = [(part.scaling, slice(part.column, part.column + len(part.b_OR))) for part in parts]
     added_TO: Tensor = _Add.apply(out_TO, x_TI, places, folded, *factors)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from freehold.errors import UsageError
-from freehold.kernels import autograd, backends, reference
+from freehold.kernels import autograd, backends, checks, reference
 from freehold.kernels.kv import PAGE, KvPages, KvType, PagedSequences
 from freehold.kernels.lora import ExpertLora
 from freehold.kernels.packed_lora import LoraParts, PackedLoras
@@ -51,9 +51,9 @@ class Routing(NamedTuple):
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, computed in float32, returned in x's type."""
-    _check_rank("rms_norm", "x", x_TD, 2)
-    _check_shape("rms_norm", "weight", weight_D, (x_TD.shape[1],))
-    _check_alike("rms_norm", x_TD, weight_D)
+    checks.rank("rms_norm", "x", x_TD, 2)
+    checks.shape("rms_norm", "weight", weight_D, (x_TD.shape[1],))
+    checks.alike("rms_norm", x_TD, weight_D)
     if backends.needs_gradient(x_TD, weight_D):
         return autograd.rms_norm(x_TD, weight_D, eps)
     out: Tensor = backends.for_op("rms_norm", x_TD).rms_norm(x_TD, weight_D, eps)
@@ -69,20 +69,20 @@ def linear(
     residual_TO: Tensor | None = None,
 ) -> Tensor:
     """norm(x) · weightᵀ + bias + residual, shape (T, O)."""
-    _check_rank("linear", "x", x_TD, 2)
-    _check_rank("linear", "weight", weight_OD, 2)
+    checks.rank("linear", "x", x_TD, 2)
+    checks.rank("linear", "weight", weight_OD, 2)
     (T, D), num_rows = x_TD.shape, weight_OD.shape[0]
-    _check_shape("linear", "weight", weight_OD, (num_rows, D))
+    checks.shape("linear", "weight", weight_OD, (num_rows, D))
     _check_weight("linear", x_TD, weight_OD)
     if bias_O is not None:
-        _check_shape("linear", "bias", bias_O, (num_rows,))
-        _check_alike("linear", x_TD, bias_O)
+        checks.shape("linear", "bias", bias_O, (num_rows,))
+        checks.alike("linear", x_TD, bias_O)
     if norm is not None:
-        _check_shape("linear", "norm", norm.weight_D, (D,))
-        _check_alike("linear", x_TD, norm.weight_D)
+        checks.shape("linear", "norm", norm.weight_D, (D,))
+        checks.alike("linear", x_TD, norm.weight_D)
     if residual_TO is not None:
-        _check_shape("linear", "residual", residual_TO, (T, num_rows))
-        _check_alike("linear", x_TD, residual_TO)
+        checks.shape("linear", "residual", residual_TO, (T, num_rows))
+        checks.alike("linear", x_TD, residual_TO)
     norm_D, eps = (None, 0.0) if norm is None else norm
     if isinstance(weight_OD, PackedMatrix) and backends.needs_gradient(x_TD, bias_O, norm_D, residual_TO):
         return autograd.linear(x_TD, weight_OD, bias_O, norm_D, eps, residual_TO)
@@ -94,12 +94,12 @@ def linear(
 
 def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, *, norm: Norm | None = None) -> Tensor:
     """`out_TO`, which it changes: a linear layer's result, with what adapters add to it for this x."""
-    _check_rank("add_lora", "x", x_TD, 2)
-    _check_rank("add_lora", "out", out_TO, 2)
+    checks.rank("add_lora", "x", x_TD, 2)
+    checks.rank("add_lora", "out", out_TO, 2)
     (T, D), num_rows = x_TD.shape, out_TO.shape[1]
-    _check_shape("add_lora", "out", out_TO, (T, num_rows))
-    _check_shape("add_lora", "rows", parts.rows_T, (T,))
-    _check_alike("add_lora", x_TD, out_TO)
+    checks.shape("add_lora", "out", out_TO, (T, num_rows))
+    checks.shape("add_lora", "rows", parts.rows_T, (T,))
+    checks.alike("add_lora", x_TD, out_TO)
     if x_TD.dtype != torch.float32 or x_TD.device.type != "cpu":
         raise UsageError(
             f"[add_lora] expected float32 on the CPU for packed factors, got {x_TD.dtype} on {x_TD.device}"
@@ -107,13 +107,13 @@ def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, *, norm: Norm | Non
     if not out_TO.is_contiguous() or backends.needs_gradient(x_TD, out_TO):
         raise UsageError("[add_lora] expected a contiguous result to add to, which no gradient passes")
     for lora, column in zip(parts.loras, parts.columns, strict=True):
-        _check_shape("add_lora", "A", lora.a, (lora.a.shape[0], D))
+        checks.shape("add_lora", "A", lora.a, (lora.a.shape[0], D))
         room = num_rows - column
         if lora.b.shape[0] > room or lora.b.paired:
             raise UsageError(f"[add_lora] expected B of up to {room} rows, unpaired, got {tuple(lora.b.shape)}")
     if norm is not None:
-        _check_shape("add_lora", "norm", norm.weight_D, (D,))
-        _check_alike("add_lora", x_TD, norm.weight_D)
+        checks.shape("add_lora", "norm", norm.weight_D, (D,))
+        checks.alike("add_lora", x_TD, norm.weight_D)
     norm_D, eps = (None, 0.0) if norm is None else norm
     backends.for_op("add_lora", x_TD, norm_D).add_lora(out_TO, x_TD, parts, norm_D, eps)
     return out_TO
@@ -121,7 +121,7 @@ def add_lora(out_TO: Tensor, x_TD: Tensor, parts: LoraParts, *, norm: Norm | Non
 
 def rope(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Rotate the half-split pairs (i, i + H/2) of every head. cos and sin are (T, H/2), float32."""
-    _check_rank("rope", "x", x_TNH, 3)
+    checks.rank("rope", "x", x_TNH, 3)
     _check_rotation("rope", x_TNH, Rotation(cos_TH, sin_TH))
     if backends.needs_gradient(x_TNH):
         return autograd.rope(x_TNH, cos_TH, sin_TH)
@@ -136,11 +136,11 @@ def kv_write(
 
     Raises IndexError where a page does not exist.
     """
-    _check_rank("kv_write", "k", k_TKH, 3)
+    checks.rank("kv_write", "k", k_TKH, 3)
     T, K, H = k_TKH.shape
-    _check_shape("kv_write", "v", v_TKH, (T, K, H))
-    _check_shape("kv_write", "pages", kv.values, (len(kv), K, PAGE, H))
-    _check_alike("kv_write", k_TKH, v_TKH)
+    checks.shape("kv_write", "v", v_TKH, (T, K, H))
+    checks.shape("kv_write", "pages", kv.values, (len(kv), K, PAGE, H))
+    checks.alike("kv_write", k_TKH, v_TKH)
     _check_count("kv_write", k_TKH, sequences)
     if rotation is not None:
         _check_rotation("kv_write", k_TKH, rotation)
@@ -164,12 +164,12 @@ def attention(
     `window` is the number of keys that a query sees, itself counted; None shows it all. A token's result depends on its
     sequence alone. Raises IndexError where a page that is in sight does not exist.
     """
-    _check_rank("attention", "q", q_TNH, 3)
+    checks.rank("attention", "q", q_TNH, 3)
     _, N, H = q_TNH.shape
     K = kv.values.shape[1]
-    _check_shape("attention", "pages", kv.values, (len(kv), K, PAGE, H))
-    _check_shape("attention", "sinks", sinks_N, (N,))
-    _check_alike("attention", q_TNH, sinks_N)
+    checks.shape("attention", "pages", kv.values, (len(kv), K, PAGE, H))
+    checks.shape("attention", "sinks", sinks_N, (N,))
+    checks.alike("attention", q_TNH, sinks_N)
     _check_count("attention", q_TNH, sequences)
     _check_heads("attention", N, K, window)
     if rotation is not None:
@@ -198,15 +198,15 @@ def self_attention(
     what `kv_write` and `attention` give, to the last bit. Gradients reach queries, keys, values and sinks, straight
     through that rounding; what is kept for them grows with T, not with its square.
     """
-    _check_rank("self_attention", "q", q_TNH, 3)
+    checks.rank("self_attention", "q", q_TNH, 3)
     T, N, H = q_TNH.shape
-    _check_rank("self_attention", "k", k_TKH, 3)
+    checks.rank("self_attention", "k", k_TKH, 3)
     K = k_TKH.shape[1]
-    _check_shape("self_attention", "k", k_TKH, (T, K, H))
-    _check_shape("self_attention", "v", v_TKH, (T, K, H))
-    _check_shape("self_attention", "sinks", sinks_N, (N,))
+    checks.shape("self_attention", "k", k_TKH, (T, K, H))
+    checks.shape("self_attention", "v", v_TKH, (T, K, H))
+    checks.shape("self_attention", "sinks", sinks_N, (N,))
     for other in (k_TKH, v_TKH, sinks_N):
-        _check_alike("self_attention", q_TNH, other)
+        checks.alike("self_attention", q_TNH, other)
     if sum(counts) != T or any(count < 0 for count in counts):
         raise UsageError(f"[self_attention] expected counts that sum up to {T} tokens, got {list(counts)}")
     _check_heads("self_attention", N, K, window)
@@ -221,7 +221,7 @@ _NO_ROTATION = (None, None)
 
 def route(logits_TE: Tensor, num_active: int) -> Routing:
     """The `num_active` experts with the largest logits, and the softmax over those alone."""
-    _check_rank("route", "logits", logits_TE, 2)
+    checks.rank("route", "logits", logits_TE, 2)
     if not 1 <= num_active <= logits_TE.shape[1]:
         raise UsageError(f"[route] expected 1 to {logits_TE.shape[1]} active experts, got {num_active}")
     if backends.needs_gradient(logits_TE):
@@ -250,21 +250,21 @@ def moe(
     `loras` are what adapters add, each for its tokens; rows of B of gate_up are interleaved as the matrix's. Packed
     ones are for packed weights, and have no gradient.
     """
-    _check_rank("moe", "x", x_TD, 2)
-    _check_rank("moe", "routing weights", routing.weights_TA, 2)
-    _check_rank("moe", "gate_up", gate_up, 3)
+    checks.rank("moe", "x", x_TD, 2)
+    checks.rank("moe", "routing weights", routing.weights_TA, 2)
+    checks.rank("moe", "gate_up", gate_up, 3)
     T, D = x_TD.shape
     E, F = gate_up.shape[0], gate_up.shape[1] // 2
-    _check_shape("moe", "routing weights", routing.weights_TA, (T, routing.weights_TA.shape[1]))
-    _check_shape("moe", "routing experts", routing.experts_TA, tuple(routing.weights_TA.shape))
+    checks.shape("moe", "routing weights", routing.weights_TA, (T, routing.weights_TA.shape[1]))
+    checks.shape("moe", "routing experts", routing.experts_TA, tuple(routing.weights_TA.shape))
     if routing.experts_TA.dtype != torch.int64:
         raise UsageError(f"[moe] expected routing experts in int64, got {routing.experts_TA.dtype}")
-    _check_shape("moe", "gate_up", gate_up, (E, 2 * F, D))
-    _check_shape("moe", "gate_up_bias", gate_up_bias, (E, 2 * F))
-    _check_shape("moe", "down", down, (E, D, F))
-    _check_shape("moe", "down_bias", down_bias, (E, D))
+    checks.shape("moe", "gate_up", gate_up, (E, 2 * F, D))
+    checks.shape("moe", "gate_up_bias", gate_up_bias, (E, 2 * F))
+    checks.shape("moe", "down", down, (E, D, F))
+    checks.shape("moe", "down_bias", down_bias, (E, D))
     for other in (routing.weights_TA, gate_up_bias, down_bias):
-        _check_alike("moe", x_TD, other)
+        checks.alike("moe", x_TD, other)
     for stack in (gate_up, down):
         _check_weight("moe", x_TD, stack)
     if isinstance(gate_up, PackedMatrix) != isinstance(down, PackedMatrix):
@@ -272,11 +272,11 @@ def moe(
     if isinstance(gate_up, PackedMatrix) and not gate_up.paired:
         raise UsageError("[moe] expected a packed gate_up with paired rows")
     if norm is not None:
-        _check_shape("moe", "norm", norm.weight_D, (D,))
-        _check_alike("moe", x_TD, norm.weight_D)
+        checks.shape("moe", "norm", norm.weight_D, (D,))
+        checks.alike("moe", x_TD, norm.weight_D)
     if residual_TD is not None:
-        _check_shape("moe", "residual", residual_TD, (T, D))
-        _check_alike("moe", x_TD, residual_TD)
+        checks.shape("moe", "residual", residual_TD, (T, D))
+        checks.alike("moe", x_TD, residual_TD)
     norm_D, eps = (None, 0.0) if norm is None else norm
     if isinstance(loras, PackedLoras):
         _check_packed_loras(T, D, E, F, loras)
@@ -324,7 +324,7 @@ def sample(
     it. Temperature 0 takes the largest logit; top_k 0 keeps all. A logit of -inf masks its token: it is never drawn.
     Raises UsageError for values out of range, NaN logits, or when every token is masked.
     """
-    _check_rank("sample", "logits", logits_V, 1)
+    checks.rank("sample", "logits", logits_V, 1)
     if not len(logits_V):
         raise UsageError("[sample] expected at least one token, got (0,)")
     check_filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -336,23 +336,6 @@ def sample(
         raise UsageError(f"[sample] expected at least one token with a finite logit, the largest is {largest}")
     token: int = module.sample(logits_V, temperature, top_k, top_p, min_p, uniform)
     return token
-
-
-def _check_rank(op: str, name: str, tensor: Weight, rank: int) -> None:
-    if len(tensor.shape) != rank:
-        raise UsageError(f"[{op}] expected {name} with {rank} dimensions, got {tuple(tensor.shape)}")
-
-
-def _check_shape(op: str, name: str, tensor: Weight, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise UsageError(f"[{op}] expected {name} {shape}, got {tuple(tensor.shape)}")
-
-
-def _check_alike(op: str, a: Tensor, b: Tensor) -> None:
-    if a.dtype is not b.dtype or a.device != b.device:
-        raise UsageError(
-            f"[{op}] expected one type and device, got {a.dtype} on {a.device} and {b.dtype} on {b.device}"
-        )
 
 
 def _check_heads(op: str, N: int, K: int, window: int | None) -> None:
@@ -371,24 +354,24 @@ def _check_loras(T: int, D: int, E: int, F: int, loras: Sequence[ExpertLora]) ->
     for lora in loras:
         for name, pair, (outputs, inputs) in (("gate_up", lora.gate_up, (2 * F, D)), ("down", lora.down, (D, F))):
             if pair is not None:
-                _check_rank("moe", f"A of {name}", pair.a, 3)
+                checks.rank("moe", f"A of {name}", pair.a, 3)
                 R = pair.a.shape[1]
-                _check_shape("moe", f"A of {name}", pair.a, (E, R, inputs))
-                _check_shape("moe", f"B of {name}", pair.b, (E, outputs, R))
+                checks.shape("moe", f"A of {name}", pair.a, (E, R, inputs))
+                checks.shape("moe", f"B of {name}", pair.b, (E, outputs, R))
         if lora.tokens_T is not None:
-            _check_shape("moe", "a LoRA's tokens", lora.tokens_T, (T,))
+            checks.shape("moe", "a LoRA's tokens", lora.tokens_T, (T,))
 
 
 def _check_packed_loras(T: int, D: int, E: int, F: int, loras: PackedLoras) -> None:
-    _check_shape("moe", "rows", loras.rows_T, (T,))
+    checks.shape("moe", "rows", loras.rows_T, (T,))
     if loras.rows_T.dtype != torch.int64:
         raise UsageError(f"[moe] expected the adapters' rows in int64, got {loras.rows_T.dtype}")
     for lora in loras.loras:
         for name, pair, (outputs, inputs) in (("gate_up", lora.gate_up, (2 * F, D)), ("down", lora.down, (D, F))):
             if pair is not None:
                 R = pair.a.shape[-2]
-                _check_shape("moe", f"A of {name}", pair.a, (E, R, inputs))
-                _check_shape("moe", f"B of {name}", pair.b, (E, outputs, R))
+                checks.shape("moe", f"A of {name}", pair.a, (E, R, inputs))
+                checks.shape("moe", f"B of {name}", pair.b, (E, outputs, R))
                 if pair.b.paired != (name == "gate_up"):
                     raise UsageError("[moe] expected B of gate_up with paired rows, and no other")
 
@@ -398,7 +381,7 @@ def _check_rotation(op: str, x_TNH: Tensor, rotation: Rotation) -> None:
     if H % 2:
         raise UsageError(f"[{op}] expected heads of an even size, got {H}")
     for name, table in (("cos", rotation.cos_TH), ("sin", rotation.sin_TH)):
-        _check_shape(op, name, table, (T, H // 2))
+        checks.shape(op, name, table, (T, H // 2))
         if table.dtype != torch.float32:
             raise UsageError(f"[{op}] expected {name} in float32, got {table.dtype}")
 
@@ -409,4 +392,4 @@ def _check_weight(op: str, x: Tensor, weight: Weight) -> None:
         if x.dtype != torch.float32 or x.device.type != "cpu":
             raise UsageError(f"[{op}] expected float32 on the CPU for packed weights, got {x.dtype} on {x.device}")
     elif isinstance(weight, Tensor) and op == "linear":
-        _check_alike(op, x, weight)
+        checks.alike(op, x, weight)

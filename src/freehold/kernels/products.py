@@ -9,8 +9,7 @@ that is used again for the next; sums are in float32 all the same. Called by the
 import torch
 from torch import Tensor
 
-from freehold.errors import UsageError
-from freehold.kernels import backends, reference
+from freehold.kernels import backends, checks, reference
 from freehold.weights.packed import PANEL, PackedMatrix
 
 _NUMBERS_AT_ONCE = 1 << 24  # of a matrix that are widened at a time: 32 MiB
@@ -52,16 +51,14 @@ def add_product(to_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """to += left · right: the products with adapters' factors, of which M, K or N is a rank. Torch would compute those
     with one thread (backends.one_torch_thread); the native kernels have more. `to` is contiguous, and all are of one
     type."""
-    shapes = [tuple(x.shape) for x in (to_MN, left_MK, right_KN)]
-    if [len(shape) for shape in shapes] != [2, 2, 2] or shapes != [
-        (shapes[1][0], shapes[2][1]), shapes[1], (shapes[1][1], shapes[2][1])
-    ]:  # fmt: skip
-        raise UsageError(f"[add_product] expected (M, N), (M, K) and (K, N), got {shapes}")
-    if not to_MN.is_contiguous() or not to_MN.dtype == left_MK.dtype == right_KN.dtype:
-        raise UsageError(
-            "[add_product] expected a contiguous sum of its factors' type, got "
-            f"strides {to_MN.stride()}, {to_MN.dtype}, {left_MK.dtype}, {right_KN.dtype}"
-        )
+    checks.rank("add_product", "left", left_MK, 2)
+    checks.rank("add_product", "right", right_KN, 2)
+    (M, K), N = left_MK.shape, right_KN.shape[1]
+    checks.shape("add_product", "right", right_KN, (K, N))
+    checks.shape("add_product", "to", to_MN, (M, N))
+    checks.alike("add_product", to_MN, left_MK)
+    checks.alike("add_product", to_MN, right_KN)
+    checks.contiguous("add_product", "to", to_MN)
     backends.for_op("add_product", to_MN, left_MK, right_KN).add_product(to_MN, left_MK, right_KN)
 
 

@@ -268,8 +268,9 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         options = DataOptions(max_length=max_length, seed=request.loop.seed)
         measured = _read(request, [request.validation_file], chat_format, tokenizer, options, progress)
         data = replace(data, validation=measured.training)  # type: ignore[arg-type]
-        _mention_if_the_same(request.files, request.validation_file)
     rows = _rows(data.training, max_length)
+    facts = _facts(request, folder, policy, data, spec)
+    _mention_what_is_learnt_too(request.validation_file, facts["data"])
     return Prepared(
         request=request,
         folder=folder,
@@ -280,7 +281,7 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
         row=_row_shape(data, rows, max_length),
         rows_per_epoch=len(rows),
         harmony=isinstance(chat_format, HarmonyFormat) if data.num_chats else None,
-        facts=_facts(request, folder, policy, data, spec),
+        facts=facts,
     )
 
 
@@ -448,9 +449,9 @@ def _model_facts(folder: ModelFolder, progress: Progress) -> dict[str, Any]:
     return {"files": facts}
 
 
-def _mention_if_the_same(training: Iterable[Path], validation: Path) -> None:
-    held_out = file_facts(validation)["sha256"]
-    if any(file_facts(path)["sha256"] == held_out for path in training):
+def _mention_what_is_learnt_too(validation: Path | None, data: Mapping[str, Any]) -> None:
+    learnt = {each["sha256"] for each in data["files"]}
+    if any(each["sha256"] in learnt for each in data["validation_files"]):
         logger.warning(
             "%s is trained on too, so that its loss says nothing of other lines; --validation-share holds some back",
             validation,

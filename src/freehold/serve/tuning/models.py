@@ -134,9 +134,11 @@ class TunedModels:
 
     def _first_idle(self) -> str | None:
         """Who goes first where there is no room."""
-        if not self._idle():
+        idle = self._idle()
+        if not idle:
             gc.collect()  # a request that failed may be held by nothing but its own error
-        return next(iter(self._idle()), None)
+            idle = self._idle()
+        return idle[0] if idle else None
 
     def _make_room(self) -> None:
         while len(self._held) >= self._most_held:
