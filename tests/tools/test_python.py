@@ -318,6 +318,7 @@ def test_a_conversation_keeps_its_state_and_sees_results_errors_and_files(inside
         "print('to stdout'); print('to stderr', file=sys.stderr); code = os.system('echo from a child'); value"
     ).text
     assert sorted(text.splitlines()) == ["42", "from a child", "to stderr", "to stdout"] and text.endswith("\n42")
+    assert text.index("to stdout") < text.index("from a child")
     text = inside("def f(n):\n    return f(n + 1)\nf(0)").text
     assert text.startswith("Traceback") and text.endswith("RecursionError: maximum recursion depth exceeded")
     assert len(text.splitlines()) < 50 and "left out" in text
@@ -332,6 +333,22 @@ def test_a_conversation_keeps_its_state_and_sees_results_errors_and_files(inside
     assert result.files[1].path.read_text() == "1,2"
     assert inside("1").files == () and inside("1").text == "1"
     assert inside("os.remove('täble.csv')").text == "Files in /mnt/data:\na/b/c.txt (0 bytes)"
+
+
+def test_what_children_print_stands_where_they_printed_it(inside: Run) -> None:
+    code = "for n in range(20):\n    print(2 * n); code = os.system(f'echo {2 * n + 1}')\n40"
+    assert inside(code).text.splitlines() == [str(n) for n in range(41)]
+    for _ in range(5):
+        assert inside("code = os.write(1, b'a'); b'b'").text == "a\nb'b'"
+    halves = "half = 'é'.encode()\ncode = os.write(1, half[:1]); sys.stdout.flush(); code = os.write(1, half[1:])"
+    assert inside(halves).text == "é"
+
+
+def test_children_print_as_much_as_they_like(inside: Run) -> None:
+    """More than a pipe holds, in one call and in many: the thread that reads it must go on."""
+    for n in range(5):
+        text = inside(f"""code = os.system("printf '{n}%.0s' $(seq 50000); echo; echo end")""").text
+        assert set(text.splitlines()[0]) == {str(n)} and text.endswith("\nend")
 
 
 def test_children_of_the_kernel_find_the_packages_and_say_what_they_print(inside: Run) -> None:

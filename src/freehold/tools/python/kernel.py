@@ -5,14 +5,19 @@ sockets that the host listens on for it, the limits, how long pieces of output m
 here can be relied on: whatever code in the kernel must not do, the host and the sandbox have to prevent.
 """
 
+import codecs
 import contextlib
 import importlib
 import json
 import os
 import resource
+import select
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
+
+_PIPE_BYTES = 1 << 20  # more fits into no pipe
 
 
 def main() -> None:
@@ -30,34 +35,13 @@ def main() -> None:
                 os.close(descriptor)
 
     zmq: Any = importlib.import_module("zmq")
-    from ipykernel.iostream import IOPubThread, OutStream
+    from ipykernel import iostream
+    from ipykernel.iostream import IOPubThread
     from ipykernel.kernelapp import IPKernelApp
     from traitlets.config import Config
     from zmq.eventloop.zmqstream import ZMQStream
 
-    whole = OutStream._flush_buffers
-
-    def in_pieces(stream: Any) -> Iterator[tuple[Any, str]]:
-        """The host keeps no more than so much of one message, and half a surrogate pair would lose all of it."""
-        for parent, text in whole(stream):
-            text = text.encode("utf-8", "backslashreplace").decode()
-            for start in range(0, len(text), settings["piece_chars"]):
-                yield parent, text[start : start + settings["piece_chars"]]
-
-    OutStream._flush_buffers = in_pieces
-    write_at_once = OutStream.write
-
-    def write(stream: Any, text: str) -> Any:
-        """Waits where more is said than can be sent: what waits takes memory."""
-        written = write_at_once(stream, text)
-        stream.waiting_chars = getattr(stream, "waiting_chars", 0) + len(text)
-        if stream.waiting_chars > 16 * settings["piece_chars"]:
-            stream.waiting_chars = 0
-            stream.flush()
-        return written
-
-    OutStream.write = write
-
+    iostream.OutStream = _output(iostream.OutStream, settings["piece_chars"])
     forked = f"ipc:///tmp/.output-{os.getpid()}"
 
     def listen_to_forked(thread: Any) -> None:
@@ -104,6 +88,66 @@ def main() -> None:
     app.transport = "ipc"
     app.initialize(settings["arguments"])
     app.start()
+
+
+def _output(streams: Any, piece_chars: int) -> Any:
+    """The class of sys.stdout and sys.stderr, on ipykernel's: small pieces, nobody ahead of the host, all in its place.
+
+    What child processes print comes to a stream by a pipe. ipykernel has a thread that reads it, some time; here who
+    writes or flushes reads it first, so that it stands where it was printed and never comes after a call's end. And
+    ipykernel copies it to where the kernel's own output goes: nobody reads that, and once it is full the thread ends.
+    """
+
+    class Output(streams):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            self._waiting_chars = 0
+            self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+            self._reading = threading.RLock()  # a signal's handler may print, too
+            self._should_watch: bool
+            self._fid: int
+            super().__init__(*arguments, **settings)
+
+        def write(self, text: str) -> Any:
+            self._read_pipe()
+            return self._write_and_wait(text)
+
+        def flush(self) -> None:
+            self._read_pipe()
+            super().flush()
+
+        def _watch_pipe_fd(self) -> None:
+            while self._should_watch:
+                select.select([self._fid], [], [])
+                self._read_pipe()
+
+        def _read_pipe(self) -> None:
+            if not (self._should_watch and self._is_master_process()):
+                return
+            with self._reading:
+                if select.select([self._fid], [], [], 0)[0]:
+                    data = os.read(self._fid, _PIPE_BYTES)
+                    if not data:  # no process can write to it any more
+                        self._should_watch = False
+                    elif text := self._decode(data):
+                        self._write_and_wait(text)
+
+        def _write_and_wait(self, text: str) -> Any:
+            """Waits where more is said than can be sent: what waits takes memory."""
+            written = super().write(text)
+            self._waiting_chars += len(text)
+            if self._waiting_chars > 16 * piece_chars:
+                self._waiting_chars = 0
+                super().flush()
+            return written
+
+        def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
+            """The host keeps no more than so much of one message, and half a surrogate pair would lose all of it."""
+            for parent, text in super()._flush_buffers():
+                text = text.encode("utf-8", "backslashreplace").decode()
+                for start in range(0, len(text), piece_chars):
+                    yield parent, text[start : start + piece_chars]
+
+    return Output
 
 
 if __name__ == "__main__":
