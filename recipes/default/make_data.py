@@ -179,11 +179,14 @@ def make(
 
 def shares_with(given: Sequence[str]) -> dict[str, float]:
     """Of what is typed: `browser=0.2`."""
-    chosen = {part: float(share) for part, _, share in (text.partition("=") for text in given)}
+    try:
+        chosen = {part: float(share) for part, _, share in (text.partition("=") for text in given)}
+    except ValueError:
+        sys.exit(f"--share {' '.join(given)}: give a part and its share, such as browser=0.2")
     if unknown := chosen.keys() - _SHARES.keys():
         sys.exit(f"--share {min(unknown)}: the parts are {', '.join(_SHARES)}")
     rest = sum(share for part, share in _SHARES.items() if part not in chosen)
-    if not rest or min(chosen.values(), default=0) < 0 or sum(chosen.values()) >= 1:
+    if not (rest and min(chosen.values(), default=0) >= 0 and sum(chosen.values()) < 1):  # nor of a NaN
         sys.exit(f"--share {' '.join(given)}: shares are of 1, and leave something to the other parts")
     return {part: chosen.get(part, share * (1 - sum(chosen.values())) / rest) for part, share in _SHARES.items()}
 

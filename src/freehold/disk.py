@@ -33,7 +33,7 @@ def new_folder(destination: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     destination = destination.absolute()
     partial = _partial_name(destination)
     try:
-        _refuse_existing(destination)
+        refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         check_space(destination, needed_bytes)
         remove_abandoned(destination)
@@ -57,7 +57,7 @@ def scratch_folder(destination: Path) -> Iterator[Path]:
     destination = destination.absolute()
     partial = _partial_name(destination)
     try:
-        _refuse_existing(destination)
+        refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(destination)
         partial.mkdir()
@@ -80,7 +80,7 @@ def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) 
     partial = _partial_name(destination)
     try:
         if not replace:
-            _refuse_existing(destination)
+            refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         check_space(destination, needed_bytes)
         remove_abandoned(destination)
@@ -97,7 +97,8 @@ def new_file(destination: Path, *, replace: bool = True, needed_bytes: int = 0) 
             partial.unlink()
 
 
-def _refuse_existing(destination: Path) -> None:
+def refuse_existing(destination: Path) -> None:
+    """Raises UsageError. What makes new files asks by itself; who has long work before that asks first."""
     if destination.is_symlink() or destination.exists():
         raise UsageError(f"{destination} exists already; give a new name or remove it first")
 

@@ -142,6 +142,8 @@ def test_errors_are_one_line(
         (("synth", "huge", tmp_path / "x"), 2, "'huge'"),
         (("synth", "tiny", tiny), 2, "exists already"),
         (("convert", tiny, tiny), 2, "exists already"),
+        (("convert", tmp_path / "nothing", tiny), 2, "exists already"),  # before anything is fetched
+        (("merge", tmp_path / "nothing", tiny, tiny), 2, "exists already"),
         (("convert", tiny, tmp_path / "x.gguf"), 1, "holds no tokenizer.json"),
         (("convert", tiny, tmp_path / "x.gguf", "--layout", "hf"), 2, "--layout is for folders"),
         (("convert", tiny, tmp_path / "x", "--dense", "q8"), 2, "--dense is for .gguf files"),

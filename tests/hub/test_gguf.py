@@ -84,7 +84,7 @@ def test_gpt_oss_without_a_tokenizer_file(
     written: dict[str, Any] = {}  # the gguf package takes a minute to read so many tokens
     monkeypatch.setattr(gguf_export, "write", lambda file, metadata, tensors, progress: written.update(metadata))
     gguf.export(folder, tmp_path / "model.gguf")
-    assert "has no chat template" in caplog.text
+    assert f"the model has no chat template, so {tmp_path / 'model.gguf'} has none" in caplog.text
     ids = {role: written[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos", "eot", "padding")}
     assert ids == {"bos": 199_998, "eos": 200_002, "eot": 200_002, "padding": 199_999}
     assert written["tokenizer.ggml.pre"] == "gpt-4o"

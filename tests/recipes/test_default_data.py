@@ -323,6 +323,14 @@ def test_a_part_may_have_another_share() -> None:
     assert (shares["browser"], shares["general"]) == (0.2, 0.3)
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["functions"] / shares["python"] == pytest.approx(0.64 / 0.11)
-    for given in (["sofa=0.1"], ["browser=1"], ["browser=-0.1"], [f"{part}=0.2" for part in shares]):
+    for given in (
+        ["sofa=0.1"],
+        ["browser=1"],
+        ["browser=-0.1"],
+        ["browser=x"],
+        ["browser"],
+        ["browser=nan"],
+        [f"{part}=0.2" for part in shares],
+    ):
         with pytest.raises(SystemExit, match="--share"):
             shares_with(given)

@@ -7,6 +7,7 @@ real training fits in is test_fine_tuning_for_real.py's.
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -522,6 +523,24 @@ def test_more_models_than_are_kept_are_refused(tmp_path: Path) -> None:
         await jobs.create(model="default", training_file=training)
 
     with_server(tmp_path, use, models=1)
+
+
+def test_what_a_kill_left_is_told_when_the_server_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def made(server: Tuned) -> None:
+        job = await server.sdk.fine_tuning.jobs.create(model="default", training_file=await server.upload())
+        await server.ended(job.id)
+        (server.workshop.root / "files" / "file-left.jsonl").touch()
+        server.workshop.job("ftjob-left").mkdir()
+
+    async def come_back(server: Tuned) -> None:
+        root = server.workshop.root
+        assert f"{root / 'files'} holds files that the store does not know (1, such as file-left.jsonl)" in caplog.text
+        assert f"{root / 'jobs'} holds runs that the store does not know (1, such as ftjob-left)" in caplog.text
+
+    caplog.set_level(logging.INFO, "freehold")
+    with_server(tmp_path, made)
+    assert "that the store does not know" not in caplog.text
+    with_server(tmp_path, come_back)
 
 
 def test_without_a_model_no_job_is_taken(tmp_path: Path) -> None:

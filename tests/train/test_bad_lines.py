@@ -18,6 +18,7 @@ WriteLines = Callable[..., Path]
 
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
+WRONG = {"role": "assistant", "content": "5"}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 DEEP: dict[str, Any] = {}
 for _ in range(300):
@@ -49,7 +50,7 @@ def pair(**changes: Any) -> dict[str, Any]:
     whole = {
         "input": {"messages": [QUESTION]},
         "preferred_output": [ANSWER],
-        "non_preferred_output": [{"role": "assistant", "content": "5"}],
+        "non_preferred_output": [WRONG],
     }
     return {**whole, **changes}
 
@@ -286,7 +287,43 @@ BAD_PAIRS: list[tuple[Any, str]] = [
     (pair(non_preferred_output=[ANSWER]), "preferred_output and non_preferred_output are the same"),
     (
         pair(non_preferred_output=[{"role": "assistant", "content": [{"type": "text", "text": "4"}]}]),
-        "preferred_output and non_preferred_output read the same",
+        "its two outputs read the same",
+    ),
+    # --- in TRL's shape
+    ({"prompt": [QUESTION], "chosen": [ANSWER]}, "rejected must be a list of the assistant's messages, got nothing"),
+    (
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+        "chosen must be a list of the assistant's messages, got a string",
+    ),
+    ({"prompt": "2 + 2?", "chosen": [ANSWER], "rejected": []}, "prompt must be a list of messages, got a string"),
+    (
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": []},
+        "rejected must be a list of the assistant's messages, got an empty one",
+    ),
+    (
+        {"prompt": [QUESTION], "chosen": [QUESTION, ANSWER], "rejected": [WRONG]},
+        "chosen: message 0 is not the assistant's; outputs are one turn of it",
+    ),
+    (
+        {"prompt": [QUESTION, ANSWER], "chosen": [ANSWER], "rejected": [WRONG]},
+        "prompt ends with the assistant's message; end with what is to be answered",
+    ),
+    ({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [ANSWER]}, "chosen and rejected are the same"),
+    (
+        {"chosen": [QUESTION, ANSWER], "rejected": [ANSWER]},
+        "chosen and rejected do not begin with the same messages; give a prompt",
+    ),
+    (
+        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WRONG], "score_chosen": 5},
+        "field 'score_chosen' is not supported; a preference pair has prompt, chosen, rejected, tools",
+    ),
+    (
+        {"prompt": [{"role": "user", "content": 3}], "chosen": [ANSWER], "rejected": [WRONG]},
+        "prompt: message 0: content must be a string or a list of parts, got int",
+    ),
+    (
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [calls(call())]},
+        "rejected: message 0: calls 'add', which is not among the tools",
     ),
 ]
 

@@ -348,6 +348,20 @@ def test_both_outputs_of_a_pair_are_taught_after_one_prompt(gpt_oss: Tokenizer, 
     assert chosen.tokens[: len(prompt)] == rejected.tokens[: len(prompt)] == prompt
 
 
+def test_a_pair_in_trl_s_shape_is_the_same_pair_with_its_prompt_or_without() -> None:
+    before = [user("2 + 2?"), assistant("5"), user("Sure?")]
+    chosen, rejected = [assistant("4", thinking="Again.")], [assistant(None, tool_calls=[call("a")])]
+    pair = read_preference(
+        {"input": {"messages": before, "tools": TOOLS}, "preferred_output": chosen, "non_preferred_output": rejected}
+    )
+    assert pair == read_preference({"prompt": before, "chosen": chosen, "rejected": rejected, "tools": TOOLS})
+    assert pair == read_preference({"chosen": before + chosen, "rejected": before + rejected, "tools": TOOLS})
+    # What both say first is a part of what they say.
+    first = assistant(None, thinking="Let me see.")
+    thought = read_preference({"chosen": [*before, first, *chosen], "rejected": [*before, first, assistant("7")]})
+    assert [len(turn.said) for turn in (thought.chosen, thought.rejected)] == [3, 2]
+
+
 # --- plain text, and too long -------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from freehold.cli import terminal
 from freehold.cli.options import DenseOption, DestinationArgument, ExpertsOption, LayoutOption, ModelArgument
 from freehold.config import DenseFormat, Layout
+from freehold.disk import refuse_existing
 from freehold.errors import UsageError
 
 
@@ -22,7 +23,7 @@ def command(
     freehold convert default /tmp/bf16 --experts bf16
     freehold convert default /tmp/model.gguf
     """
-    to_gguf = check_format(destination, layout, dense)
+    to_gguf = check_destination(destination, layout, dense)
     from freehold.hub import gguf
     from freehold.hub.convert import convert
     from freehold.hub.find import find_model
@@ -36,8 +37,9 @@ def command(
     terminal.say(f"{destination} is complete")
 
 
-def check_format(destination: Path, layout: Layout | None, dense: DenseFormat | None) -> bool:
-    """Whether a GGUF file is asked for. Raises UsageError for what is not of that format."""
+def check_destination(destination: Path, layout: Layout | None, dense: DenseFormat | None) -> bool:
+    """Whether a GGUF file is asked for. Raises UsageError for what is not of that format or there already: before a
+    model is fetched."""
     to_gguf = destination.suffix.lower() == ".gguf"
     if to_gguf and layout is not None:
         raise UsageError("--layout is for folders, and a .gguf file has a layout of its own; leave it out")
@@ -46,4 +48,5 @@ def check_format(destination: Path, layout: Layout | None, dense: DenseFormat | 
             f"--dense is for .gguf files, and {destination} will be a folder, whose dense tensors stay as they are; "
             "leave it out or name a file that ends in .gguf"
         )
+    refuse_existing(destination)
     return to_gguf

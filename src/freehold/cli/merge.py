@@ -11,7 +11,7 @@ import typer
 
 from freehold import __version__
 from freehold.cli import terminal
-from freehold.cli.convert import check_format
+from freehold.cli.convert import check_destination
 from freehold.cli.options import DenseOption, DestinationArgument, ExpertsOption, Json, LayoutOption, ModelArgument
 from freehold.config import DenseFormat, Layout, Rounding
 from freehold.errors import CheckpointError, UsageError
@@ -62,7 +62,7 @@ def command(
     learnt is measured and written down, as merge_receipt.json in the new folder or NAME.merge_receipt.json beside a
     .gguf.
     """
-    to_gguf = check_format(destination, layout, dense)
+    to_gguf = check_destination(destination, layout, dense)
     from freehold.disk import scratch_folder, write_text
     from freehold.hub import gguf
     from freehold.hub.bases import check_base

@@ -30,6 +30,8 @@ def export(
     bit. Raises UnsupportedError before writing where llama.cpp cannot run the model as it is.
     """
     folder = open_folder(source)
+    if folder.chat_template is None:
+        logger.warning("the model has no chat template, so %s has none: pass llama.cpp one to chat", destination)
     checkpoint = folder.checkpoint
     experts = experts or checkpoint.experts
     metadata = {
@@ -65,6 +67,4 @@ def _vocabulary(folder: ModelFolder) -> Metadata:
             metadata[f"tokenizer.ggml.{key}_token_id"] = token_id
     if folder.chat_template is not None:
         metadata["tokenizer.chat_template"] = folder.chat_template
-    else:
-        logger.warning("%s has no chat template, so the GGUF has none: pass llama.cpp one to chat", folder.path)
     return metadata

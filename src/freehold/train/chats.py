@@ -1,15 +1,16 @@
-"""What a line of training data says: OpenAI's shapes for chats and preference pairs, read strictly.
+"""What a line of training data says: chats and preference pairs in OpenAI's shapes, the latter in TRL's too.
 
     {"messages": [...], "tools": [...], "parallel_tool_calls": false}
     {"input": {"messages": [...], "tools": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
+    {"prompt": [...], "chosen": [...], "rejected": [...], "tools": [...]}
     {"text": "..."}
     {"harmony": {"messages": [...]}}
 
-The last is what openai-harmony's `Conversation.to_dict` writes: for effort, date and built-in tools, which OpenAI's
-shape has no place for. The messages of the others are read by `Conversation.from_openai`'s rules; beyond these,
-whatever a model could not have said is refused (UsageError, UnsupportedError): calls of functions that were not
-offered, arguments that are no JSON, calls without results, a turn without an answer. Knows no tokens. Called by
-`data.py`.
+All are read strictly. The last is what openai-harmony's `Conversation.to_dict` writes: for effort, date and built-in
+tools, which OpenAI's shape has no place for. The messages of the others are read by `Conversation.from_openai`'s rules;
+beyond these, whatever a model could not have said is refused (UsageError, UnsupportedError): calls of functions that
+were not offered, arguments that are no JSON, calls without results, a turn without an answer. Knows no tokens. Called
+by `data.py`.
 """
 
 import json
@@ -23,6 +24,7 @@ from freehold.formats.harmony.offer import FUNCTIONS, Offer
 
 _CHAT = ("messages", "tools", "parallel_tool_calls")
 _PAIR = ("input", "preferred_output", "non_preferred_output")
+_TRL_PAIR = ("prompt", "chosen", "rejected", "tools")
 _OLD = {"functions": "tools", "function_call": "tool_calls", "prompt": "messages", "completion": "messages"}
 
 
@@ -58,7 +60,7 @@ class PlainText:
 
 def read_example(raw: Mapping[str, Any]) -> Chat | PlainText:
     """A line for supervised training."""
-    if any(key in raw for key in _PAIR):
+    if any(key in raw for key in (*_PAIR, "chosen", "rejected")):
         raise UsageError("is a preference pair; those are for DPO")
     if "harmony" in raw:
         _check_keys(raw, ("harmony",), "a Harmony conversation")
@@ -86,28 +88,23 @@ def read_preference(raw: Mapping[str, Any]) -> Preference:
     """A line for DPO."""
     if "messages" in raw or "text" in raw:
         raise UsageError("is no preference pair; give input, preferred_output and non_preferred_output")
-    _check_keys(raw, _PAIR, "a preference pair")
-    if not isinstance(raw.get("input"), dict):
-        raise UsageError(f"input must be an object with messages, got {_kind(raw.get('input'))}")
-    _check_keys(raw["input"], _CHAT, "an input")
-    outputs = {}
-    for name in _PAIR[1:]:
-        output = raw.get(name)
-        if not isinstance(output, list) or not output:
-            raise UsageError(f"{name} must be a list of the assistant's messages, got {_kind(output)}")
+    pair = _trl_pair(raw) if "chosen" in raw or "rejected" in raw else _openai_pair(raw)
+    for name, output in pair.outputs.items():
+        if not output:
+            raise UsageError(f"{name} must be a list of the assistant's messages, got an empty one")
         for index, message in enumerate(output):
             if not isinstance(message, dict) or message.get("role") != "assistant":
                 raise UsageError(f"{name}: message {index} is not the assistant's; outputs are one turn of it")
-        outputs[name] = output
-    said = _input(raw["input"])
+    said = _input(pair)
     if said.roles[-1] == "assistant":
-        raise UsageError("input ends with the assistant's message; end with what is to be answered")
-    if outputs["preferred_output"] == outputs["non_preferred_output"]:
-        raise UsageError("preferred_output and non_preferred_output are the same")
-    before = raw["input"].get("messages", [])
+        raise UsageError(f"{pair.name} ends with the assistant's message; end with what is to be answered")
+    good, bad = pair.outputs.values()
+    if good == bad:
+        raise UsageError(f"{' and '.join(pair.outputs)} are the same")
+    before = pair.input.get("messages", [])
     wholes = []
-    for name, output in outputs.items():
-        whole = _within(name, {**raw["input"], "messages": [*before, *output]}, len(before))
+    for name, output in pair.outputs.items():
+        whole = _within(name, {**pair.input, "messages": [*before, *output]}, len(before))
         turns = [turn for turn in whole.turns() if len(turn.before.messages) >= len(said.conversation.messages)]
         if len(turns) != 1:
             raise UsageError(f"{name} is {len(turns)} turns of the assistant; give one")
@@ -116,13 +113,65 @@ def read_preference(raw: Mapping[str, Any]) -> Preference:
     return Preference(chosen=chosen, rejected=rejected, parallel_calls=one or other)
 
 
-def _input(raw: Mapping[str, Any]) -> "_Said":
+class _Pair(NamedTuple):
+    """A preference pair of either shape: what is answered, by OpenAI's fields, and two outputs. What is wrong with them
+    is told by the names that they have in their own."""
+
+    name: str
+    input: Mapping[str, Any]
+    outputs: Mapping[str, list[Any]]
+
+
+def _openai_pair(raw: Mapping[str, Any]) -> _Pair:
+    _check_keys(raw, _PAIR, "a preference pair")
+    if not isinstance(raw.get("input"), dict):
+        raise UsageError(f"input must be an object with messages, got {_kind(raw.get('input'))}")
+    _check_keys(raw["input"], _CHAT, "an input")
+    return _Pair("input", raw["input"], {name: _output(raw, name) for name in _PAIR[1:]})
+
+
+def _trl_pair(raw: Mapping[str, Any]) -> _Pair:
+    """With its prompt, or with two conversations that are the same up to the assistant's last turn. Of texts it is not
+    known where a template would have them."""
+    _check_keys(raw, _TRL_PAIR, "a preference pair")
+    outputs = {name: _output(raw, name) for name in ("chosen", "rejected")}
+    prompt = raw.get("prompt")
+    if prompt is None:
+        prompt = _common_beginning(*outputs.values())
+        outputs = {name: messages[len(prompt) :] for name, messages in outputs.items()}
+    elif not isinstance(prompt, list):
+        raise UsageError(f"prompt must be a list of messages, got {_kind(prompt)}")
+    return _Pair("prompt", {"messages": prompt, "tools": raw.get("tools")}, outputs)
+
+
+def _output(raw: Mapping[str, Any], name: str) -> list[Any]:
+    output = raw.get(name)
+    if not isinstance(output, list):
+        raise UsageError(f"{name} must be a list of the assistant's messages, got {_kind(output)}")
+    return output
+
+
+def _common_beginning(chosen: list[Any], rejected: list[Any]) -> list[Any]:
+    """Up to where the assistant is to answer."""
+    number = 0
+    for one, other in zip(chosen, rejected, strict=False):
+        if one != other:
+            break
+        number += 1
+    while number and isinstance(chosen[number - 1], dict) and chosen[number - 1].get("role") == "assistant":
+        number -= 1
+    if not number:
+        raise UsageError("chosen and rejected do not begin with the same messages; give a prompt")
+    return chosen[:number]
+
+
+def _input(pair: _Pair) -> "_Said":
     try:
-        said = _Said(raw)
+        said = _Said(pair.input)
     except (UsageError, UnsupportedError) as error:
-        raise type(error)(f"input: {error}") from None
-    if any(message.get("weight") is not None for message in raw["messages"]):
-        raise UsageError("input: weight is for chats; in a preference pair the outputs are what is learnt")
+        raise type(error)(f"{pair.name}: {error}") from None
+    if any(message.get("weight") is not None for message in pair.input["messages"]):
+        raise UsageError(f"{pair.name}: weight is for chats; in a preference pair the outputs are what is learnt")
     return said
 
 

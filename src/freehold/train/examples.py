@@ -70,7 +70,7 @@ def preference_pair(preference: Preference, chat_format: ChatFormat) -> Pair:
     for example, turn in zip(pair, (preference.chosen, preference.rejected), strict=True):
         _add(example, chat_format.render(turn.before).ids, turn, chat_format, preference.parallel_calls)
     if pair.chosen == pair.rejected:
-        raise UsageError("preferred_output and non_preferred_output read the same")
+        raise UsageError("its two outputs read the same")
     return pair
 
 

@@ -146,7 +146,9 @@ class Tuning:
     async def open(self) -> None:
         """Before anybody is served: the models that are there."""
         self.models.take(await self.threads.run(self._store.models, self.place))
-        self.workshop.tell_strays(await self.threads.run(self._store.file_ids, self.place))
+        files = await self.threads.run(self._store.file_ids, self.place)
+        jobs = await self.threads.run(self._store.job_ids, self.place)
+        self.workshop.tell_strays(files, jobs)
 
     async def run(self) -> None:
         """Do what is in the queue, until `stop`."""

@@ -84,15 +84,17 @@ class Workshop:
         """Where a job's run lies."""
         return self.root / "jobs" / job_id
 
-    def tell_strays(self, known: frozenset[str]) -> None:
-        """Say which files are there that the store does not know: left by a kill, or another store's."""
-        strays = [path for path in sorted((self.root / "files").iterdir()) if path.stem not in known]
-        strays = [path for path in strays if not path.name.startswith(".")]
-        if strays:
-            logger.log(
-                NOTICE, "%d files in %s are not known to the store, such as %s; they can be removed",
-                len(strays), self.root / "files", strays[0].name,
-            )  # fmt: skip
+    def tell_strays(self, files: frozenset[str], jobs: frozenset[str]) -> None:
+        """Say which files and runs are there that the store, of these ids, does not know: left by a kill, or another
+        store's."""
+        for folder, known, what in (("files", files, "files"), ("jobs", jobs, "runs")):
+            strays = [path for path in sorted((self.root / folder).iterdir()) if path.stem not in known]
+            strays = [path for path in strays if not path.name.startswith(".")]
+            if strays:
+                logger.log(
+                    NOTICE, "%s holds %s that the store does not know (%d, such as %s); they can be removed",
+                    self.root / folder, what, len(strays), strays[0].name,
+                )  # fmt: skip
 
 
 def _place_of(path: Path) -> str:

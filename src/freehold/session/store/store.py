@@ -257,6 +257,11 @@ class Store:
         with self._database.reading() as connection:
             return files.ids(connection, place)
 
+    def job_ids(self, place: str) -> frozenset[str]:
+        """Of all fine-tuning jobs in a place, whoever's they are."""
+        with self._database.reading() as connection:
+            return tuning.ids(connection, place)
+
     # --- fine-tuning ------------------------------------------------------------------------------------------------
 
     def create_job(self, record: JobRecord, events: Iterable[Mapping[str, Any]] = (), *, most_unfinished: int) -> None:

@@ -47,6 +47,11 @@ def get(connection: sa.Connection, job_id: str, owner: str, place: str) -> JobRe
     return _record(row)
 
 
+def ids(connection: sa.Connection, place: str) -> frozenset[str]:
+    """Of all jobs whose runs lie there, whoever's."""
+    return frozenset(connection.scalars(sa.select(tuning_jobs.c.id).where(tuning_jobs.c.place == place)))
+
+
 def update(
     connection: sa.Connection,
     job_id: str,
