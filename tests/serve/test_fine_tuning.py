@@ -425,7 +425,7 @@ def test_one_job_trains_at_a_time_and_cancelling_ends_it_wherever_it_is(tmp_path
         await server.waits(second.id)
         assert (await jobs.cancel(second.id)).status == "cancelled"
         for ended in (first, third):
-            with pytest.raises(BadRequestError, match="has ended already: it has cancelled"):
+            with pytest.raises(BadRequestError, match="has ended already; its status is 'cancelled'"):
                 await jobs.cancel(ended.id)
         with pytest.raises(BadRequestError, match="are not paused here"):
             await jobs.pause(first.id)
@@ -583,7 +583,7 @@ def test_a_job_goes_on_with_what_its_owner_had_trained(tmp_path: Path) -> None:
         copy = Path(asked[asked.index("--adapter") + 1])
         assert copy.name == tuned.removeprefix("default:")
         assert copy.is_relative_to(server.workshop.job(made.id))
-        assert not copy.exists()  # the job is over
+        await server.until(lambda: not copy.exists())  # the job is over
         (of_first,) = _asked(server, first["id"])
         assert "--adapter" not in of_first
         server.adapters["house"] = tmp_path
@@ -753,7 +753,7 @@ def test_a_job_is_cancelled_in_every_state_but_the_last(tmp_path: Path) -> None:
         for lines, status in ((WELL, "succeeded"), (({"exit": 1},), "failed")):
             _say(server, lines)
             ended = await server.ended((await jobs.create(model="default", training_file=training)).id)
-            with pytest.raises(BadRequestError, match=f"has ended already: it has {status}"):
+            with pytest.raises(BadRequestError, match=f"has ended already; its status is '{status}'"):
                 await jobs.cancel(ended["id"])
             assert (await jobs.retrieve(ended["id"])).status == status
             told = [said.message async for said in jobs.list_events(ended["id"])]

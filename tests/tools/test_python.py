@@ -243,7 +243,7 @@ def _with_freehold() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def inside() -> Iterator[Run]:
     os.environ["FREEHOLD_TEST_SECRET"] = SECRET
-    yield from runs({"seconds": 30}, PRELUDE)
+    yield from runs({"seconds": 300}, PRELUDE)
     del os.environ["FREEHOLD_TEST_SECRET"]
 
 
@@ -344,6 +344,29 @@ def test_what_children_print_stands_where_they_printed_it(inside: Run) -> None:
         assert inside("code = os.write(1, b'a'); b'b'").text == "a\nb'b'"
     halves = "half = 'é'.encode()\ncode = os.write(1, half[:1]); sys.stdout.flush(); code = os.write(1, half[1:])"
     assert inside(halves).text == "é"
+    assert inside("code = os.write(1, half[:1])").text == "�"
+    assert inside("code = os.write(1, b'next')").text == "next"
+
+
+def test_children_may_be_given_a_stream(inside: Run) -> None:
+    for stream in ("stdout", "stderr"):
+        text = inside(f"subprocess.run(['seq', '50000'], stdout=sys.{stream}).returncode").text
+        assert text.startswith("1\n2\n3\n") and text.endswith("\n49999\n50000\n0")
+    assert inside("subprocess.run(['echo', 'child'], stdout=sys.stdout, stderr=sys.stderr).returncode").text == "child\n0"
+
+
+def test_a_child_may_complain_without_end_while_nobody_listens(tight: Run) -> None:
+    tight("""
+        import subprocess, sys
+        type(sys.stderr).__mro__[1].flush_timeout = 0.0005  # as if between its calls this took long
+        kept = subprocess.Popen(["yes", "no"], stdout=2)
+    """)
+    for _ in range(3):
+        text = tight("print('two')").text
+        assert "The kernel was ended" not in text
+    tight("kept.kill(); kept.wait()")
+    tight("print('three')")
+    assert tight("print('four')").text == "four"
 
 
 def test_children_print_as_much_as_they_like(inside: Run) -> None:

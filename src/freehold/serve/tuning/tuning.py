@@ -512,7 +512,7 @@ def _ended(old: JobRecord, status: str, **job: Any) -> JobRecord:
 
 def _cancelled(old: JobRecord) -> JobRecord:
     if old.finished:
-        raise UsageError(f"the fine-tuning job {old.id} has ended already: it has {old.status}")
+        raise UsageError(f"the fine-tuning job {old.id} has ended already; its status is '{old.status}'")
     return _ended(old, "cancelled")
 
 

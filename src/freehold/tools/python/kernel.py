@@ -87,6 +87,8 @@ def main() -> None:
     app = App.instance(config=Config({"Session": {"key": b""}}))  # messages are not signed
     app.transport = "ipc"
     app.initialize(settings["arguments"])
+    for stream in (sys.stdout, sys.stderr):
+        app.shell.events.register("post_run_cell", stream.end_call)
     app.start()
 
 
@@ -99,6 +101,9 @@ def _output(streams: Any, piece_chars: int) -> Any:
     """
 
     class Output(streams):  # type: ignore[misc]
+        flush_timeout = None
+        """It is stopped for long between calls, which is no reason to complain; and where it would, nobody reads."""
+
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             self._waiting_chars = 0
             self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -107,6 +112,10 @@ def _output(streams: Any, piece_chars: int) -> Any:
             self._fid: int
             super().__init__(*arguments, **settings)
 
+        def fileno(self) -> int:
+            """Where child processes write that are given this stream: to its pipe as well."""
+            return int(self._original_stdstream_fd)
+
         def write(self, text: str) -> Any:
             self._read_pipe()
             return self._write_and_wait(text)
@@ -114,6 +123,13 @@ def _output(streams: Any, piece_chars: int) -> Any:
         def flush(self) -> None:
             self._read_pipe()
             super().flush()
+
+        def end_call(self, _: Any) -> None:
+            """What is half a character now stays one."""
+            self._read_pipe()
+            with self._reading:
+                if text := self._decode(b"", final=True):
+                    self._write_and_wait(text)
 
         def _watch_pipe_fd(self) -> None:
             while self._should_watch:
