@@ -352,7 +352,9 @@ def test_children_may_be_given_a_stream(inside: Run) -> None:
     for stream in ("stdout", "stderr"):
         text = inside(f"subprocess.run(['seq', '50000'], stdout=sys.{stream}).returncode").text
         assert text.startswith("1\n2\n3\n") and text.endswith("\n49999\n50000\n0")
-    assert inside("subprocess.run(['echo', 'child'], stdout=sys.stdout, stderr=sys.stderr).returncode").text == "child\n0"
+    assert (
+        inside("subprocess.run(['echo', 'child'], stdout=sys.stdout, stderr=sys.stderr).returncode").text == "child\n0"
+    )
 
 
 def test_a_child_may_complain_without_end_while_nobody_listens(tight: Run) -> None:

@@ -16,6 +16,7 @@ from freehold.train.data import MOST_TOLD, DataOptions, read_examples, read_pref
 
 WriteLines = Callable[..., Path]
 
+SYSTEM = {"role": "system", "content": "Count."}
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 WRONG = {"role": "assistant", "content": "5"}
@@ -83,7 +84,7 @@ BAD_CHATS: list[tuple[Any, str]] = [
     ),
     # --- the line as a whole
     ({}, "messages must be a list of objects, got nothing"),
-    (pair(), "is a preference pair; those are for DPO"),
+    (pair(), "is a preference pair; those are for DPO (--method dpo)"),
     ({"prompt": "2 + 2?", "completion": "4"}, "field 'prompt' is not supported; use messages"),
     (chat(QUESTION, ANSWER, functions=[]), "field 'functions' is not supported; use tools"),
     (
@@ -295,7 +296,7 @@ BAD_PAIRS: list[tuple[Any, str]] = [
         {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
         "chosen must be a list of the assistant's messages, got a string",
     ),
-    ({"prompt": "2 + 2?", "chosen": [ANSWER], "rejected": []}, "prompt must be a list of messages, got a string"),
+    ({"prompt": "2 + 2?", "chosen": [ANSWER], "rejected": [WRONG]}, "prompt must be a list of messages, got a string"),
     (
         {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": []},
         "rejected must be a list of the assistant's messages, got an empty one",
@@ -312,6 +313,39 @@ BAD_PAIRS: list[tuple[Any, str]] = [
     (
         {"chosen": [QUESTION, ANSWER], "rejected": [ANSWER]},
         "chosen and rejected do not begin with the same messages; give a prompt",
+    ),
+    (
+        {"chosen": [SYSTEM, QUESTION, ANSWER], "rejected": [SYSTEM, WRONG]},
+        "chosen: message 1 is not the assistant's; outputs are one turn of it",
+    ),
+    (
+        {"chosen": [SYSTEM, QUESTION, calls(call())], "rejected": [SYSTEM, QUESTION, WRONG]},
+        "chosen: message 2: calls 'add', which is not among the tools",
+    ),
+    (
+        {"chosen": [SYSTEM, {"role": "user"}, ANSWER], "rejected": [SYSTEM, {"role": "user"}, WRONG]},
+        "chosen: message 1: content must be a string or a list of parts, got NoneType",
+    ),
+    (
+        {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION]},
+        "rejected has no message after what both begin with; end it with the assistant's",
+    ),
+    ({"chosen": [None], "rejected": [None]}, "chosen and rejected are the same"),
+    (
+        {"prompt": [QUESTION], "chosen": {"role": "assistant"}, "rejected": []},
+        "chosen must be a list of the assistant's messages, got an object",
+    ),
+    (
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [{"role": "assistant", "thinking": "Hm."}]},
+        "rejected: message 0: the assistant reasons and then neither answers nor calls a tool",
+    ),
+    (
+        {"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": ""}]},
+        "rejected: message 0: the assistant says nothing; give content or tool_calls",
+    ),
+    (
+        {"messages": [QUESTION, ANSWER], "chosen": [ANSWER], "rejected": [WRONG]},
+        "field 'messages' is not supported; a preference pair has prompt, chosen, rejected, tools",
     ),
     (
         {"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WRONG], "score_chosen": 5},

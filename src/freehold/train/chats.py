@@ -15,6 +15,7 @@ by `data.py`.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ class PlainText:
 def read_example(raw: Mapping[str, Any]) -> Chat | PlainText:
     """A line for supervised training."""
     if any(key in raw for key in (*_PAIR, "chosen", "rejected")):
-        raise UsageError("is a preference pair; those are for DPO")
+        raise UsageError("is a preference pair; those are for DPO (--method dpo)")
     if "harmony" in raw:
         _check_keys(raw, ("harmony",), "a Harmony conversation")
         return _read_harmony(raw["harmony"])
@@ -86,26 +87,25 @@ def read_example(raw: Mapping[str, Any]) -> Chat | PlainText:
 
 def read_preference(raw: Mapping[str, Any]) -> Preference:
     """A line for DPO."""
-    if "messages" in raw or "text" in raw:
+    if "chosen" in raw or "rejected" in raw:
+        pair = _trl_pair(raw)
+    elif "messages" in raw or "text" in raw:
         raise UsageError("is no preference pair; give input, preferred_output and non_preferred_output")
-    pair = _trl_pair(raw) if "chosen" in raw or "rejected" in raw else _openai_pair(raw)
+    else:
+        pair = _openai_pair(raw)
     for name, output in pair.outputs.items():
         if not output:
-            raise UsageError(f"{name} must be a list of the assistant's messages, got an empty one")
-        for index, message in enumerate(output):
+            raise UsageError(f"{name} has no message after what both begin with; end it with the assistant's")
+        for index, message in enumerate(output, start=pair.num_shared):
             if not isinstance(message, dict) or message.get("role") != "assistant":
                 raise UsageError(f"{name}: message {index} is not the assistant's; outputs are one turn of it")
     said = _input(pair)
     if said.roles[-1] == "assistant":
         raise UsageError(f"{pair.name} ends with the assistant's message; end with what is to be answered")
-    good, bad = pair.outputs.values()
-    if good == bad:
-        raise UsageError(f"{' and '.join(pair.outputs)} are the same")
-    before = pair.input.get("messages", [])
     wholes = []
-    for name, output in pair.outputs.items():
-        whole = _within(name, {**pair.input, "messages": [*before, *output]}, len(before))
-        turns = [turn for turn in whole.turns() if len(turn.before.messages) >= len(said.conversation.messages)]
+    for name in pair.outputs:
+        whole, all_turns = _within(pair, name)
+        turns = [turn for turn in all_turns if len(turn.before.messages) >= len(said.conversation.messages)]
         if len(turns) != 1:
             raise UsageError(f"{name} is {len(turns)} turns of the assistant; give one")
         wholes.append((turns[0], whole.parallel_calls))
@@ -115,11 +115,13 @@ def read_preference(raw: Mapping[str, Any]) -> Preference:
 
 class _Pair(NamedTuple):
     """A preference pair of either shape: what is answered, by OpenAI's fields, and two outputs. What is wrong with them
-    is told by the names that they have in their own."""
+    is told by the names and places that they have in their own: `num_shared` messages stand before each output there.
+    """
 
     name: str
     input: Mapping[str, Any]
     outputs: Mapping[str, list[Any]]
+    num_shared: int = 0
 
 
 def _openai_pair(raw: Mapping[str, Any]) -> _Pair:
@@ -127,32 +129,40 @@ def _openai_pair(raw: Mapping[str, Any]) -> _Pair:
     if not isinstance(raw.get("input"), dict):
         raise UsageError(f"input must be an object with messages, got {_kind(raw.get('input'))}")
     _check_keys(raw["input"], _CHAT, "an input")
-    return _Pair("input", raw["input"], {name: _output(raw, name) for name in _PAIR[1:]})
+    return _Pair("input", raw["input"], _outputs(raw, *_PAIR[1:]))
 
 
 def _trl_pair(raw: Mapping[str, Any]) -> _Pair:
     """With its prompt, or with two conversations that are the same up to the assistant's last turn. Of texts it is not
     known where a template would have them."""
     _check_keys(raw, _TRL_PAIR, "a preference pair")
-    outputs = {name: _output(raw, name) for name in ("chosen", "rejected")}
+    outputs = _outputs(raw, "chosen", "rejected")
     prompt = raw.get("prompt")
-    if prompt is None:
-        prompt = _common_beginning(*outputs.values())
-        outputs = {name: messages[len(prompt) :] for name, messages in outputs.items()}
-    elif not isinstance(prompt, list):
-        raise UsageError(f"prompt must be a list of messages, got {_kind(prompt)}")
-    return _Pair("prompt", {"messages": prompt, "tools": raw.get("tools")}, outputs)
+    if prompt is not None:
+        if not isinstance(prompt, list):
+            raise UsageError(f"prompt must be a list of messages, got {_kind(prompt)}")
+        return _Pair("prompt", {"messages": prompt, "tools": raw.get("tools")}, outputs)
+    number = _num_common(*outputs.values())
+    if not number:
+        raise UsageError("chosen and rejected do not begin with the same messages; give a prompt")
+    before = {"messages": outputs["chosen"][:number], "tools": raw.get("tools")}
+    return _Pair("chosen", before, {name: messages[number:] for name, messages in outputs.items()}, number)
 
 
-def _output(raw: Mapping[str, Any], name: str) -> list[Any]:
-    output = raw.get(name)
-    if not isinstance(output, list):
-        raise UsageError(f"{name} must be a list of the assistant's messages, got {_kind(output)}")
-    return output
+def _outputs(raw: Mapping[str, Any], good: str, bad: str) -> dict[str, list[Any]]:
+    outputs: dict[str, list[Any]] = {}
+    for name in (good, bad):
+        output = raw.get(name)
+        if not isinstance(output, list) or not output:
+            raise UsageError(f"{name} must be a list of the assistant's messages, got {_kind(output)}")
+        outputs[name] = output
+    if outputs[good] == outputs[bad]:
+        raise UsageError(f"{good} and {bad} are the same")
+    return outputs
 
 
-def _common_beginning(chosen: list[Any], rejected: list[Any]) -> list[Any]:
-    """Up to where the assistant is to answer."""
+def _num_common(chosen: list[Any], rejected: list[Any]) -> int:
+    """Messages that both begin with, up to where the assistant is to answer."""
     number = 0
     for one, other in zip(chosen, rejected, strict=False):
         if one != other:
@@ -160,28 +170,37 @@ def _common_beginning(chosen: list[Any], rejected: list[Any]) -> list[Any]:
         number += 1
     while number and isinstance(chosen[number - 1], dict) and chosen[number - 1].get("role") == "assistant":
         number -= 1
-    if not number:
-        raise UsageError("chosen and rejected do not begin with the same messages; give a prompt")
-    return chosen[:number]
+    return number
 
 
 def _input(pair: _Pair) -> "_Said":
-    try:
-        said = _Said(pair.input)
-    except (UsageError, UnsupportedError) as error:
-        raise type(error)(f"{pair.name}: {error}") from None
-    if any(message.get("weight") is not None for message in pair.input["messages"]):
-        raise UsageError(f"{pair.name}: weight is for chats; in a preference pair the outputs are what is learnt")
-    return said
+    with _told_of(pair.name):
+        said = _Said(pair.input, has_weights=False)
+        _check_no_weight(pair.input["messages"])
+        return said
 
 
-def _within(name: str, raw: Mapping[str, Any], num_before: int) -> "_Said":
-    """An output as the end of its conversation; problems are told by the message's place in the output."""
-    if any(message.get("weight") is not None for message in raw["messages"][num_before:]):
-        raise UsageError(f"{name}: weight is for chats; in a preference pair the outputs are what is learnt")
+def _within(pair: _Pair, name: str) -> "tuple[_Said, list[Turn]]":
+    """An output as the end of its conversation."""
+    before, output = pair.input["messages"], pair.outputs[name]
+    with _told_of(name):
+        _check_no_weight(output)
+        if not pair.num_shared:
+            openai_messages(output)  # whose own mistakes it tells by their place in the output
+        first = 0 if pair.num_shared else len(before)
+        said = _Said({**pair.input, "messages": [*before, *output]}, first=first, has_weights=False)
+        return said, list(said.turns())
+
+
+def _check_no_weight(messages: Sequence[Mapping[str, Any]]) -> None:
+    if any(message.get("weight") is not None for message in messages):
+        raise UsageError("weight is for chats; in a preference pair the outputs are what is learnt")
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
     try:
-        openai_messages(raw["messages"][num_before:])  # whose own mistakes it tells by their place in the output
-        return _Said(raw, first=num_before)
+        yield
     except (UsageError, UnsupportedError) as error:
         raise type(error)(f"{name}: {error}") from None
 
@@ -192,8 +211,8 @@ def _within(name: str, raw: Mapping[str, Any], num_before: int) -> "_Said":
 class _Said:
     """The messages of a chat, checked. Places are told as `message 3`, from 0 on, counted from `first`."""
 
-    def __init__(self, raw: Mapping[str, Any], *, first: int = 0) -> None:
-        self._first = first
+    def __init__(self, raw: Mapping[str, Any], *, first: int = 0, has_weights: bool = True) -> None:
+        self._first, self._has_weights = first, has_weights
         messages = _list(raw, "messages")
         if not messages:
             raise UsageError("messages is empty; give a question and an answer")
@@ -267,7 +286,8 @@ class _Said:
 
     def _check_reply(self, place: str, group: Sequence[Message], offer: Offer, is_taught: bool) -> None:
         if is_taught and not any(said.text for said in group):
-            raise UsageError(f"{place}: the assistant says nothing; give content or tool_calls, or weight 0")
+            otherwise = ", or weight 0" if self._has_weights else ""
+            raise UsageError(f"{place}: the assistant says nothing; give content or tool_calls{otherwise}")
         for said in group:
             if said.recipient is None:
                 continue
@@ -397,7 +417,7 @@ def _kind(value: Any) -> str:
     match value:
         case None:
             return "nothing"
-        case [] | {}:
+        case list() | dict() if not value:
             return "an empty one"
         case bool():
             return "true or false"
