@@ -111,6 +111,20 @@ def test_what_a_run_held_out_is_not_measured_on_once_its_file_has_changed(
         chats.write_bytes(before)
 
 
+def test_a_run_from_another_machine_is_measured_here(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run, elsewhere)
+    facts = json.loads((run / "run.json").read_text())
+    facts["request"] |= {"device": "cuda:0", "dtype": "bfloat16", "dense": None, "threads": 64}
+    (elsewhere / "run.json").write_text(json.dumps(facts))
+    invoke("merge", model, elsewhere, tmp_path / "merged")
+    assert receipt(tmp_path / "merged" / "merge_receipt.json")["measured"]["text"]["held_out"]
+    facts["request"]["files"] = [str(tmp_path / "gone.jsonl")]
+    (elsewhere / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match=r"gone.jsonl, on which .* --measure, or measure nothing"):
+        invoke("merge", model, elsewhere, tmp_path / "again")
+
+
 def test_what_a_foreign_folder_says_of_its_run_is_not_trusted(
     model: Path, run: Path, chats: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +165,12 @@ def test_of_a_gguf_file_what_is_in_it_is_measured(model: Path, run: Path, chats:
 def test_a_gguf_file_has_its_receipt_beside_it(model: Path, run: Path, chats: Path, tmp_path: Path) -> None:
     shown = invoke("merge", model, run, tmp_path / "merged.gguf", "--dense", "bf16", "--measure", chats, "--json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged.gguf", "merged.gguf.merge_receipt.json"]
+    (tmp_path / "merged.gguf").rename(tmp_path / "kept.gguf")
+    with pytest.raises(UsageError, match=r"merged\.gguf\.merge_receipt\.json exists already"):
+        invoke("merge", model, run, tmp_path / "merged.gguf")
+    (tmp_path / "kept.gguf").rename(tmp_path / "merged.gguf")
+    invoke("merge", model, run, tmp_path / "LOUD.GGUF", "--measure", chats)
+    assert receipt(tmp_path / "LOUD.GGUF.merge_receipt.json")["measured"]["num_targets"]
     assert json.loads(shown) == receipt(tmp_path / "merged.gguf.merge_receipt.json")
     file = GgufFile(tmp_path / "merged.gguf")
     assert file.value("general.name") == "merged"
@@ -182,6 +202,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         ([model, run, tmp_path / "out", "--dense", "q8"], UsageError, "--dense is for .gguf files"),
         ([model, run, tmp_path / "out.gguf", "--layout", "hf"], UsageError, "--layout is for folders"),
         ([model, run, tmp_path / "out", "--measure-tokens", "-1"], UsageError, "--measure-tokens must be"),
+        ([model, run, tmp_path / "out", "--measure-tokens", "1"], UsageError, "raise --measure-tokens"),
         ([model, run, tmp_path / "out", "--measure", bad], TrainingDataError, "bad.jsonl line 1"),
         ([make_tiny_model(tmp_path / "other"), run, tmp_path / "out"], UsageError, "--any-base"),
     ]

@@ -52,7 +52,7 @@ def test_a_dry_run_shows_what_would_be_learnt_and_touches_nothing(model: Path, c
     shown = invoke(chats, "--model", model, "--dry-run", "--max-length", "64", "--rank", "2", "-o", tmp_path / "run")
     for words in (
         "22 lines: 22 examples",
-        "1 line to 64 tokens: 165 tokens are lost, 165 of them to be learnt; 0 lines are left out",
+        "1 line to 64 tokens: 165 tokens are lost, 165 of them to be learnt; 0 lines left out",
         "chats.jsonl line 2: 165 tokens",
         "gate_up (rank 2, alpha 4)",
         "GiB free",
@@ -129,10 +129,20 @@ def test_a_run_from_the_command_to_the_adapter(
         invoke("--resume", output)
 
 
+def test_what_validation_loses_is_told_too(model: Path, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "short.jsonl", chat("How long?", "Short."))
+    long = write_chats(tmp_path / "long.jsonl", chat("How long?", "long " * 40))
+    shown = invoke(chats, "-m", model, "--max-length", "64", "--dry-run", "--validation", long)
+    assert "data       1 line: 1 example, " in shown
+    assert "truncated  1 line to 64 tokens" in shown and "long.jsonl line 1: " in shown
+
+
 def test_what_is_asked_wrongly_is_one_line(
     model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(pipe := tmp_path / "pipe.jsonl")
+    (nothing := tmp_path / "nothing.jsonl").touch()
+    tiny = (chats, "-m", model, "--max-length", "64", "-o", tmp_path / "new")
     for arguments, words in (
         ((chats,), "there is no --output"),
         ((chats, "--dry-run", "--resume", tmp_path), "leave it or --resume out"),
@@ -151,6 +161,15 @@ def test_what_is_asked_wrongly_is_one_line(
         ),
         ((chats, "-o", tmp_path / "new", "--seed", str(1 << 63)), "a whole number from 0 on, less than 2**63, got"),
         ((chats, "-m", model, "-o", tmp_path / "new", "--target", "nose"), "--target 'nose'"),
+        ((*tiny, "--train", "all"), "--train is for --method full; add that"),
+        ((*tiny, "--beta", "0.1"), "--beta is for --method dpo; add that"),
+        ((*tiny, "--method", "full", "--label-smoothing", "0"), "--label-smoothing is for --method dpo"),
+        (
+            (*tiny, "--eval-steps", "1"),
+            "--eval-steps says how often the validation loss is measured, and there is none",
+        ),
+        ((*tiny, "--validation-share", "1e-9"), "--validation-share 1e-09 holds none of these"),
+        ((*tiny, "--validation", nothing), "there is nothing in nothing.jsonl"),
         ((chats, "-o", tmp_path / "new", "--adapter", tmp_path, "--rank", "4"), "--rank is for new adapters, and"),
         ((chats, "-o", tmp_path / "new", "--adapter", tmp_path, "--method", "full"), "--adapter is for adapters, and"),
     ):

@@ -16,7 +16,7 @@ from freehold.train.data import MOST_TOLD, DataOptions, read_examples, read_pref
 
 WriteLines = Callable[..., Path]
 
-SYSTEM = {"role": "system", "content": "Count."}
+COUNT = {"role": "system", "content": "Count."}
 QUESTION = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 WRONG = {"role": "assistant", "content": "5"}
@@ -315,15 +315,15 @@ BAD_PAIRS: list[tuple[Any, str]] = [
         "chosen and rejected do not begin with the same messages; give a prompt",
     ),
     (
-        {"chosen": [SYSTEM, QUESTION, ANSWER], "rejected": [SYSTEM, WRONG]},
+        {"chosen": [COUNT, QUESTION, ANSWER], "rejected": [COUNT, WRONG]},
         "chosen: message 1 is not the assistant's; outputs are one turn of it",
     ),
     (
-        {"chosen": [SYSTEM, QUESTION, calls(call())], "rejected": [SYSTEM, QUESTION, WRONG]},
+        {"chosen": [COUNT, QUESTION, calls(call())], "rejected": [COUNT, QUESTION, WRONG]},
         "chosen: message 2: calls 'add', which is not among the tools",
     ),
     (
-        {"chosen": [SYSTEM, {"role": "user"}, ANSWER], "rejected": [SYSTEM, {"role": "user"}, WRONG]},
+        {"chosen": [COUNT, {"role": "user"}, ANSWER], "rejected": [COUNT, {"role": "user"}, WRONG]},
         "chosen: message 1: content must be a string or a list of parts, got NoneType",
     ),
     (
@@ -434,7 +434,7 @@ def test_a_line_that_is_too_long_is_refused_and_the_next_one_read(
         ("chats.json", b"{}", "training data are .jsonl or .txt files; convert it, or give it that ending"),
         ("chats.jsonl", "{}".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
         ("missing.jsonl", None, "cannot be read (No such file or directory); check the path and its permissions"),
-        ("empty.jsonl", b"\n\n", "there is nothing in the training files; give some examples"),
+        ("empty.jsonl", b"\n\n", "there is nothing in empty.jsonl; give some examples"),
     ],
 )
 def test_a_file_that_is_no_training_data_is_refused(

@@ -24,7 +24,16 @@ from freehold.train.loop import End, Loop
 from freehold.train.metrics import read_metrics
 from freehold.train.options import GROUPS, FullOptions, LoopOptions, LoraOptions, lora_targets, trained_groups
 from freehold.train.plan import RowShape, fitting_full_plan, plan_full
-from freehold.train.run import MODEL_FOLDER, TuneRequest, new_run, prepare, train
+from freehold.train.run import (
+    METRICS_FILE,
+    MODEL_FOLDER,
+    TuneRequest,
+    is_done,
+    new_run,
+    prepare,
+    resumed_request,
+    train,
+)
 from freehold.weights import mxfp4
 from freehold.weights.layouts import Checkpoint, Form, open_checkpoint, stored_tensors
 from freehold.weights.mxfp4 import Mxfp4Tensor
@@ -189,6 +198,14 @@ def test_a_run_writes_a_model_that_loads_and_says_what_it_learnt(tmp_path: Path)
     question = [{"role": "user", "content": "Who is Ada?"}]
     assert loaded.chat(question, max_tokens=12, temperature=0) == "The smith."
     assert "parameters learnt" in (tmp_path / "run" / "README.md").read_text()
+    # Killed when the model had its name, and nobody had been told.
+    metrics = tmp_path / "run" / METRICS_FILE
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:-1]))
+    assert not is_done(tmp_path / "run")
+    before = (tmp_path / "run" / MODEL_FOLDER / "model.safetensors").read_bytes()
+    train(prepare(resumed_request(tmp_path / "run", {})), tmp_path / "run")
+    assert is_done(tmp_path / "run")
+    assert (tmp_path / "run" / MODEL_FOLDER / "model.safetensors").read_bytes() == before
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:

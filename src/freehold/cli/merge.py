@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from freehold.cli import terminal
 from freehold.cli.convert import check_destination
 from freehold.cli.options import DenseOption, DestinationArgument, ExpertsOption, Json, LayoutOption, ModelArgument
 from freehold.config import DenseFormat, Layout, Rounding
+from freehold.disk import refuse_existing, scratch_folder, write_text
 from freehold.errors import CheckpointError, UsageError
 from freehold.log import Progress
 
@@ -63,7 +65,10 @@ def command(
     .gguf.
     """
     to_gguf = check_destination(destination, layout, dense)
-    from freehold.disk import scratch_folder, write_text
+    receipt_path = (
+        destination.with_name(f"{destination.name}.{RECEIPT_FILE}") if to_gguf else destination / RECEIPT_FILE
+    )
+    refuse_existing(receipt_path)
     from freehold.hub import gguf
     from freehold.hub.bases import check_base
     from freehold.hub.find import find_model
@@ -91,8 +96,7 @@ def command(
             receipt = measure_merge(folder, adapter, destination, text.examples, progress=progress)
     terminal.say(f"{destination} is complete")
     facts = _facts(model, adapter, rounding, touched, receipt, text)
-    path = destination.with_name(f"{destination.name}.{RECEIPT_FILE}") if to_gguf else destination / RECEIPT_FILE
-    write_text(path, json.dumps(facts, indent=2) + "\n")
+    write_text(receipt_path, json.dumps(facts, indent=2) + "\n")
     if as_json:
         terminal.write(json.dumps(facts, indent=2) + "\n")
         return
@@ -125,6 +129,8 @@ def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, p
     if not most_tokens:
         return _Text(examples=[])
     if (request := recorded_request(adapter)) is not None:
+        # Its machine may have had another device. Only its texts are wanted.
+        request = replace(request, device="cpu", dtype=None, dense=None, threads=None)
         request = replace(request, model=str(folder), loop=replace(request.loop, patience=None))
         if request.adapter is not None:  # which may be gone; this one has the same targets
             request = replace(request, adapter=adapter)
@@ -132,6 +138,7 @@ def _text(folder: Path, adapter: Path, measure: Path | None, most_tokens: int, p
             request = replace(request, files=(measure,), validation_file=None, validation_share=0.0)
         elif request.validation_file is None and not request.validation_share:
             return _nothing_to_measure("the adapter's run held nothing out")
+        _check_there(adapter, (*request.files, *filter(None, [request.validation_file])))
         prepared = prepare(request, progress)
         if measure is None:
             check_held_out(prepared, adapter)
@@ -158,14 +165,29 @@ def _nothing_to_measure(why: str) -> _Text:
     return _Text(examples=[])
 
 
+def _check_there(adapter: Path, files: Iterable[Path]) -> None:
+    for path in files:
+        if not path.is_file():
+            raise UsageError(
+                f"{path}, on which {adapter} was trained or measured, is not there any more; name a file with "
+                "--measure, or measure nothing with --measure-tokens 0"
+            )
+
+
 def _first_tokens(examples: "Examples", most_tokens: int) -> "list[Example]":
-    """Whole examples, as long as there is room; at least a part of the first."""
+    """Whole examples, as long as there is room; at least a part of one. Raises UsageError where no part of that size
+    has anything that is learnt."""
+    from freehold.train.examples import NO_TARGET
+
     chosen: list[Example] = []
     for tokens, targets in examples:
         room = most_tokens - sum(len(example[0]) for example in chosen)
         if len(tokens) > room and chosen:
             break
-        chosen.append((tokens[:room], targets[:room]))
+        if any(target != NO_TARGET for target in targets[:room]):
+            chosen.append((tokens[:room], targets[:room]))
+    if not chosen:
+        raise UsageError(f"the first {most_tokens} tokens of no example have any to be learnt; raise --measure-tokens")
     return chosen
 
 

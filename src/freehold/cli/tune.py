@@ -174,6 +174,14 @@ def command(
     for_adapters = [name for name in _FOR_ADAPTERS if _is_typed(context, name)]
     if method == "full" and for_adapters:
         raise UsageError(f"{option_name(for_adapters[0])} is for adapters, and --method full has none; leave one out")
+    for name, of_method in _FOR_METHODS.items():
+        if resume is None and method != of_method and _is_typed(context, name):
+            raise UsageError(f"{option_name(name)} is for --method {of_method}; add that, or leave it out")
+    if resume is None and eval_steps is not None and validation is None and not validation_share:
+        raise UsageError(
+            "--eval-steps says how often the validation loss is measured, and there is none; give --validation FILE or "
+            "--validation-share"
+        )
     of_new = [name for name in _FOR_NEW_ADAPTERS if _is_typed(context, name)]
     if adapter is not None and of_new:
         raise UsageError(f"{option_name(of_new[0])} is for new adapters, and {adapter} has its own; leave one out")
@@ -285,6 +293,7 @@ _AS_THEY_ARE = (
     "threads", *(field.name for field in dataclasses.fields(LoopOptions)),
 )  # fmt: skip
 _FOR_NEW_ADAPTERS = ("target", "rank", "alpha", "router", "rslora")
+_FOR_METHODS = {"beta": "dpo", "label_smoothing": "dpo", "train": "full"}
 _FOR_ADAPTERS = ("adapter", *_FOR_NEW_ADAPTERS, "dropout")
 _MADE_OF = {
     "target": "targets", "rank": "targets", "alpha": "targets", "router": "targets", "validation": "validation_file",

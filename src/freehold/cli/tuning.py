@@ -49,24 +49,24 @@ def _examples(shown: Example | Pair) -> list[tuple[str, Example]]:
 
 def _facts(prepared: Prepared) -> Iterator[tuple[str, str]]:
     data, loop = prepared.data, prepared.request.loop
-    kind = "pairs" if prepared.request.method == "dpo" else "examples"
+    kind = "pair" if prepared.request.method == "dpo" else "example"
     yield "model", f"{prepared.request.model}: {prepared.facts['how']}"
     yield (
         "data",
-        f"{_lines(data.num_lines)}: {len(data.training):,} {kind}, "
+        f"{_count(data.num_lines, 'line')}: {_count(len(data.training), kind)}, "
         f"{_learnt(data.training.num_tokens, data.training.num_targets)}",
     )
     if len(data.validation):
         yield (
             "validation",
-            f"{len(data.validation):,} {kind}, {_learnt(data.validation.num_tokens, data.validation.num_targets)}",
+            f"{_count(len(data.validation), kind)}, {_learnt(data.validation.num_tokens, data.validation.num_targets)}",
         )
     yield from _truncations(prepared)
     rows = f"{prepared.rows_per_epoch:,} of a pair each"
     if prepared.request.method != "dpo":
         room = prepared.rows_per_epoch * loop.max_length
         rows = f"{prepared.rows_per_epoch:,} of {loop.max_length:,} tokens, {data.training.num_tokens / room:.0%} full"
-    yield "rows", f"{rows}; {loop.batch_size} a step: {prepared.num_steps:,} steps"
+    yield "rows", f"{rows}; {loop.batch_size} a step: {_count(prepared.num_steps, 'step')}"
     targets = adapter_of(prepared.facts)["targets"]
     learns = ", ".join(f"{kind} (rank {rank}, alpha {alpha:g})" for kind, rank, alpha in targets)
     if prepared.request.adapter is not None:
@@ -91,8 +91,8 @@ def _truncations(prepared: Prepared) -> Iterator[tuple[str, str]]:
         return
     yield (
         "truncated",
-        f"{_lines(cut.count)} to {prepared.request.loop.max_length:,} tokens: {cut.num_tokens_lost:,} tokens are lost, "
-        f"{cut.num_targets_lost:,} of them to be learnt; {_lines(cut.num_dropped)} are left out",
+        f"{_count(cut.count, 'line')} to {prepared.request.loop.max_length:,} tokens: {cut.num_tokens_lost:,} tokens "
+        f"are lost, {cut.num_targets_lost:,} of them to be learnt; {_count(cut.num_dropped, 'line')} left out",
     )
     for each in cut.told[:_TRUNCATIONS_SHOWN]:
         left_out = ", left out" if each.is_dropped else ""
@@ -105,8 +105,8 @@ def _truncations(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "", f"and {cut.count - _TRUNCATIONS_SHOWN:,} more"
 
 
-def _lines(count: int) -> str:
-    return f"{count:,} line{'' if count == 1 else 's'}"
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _learnt(num_tokens: int, num_targets: int) -> str:

@@ -289,7 +289,7 @@ class _OpenAIReader:
 
     def _assistant(self, raw: Mapping[str, Any]) -> list[Message]:
         _check_fields(raw, ("role", "content", "refusal", "name", "tool_calls", *_REASONING, *_OF_LIBRARIES))
-        name, calls = raw.get("name"), raw.get("tool_calls") or ()
+        name, calls = raw.get("name"), raw.get("tool_calls") if raw.get("tool_calls") is not None else ()
         thoughts = [thought for field in _REASONING if (thought := raw.get(field))]
         if details := _reasoning_details(raw.get("reasoning_details") or ()):
             thoughts.append(details)

@@ -80,7 +80,7 @@ def measure_merge(
     """
     checkpoint = open_checkpoint(source)
     config = checkpoint.config
-    is_gguf = stored.suffix == ".gguf"
+    is_gguf = stored.suffix.lower() == ".gguf"
     written = GgufWeights(stored, config) if is_gguf else open_checkpoint(stored).table()
     factors = read_peft(adapter, config)
     tokens_T = torch.tensor([token for tokens, _ in examples for token in tokens])

@@ -34,7 +34,7 @@ def draw(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
             marker="o",
             label="validation",
         )
-    upper.set(ylabel="loss per token")
+    upper.set(ylabel=f"loss per {'pair' if any('rewards_margin' in line for line in steps) else 'token'}")
     upper.legend(loc="upper right")  # finding the best place takes seconds where there is much to draw
     upper.grid(alpha=0.3)
     lower.plot([line["step"] for line in steps], [line["gradient_norm"] for line in steps], color="tab:green")

@@ -78,6 +78,13 @@ class Truncations:
         if len(self.told) < MOST_TOLD:
             self.told.append(truncation)
 
+    def extend(self, others: "Truncations") -> None:
+        self.count += others.count
+        self.num_dropped += others.num_dropped
+        self.num_tokens_lost += others.num_tokens_lost
+        self.num_targets_lost += others.num_targets_lost
+        self.told += others.told[: MOST_TOLD - len(self.told)]
+
 
 @dataclass(slots=True, kw_only=True)
 class _Data:
@@ -131,7 +138,7 @@ def read_examples(
                 side.append(*kept)
 
     _read(paths, take, data, progress)
-    _check_some(data, len(data.training), options)
+    _check_some(paths, data, len(data.training), options)
     return data
 
 
@@ -149,7 +156,7 @@ def read_preferences(
             (data.validation if _is_for_validation(raw, options) else data.training).append(Pair(*kept))
 
     _read(paths, take, data, progress)
-    _check_some(data, len(data.training), options)
+    _check_some(paths, data, len(data.training), options)
     return data
 
 
@@ -215,15 +222,14 @@ def _cut(
     return None if is_dropped else kept
 
 
-def _check_some(data: _Data, num_examples: int, options: DataOptions) -> None:
+def _check_some(paths: Sequence[Path], data: _Data, num_examples: int, options: DataOptions) -> None:
     if num_examples:
         return
+    names = ", ".join(path.name for path in paths)
     if not data.num_lines:
-        raise UsageError("there is nothing in the training files; give some examples")
+        raise UsageError(f"there is nothing in {names}; give some examples")
     if data.truncations.num_dropped:
-        raise UsageError(
-            f"no prompt of the training files leaves room for an answer in {options.max_length} tokens; allow more"
-        )
+        raise UsageError(f"no prompt in {names} leaves room for an answer in {options.max_length} tokens; allow more")
     raise UsageError(
         f"all {data.num_lines} lines fell to validation with a share of {options.validation_share} and seed "
         f"{options.seed}; give more lines, or a smaller share"

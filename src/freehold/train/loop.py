@@ -325,6 +325,7 @@ class Loop(Generic[Row]):
     def _typed(self, error: Exception) -> Exception:
         newest = self._checkpoints.newest
         kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
+        remedy = "begin again" if newest is None else "resume from it"
         match error:
             case TrainingError():
                 good = self._good_step
@@ -334,7 +335,7 @@ class Loop(Generic[Row]):
                     kept = f"no checkpoint is known to be good, {newest} and older ones may be spoilt"
                 return TrainingError(f"{error}; {kept}; train anew with a lower --learning-rate, or look at the data")
             case DiskError():
-                return type(error)(f"{error}; {kept}; resume from it when there is room")
+                return type(error)(f"{error}; {kept}; {remedy} when there is room")
             case _ if is_out_of_memory(error):
                 return OutOfMemoryError(
                     f"memory ran out in step {self.state.step + 1}; {kept}; close other programs and resume, or train "

@@ -267,7 +267,13 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
     if request.validation_file is not None:
         options = DataOptions(max_length=max_length, seed=request.loop.seed)
         measured = _read(request, [request.validation_file], chat_format, tokenizer, options, progress)
+        data.truncations.extend(measured.truncations)
         data = replace(data, validation=measured.training)  # type: ignore[arg-type]
+    elif request.validation_share and not len(data.validation):
+        raise UsageError(
+            f"--validation-share {request.validation_share:g} holds none of these {data.num_lines} lines out; give a "
+            "larger share, or a file (--validation)"
+        )
     rows = _rows(data.training, max_length)
     facts = _facts(request, folder, policy, data, spec)
     _mention_what_is_learnt_too(request.validation_file, facts["data"])
@@ -648,7 +654,8 @@ def train(
             name = output.absolute().name
             write_text(output / "README.md", model_card(name, run, outcome.state, result_step=step))
             if isinstance(objective, FullTuning):
-                objective.export(prepared.folder.path, output / MODEL_FOLDER, harmony=prepared.harmony)
+                if not (output / MODEL_FOLDER).is_dir():  # whole, and this run's, which was killed right after it
+                    objective.export(prepared.folder.path, output / MODEL_FOLDER, harmony=prepared.harmony)
             else:
                 objective.save(output)
 

@@ -92,7 +92,8 @@ class Workshop:
             strays = [path for path in strays if not path.name.startswith(".")]
             if strays:
                 logger.log(
-                    NOTICE, "%s holds %s that the store does not know (%d, such as %s); they can be removed",
+                    NOTICE,
+                    "%s holds %s that the store does not know (%d, such as %s): left by a kill, or another --store's",
                     self.root / folder, what, len(strays), strays[0].name,
                 )  # fmt: skip
 

@@ -87,7 +87,8 @@ def main() -> None:
     app = App.instance(config=Config({"Session": {"key": b""}}))  # messages are not signed
     app.transport = "ipc"
     app.initialize(settings["arguments"])
-    for stream in (sys.stdout, sys.stderr):
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for stream in streams:
         app.shell.events.register("post_run_cell", stream.end_call)
     app.start()
 
