@@ -26,6 +26,8 @@ from freehold.errors import UsageError
         (["--script", "turns.jsonl", "--adapter", "poet=runs/poet"], "leave --adapter out"),
         (["--adapter", "runs/poet"], "--adapter takes NAME=DIR"),
         (["--adapter", "poet="], "--adapter takes NAME=DIR"),
+        (["--adapter", "=runs/poet"], "--adapter takes NAME=DIR"),
+        (["--adapter", "a:b=runs/poet"], "no colon can be in --adapter's name"),
         (["--adapter", "a=x", "--adapter", "a=y"], "--adapter a is given twice"),
     ],
 )

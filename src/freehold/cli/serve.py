@@ -270,8 +270,10 @@ def _adapters(given: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
-        if not equals or not folder:
+        if not equals or not name.strip() or not folder:
             raise UsageError(f"--adapter takes NAME=DIR, the name that clients ask for and the folder; got {text!r}")
+        if ":" in name:  # what comes after the last one is the adapter: nobody could ask for this one
+            raise UsageError(f"clients ask for MODEL:NAME, so that no colon can be in --adapter's name, as in {name!r}")
         if name in folders:
             raise UsageError(f"--adapter {name} is given twice; give each a name of its own")
         folders[name] = Path(folder)
