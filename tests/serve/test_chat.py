@@ -63,6 +63,12 @@ def answer(served: Served, **fields: Any) -> ChatCompletion:
     return ChatCompletion.model_validate(response.json())
 
 
+def by_template(text: str) -> Served:
+    """A model that does not speak Harmony, and always says this."""
+    served = scripted({"completion": f"{text}<|return|>", "match": ""})
+    return replace(served, harmony=False, prompting=replace(served.prompting, chat_template=CHATML))
+
+
 def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The choices that a stream's chunks make, by the rules of OpenAI's clients: text is appended, lists by index."""
     choices: dict[int, dict[str, Any]] = {}
@@ -344,18 +350,18 @@ def test_a_fault_in_a_stream_is_an_error_of_the_sdk() -> None:
 # --- what a request asks for --------------------------------------------------------------------------------
 
 
-def test_logprobs_are_of_the_answer_with_bytes() -> None:
-    completion = answer(scripted(SUNNY), logprobs=True, top_logprobs=1)
+@pytest.mark.parametrize("harmony", [True, False])
+def test_logprobs_are_of_the_answer_with_bytes(*, harmony: bool) -> None:
+    served = scripted({**SUNNY, "match": ""}) if harmony else by_template("It is sunny.")
+    completion = answer(served, logprobs=True, top_logprobs=1)
     logprobs = completion.choices[0].logprobs
     assert logprobs is not None and logprobs.content is not None
     assert "".join(entry.token for entry in logprobs.content) == "It is sunny."
     assert bytes(byte for entry in logprobs.content for byte in entry.bytes or ()) == b"It is sunny."
     assert all(entry.top_logprobs[0].token == entry.token for entry in logprobs.content)
-    streamed = joined(chunks_of(post(scripted(SUNNY), CHAT, ask(stream=True, logprobs=True, top_logprobs=1))))
-    assert (
-        streamed[0]["logprobs"]
-        == post(scripted(SUNNY), CHAT, ask(logprobs=True, top_logprobs=1)).json()["choices"][0]["logprobs"]
-    )
+    streamed = joined(chunks_of(post(served, CHAT, ask(stream=True, logprobs=True, top_logprobs=1))))
+    whole = post(served, CHAT, ask(logprobs=True, top_logprobs=1)).json()["choices"][0]
+    assert streamed[0]["logprobs"] == whole["logprobs"]
 
 
 def test_an_answer_ends_at_a_stop_string_and_at_max_tokens() -> None:
@@ -410,8 +416,7 @@ def test_no_effort_leaves_no_room_for_reasoning() -> None:
 
 
 def test_a_model_without_harmony_has_no_effort_but_answers() -> None:
-    served = scripted({"completion": "It is sunny.<|return|>", "match": ""})
-    template = replace(served, harmony=False, prompting=replace(served.prompting, chat_template=CHATML))
+    template = by_template("It is sunny.")
     message = answer(template, reasoning_effort="none", parallel_tool_calls=True, tool_choice="auto").choices[0].message
     assert message.content == "It is sunny."
     error = post(template, CHAT, ask(reasoning_effort="low")).json()["error"]

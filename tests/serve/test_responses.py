@@ -264,8 +264,9 @@ async def test_a_model_that_does_not_speak_harmony_answers_and_says_what_it_cann
         assert [item["status"] for item in response["output"]] == ["completed"]
         prompt = there.server.served.prompting.the_tokenizer().decode(prompts[0])
         assert prompt == "[system] Be kind.\n[user] Hi\n[assistant] "
-        formed = await there.make(input="Hi", text={"format": form})
-        assert formed["output"][0]["content"][0]["text"] == '{"a": 1}'
+        scored = ["message.output_text.logprobs"]
+        formed = (await there.make(input="Hi", text={"format": form}, include=scored))["output"][0]["content"][0]
+        assert formed["text"] == "".join(each["token"] for each in formed["logprobs"]) == '{"a": 1}'
         assert "does not allow" in (await there.refused(500, input="Hi", text={"format": form}))["message"]
         assert "Harmony" in (await there.refused(input="x", tools=[WEATHER], tool_choice="required"))["message"]
 

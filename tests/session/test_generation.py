@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from freehold.engine.request import Request, RequestStats, Step, TokenLogprobs
 from freehold.errors import ClosedError, ContextError, RequestError, UsageError
 from freehold.formats.conversation import Conversation, DeveloperContent, Message, Tool, text_message
 from freehold.formats.events import MessageDone, ReasoningDelta, TextDelta
+from freehold.formats.templates import CHATML
 from freehold.sampling import SamplingOptions
 from freehold.session.generation import Ask, GenerationEvent, GenerationEvents, Said, SampleDone, prepare_generation
 from freehold.session.scripted import ScriptedTurn, serve_script
@@ -85,8 +86,11 @@ class _Runner:
         return self.steps
 
 
-def _in_steps(completion: str, sizes: Sequence[int], *, logprobs: bool = False) -> tuple[Served, _Steps]:
-    """A model that says this completion in steps of so many tokens, the last size over and over."""
+def _in_steps(
+    completion: str, sizes: Sequence[int], *, logprobs: bool = False, template: str | None = None
+) -> tuple[Served, _Steps]:
+    """A model that says this completion in steps of so many tokens, the last size over and over; in Harmony where it
+    has no template of its own."""
     served = _script(completion=completion)
     tokens = served.prompting.the_tokenizer().encode_with_control(completion)
     steps, at, number = [], 0, 0
@@ -116,7 +120,9 @@ def _in_steps(completion: str, sizes: Sequence[int], *, logprobs: bool = False) 
             )
         )
     runner = _Runner(served, steps)
-    return Served(name="steps", prompting=served.prompting, runner=runner), runner.steps
+    prompting = replace(served.prompting, chat_template=template)
+    harmony = None if template is None else False
+    return Served(name="steps", prompting=prompting, runner=runner, harmony=harmony), runner.steps
 
 
 def _said(text: str) -> str:
@@ -128,11 +134,13 @@ def _said(text: str) -> str:
 
 @pytest.mark.parametrize("stop", [(), ("never",), ("sun",), ("sunny, and", "!?"), ("🗻",), ("\N{MOUNT FUJI} It is ",)])
 @pytest.mark.parametrize("sizes", [[1], [2], [3, 1, 4], [100]])
+@pytest.mark.parametrize("template", [None, CHATML], ids=["harmony", "template"])
 def test_the_tokens_of_the_text_so_far_decode_to_it_wherever_steps_and_stop_strings_end(
-    stop: tuple[str, ...], sizes: list[int]
+    stop: tuple[str, ...], sizes: list[int], template: str | None
 ) -> None:
     async def scenario() -> None:
-        served, _ = _in_steps(_said(TEXT), sizes, logprobs=True)
+        completion = _said(TEXT) if template is None else f"{TEXT}<|return|>"
+        served, _ = _in_steps(completion, sizes, logprobs=True, template=template)
         events = await _events(served, _asking(stop=stop, sampling=SamplingOptions(logprobs=0)))
         tokenizer = served.prompting.the_tokenizer()
         deltas = [event for event in events if isinstance(event, Said) and isinstance(event.event, TextDelta)]
@@ -148,6 +156,18 @@ def test_the_tokens_of_the_text_so_far_decode_to_it_wherever_steps_and_stop_stri
             is_cut = delta is deltas[-1] and cut < len(TEXT)
             assert decoded.startswith(text) if is_cut else decoded == text
             assert all(token.logprobs.logprob == -token.token for token in delta.scored)
+
+    _run(scenario())
+
+
+def test_a_template_s_answer_has_the_tokens_of_a_character_that_it_begins_with() -> None:
+    async def scenario() -> None:
+        served, _ = _in_steps("🌋 It<|return|>", [1], logprobs=True, template=CHATML)
+        events = await _events(served, _asking(sampling=SamplingOptions(logprobs=0)))
+        deltas = [event for event in events if isinstance(event, Said) and isinstance(event.event, TextDelta)]
+        tokenizer = served.prompting.the_tokenizer()
+        assert len(tokenizer.encode("🌋")) > 1
+        assert [tokenizer.decode([scored.token for scored in event.scored]) for event in deltas] == ["🌋", " It"]
 
     _run(scenario())
 

@@ -334,6 +334,9 @@ class _Sample:
                     self._reasons = channel == "analysis" and recipient is None
                     self._num_reasoning_tokens += len(tokens) if self._reasons else 0
                     self._text.clear()
+                    if not tokens:  # no header, as with a template: what is scored begins the text
+                        result.append(Said(self._index, event))
+                        continue
                 case MessageDone():
                     self._reasons = False
                     if self._stops is not None:
