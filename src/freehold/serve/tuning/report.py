@@ -6,10 +6,11 @@ is none is left out: a run that was killed may have ended within one.
 
 import json
 import math
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _MOST_LINE_BYTES = 1 << 16
 _READ_BYTES = 1 << 20
@@ -19,27 +20,44 @@ _MOST_FIGURES = 32
 
 
 class Lines:
-    """A file's whole lines, as they come. `more` reads on from where it was."""
+    """A file's whole lines, each once, as they come. A run that goes on may have cut the file back, and written more
+    than it cut: then it is read on from where it is no longer what was read."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._at = path, 0
+        self._path = path
+        self._ends, self._hashes = array("q", [0]), array("q")  # of what was read, line by line
 
     def more(self) -> list[dict[str, Any]]:
-        """What was written since, up to a good deal of it. A file that was cut back is read from its beginning."""
+        """What was written since, up to a good deal of it."""
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._at:
-                    self._at = 0
-                file.seek(self._at)
+                self._seek(file)
                 data = file.read(_READ_BYTES)
         except FileNotFoundError:
             return []
         whole, newline, rest = data.rpartition(b"\n")
         if not newline:
-            self._at += len(rest) if len(rest) > _MOST_LINE_BYTES else 0
+            if len(rest) > _MOST_LINE_BYTES:
+                self._pass(rest)
             return []
-        self._at += len(whole) + 1
-        return [line for data in whole.split(b"\n") if (line := _line(data)) is not None]
+        lines = whole.split(newline)
+        for line in lines:
+            self._pass(line + newline)
+        return [value for line in lines if (value := _line(line)) is not None]
+
+    def _pass(self, data: bytes) -> None:
+        self._ends.append(self._ends[-1] + len(data))
+        self._hashes.append(hash(data))
+
+    def _seek(self, file: BinaryIO) -> None:
+        """To the end of the last line that is where it was."""
+        while self._hashes:
+            file.seek(self._ends[-2])
+            if hash(file.read(self._ends[-1] - self._ends[-2])) == self._hashes[-1]:
+                return
+            self._ends.pop()
+            self._hashes.pop()
+        file.seek(0)
 
     def rest(self) -> list[dict[str, Any]]:
         """All that is there."""
