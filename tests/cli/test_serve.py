@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from freehold.cli.main import app
 from freehold.errors import UsageError
+from freehold.serve.tuning.trainer import Trainer
+from freehold.train.options import LEARNING_RATES
 
 
 @pytest.mark.parametrize(
@@ -53,3 +55,21 @@ def test_a_model_speaks_harmony_where_there_are_tools_for_it(
     monkeypatch.setattr("freehold.serve.start.start", lambda load, *_, **__: load() or 0)
     assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
     assert spoken == [harmony]
+
+
+def test_jobs_learn_as_fast_as_the_same_method_does_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trainers: list[Trainer] = []
+
+    def start(*_: Any, trainer: Trainer, **__: Any) -> int:
+        trainers.append(trainer)
+        return 0
+
+    monkeypatch.setattr("freehold.serve.start.start", start)
+    assert CliRunner().invoke(app, ["serve", "--tuning", str(tmp_path)]).exit_code == 0
+    (trainer,) = trainers
+    for kind, method in (("supervised", "lora"), ("dpo", "dpo")):
+        asked = {"type": kind, kind: {"hyperparameters": {"learning_rate_multiplier": 1}}}
+        command = trainer.arguments(asked, training=Path("a"), validation=None, output=Path("o"), seed=0, resume=False)
+        assert float(command[command.index("--learning-rate") + 1]) == LEARNING_RATES[method]

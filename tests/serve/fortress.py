@@ -82,7 +82,7 @@ class Fortress:
             self.workshop,
             self.store,
             TunedModels(self.workshop.root, Threads("tuning", 1), None),
-            trainer=Trainer(model="m", learning_rate=1e-4, command=("/bin/false",)),
+            trainer=Trainer(model="m", learning_rates={"supervised": 1e-4, "dpo": 1e-4}, command=("/bin/false",)),
         )
         self.app = create_app(
             replace(served, runner=self.runner), ServeSettings(**settings), store=self.store, tuning=self.tuning

@@ -31,6 +31,7 @@ from freehold.serve.tuning.models import TunedModels
 from freehold.session.generation import Ask
 from freehold.session.store.records import ModelRecord
 from tests.serve.sdk import check
+from tests.serve.trainer import LEARNING_RATES
 from tests.serve.tuned import DONE, LINES, STARTED, WELL, Tuned, run, step
 
 WAITS: tuple[dict[str, Any], ...] = (STARTED, step(1, 2.0), {"event": "checkpoint", "step": 1}, {"wait": True})
@@ -565,6 +566,31 @@ def test_dpo_is_asked_of_the_training(tmp_path: Path) -> None:
         (asked,) = _asked(server, made.id)
         assert asked[asked.index("--method") + 1] == "dpo" and asked[asked.index("--beta") + 1] == "0.3"
         assert asked[asked.index("--batch-size") + 1] == "2"
+
+    with_server(tmp_path, use)
+
+
+@pytest.mark.parametrize(("kind", "rate"), LEARNING_RATES.items())
+def test_learning_rates_are_multiples_of_what_training_has_by_itself_for_the_method(
+    tmp_path: Path, kind: str, rate: float
+) -> None:
+    def method(**hyperparameters: Any) -> Any:
+        return {"type": kind, kind: {"hyperparameters": hyperparameters}}
+
+    async def use(server: Tuned) -> None:
+        jobs, training = server.sdk.fine_tuning.jobs, await server.upload()
+        for multiplier in (1, 2.5):
+            asked = method(learning_rate_multiplier=multiplier)
+            made = await jobs.create(model="default", training_file=training, method=asked)
+            job = await server.ended(made.id)
+            assert job["method"][kind]["hyperparameters"]["learning_rate_multiplier"] == multiplier
+            (command,) = _asked(server, made.id)
+            assert float(command[command.index("--learning-rate") + 1]) == pytest.approx(multiplier * rate)
+        made = await jobs.create(model="default", training_file=training, method=method())
+        job = await server.ended(made.id)
+        assert job["method"][kind]["hyperparameters"]["learning_rate_multiplier"] == 1
+        (command,) = _asked(server, made.id)
+        assert "--learning-rate" not in command
 
     with_server(tmp_path, use)
 

@@ -10,8 +10,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+LEARNING_RATES = {"supervised": 1e-4, "dpo": 2e-5}
+"""What it has by itself."""
 
 
 def main(script: str, *arguments: str) -> None:
@@ -21,10 +25,16 @@ def main(script: str, *arguments: str) -> None:
     (output.parent / "arguments.jsonl").open("a").write(json.dumps(arguments) + "\n")
     (output / "nice").write_text(str(os.nice(0)))
     if not (output / "run.json").exists():
-        loop = {"epochs": 3.0, "batch_size": 4, "learning_rate": 3e-4}
+        loop = {"epochs": 3.0, "batch_size": 4, "learning_rate": _learning_rate(arguments)}
         (output / "run.json").write_text(json.dumps({"request": {"loop": loop}}))
     for line in Path(script).read_text().splitlines():
         _do(json.loads(line), output, resumed)
+
+
+def _learning_rate(arguments: Sequence[str]) -> float:
+    if "--learning-rate" in arguments:
+        return float(arguments[arguments.index("--learning-rate") + 1])
+    return LEARNING_RATES["dpo" if "dpo" in arguments else "supervised"]
 
 
 def _do(line: dict[str, Any], output: Path, resumed: bool) -> None:

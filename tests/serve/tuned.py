@@ -26,6 +26,7 @@ from freehold.serve.tuning.workshop import Workshop
 from freehold.session.store.store import Store
 from tests.serve.http import scripted
 from tests.serve.responding import Named
+from tests.serve.trainer import LEARNING_RATES
 
 _T = TypeVar("_T")
 LINES = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
@@ -73,7 +74,7 @@ class Tuned:
         self.adding, self.slow = False, threading.Event()  # an adapter is being read, for as long as this is not set
         self.slow.set()
         command = (sys.executable, str(Path(__file__).with_name("trainer.py")), str(self.script))
-        trainer = None if lines is None else Trainer(model="/models/m", learning_rate=1e-4, command=command)
+        trainer = None if lines is None else Trainer(model="/models/m", learning_rates=LEARNING_RATES, command=command)
         threads = Threads("tuning", 2)
         models = TunedModels(
             self.workshop.root, threads, self._add_adapter, self.adapters.__delitem__, most_held=most_held

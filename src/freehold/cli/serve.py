@@ -236,17 +236,16 @@ def command(
     trainer = None
     if tuning is not None and script is None:
         from freehold.serve.tuning.trainer import Trainer
-        from freehold.train.options import LoopOptions
+        from freehold.train.options import LEARNING_RATES, LoopOptions
 
         of_both = {"--device": device, "--dtype": dtype, "--dense": dense, "--threads": threads}
         options = [text for option, value in of_both.items() if value is not None for text in (option, str(value))]
         if harmony is not None:
             options.append("--harmony" if harmony else "--no-harmony")
-        loop = LoopOptions()
         trainer = Trainer(
             model=model,
-            learning_rate=loop.learning_rate,
-            max_length=loop.max_length,
+            learning_rates={"supervised": LEARNING_RATES["lora"], "dpo": LEARNING_RATES["dpo"]},
+            max_length=LoopOptions().max_length,
             options=tuple(options),
         )
 

@@ -14,11 +14,12 @@ TUNE = (sys.executable, "-m", "freehold", "tune")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """`model` is what is tuned, as `--model` takes it. A job's learning rate is a multiple of `learning_rate`, its rows
-    have `max_length` tokens. All trainings are given the `options`."""
+    """`model` is what is tuned, as `--model` takes it. `learning_rates` are those of `freehold tune`, by the type
+    of a job's method: a job's own is a multiple of that. Its rows have `max_length` tokens. All trainings are given the
+    `options`."""
 
     model: str
-    learning_rate: float
+    learning_rates: Mapping[str, float]
     max_length: int = 2048
     command: tuple[str, ...] = TUNE
     options: tuple[str, ...] = ()
@@ -56,5 +57,5 @@ class Trainer:
         if "batch_size" in chosen:
             command += ["--batch-size", str(chosen["batch_size"])]
         if "learning_rate_multiplier" in chosen:
-            command += ["--learning-rate", repr(self.learning_rate * chosen["learning_rate_multiplier"])]
+            command += ["--learning-rate", repr(self.learning_rates[kind] * chosen["learning_rate_multiplier"])]
         return [*command, *self.options]

@@ -339,16 +339,16 @@ class Tuning:
     def _settled(self, record: JobRecord) -> dict[str, Any]:
         """What was left to `freehold tune`, as it was decided."""
         assert self.trainer is not None
+        kind = record.job["method"]["type"]
         try:
             loop = json.loads((self._output(record) / _RUN).read_bytes())["request"]["loop"]
             settled = {
                 "n_epochs": int(loop["epochs"]) if loop["epochs"] == int(loop["epochs"]) else "auto",
                 "batch_size": int(loop["batch_size"]),
-                "learning_rate_multiplier": float(f"{loop['learning_rate'] / self.trainer.learning_rate:.6g}"),
+                "learning_rate_multiplier": float(f"{loop['learning_rate'] / self.trainer.learning_rates[kind]:.6g}"),
             }
         except (OSError, ValueError, KeyError, TypeError):  # it is only for show
             return {}
-        kind = record.job["method"]["type"]
         asked = record.job["method"][kind]["hyperparameters"]
         shown = asked | {name: value for name, value in settled.items() if asked.get(name) == "auto"}
         method = {"type": kind, kind: {"hyperparameters": shown}}
