@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from freehold.cli.main import app, main
 from freehold.cli.tuning import shown_example
-from freehold.errors import UsageError
+from freehold.errors import CheckpointError, UsageError
 from freehold.formats.tokenizer import Tokenizer
 from freehold.train.examples import NO_TARGET, Example
 from freehold.train.metrics import read_metrics
@@ -114,7 +114,7 @@ def test_killed_it_resumes_and_asked_to_end_it_ends(model: Path, chats: Path, tm
     with pytest.raises(UsageError, match="--max-steps was 10000 and is 3: leave"):
         invoke("--resume", output, "--max-steps", "3")
     last = read_metrics(output / "metrics.jsonl")[-1]
-    assert last["event"] == "failed"
+    assert last["event"] == "stopped"
     assert (output / "checkpoints" / f"step-{last['step']:08d}").is_dir()
     assert json.loads((output / "run.json").read_text())["request"]["loop"]["max_steps"] == 10_000
 
@@ -135,6 +135,18 @@ def test_what_validation_loses_is_told_too(model: Path, tmp_path: Path) -> None:
     shown = invoke(chats, "-m", model, "--max-length", "64", "--dry-run", "--validation", long)
     assert "data       1 line: 1 example, " in shown
     assert "truncated  1 line to 64 tokens" in shown and "long.jsonl line 1: " in shown
+    output = tmp_path / "run"
+    invoke(chats, "-m", model, "-o", output, "--max-length", "64", "--max-steps", "1", "--validation", long)
+    notice = read_metrics(output / "metrics.jsonl")[0]
+    assert notice["event"] == "notice" and notice["message"].startswith("truncated: 1 line to 64 tokens: ")
+    assert "Of the files' lines 1 were cut to 64 tokens, 0 of them left out." in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("facts", ['{"format": 1}', '{"format": 1, "request": []}', '{"format": 1, "request": {}}'])
+def test_a_damaged_run_is_refused_in_a_sentence(tmp_path: Path, facts: str) -> None:
+    (tmp_path / "run.json").write_text(facts)
+    with pytest.raises(CheckpointError, match=r"run\.json is not what `freehold tune` writes .*; begin anew"):
+        invoke("--resume", tmp_path)
 
 
 def test_what_is_asked_wrongly_is_one_line(

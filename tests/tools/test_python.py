@@ -378,6 +378,23 @@ def test_children_print_as_much_as_they_like(inside: Run) -> None:
         assert set(text.splitlines()[0]) == {str(n)} and text.endswith("\nend")
 
 
+def test_what_garbage_collection_prints_stops_nothing(inside: Run) -> None:
+    """It comes on any thread, on that one too which sends what others print and wait for."""
+    text = inside("""
+        import gc, time
+        class Noisy:
+            def __init__(self): self.me = self
+            def __del__(self): print("bye")
+        gc.set_threshold(20)
+        child = subprocess.Popen(["sh", "-c", "yes $(printf '%4000s') | head -c 8000000"])
+        while child.poll() is None:
+            Noisy(); time.sleep(0)
+        gc.collect()
+        print("over")
+    """).text
+    assert text.endswith("over")
+
+
 def test_children_of_the_kernel_find_the_packages_and_say_what_they_print(inside: Run) -> None:
     text = inside("""
         import multiprocessing

@@ -96,8 +96,24 @@ def test_gradients_are_clipped_and_reported_as_they_were(tmp_path: Path) -> None
 def test_the_learning_rate_rises_and_falls_along_a_cosine() -> None:
     options = LoopOptions(learning_rate=1.0, warmup_ratio=0.2, min_lr_ratio=0.1)
     rates = [options.learning_rate_at(step, 10) for step in range(1, 11)]
-    assert rates == pytest.approx([0.5, 1, 0.9657, 0.8682, 0.7222, 0.55, 0.3778, 0.2318, 0.1343, 0.1], abs=1e-4)
-    assert LoopOptions(warmup_ratio=0).learning_rate_at(1, 1) == pytest.approx(2e-5)
+    assert rates == pytest.approx([0.5, 1, 1, 0.9657, 0.8682, 0.7222, 0.55, 0.3778, 0.2318, 0.1343], abs=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_every_step_learns_and_the_first_without_warm_up_at_the_highest_rate(num_steps: int) -> None:
+    options = LoopOptions(learning_rate=1.0, warmup_ratio=0, min_lr_ratio=0)
+    assert options.learning_rate_at(1, num_steps) == 1.0
+    assert options.learning_rate_at(num_steps, num_steps) > 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_rows", "batch_size", "taken"), [(1, 5, 8, 5), (2.5, 6, 4, 15), (2.2, 25, 1, 55), (0.1, 3, 2, 1)]
+)
+def test_the_last_epoch_is_as_much_of_one_as_was_asked_for(
+    tmp_path: Path, epochs: float, num_rows: int, batch_size: int, taken: int
+) -> None:
+    trained(tmp_path, Fitting(num_rows=num_rows), replace(OPTIONS, epochs=epochs, batch_size=batch_size))
+    assert numbers(tmp_path)[-1]["epoch"] == taken / num_rows
 
 
 def test_steps_go_across_epochs_and_an_epoch_may_be_a_part(tmp_path: Path) -> None:
@@ -149,12 +165,32 @@ def test_stopped_between_rows_it_keeps_the_last_whole_step_and_goes_on(tmp_path:
     outcome = Loop(Fitting(), OPTIONS, tmp_path, should_stop=should_stop).run()
     assert outcome.end is End.STOPPED
     assert outcome.last.is_dir()
-    assert events(tmp_path)[-1] == ("failed", outcome.state.step)
+    assert events(tmp_path)[-1] == ("stopped", outcome.state.step)
     fitting.run(tmp_path)
     whole = tmp_path / "whole"
     fitting.run(whole)
     assert numbers(tmp_path) == numbers(whole)
+    kept = [step for event, step in events(tmp_path) if event == "checkpoint"]
+    assert kept == sorted({step for event, step in events(whole) if event == "checkpoint"} | {outcome.state.step})
     assert (tmp_path / "weight.safetensors").read_bytes() == (whole / "weight.safetensors").read_bytes()
+
+
+def test_a_best_checkpoint_knows_the_loss_of_its_step(tmp_path: Path) -> None:
+    """What tells divergence, and which checkpoint is good, is also as it would have been."""
+    options = replace(OPTIONS, eval_steps=1, save_steps=100, save_total_limit=100)
+    whole = trained(tmp_path / "whole", options=options).state
+
+    def die(line: Mapping[str, Any]) -> None:
+        if line.get("event") == "checkpoint" and line["step"] == 6:
+            raise KeyboardInterrupt
+
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        Loop(Fitting(), options, killed, report=die).run()
+    loop = Loop(Fitting(), options, killed)
+    loop.resume()
+    assert replace(loop.run().state, seconds=0) == replace(whole, seconds=0)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -89,11 +89,7 @@ def _truncations(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if not cut.count:
         yield "truncated", f"none: no example is longer than {prepared.request.loop.max_length:,} tokens"
         return
-    yield (
-        "truncated",
-        f"{_count(cut.count, 'line')} to {prepared.request.loop.max_length:,} tokens: {cut.num_tokens_lost:,} tokens "
-        f"are lost, {cut.num_targets_lost:,} of them to be learnt; {_count(cut.num_dropped, 'line')} left out",
-    )
+    yield "truncated", cut.describe(prepared.request.loop.max_length)
     for each in cut.told[:_TRUNCATIONS_SHOWN]:
         left_out = ", left out" if each.is_dropped else ""
         yield (
@@ -247,5 +243,7 @@ def _event(line: Mapping[str, Any]) -> str:
             return f"goes on after step {line['step']}"
         case "early_stop":
             return f"stops early: {line['message']}"
+        case "notice":
+            return str(line["message"])
         case _:
             return ""

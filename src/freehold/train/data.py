@@ -85,6 +85,16 @@ class Truncations:
         self.num_targets_lost += others.num_targets_lost
         self.told += others.told[: MOST_TOLD - len(self.told)]
 
+    def describe(self, max_length: int) -> str:
+        return (
+            f"{_num_lines(self.count)} to {max_length:,} tokens: {self.num_tokens_lost:,} tokens are lost, "
+            f"{self.num_targets_lost:,} of them to be learnt; {_num_lines(self.num_dropped)} left out"
+        )
+
+
+def _num_lines(number: int) -> str:
+    return f"{number:,} line{'' if number == 1 else 's'}"
+
 
 @dataclass(slots=True, kw_only=True)
 class _Data:

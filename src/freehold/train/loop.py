@@ -12,7 +12,7 @@ The loop knows objectives (objective.py) and nothing of models; called by run.py
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -65,7 +65,8 @@ class _Step:
 
 
 class Loop(Generic[Row]):
-    """One run. `folder` gets metrics.jsonl and checkpoints/. `should_stop` is asked between rows."""
+    """One run. `folder` gets metrics.jsonl and checkpoints/. `should_stop` is asked between rows. `notices` are what a
+    run that begins says first."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Loop(Generic[Row]):
         report: Report = lambda line: None,
         progress: Progress = no_progress,
         should_stop: Callable[[], bool] = lambda: False,
+        notices: Sequence[str] = (),
     ) -> None:
         self._objective = objective
         self._options = options
@@ -84,6 +86,7 @@ class Loop(Generic[Row]):
         self._checkpoints = Checkpoints(folder / "checkpoints")
         self._progress = progress
         self._should_stop = should_stop
+        self._notices = notices
         self._validation = objective.validation_rows()
         self._epoch: tuple[int, Any] = (-1, ())
         self.num_steps = options.num_steps(objective.rows_per_epoch)
@@ -102,14 +105,19 @@ class Loop(Generic[Row]):
         """Go on from the newest checkpoint, or begin anew where there is none yet. To be called before `run`."""
         steps = self._checkpoints.steps
         if steps:
+            self._notices = ()
             self.state = self._checkpoints.restore(steps[-1], self._objective, self._optimizer)
-        # A step that was stopped while it was measured is going to say what it has to say.
+        # A step that was stopped while it was measured is going to say what it has to say, but for its checkpoint.
         self._journal.cut_back(self.state.step - bool(self.state.unsaid) if steps else -1)
+        if self.state.unsaid:
+            self._tell_checkpoint(self._checkpoints.path(self.state.step))
 
     def run(self, finish: Callable[[Outcome], None] = lambda outcome: None) -> Outcome:
         """Train to the end and `finish`. When it was asked to stop it returns without, with a checkpoint of the last
         whole step. Raises TrainingError, DiskError and OutOfMemoryError, which name a checkpoint."""
         try:
+            for notice in self._notices:
+                self._journal.event("notice", self.state.step, message=notice)
             self._journal.event("started", self.state.step)
             outcome = self._train()
             if outcome.end is not End.STOPPED:
@@ -138,7 +146,7 @@ class Loop(Generic[Row]):
         if end is End.EARLY_STOP:
             self._journal.event("early_stop", self.state.step, message=self._stalled_message())
         elif end is End.STOPPED:
-            self._journal.event("failed", self.state.step, message=f"stopped; {last} is where it can be resumed")
+            self._journal.event("stopped", self.state.step, message=f"{last} is where it can be resumed")
         if end is not End.STOPPED:
             self._tell_rise()
         best = self.state.best_step
@@ -155,10 +163,10 @@ class Loop(Generic[Row]):
 
     def _advance(self) -> None:
         """One step, and what is due after it."""
-        state, options, per_epoch = self.state, self._options, self._objective.rows_per_epoch
+        state = self.state
         began = time.monotonic()
         number = state.step + 1
-        rate = options.learning_rate_at(number, self.num_steps)
+        rate = self._options.learning_rate_at(number, self.num_steps)
         step = self._step(number, rate)
         seconds = time.monotonic() - began
         state.step = number
@@ -168,7 +176,7 @@ class Loop(Generic[Row]):
         state.unsaid = {
             "step": number,
             "steps": self.num_steps,
-            "epoch": number * options.batch_size / per_epoch,
+            "epoch": self._rows_until(number) / self._objective.rows_per_epoch,
             "loss": step.loss,
             "learning_rate": rate,
             "gradient_norm": step.gradient_norm,
@@ -189,9 +197,10 @@ class Loop(Generic[Row]):
             is_better = self._take_validation(loss)
         state.unsaid = {}
         self._journal.write(line)
+        self._take_loss(line["loss"])
         if is_better:  # before anything can end the run: it is then the good one that a message names
             self._save()
-        self._check_divergence(line["loss"])
+        self._check_divergence()
         if not is_better and (state.step % self._save_steps == 0 or is_last):
             self._save()
 
@@ -237,17 +246,16 @@ class Loop(Generic[Row]):
         )
 
     def _rows_of(self, number: int) -> Iterator[Row]:
-        """Of step `number`; rows are counted through all epochs."""
-        options, per_epoch = self._options, self._objective.rows_per_epoch
-        first = (number - 1) * options.batch_size
-        end = first + options.batch_size
-        if options.max_steps is None:
-            end = max(first + 1, min(end, math.ceil(options.epochs * per_epoch)))
-        for index in range(first, end):
-            epoch, row = divmod(index, per_epoch)
+        """Of step `number`."""
+        for index in range(self._rows_until(number - 1), self._rows_until(number)):
+            epoch, row = divmod(index, self._objective.rows_per_epoch)
             if self._epoch[0] != epoch:
                 self._epoch = (epoch, self._objective.rows(epoch))
             yield self._epoch[1][row]
+
+    def _rows_until(self, number: int) -> int:
+        """That steps up to `number` take, counted through all epochs."""
+        return min(number * self._options.batch_size, self._options.num_rows(self._objective.rows_per_epoch))
 
     def _validate(self) -> float:
         total, num_targets = 0.0, 0
@@ -290,7 +298,7 @@ class Loop(Generic[Row]):
                 "lower --learning-rate, or other data", before, best,
             )  # fmt: skip
 
-    def _check_divergence(self, loss: float) -> None:
+    def _take_loss(self, loss: float) -> None:
         state = self.state
         smoothed = loss if state.smoothed is None else _SMOOTHING * state.smoothed + (1 - _SMOOTHING) * loss
         lowest = smoothed if state.lowest_smoothed is None else min(smoothed, state.lowest_smoothed)
@@ -299,19 +307,26 @@ class Loop(Generic[Row]):
         if smoothed <= _IN_LINE * lowest + _IN_LINE_MORE and loss <= _BEYOND * lowest + _BEYOND_MORE:
             state.good_until = state.step - 1
         state.num_beyond = state.num_beyond + 1 if smoothed > _BEYOND * lowest + _BEYOND_MORE else 0
+
+    def _check_divergence(self) -> None:
+        state = self.state
         if state.num_beyond >= _MOST_BEYOND:
             raise TrainingError(
-                f"training diverges: at step {state.step} the loss is about {smoothed:.3g}, and it was {lowest:.3g}"
+                f"training diverges: at step {state.step} the loss is about {state.smoothed:.3g}, and it was "
+                f"{state.lowest_smoothed:.3g}"
             )
 
     def _save(self) -> Path:
         is_new = self.state.step not in self._checkpoints.steps
         path = self._checkpoints.save(self._objective, self._optimizer, self.state)
         if is_new:
-            self._journal.event("checkpoint", self.state.step, path=path)
+            self._tell_checkpoint(path)
         keep = {step for step in (self.state.best_step, self._good_step) if step is not None}
         self._checkpoints.prune(self._options.save_total_limit, keep)
         return path
+
+    def _tell_checkpoint(self, path: Path) -> None:
+        self._journal.event("checkpoint", self.state.step, path=path)
 
     @property
     def _good_step(self) -> int | None:

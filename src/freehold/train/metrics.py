@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from freehold.disk import written_to
 from freehold.errors import CheckpointError, DiskError
 
-ENDINGS = ("early_stop", "failed", "done")
+ENDINGS = ("early_stop", "stopped", "failed", "done")
 """Events after which a run has nothing more to say, unless it goes on."""
 
 

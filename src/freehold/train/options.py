@@ -66,18 +66,23 @@ class LoopOptions:
         if self.checkpointing not in ("auto", "on", "off"):
             raise UsageError(f"--checkpointing is auto, on or off, got {self.checkpointing!r}")
 
-    def num_steps(self, rows_per_epoch: int) -> int:
-        """Of the whole run. Steps go across the ends of epochs, so that only the last one may have fewer rows."""
+    def num_rows(self, rows_per_epoch: int) -> int:
+        """Of the whole run, counted through all epochs. Steps go across the ends of epochs, so that only the last one
+        may have fewer rows."""
         if self.max_steps is not None:
-            return self.max_steps
-        return max(1, math.ceil(self.epochs * rows_per_epoch / self.batch_size))
+            return self.max_steps * self.batch_size
+        return max(1, math.ceil(round(self.epochs * rows_per_epoch, 6)))  # 2.2 × 25 is a little more than 55
+
+    def num_steps(self, rows_per_epoch: int) -> int:
+        return math.ceil(self.num_rows(rows_per_epoch) / self.batch_size)
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
-        """Of step 1 … num_steps."""
+        """Of step 1 … num_steps. The first one after the warm-up has it at its highest, and none has the lowest, which
+        would be reached one step after the last: a rate of nothing learns nothing."""
         warmup = math.ceil(self.warmup_ratio * num_steps)
         if step <= warmup:
             return self.learning_rate * step / warmup
-        done = (step - warmup) / max(1, num_steps - warmup)
+        done = (step - 1 - warmup) / (num_steps - warmup)
         floor = self.min_lr_ratio
         return self.learning_rate * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
 

@@ -48,7 +48,7 @@ from freehold.train.data import DataOptions, PreferenceData, TrainingData, read_
 from freehold.train.dpo import DpoTuning
 from freehold.train.examples import Examples, Pairs
 from freehold.train.full import FullTuning, trained_names
-from freehold.train.loop import Loop, Outcome
+from freehold.train.loop import End, Loop, Outcome
 from freehold.train.metrics import Report, read_metrics
 from freehold.train.options import (
     DEFAULT_TARGETS,
@@ -75,6 +75,7 @@ _FORMAT = 1
 _MOST_RUN_BYTES = 16 << 20
 _SECONDS_BETWEEN_CHARTS = 60.0
 _ANEW = "begin anew with another --output"
+_MEASURE_ANOTHER = "take it away, and name a file with --measure"
 _READ_BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "chat_template.jinja",
@@ -416,6 +417,7 @@ def _facts(
             "validation_examples": len(data.validation),
             "validation_targets": data.validation.num_targets,
             "truncated": data.truncations.count,
+            "left_out": data.truncations.num_dropped,
         },
         **({} if request.adapter is None or spec is None else {"adapter": _adapter_facts(request.adapter, spec)}),
         "parameters": _num_parameters(request, checkpoint, spec),
@@ -511,14 +513,17 @@ def resumed_request(output: Path, given: Mapping[str, Any]) -> TuneRequest:
     facts = read_json(output / RUN_FILE)
     if facts.get("format") != _FORMAT:
         raise UnsupportedError(f"{output / RUN_FILE} is of another version of Freehold; resume with that one")
-    raw = facts["request"]
-    known = {**raw, **raw["loop"], **raw["lora"], **raw.get("dpo", {}), "train": raw.get("full", {}).get("train")}
-    before = {"adapter": None, **known}
-    if changed := differences({name: before[name] for name in given}, given):
+    with _of_a_run(output / RUN_FILE, _ANEW):
+        raw = facts["request"]
+        known = {**raw, **raw["loop"], **raw["lora"], **raw.get("dpo", {}), "train": raw.get("full", {}).get("train")}
+        before = {"adapter": None, **known}
+        request = TuneRequest.from_json(raw)
+        before = {name: before[name] for name in given}
+    if changed := differences(before, given):
         raise UsageError(
             f"a run goes on as it began, and {'; '.join(changed)}: leave that out, or begin anew with another --output"
         )
-    return TuneRequest.from_json(raw)
+    return request
 
 
 def recorded_request(output: Path) -> TuneRequest | None:
@@ -528,20 +533,19 @@ def recorded_request(output: Path) -> TuneRequest | None:
     facts = read_json(path, most_bytes=_MOST_RUN_BYTES) if path.is_file() else {}
     if facts.get("format") != _FORMAT:
         return None
-    with _of_a_run(path):
+    with _of_a_run(path, _MEASURE_ANOTHER):
         return TuneRequest.from_json(facts["request"])
 
 
 @contextmanager
-def _of_a_run(path: Path) -> Iterator[None]:
+def _of_a_run(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except FreeholdError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not what `freehold tune` writes ({type(error).__name__}: {error!s:.80}); take it away, and "
-            "name a file with --measure"
+            f"{path} is not what `freehold tune` writes ({type(error).__name__}: {error!s:.80}); {remedy}"
         ) from None
 
 
@@ -550,7 +554,7 @@ def check_held_out(prepared: Prepared, output: Path) -> None:
     the files that it was a share of; or they are read in another way by now."""
     now, otherwise = prepared.facts["data"], "name a file with --measure"
     kind = "files" if prepared.request.validation_file is None else "validation_files"
-    with _of_a_run(output / RUN_FILE):
+    with _of_a_run(output / RUN_FILE, _MEASURE_ANOTHER):
         before = read_json(output / RUN_FILE, most_bytes=_MOST_RUN_BYTES)["data"]
         _check_files(before[kind], now[kind], output, otherwise)
         if any(before[name] != now[name] for name in ("validation_examples", "validation_targets")):
@@ -641,8 +645,15 @@ def train(
             for each in reports:
                 each(line)
 
+        cut = prepared.data.truncations
         loop: Loop[Any] = Loop(
-            objective, request.loop, output, report=report, progress=progress, should_stop=should_stop
+            objective,
+            request.loop,
+            output,
+            report=report,
+            progress=progress,
+            should_stop=should_stop,
+            notices=[f"truncated: {cut.describe(request.loop.max_length)}"] if cut.count else [],
         )
         loop.resume()
 
@@ -658,6 +669,10 @@ def train(
                     objective.export(prepared.folder.path, output / MODEL_FOLDER, harmony=prepared.harmony)
             else:
                 objective.save(output)
+            try:
+                _draw(output)
+            except (FreeholdError, OSError) as error:  # what was learnt is there all the same
+                logger.warning("the curves cannot be drawn: %s", error)
 
         try:
             outcome = loop.run(finish)
@@ -665,7 +680,8 @@ def train(
             with suppress(FreeholdError, OSError):  # what went wrong is told; that there is no chart may have its cause
                 _draw(output)
             raise
-        _draw(output)
+        if outcome.end is End.STOPPED:
+            _draw(output)
         return outcome
 
 

@@ -128,6 +128,8 @@ def read(lines: Iterable[Mapping[str, Any]], standing: Standing, *, now: float) 
                 standing = replace(standing, saved=step)
                 told.checkpoints.append(Checkpoint(step=step, created_at=time, metrics=_metrics(standing)))
                 told.events.append(event(f"Checkpoint created at step {step}", time, data={"step": step}))
+            case "notice" if not standing.started:  # what begins anew says it again
+                told.events.append(event(str(line.get("message", ""))[:500], time, level="warn"))
             case "early_stop":
                 message = str(line.get("message", ""))[:500]
                 told.events.append(event(f"Training stops early: {message}", time))

@@ -138,7 +138,7 @@ def _output(streams: Any, piece_chars: int) -> Any:
                 self._read_pipe()
 
         def _read_pipe(self) -> None:
-            if not (self._should_watch and self._is_master_process()):
+            if not (self._should_watch and self._is_master_process()) or self._sends():
                 return
             with self._reading:
                 if select.select([self._fid], [], [], 0)[0]:
@@ -152,10 +152,15 @@ def _output(streams: Any, piece_chars: int) -> Any:
             """Waits where more is said than can be sent: what waits takes memory."""
             written = super().write(text)
             self._waiting_chars += len(text)
-            if self._waiting_chars > 16 * piece_chars:
+            if self._waiting_chars > 16 * piece_chars and not self._sends():
                 self._waiting_chars = 0
                 super().flush()
             return written
+
+        def _sends(self) -> bool:
+            """Whether this is the thread that others wait for. It comes to print by what garbage collection runs on it,
+            and must wait for nobody."""
+            return self.pub_thread is not None and threading.current_thread() is self.pub_thread.thread
 
         def _flush_buffers(self) -> Iterator[tuple[Any, str]]:
             """The host keeps no more than so much of one message, and half a surrogate pair would lose all of it."""
