@@ -15,6 +15,7 @@ from freehold.cli.main import app, main
 from freehold.cli.tuning import shown_example
 from freehold.errors import CheckpointError, UsageError
 from freehold.formats.tokenizer import Tokenizer
+from freehold.train.card import chat_command
 from freehold.train.examples import NO_TARGET, Example
 from freehold.train.metrics import read_metrics
 from tests.cli.terminal import FREEHOLD
@@ -127,6 +128,11 @@ def test_a_run_from_the_command_to_the_adapter(
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} < {path.name for path in output.iterdir()}
     with pytest.raises(UsageError, match="a run that is done"):
         invoke("--resume", output)
+
+
+@pytest.mark.parametrize(("model", "told"), [("default", ""), ("default-base", " --model default-base")])
+def test_what_to_type_names_every_model_but_the_default(model: str, told: str) -> None:
+    assert chat_command("runs/poet", model) == f"freehold chat --adapter runs/poet{told}"
 
 
 def test_what_validation_loses_is_told_too(model: Path, tmp_path: Path) -> None:

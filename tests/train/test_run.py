@@ -177,6 +177,7 @@ def test_the_card_and_the_run_say_what_was_done(request_for: TuneRequest, facts:
     assert (said["name"], said["bytes"]) == ("facts.jsonl", facts.stat().st_size)
     for words in ("# polite", said["sha256"], "3 examples", "| gate_up | 4 | 8 |", "learning rate: 0.01", "license: #"):
         assert words in card
+    assert f"freehold chat --adapter <this folder> --model {request_for.model}\n" in card
     assert str(facts.parent) not in card
     assert (tmp_path / "polite" / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -216,6 +216,7 @@ def command(
     from freehold.log import NOTICE, logger
     from freehold.session.memory import free_memory
     from freehold.train import curves, run
+    from freehold.train.card import chat_command
     from freehold.train.loop import End
 
     if resume is None:
@@ -283,7 +284,7 @@ def command(
         terminal.say(f"  freehold chat --model {folder / run.MODEL_FOLDER}")
         return
     terminal.say(f"{folder} holds the adapter; its README.md says what it is")
-    terminal.say(f"  freehold chat --adapter {folder}{_model_option(request.model)}")
+    terminal.say(f"  {chat_command(folder, request.model)}")
     terminal.say(f"  freehold merge {request.model} {folder} NEW-MODEL")
 
 
@@ -315,10 +316,6 @@ def _given(context: typer.Context) -> list[str]:
 def _is_typed(context: typer.Context, parameter: str) -> bool:
     source = context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def _model_option(model: str) -> str:
-    return "" if model == "default" else f" --model {model}"
 
 
 @contextmanager

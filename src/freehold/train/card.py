@@ -1,8 +1,11 @@
-"""The model card of an adapter: what it was made from, how, and with which result. Text only; called by run.py."""
+"""The model card of an adapter: what it was made from, how, and with which result. Text only; called by run.py, and by
+cli/tune.py for what to type next."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from freehold.hub.find import DEFAULT
 from freehold.train.checkpoints import TrainingState
 
 _HEADER = """\
@@ -35,7 +38,7 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         + f"\n# {name}\n\n"
         + f"A LoRA adapter for `{run['model']['name']}`, made by Freehold {run['freehold']}. It changes nothing of the "
         "model's weights, and is read by Freehold and by PEFT.\n\n"
-        "```\nfreehold chat --adapter <this folder>\n```\n\n"
+        f"```\n{chat_command('<this folder>', run['model']['name'])}\n```\n\n"
         + _data(run, "pairs" if run["method"] == "dpo" else "examples")
         + "## Training\n\n| target | rank | alpha |\n|---|---|---|\n"
         + targets
@@ -49,6 +52,11 @@ def model_card(name: str, run: Mapping[str, Any], state: TrainingState, *, resul
         + "\n\n## Result\n\n"
         + _result(state, result_step, "pair" if run["method"] == "dpo" else "token")
     )
+
+
+def chat_command(adapter: Path | str, model: str) -> str:
+    """What one types to talk to an adapter. The command line says it too, when a run is done."""
+    return f"freehold chat --adapter {adapter}" + ("" if model == DEFAULT else f" --model {model}")
 
 
 def adapter_of(run: Mapping[str, Any]) -> Mapping[str, Any]:
