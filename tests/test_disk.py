@@ -74,6 +74,24 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [
+        (9_000, 0, "needs 8.79 KiB and its disk has 0.00 KiB free"),
+        (1, 0, "needs 0.01 KiB and its disk has 0.00 KiB free"),
+        (3 << 20, 65_536, "needs 3.00 MiB and its disk has 64.00 KiB free"),
+        ((5 << 30) + 1, 5 << 30, "needs 5.01 GiB and its disk has 5.00 GiB free"),
+        (5 << 30, (5 << 30) - 1, "needs 5.00 GiB and its disk has 4.99 GiB free"),
+    ],
+)
+def test_what_is_missing_shows_however_little_it_is(
+    needed: int, free: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free})())
+    with pytest.raises(DiskSpaceError, match=said), new_file(tmp_path / "model.gguf", needed_bytes=needed):
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize(
     ("code", "error", "said"),
     [
         (errno.ENOSPC, DiskSpaceError, "the disk is full"),

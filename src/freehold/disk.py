@@ -9,12 +9,13 @@ Failures of the disk are typed errors that name the path.
 import errno
 import fcntl
 import glob
+import math
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -108,9 +109,19 @@ def check_space(destination: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(destination.parent).free
     if needed_bytes > free:
         raise DiskSpaceError(
-            f"{destination} needs {needed_bytes / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free; "
+            f"{destination} needs {_shown(needed_bytes, math.ceil)} and its disk has {_shown(free, math.floor)} free; "
             "free some space or write to another disk"
         )
+
+
+def _shown(num_bytes: int, rounded: Callable[[float], int]) -> str:
+    """In the largest unit that there is one of. Rounded up what is needed, and down what is there, so that little too
+    little shows as well."""
+    unit, name = next(each for each in _UNITS if num_bytes >= each[0] or each is _UNITS[-1])
+    return f"{rounded(100 * num_bytes / unit) / 100:.2f} {name}"
+
+
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
 @contextmanager
