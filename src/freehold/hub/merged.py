@@ -2,7 +2,8 @@
 
 Whatever the adapter leaves alone is handed on as it is stored, to the bit: tensors that it does not target, and of the
 experts' stacks every expert of which a factor is zero, as those of experts that no training token was sent to. The rest
-is computed in float32, one expert or one dense tensor at a time. Knows no files. Called by merge.py and fitted.py.
+is computed in float32, one expert or one dense tensor at a time. Knows no files. Called by merge.py, by
+session/merge_receipt.py, and by train/qat.py and train/full.py, which train on what would be written.
 """
 
 import zlib

@@ -6,8 +6,8 @@ A packed matrix of R rows by C columns is two uint8 tensors, as published in the
     scales (…, R, C/32)       E8M0: the block's values are multiplied by 2^(scale − 127)
 
 `unpack` gives exactly what transformers' own unpacking gives (but for scale 255, which stands for NaN and no writer
-uses); `pack` is optimal: no other scale of a block
-would give a smaller squared error. Pure torch on any device; the fast kernels read the packed bytes themselves.
+uses); `pack` is optimal: no other scale of a block would give a smaller squared error. Pure torch on any device; the
+fast kernels read the packed bytes themselves.
 """
 
 from dataclasses import dataclass

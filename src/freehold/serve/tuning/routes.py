@@ -25,11 +25,10 @@ from freehold.serve.server import Server
 from freehold.serve.tuning.report import Standing
 from freehold.serve.tuning.trainer import Trainer
 from freehold.serve.tuning.tuning import Tuning
-from freehold.serve.tuning.wire import PURPOSE, JobCreate
+from freehold.serve.tuning.wire import LARGEST_SEED, PURPOSE, JobCreate
 from freehold.session.store.records import FileRecord, JobRecord, Listed, ModelRecord
 
 _PARAM = "fine_tuning_job_id"
-_LARGEST_SEED = 2**31
 _Limit = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -189,7 +188,7 @@ def _new_job(body: JobCreate, owner: str, place: str, begins_with: ModelRecord |
         "trained_tokens": None,
         "result_files": [],
         "organization_id": "",
-        "seed": secrets.randbelow(_LARGEST_SEED) if body.seed is None else body.seed,
+        "seed": secrets.randbelow(LARGEST_SEED + 1) if body.seed is None else body.seed,
         "method": {"type": method.type, method.type: {"hyperparameters": shown or _auto(method.type)}},
         "hyperparameters": (shown or _auto(method.type)) if method.type == "supervised" else {},
         "integrations": [],

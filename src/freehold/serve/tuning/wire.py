@@ -17,7 +17,7 @@ PURPOSE, RESULTS_PURPOSE = "fine-tune", "fine-tune-results"
 _SUFFIX_CHARACTERS = 40
 _SUFFIX = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_SUFFIX_CHARACTERS - 1}}}")
 """What a model's name can hold, with what makes it one of its own."""
-_LARGEST_SEED = 2**31 - 1
+LARGEST_SEED = 2**31 - 1
 _OLD_AND_NEW = "'hyperparameters' is the old place of 'method.supervised.hyperparameters': send one of them"
 
 
@@ -94,7 +94,7 @@ class JobCreate(Wire):
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     suffix: Annotated[str | None, AfterValidator(_suffix), Field(description="The result's name begins with it")] = None
-    seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
     metadata: Metadata = None
     integrations: Annotated[Any, Refused("nothing is sent to anybody", unless=(None, []))] = None
 
