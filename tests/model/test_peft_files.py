@@ -1,7 +1,7 @@
 """Adapters in PEFT's format, against `peft` itself on transformers' GptOssForCausalLM: both ways, with equal logits."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,18 @@ def test_peft_computes_with_our_files_what_the_folded_weights_compute(spec: Adap
     assert (again.spec, again.dithered, again.harmony) == (spec, True, True)
     for name, pair in adapter.factors.items():
         assert all(torch.equal(ours, read) for ours, read in zip(pair, again.factors[name], strict=True))
+
+
+@pytest.mark.parametrize(("kinds", "told"), [(("q", "v"), 0.2), (("q", "router"), 0.0)])
+def test_dropout_is_told_where_peft_can_have_it(kinds: Sequence[str], told: float, tmp_path: Path) -> None:
+    """Of parameters, PEFT refuses to load an adapter whose config has any."""
+    import peft
+
+    spec = AdapterSpec.of_kinds(CONFIG, dict.fromkeys(kinds, SMALL))
+    write_peft(tmp_path / "adapter", trained(CONFIG, spec), dropout=0.2)
+    assert json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())["lora_dropout"] == told
+    peft.PeftModel.from_pretrained(oracle(CONFIG, random_table(CONFIG)), tmp_path / "adapter")
+    assert read_peft(tmp_path / "adapter", CONFIG).spec == spec
 
 
 PEFT_CONFIGS: dict[str, dict[str, Any]] = {

@@ -182,6 +182,14 @@ def test_the_card_and_the_run_say_what_was_done(request_for: TuneRequest, facts:
     assert (tmp_path / "polite" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_left_out_in_training_is_told_to_peft(request_for: TuneRequest, tmp_path: Path) -> None:
+    lora = LoraOptions(targets=lora_targets(("q", "v"), ("4",), ()), dropout=0.2)
+    request = replace(request_for, lora=lora, loop=replace(LOOP, max_steps=2))
+    tuned(request, tmp_path / "run", should_stop=lambda: True)
+    assert resumed(tmp_path / "run").end is End.DONE
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["lora_dropout"] == 0.2
+
+
 @pytest.mark.parametrize("broken", ["nan", "disk", "stopped"])
 def test_whatever_ends_a_run_its_curves_are_drawn(
     broken: str, request_for: TuneRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

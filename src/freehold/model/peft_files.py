@@ -93,18 +93,19 @@ _MOST_WAYS, _LEAST_WAYS = 200_000, 100
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None = None) -> None:
-    """Write an adapter as a new folder, in the type that it has. `base_model` is the name that PEFT may look for.
+def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None = None, dropout: float = 0.0) -> None:
+    """Write an adapter as a new folder, in the type that it has. `base_model` is the name that PEFT may look for,
+    `dropout` what it was trained with, for who trains it further there: told where all that it targets are modules.
 
     Raises UsageError if the folder exists, UnsupportedError for what PEFT cannot hold, DiskError.
     """
     with new_folder(folder, needed_bytes=sum(factor.nbytes for factor in adapter.parameters)) as partial:
-        write_peft_files(partial, adapter, base_model=base_model)
+        write_peft_files(partial, adapter, base_model=base_model, dropout=dropout)
 
 
-def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None = None) -> None:
+def write_peft_files(folder: Path, adapter: Adapter, *, base_model: str | None = None, dropout: float = 0.0) -> None:
     """The same into a folder that is there, in place of what is. Raises UnsupportedError, DiskError."""
-    raw = _config_json(adapter, base_model)
+    raw = _config_json(adapter, base_model, dropout)
     specs = [_to_write(name, tensor) for name, tensor in _peft_tensors(adapter)]
     with new_file(folder / TENSOR_FILE) as file:
         file.write(header_bytes(specs, {"format": "pt"} | _metadata(adapter)))
@@ -128,12 +129,13 @@ def _to_write(name: str, tensor: Tensor) -> TensorToWrite:
     return TensorToWrite(name, tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
 
 
-def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
+def _config_json(adapter: Adapter, base_model: str | None, dropout: float) -> dict[str, object]:
     config, targets = adapter.config, adapter.spec.targets
     check_storable(config, adapter.spec)
     # PEFT has one rank and one alpha, and exceptions by name. It honours exceptions for parameters too, and warns that
     # it did not: so the rule is what is commonest among parameters, where there are any.
-    ruling = [target for name, target in targets.items() if name.endswith(tuple(_PARAMETERS))] or [*targets.values()]
+    of_parameters = [target for name, target in targets.items() if name.endswith(tuple(_PARAMETERS))]
+    ruling = of_parameters or [*targets.values()]
     [(rank, _)] = Counter(target.rank for target in ruling).most_common(1)
     [(alpha, _)] = Counter(target.alpha for target in ruling).most_common(1)
     return {
@@ -144,7 +146,7 @@ def _config_json(adapter: Adapter, base_model: str | None) -> dict[str, object]:
         "r": rank,
         "lora_alpha": _number(alpha),
         "use_rslora": adapter.spec.rslora,
-        "lora_dropout": 0.0,  # PEFT refuses any other for parameters, and only training asks
+        "lora_dropout": 0.0 if of_parameters else dropout,  # PEFT loads no parameters with any; only training asks
         "bias": "none",
         "init_lora_weights": True,
         "target_modules": _named_shortly(config, targets, _MODULES),

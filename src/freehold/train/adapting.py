@@ -54,7 +54,7 @@ class AdapterTuning:
         return self._parameters
 
     def save(self, folder: Path) -> None:
-        write_peft_files(folder, self.adapter, base_model=self._base_model)
+        write_peft_files(folder, self.adapter, base_model=self._base_model, dropout=self._options.dropout)
 
     def restore(self, folder: Path) -> None:
         kept = read_peft(folder, self.adapter.config)
