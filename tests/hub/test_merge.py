@@ -19,7 +19,7 @@ from freehold.hub import default_base, default_model
 from freehold.hub.bases import check_base
 from freehold.hub.convert import convert
 from freehold.hub.merge import merge
-from freehold.hub.merged import Touched
+from freehold.hub.merged import MergedSource, Touched
 from freehold.model.batch import Batch
 from freehold.model.lora import Adapter, AdapterSpec, Factors, Target, TokenAdapters, new_adapter
 from freehold.model.peft_files import CONFIG_FILE, read_peft, write_peft
@@ -28,6 +28,7 @@ from freehold.session.merge_receipt import MergeReceipt, measure_merge
 from freehold.weights import mxfp4
 from freehold.weights.files import TensorFiles
 from freehold.weights.layouts import WeightTable, open_checkpoint
+from freehold.weights.mxfp4 import Mxfp4Tensor
 from tests.checkpoints import CPU, load, logits, packed, plain, random_table, save, small_config, tokens_of
 
 MXFP4, BF16 = ExpertFormat.MXFP4, ExpertFormat.BF16
@@ -179,6 +180,21 @@ def test_what_an_adapter_leaves_alone_keeps_its_bytes(packed_model: Path, tmp_pa
     for part in ("blocks", "scales"):
         old, new = (TensorFiles(folder).tensor(f"{experts}_{part}") for folder in (packed_model, tmp_path / "merged"))
         assert torch.equal(old[[0, 2]], new[[0, 2]])
+
+
+def test_the_sum_is_where_the_adapter_is(packed_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training on a GPU needs it, of weights that are mapped. Torch's device without numbers stands for one: whether
+    a factor is zero cannot be asked there."""
+    meta = torch.device("meta")
+    adapter = trained(CONFIG, AdapterSpec.of_kinds(CONFIG, EVERYTHING)).to(device=meta)
+    source = MergedSource(open_checkpoint(packed_model).table(), adapter, origin="")
+    monkeypatch.setattr(source, "touches", lambda *_: True)
+    summed = source.expert("layers.1.gate_up", 0)
+    assert isinstance(summed, Tensor)
+    monkeypatch.setattr(source, "touches", lambda *_: False)
+    kept, dense = source.expert("layers.1.gate_up", 0), source.dense("layers.1.q.weight")
+    assert isinstance(kept, Mxfp4Tensor)
+    assert {part.device for part in (summed, kept.blocks, kept.scales, dense)} == {meta}
 
 
 def test_an_adapter_that_adds_nothing_changes_nothing(packed_model: Path, tmp_path: Path) -> None:

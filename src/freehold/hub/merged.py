@@ -39,12 +39,13 @@ class Touched:
 
 class MergedSource:
     """See weights.layouts.WeightSource. Changed dense tensors keep their type; changed experts are float32, for the
-    writer to round to the nearest numbers of its format."""
+    writer to round to the nearest numbers of its format. All that is asked for by name is on the adapter's device."""
 
     def __init__(self, table: WeightTable, adapter: Adapter, *, origin: str) -> None:
         self.origin = origin
         self.adapter = adapter
         self._table = table
+        self._device = adapter.parameters[0].device
         self._targets = {weight_name(target): target for target in adapter.factors}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -58,7 +59,7 @@ class MergedSource:
 
     def dense(self, name: str) -> Tensor:
         """As it is to be stored."""
-        base = self._dense(name)
+        base = self._dense(name).to(self._device)
         if not self.touches(name):
             return base
         merged = (base.float() + self.adapter.weight_delta(self._targets[name])).to(base.dtype)
@@ -67,7 +68,7 @@ class MergedSource:
     def expert(self, name: str, expert: int) -> Mxfp4Tensor | Tensor:
         """The stored matrix where the adapter leaves it alone, otherwise the sum: in float32, or where the adapter was
         trained on rounded weights, rounded in the very same way."""
-        base = self._table[name][expert]
+        base = self._table[name][expert].to(self._device)
         if not self.touches(name, expert):
             return base
         gained = self.adapter.weight_delta(self._targets[name], expert)
