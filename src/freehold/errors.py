@@ -7,6 +7,7 @@
     ├── ModelNotFoundError     a model's name or path leads to nothing
     ├── NotFoundError          an id leads to nothing
     ├── CheckpointError        a model file is truncated, corrupt or foreign
+    │   └── MisfitError        an adapter's layers or shapes are not those of the model
     ├── UnsupportedError       the file or request is sound, but Freehold does not do this
     │   └── SchemaError        a part of a JSON schema that no grammar can hold a model to
     ├── DownloadError          something could not be fetched, or was not what its hash promised
@@ -76,6 +77,10 @@ class NotFoundError(FreeholdError):
 
 class CheckpointError(FreeholdError):
     """A model file is truncated, corrupt or foreign."""
+
+
+class MisfitError(CheckpointError):
+    """An adapter's layers or shapes are not those of the model: it is for another, or parts of it are missing."""
 
 
 class UnsupportedError(FreeholdError):

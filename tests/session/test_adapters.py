@@ -1,5 +1,6 @@
 """Adapters of a loaded model: what PEFT computes, who asks for which, and what does not fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 import freehold
 from freehold import machine
-from freehold.config import ExpertFormat
+from freehold.config import ExpertFormat, ModelConfig
 from freehold.errors import CheckpointError, ModelNotFoundError, OutOfMemoryError, UsageError
 from freehold.kernels import backends
+from freehold.model.peft_files import CONFIG_FILE
 from freehold.session.model import Model
 from freehold.weights.layouts import WeightTable, open_checkpoint
 from tests.checkpoints import (
@@ -104,6 +106,42 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_read(
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     with pytest.raises(OutOfMemoryError, match="adapters"):
         load(ok=everything)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (small_config(num_layers=3), "layer 2 is adapted"),
+        (small_config(num_layers=1), "there are no factors for it"),
+        (small_config(hidden_size=96), "has shape"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_the_base_that_it_names(
+    other: ModelConfig, words: str, base: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "poet", other, ["gate_up"])
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+
+    def refusal(named: str | None) -> str:
+        (adapter / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        with pytest.raises(CheckpointError, match=words) as caught:
+            freehold.load(base, device="cpu", adapters={"poet": adapter})
+        return str(caught.value)
+
+    assert refusal(None) == refusal(str(base))
+    assert refusal("openai/gpt-oss-20b") == (
+        f"{adapter / CONFIG_FILE} says that the adapter is for 'openai/gpt-oss-20b', and it does not fit "
+        f"{str(base)!r}; give --model what it is for. If both are one model under two names: {refusal(None)}"
+    )
+
+
+def test_what_is_damaged_is_not_told_by_its_base(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "poet", CONFIG, ["q"])
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    (adapter / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": "openai/gpt-oss-20b", "r": 0}))
+    with pytest.raises(CheckpointError, match="r is 0, not a positive number") as caught:
+        freehold.load(base, device="cpu", adapters={"poet": adapter})
+    assert "gpt-oss-20b" not in str(caught.value)
 
 
 def test_an_adapter_is_read_only_where_there_is_room_to_read_it(

@@ -51,6 +51,7 @@ from freehold.train.run import (
     resumed_request,
     train,
 )
+from tests.checkpoints import small_config
 from tests.train.tiny import chat, make_tiny_model, write_chats
 
 TRADES = {"Ada": "smith", "Bo": "cook", "Cy": "judge"}
@@ -439,6 +440,14 @@ def test_begun_with_an_adapter_and_resumed_it_is_the_run_that_nobody_stopped(
         assert resumed(output, adapter=str(first)).end is End.DONE
         assert numbers(output) == numbers(tmp_path / "whole")
         assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_an_adapter_of_another_size_is_told_by_the_base_that_it_names(request_for: TuneRequest, tmp_path: Path) -> None:
+    config = small_config(num_layers=9)
+    adapter = new_adapter(config, AdapterSpec.of_kinds(config, {"q": Target(rank=2, alpha=4)}), seed=5)
+    write_peft(tmp_path / "large", adapter, base_model="models/large")
+    with pytest.raises(CheckpointError, match=r"says that the adapter is for 'models/large', .*; give --model what"):
+        prepare(of_another(request_for, tmp_path / "large"))
 
 
 def test_another_adapter_than_a_run_began_with_is_refused(

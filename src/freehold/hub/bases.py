@@ -1,12 +1,14 @@
 """Whether an adapter is for the model that it is used with: by the base that it names, since all of one size fit.
 
 Names differ between machines, so a different one is a reason to ask, and none to be sure: who merges refuses
-(`check_base`), who loads mentions it.
+(`check_base`), who loads mentions it, and where an adapter does not fit, says it first (`naming_base`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from freehold.errors import UsageError
+from freehold.errors import MisfitError, UsageError
 from freehold.hub import default_base
 from freehold.hub.find import DEFAULT, DEFAULT_BASE
 from freehold.model.peft_files import CONFIG_FILE, base_model_of
@@ -19,6 +21,20 @@ def check_base(adapter: Path, model: str, folder: Path) -> None:
             f"{adapter / CONFIG_FILE} says that the adapter is for {named!r:.200}, and the model is {model!r} "
             f"({folder}); name that model, or --any-base if it is the same under another name"
         )
+
+
+@contextmanager
+def naming_base(adapter: Path, model: str, folder: Path) -> Iterator[None]:
+    """For who reads an adapter: the MisfitError of one that names another base begins with that."""
+    try:
+        yield
+    except MisfitError as error:
+        if (named := other_base(adapter, model, folder)) is None:
+            raise
+        raise MisfitError(
+            f"{adapter / CONFIG_FILE} says that the adapter is for {named!r:.200}, and it does not fit {model!r}; "
+            f"give --model what it is for. If both are one model under two names: {error}"
+        ) from None
 
 
 def other_base(adapter: Path, model: str, folder: Path) -> str | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from freehold.config import ModelConfig
 from freehold.disk import new_file, new_folder, write_text
-from freehold.errors import CheckpointError, ModelNotFoundError, UnsupportedError, UsageError
+from freehold.errors import CheckpointError, MisfitError, ModelNotFoundError, UnsupportedError, UsageError
 from freehold.model.lora import EXPERT_KINDS, KINDS, Adapter, AdapterSpec, Factors, Target, factor_shapes
 from freehold.weights.files import TensorInfo, TensorToWrite, header_bytes, read_header, read_json, write_data
 
@@ -222,8 +222,8 @@ class _PeftConfig:
 def read_peft(folder: Path, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Adapter:
     """An adapter that PEFT or `write_peft` wrote, checked against the model that it is for; not trainable as it comes.
 
-    Raises ModelNotFoundError if there is none, CheckpointError if it is damaged or for another model, UnsupportedError
-    for what adapters can do in PEFT and not here.
+    Raises ModelNotFoundError if there is none, CheckpointError if it is damaged, MisfitError if it does not fit,
+    UnsupportedError for what adapters can do in PEFT and not here.
     """
     path = _tensor_file(folder)
     found = _found(folder, path, config)
@@ -274,7 +274,7 @@ def _found(folder: Path, path: Path, config: ModelConfig) -> _Found:
     places: dict[str, tuple[int, str]] = {}
     for layer, module in stored:
         if layer >= config.num_layers:
-            raise CheckpointError(
+            raise MisfitError(
                 f"{path}: layer {layer} is adapted and the model has {config.num_layers}; the adapter is for another"
             )
         kind = _kind(path, peft, layer, module, stored)
@@ -306,7 +306,7 @@ def _check_pair(
                 "float16 or bfloat16"
             )
         if info.shape != expected:
-            raise CheckpointError(
+            raise MisfitError(
                 f"{path}: lora_{letter} of {name} has shape {info.shape!s:.80}; rank {a_shape[-2]} and this model "
                 f"ask for {expected}: the adapter is for another model, or its two files do not belong together"
             )
@@ -369,7 +369,7 @@ def _check_complete(path: Path, peft: _PeftConfig, config: ModelConfig, targets:
     for layer in range(config.num_layers):
         for kind in _PARAMETERS:
             if peft.targets_parameter(layer, kind) and f"layers.{layer}.{kind}" not in targets:
-                raise CheckpointError(
+                raise MisfitError(
                     f"{path}: {CONFIG_FILE} targets {_key(layer, kind)} and there are no factors for it; "
                     "download or copy the adapter again"
                 )

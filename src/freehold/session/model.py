@@ -29,7 +29,7 @@ from freehold.formats.conversation import Conversation, Effort, Message
 from freehold.formats.events import Event, TextDelta
 from freehold.formats.stops import StopStrings
 from freehold.formats.tokenizer import Detokenizer, Tokenizer
-from freehold.hub.bases import other_base
+from freehold.hub.bases import naming_base, other_base
 from freehold.hub.find import DEFAULT, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.ops import Weight
@@ -92,7 +92,7 @@ def load(
         context=context,
         kv_tokens=kv_tokens,
         max_num_seqs=max_num_seqs,
-        adapters=sum(_adapter_bytes(folder, config, policy) for folder in folders.values()),
+        adapters=sum(_adapter_bytes(path, os.fspath(path_or_name), folder, policy) for path in folders.values()),
     )
     logger.log(NOTICE, "memory: %s of %s free", plan.describe(), gib(free_memory(policy)))
     logger.info("%s: %s", folder.path, policy.describe(checkpoint.experts.value))
@@ -124,8 +124,10 @@ def _dtype_of_adapters(policy: Policy) -> torch.dtype:
     return torch.float32 if policy.device.type == "cpu" else policy.dtype
 
 
-def _adapter_bytes(folder: Path, config: ModelConfig, policy: Policy) -> int:
-    spec = read_spec(folder, config)
+def _adapter_bytes(adapter: Path, model: str, folder: ModelFolder, policy: Policy) -> int:
+    config = folder.checkpoint.config
+    with naming_base(adapter, model, folder.path):
+        spec = read_spec(adapter, config)
     return (
         packed_adapter_bytes(config, spec) if policy.native else adapter_bytes(config, spec, _dtype_of_adapters(policy))
     )
@@ -232,7 +234,8 @@ class Model:
     def add_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
         """One more adapter, from a folder in PEFT's format, also while requests run. Raises what `load` does."""
         self.adapter_set.check_name(name)
-        needed, free = _adapter_bytes(Path(folder), self.config, self.policy), free_memory(self.policy)
+        needed = _adapter_bytes(Path(folder), str(self.path), self._folder, self.policy)
+        free = free_memory(self.policy)
         if _WHILE_READ * needed > free:
             raise OutOfMemoryError(
                 f"{folder}: this adapter takes {gib(needed)}, {_WHILE_READ} times that while it is read, and "

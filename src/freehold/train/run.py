@@ -33,6 +33,7 @@ from freehold.formats.chat import ChatFormat, HarmonyFormat
 from freehold.formats.conversation import SystemContent
 from freehold.formats.harmony.vocabulary import speaks_harmony
 from freehold.formats.tokenizer import Tokenizer
+from freehold.hub.bases import naming_base
 from freehold.hub.find import BUILT_IN, find_model
 from freehold.hub.folder import ModelFolder, open_folder
 from freehold.kernels.kv import PAGE, num_pages
@@ -295,7 +296,8 @@ def prepare(request: TuneRequest, progress: Progress = no_progress) -> Prepared:
 def _read_adapter(path: Path, request: TuneRequest, folder: ModelFolder) -> Adapter:
     """What a run is to begin with, read to its end before anything is made. It is read again when it is to learn: the
     plan of memory has room for it once."""
-    adapter = read_peft(path, folder.checkpoint.config)
+    with naming_base(path, request.model, folder.path):
+        adapter = read_peft(path, folder.checkpoint.config)
     mention_other_base(path, request.model, folder.path)
     if adapter.dithered and not request.lora.qat:
         logger.log(NOTICE, "%s was trained with --qat, and this run is not: what comes of it merges as others do", path)
