@@ -385,11 +385,12 @@ def test_what_garbage_collection_prints_stops_nothing(inside: Run) -> None:
         class Noisy:
             def __init__(self): self.me = self
             def __del__(self): print("bye")
-        gc.set_threshold(20)
-        child = subprocess.Popen(["sh", "-c", "yes $(printf '%4000s') | head -c 8000000"])
+        child = subprocess.Popen(["sh", "-c", "head -c 4000000 /dev/zero | tr '\\\\0' x"])
         while child.poll() is None:
-            Noisy(); time.sleep(0)
-        gc.collect()
+            for n in range(50):
+                Noisy()
+            sys.stdout.pub_thread.schedule(gc.collect)
+            time.sleep(0.01)
         print("over")
     """).text
     assert text.endswith("over")
