@@ -145,7 +145,7 @@ def test_what_validation_loses_is_told_too(model: Path, tmp_path: Path) -> None:
     invoke(chats, "-m", model, "-o", output, "--max-length", "64", "--max-steps", "1", "--validation", long)
     notice = read_metrics(output / "metrics.jsonl")[0]
     assert notice["event"] == "notice" and notice["message"].startswith("truncated: 1 line to 64 tokens: ")
-    assert "Of the files' lines 1 were cut to 64 tokens, 0 of them left out." in (output / "README.md").read_text()
+    assert "Lines cut to 64 tokens: 1; left out for that: 0." in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize("facts", ['{"format": 1}', '{"format": 1, "request": []}', '{"format": 1, "request": {}}'])

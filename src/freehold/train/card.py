@@ -100,8 +100,8 @@ def _data(run: Mapping[str, Any], what: str) -> str:
         + files
         + f"\n\n{data['examples']:,} {what}, {data['tokens']:,} tokens, of which {data['targets']:,} are learnt"
         + f"; {data['validation_examples']:,} {what} ({data['validation_targets']:,} tokens) are for validation. "
-        + f"Of the files' lines {data['truncated']:,} were cut to {run['request']['loop']['max_length']:,} tokens, "
-        + f"{data['left_out']:,} of them left out.\n\n"
+        + f"Lines cut to {run['request']['loop']['max_length']:,} tokens: {data['truncated']:,}; "
+        + f"left out for that: {data['left_out']:,}.\n\n"
         "Say here where they come from, and what they may be used for.\n\n"
     )
 
