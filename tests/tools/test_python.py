@@ -381,7 +381,7 @@ def test_children_print_as_much_as_they_like(inside: Run) -> None:
 def test_what_garbage_collection_prints_stops_nothing(inside: Run) -> None:
     """It comes on any thread, on that one too which sends what others print and wait for."""
     text = inside("""
-        import gc, time
+        import gc, threading, time
         class Noisy:
             def __init__(self): self.me = self
             def __del__(self): print("bye")
@@ -391,6 +391,10 @@ def test_what_garbage_collection_prints_stops_nothing(inside: Run) -> None:
                 Noisy()
             sys.stdout.pub_thread.schedule(gc.collect)
             time.sleep(0.01)
+        collected = threading.Event()
+        sys.stdout.pub_thread.schedule(collected.set)
+        code = collected.wait()
+        code = gc.collect()
         print("over")
     """).text
     assert text.endswith("over")
